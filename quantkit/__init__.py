@@ -1,0 +1,15 @@
+"""quantkit: post-training quantization of language models.
+
+import quantkit registers the format with transformers, so that `AutoModelForCausalLM.from_pretrained`
+loads packed checkpoints; `quantkit.load` does the same with checks.
+"""
+
+from quantkit.hf import load
+from quantkit.pipeline import quantize, quantize_checkpoint
+from quantkit.quantizers.gptq import GPTQ
+from quantkit.quantizers.rtn import RTN
+from quantkit.quantizers.target_shift import TargetShift
+from quantkit.recipe import Calibration, Recipe
+
+__version__ = "0.1.0"
+__all__ = ["GPTQ", "RTN", "Calibration", "Recipe", "TargetShift", "load", "quantize", "quantize_checkpoint"]

@@ -1,0 +1,301 @@
+"""Packed checkpoints: written block by block, durable at every step, published by one rename.
+
+A run writes into `<output>.partial`: `run.json` (what is being done, so that another run cannot be
+continued by mistake), and per finished block a sidecar with the layers' metadata and then the shard
+itself, each under a temporary name, synced and renamed. A shard's presence under its final name is the
+record that its block is done. When all blocks are, the index and the config are added and the folder
+is renamed to `<output>`. The bytes do not depend on how often a run was interrupted.
+
+Tensors are named `<layer>.<local name>`; config.json carries
+
+    quantization_config = {quant_method: "quantkit", version, layers: {layer: metadata}}
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quantkit.calibrate import LayerResult
+from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.shards import INDEX, Shards, open_shard
+from quantkit.weight import QuantizedWeight
+
+VERSION = 1
+METHOD = "quantkit"
+_RUN = "run.json"
+_NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+
+
+def quantization_config(layers: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says about the packed layers."""
+    return {"quant_method": METHOD, "version": VERSION, "layers": dict(layers)}
+
+
+class CheckpointWriter:
+    """The walker's sink on disk.
+
+    Args:
+        output: the folder to make.
+        num_blocks: decoder blocks of the model; each gets a shard, and one more holds the rest.
+        dense: for a block's index (-1 for all else) the stored tensors that no plan packs, by model name.
+        run: JSON that identifies the run; a partial folder is continued only by an equal one.
+        resume: continue a partial folder if there is one.
+        overwrite: discard a partial folder, and replace `output` when done.
+
+    Raises:
+        QuantkitError: the output or a partial folder is in the way, or belongs to another run.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        num_blocks: int,
+        dense: Callable[[int, set[str]], dict[str, Tensor]],
+        run: dict[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.output, self.partial = output, output.with_name(output.name + ".partial")
+        self._num_blocks, self._dense, self._overwrite = num_blocks, dense, overwrite
+        if output.exists() and not overwrite:
+            raise QuantkitError(f"{output} already exists; give another --output, or --overwrite to replace it")
+        if self.partial.exists() and overwrite and not resume:
+            shutil.rmtree(self.partial)
+        if self.partial.exists():
+            self._check_partial(run, resume)
+        else:
+            self.partial.mkdir(parents=True)
+            write_json(self.partial / _RUN, run)
+
+    def _check_partial(self, run: dict[str, Any], resume: bool) -> None:
+        if not resume:
+            raise QuantkitError(
+                f"{self.partial} holds an unfinished run; --resume continues it, --overwrite starts anew"
+            )
+        try:
+            found = json.loads((self.partial / _RUN).read_text())
+        except (OSError, ValueError) as error:
+            if any(self.partial.glob("*.safetensors")):
+                raise CheckpointError(f"{self.partial / _RUN} is unreadable ({error}); --overwrite starts anew") from error
+            write_json(self.partial / _RUN, run)  # killed before anything was done
+            return
+        run = json.loads(json.dumps(run))
+        differing = sorted(key for key in run.keys() | found.keys() if run.get(key) != found.get(key))
+        if differing:
+            key = differing[0]
+            raise QuantkitError(
+                f"{self.partial} was begun with other settings ({', '.join(differing)} differ; {key}: "
+                f"{_short(found.get(key))} then, {_short(run.get(key))} now); repeat them, or --overwrite starts anew"
+            )
+
+    def _paths(self, index: int) -> tuple[Path, Path]:
+        """(shard, sidecar) of a block; index -1 is the last shard."""
+        number = self._num_blocks + 1 if index < 0 else index + 1
+        stem = f"model-{number:05d}-of-{self._num_blocks + 1:05d}"
+        return self.partial / f"{stem}.safetensors", self.partial / f"{stem}.json"
+
+    def finished(self, index: int) -> dict[str, QuantizedWeight] | None:
+        """The packed layers of a block that an earlier run finished, or None."""
+        shard_path, sidecar = self._paths(index)
+        if not shard_path.is_file():
+            return None
+        layers = json.loads(sidecar.read_text())
+        weights = {}
+        with open_shard(shard_path) as shard:
+            for layer, entry in layers.items():
+                names = [name for name in shard.keys() if name.startswith(f"{layer}.")]
+                state = {name.removeprefix(f"{layer}."): shard.get_tensor(name).clone() for name in names}
+                weights[layer] = QuantizedWeight.from_state(entry["metadata"], state)
+        return weights
+
+    def write(self, index: int, name: str, layers: dict[str, LayerResult]) -> None:
+        """Makes a block durable: its packed layers and the dense tensors beside them."""
+        shard_path, sidecar = self._paths(index)
+        if shard_path.is_file():
+            return
+        tensors = self._dense(index, set(layers))
+        entries = {}
+        for layer, result in layers.items():
+            tensors |= {f"{layer}.{key}": tensor.cpu().contiguous() for key, tensor in result.weight.state().items()}
+            entries[layer] = {
+                "metadata": result.weight.metadata(),
+                "bits_per_weight": result.weight.bits_per_weight,
+                "relative_error": result.relative_error,
+                "damping": result.damping,
+            }
+        write_json(sidecar, entries)
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        # Only one metadata key: safetensors writes several in random order, and bytes must repeat.
+        _durably(shard_path, lambda path: save_file(tensors, path, metadata={"format": "pt"}), needed)
+
+    def entries(self) -> dict[str, Any]:
+        """The sidecars' entries of all packed layers, in the order of the blocks."""
+        entries: dict[str, Any] = {}
+        for index in self._indices():
+            entries |= json.loads(self._paths(index)[1].read_text())
+        return entries
+
+    def finish(self, source: Path, config: dict[str, Any], files: Mapping[str, str]) -> None:
+        """Publishes the checkpoint.
+
+        Args:
+            source: the original model's folder; its tokenizer and other small files are copied.
+            config: the original config.json; gets the quantization_config.
+            files: further text files by name.
+        """
+        weight_map: dict[str, str] = {}
+        total = 0
+        for index in self._indices():
+            shard_path, _ = self._paths(index)
+            with open_shard(shard_path) as shard:
+                weight_map |= dict.fromkeys(shard.keys(), shard_path.name)
+            total += shard_path.stat().st_size
+        for path in sorted(source.iterdir()):
+            if path.is_file() and path.suffix not in _NOT_COPIED and path.name not in ("README.md", "config.json", INDEX):
+                content = path.read_bytes()
+                _durably(self.partial / path.name, lambda target, content=content: target.write_bytes(content), len(content))
+        layers = {layer: entry["metadata"] for layer, entry in self.entries().items()}
+        write_json(self.partial / "config.json", config | {"quantization_config": quantization_config(layers)})
+        index_json = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(self.partial / INDEX, index_json)
+        for name, text in files.items():
+            _durably(self.partial / name, lambda target, text=text: target.write_text(text, encoding="utf-8"), len(text))
+        sidecars = [self._paths(index)[1] for index in self._indices()]
+        self._publish({self.partial / _RUN, *sidecars})
+
+    def _indices(self) -> list[int]:
+        return [*range(self._num_blocks), -1]
+
+    def _publish(self, bookkeeping: set[Path]) -> None:
+        replaced = self.output.with_name(self.output.name + ".replaced")
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        if self.output.exists():
+            self.output.rename(replaced)
+        self.partial.rename(self.output)
+        _sync_folder(self.output.parent)
+        for path in bookkeeping:  # only now: a run killed before the rename can still be resumed
+            (self.output / path.name).unlink()
+        if replaced.exists():
+            shutil.rmtree(replaced)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder.
+
+    Raises:
+        CheckpointError: it is missing or not JSON.
+    """
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} holds no config.json; it is not a transformers model") from None
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'} is not JSON ({error})") from error
+
+
+def packed_layers(folder: Path) -> dict[str, Any]:
+    """Metadata of a checkpoint's packed layers, held against the tensors in its shards.
+
+    Raises:
+        CheckpointError: not a quantkit checkpoint, a newer version, or tensors that differ from the metadata.
+    """
+    config = read_config(folder).get("quantization_config") or {}
+    if config.get("quant_method") != METHOD:
+        raise CheckpointError(f"{folder} is not a quantkit checkpoint; `quantkit quantize` makes one")
+    layers = check_version(config)
+    check_tensors(layers, Shards(folder).specs)
+    return layers
+
+
+def check_version(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The layers of a quantization_config of a version that this quantkit reads."""
+    version = config.get("version")
+    if not isinstance(version, int) or not 1 <= version <= VERSION:
+        raise CheckpointError(f"the checkpoint has format version {version}; this quantkit reads up to {VERSION}: upgrade it")
+    return config["layers"]
+
+
+def check_tensors(layers: Mapping[str, Any], specs: Mapping[str, tuple[str, list[int]]]) -> None:
+    """Holds the declared tensors of packed layers against those that the files have.
+
+    Args:
+        layers: metadata by layer.
+        specs: (safetensors dtype, shape) by tensor name.
+
+    Raises:
+        CheckpointError: a tensor is missing or differs.
+    """
+    for layer, metadata in layers.items():
+        declared = {k: (str(v.dtype), list(v.shape)) for k, v in QuantizedWeight.empty(metadata).state().items()}
+        for key, (dtype, shape) in declared.items():
+            found = specs.get(f"{layer}.{key}")
+            if found is None:
+                raise CheckpointError(f"{layer}.{key} is missing from the checkpoint's files; fetch or make it anew")
+            if found[1] != shape or _DTYPES.get(found[0]) != dtype:
+                raise CheckpointError(f"{layer}.{key} is {found[0]} {found[1]} in its file; config.json declares {dtype} {shape}")
+
+
+_DTYPES = {
+    "I8": "torch.int8",
+    "U8": "torch.uint8",
+    "I16": "torch.int16",
+    "I32": "torch.int32",
+    "I64": "torch.int64",
+    "F16": "torch.float16",
+    "BF16": "torch.bfloat16",
+    "F32": "torch.float32",
+    "F64": "torch.float64",
+}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON durably: synced under a temporary name, then renamed."""
+    text = json.dumps(value, indent=2) + "\n"
+    _durably(path, lambda target: target.write_text(text, encoding="utf-8"), len(text))
+
+
+def _durably(path: Path, write: Callable[[Path], Any], needed: int) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise QuantkitError(_disk_full(path, needed, free))
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        if "No space" in str(error) or "os error 28" in str(error):
+            raise QuantkitError(_disk_full(path, needed, shutil.disk_usage(path.parent).free)) from error
+        raise QuantkitError(f"{path} cannot be written ({error})") from error
+
+
+def _disk_full(path: Path, needed: int, free: int) -> str:
+    return (
+        f"the disk is full: {path.name} takes {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free; "
+        "finished blocks are kept, so free some space and repeat with --resume"
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,26 @@
+"""Errors that a user can act on: each says what was asked, what was found and what would work."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class QuantkitError(Exception):
+    """Base of every error that quantkit raises for a user's input; the command line prints it as one line."""
+
+
+class UnknownName(QuantkitError):
+    """A name that no table holds; suggests the nearest one."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        super().__init__(f"unknown {kind} {name!r}{hint} Known: {', '.join(names)}")
+
+
+class CheckpointError(QuantkitError):
+    """A checkpoint that is missing, damaged, or of a format that is not installed."""
+
+
+class CalibrationError(QuantkitError):
+    """Calibration that cannot give usable statistics."""

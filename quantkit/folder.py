@@ -1,0 +1,176 @@
+"""A model on disk, opened without its weights: structure on the meta device, tensors read when needed."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from quantkit.calibrate import WeightSource
+from quantkit.checkpoint import read_config
+from quantkit.errors import QuantkitError
+from quantkit.model import find_blocks, linear_weight, outer_linears
+from quantkit.plan import Plan
+from quantkit.shards import LoadedWeights, ShardedWeights, Shards, match_names
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_folder(model: str | Path) -> Path:
+    """The folder of a model given as a folder or as an id on the hub (which is then fetched).
+
+    Raises:
+        QuantkitError: no such folder, or the hub cannot deliver.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    text = str(model)
+    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise QuantkitError(f"{text} is not a folder; give a model folder or a hub id such as Qwen/Qwen2-0.5B")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+        return Path(snapshot_download(text, allow_patterns=patterns))
+    except Exception as error:  # huggingface_hub raises its own, requests' and OS errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise QuantkitError(f"{text!r} is neither a folder here nor a model that the hub delivers ({reason[:160]})") from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer that lies beside a model.
+
+    Raises:
+        QuantkitError: there is none that loads.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise QuantkitError(f"{folder} holds no tokenizer that loads ({reason[:160]}); put its tokenizer files there") from error
+
+
+def refuse_quantized(config: Any) -> None:
+    """Raises QuantkitError where a model's config says that it is quantized already."""
+    found = config.get("quantization_config") if isinstance(config, dict) else getattr(config, "quantization_config", None)
+    if found:
+        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", "?")
+        raise QuantkitError(f"the model is quantized already (quant_method {method}); give the full-precision one")
+
+
+class ModelFolder:
+    """A full-precision model's folder as the walker and the writer need it.
+
+    Args:
+        folder: holds config.json and safetensors.
+        dtype: of the computation; None for the checkpoint's own.
+
+    Attributes:
+        model: the causal language model; on the meta device unless `whole`.
+        whole: the shards store some tensors in another form than the model (fused experts, say), so transformers
+            had to load all of it at once, in its own dtype.
+
+    Raises:
+        QuantkitError: not a loadable causal language model, quantized already, or damaged shards.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        self.folder = folder
+        self.config = read_config(folder)
+        refuse_quantized(self.config)
+        self.shards = Shards(folder)
+        self.model: PreTrainedModel = _meta_model(folder, dtype)
+        self.prefix, self.blocks = find_blocks(self.model)
+        self._mapping = match_names(self.model, self.shards) or {}
+        self.whole = not self._mapping
+        if self.whole:
+            logger.warning("%s stores tensors in another form than the model; loading all of it at once", folder)
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+            self.prefix, self.blocks = find_blocks(self.model)
+
+    def untie(self, plan: Plan) -> bool:
+        """Gives a planned layer that is tied to the embedding its own weight; says whether there was one."""
+        return untie(self.model, plan, self._mapping)
+
+    def source(self, plan: Plan) -> WeightSource:
+        """The walker's source of weights."""
+        if self.whole:
+            return LoadedWeights(self.model)
+        unused = {layer for layer in outer_linears(self.model) if layer not in plan}
+        return ShardedWeights(self.model, self.shards, self._mapping, self.model.dtype, unused)
+
+    def dense(self, index: int, packed: set[str]) -> dict[str, Tensor]:
+        """Tensors of a block (-1: of all else) as stored, but for the weights of packed layers."""
+        names = [name for name in self._stored_names() if self._is_in(name, index) and not _belongs(name, packed)]
+        if self.whole:
+            state = self.model.state_dict()
+            return {name: state[name].contiguous() for name in names}
+        stored = {self._mapping[name]: name for name in names}
+        return {stored[key]: tensor for key, tensor in self.shards.read(stored)}
+
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(self._tensor_bytes(name) for name in self._stored_names())
+
+    def packed_nbytes(self, plan: Plan) -> int:
+        """Bytes that the stored weights of the plan's layers take now."""
+        return sum(self._tensor_bytes(name) for name in self._stored_names() if _belongs(name, set(plan)))
+
+    def block_nbytes(self, itemsize: int) -> int:
+        """Bytes of the largest block with `itemsize` bytes a number."""
+        return max(sum(p.numel() for p in block.parameters()) for block in self.blocks) * itemsize
+
+    def _stored_names(self) -> list[str]:
+        if not self.whole:
+            return list(self._mapping)
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        return [name for name in self.model.state_dict() if name not in tied]
+
+    def _is_in(self, name: str, index: int) -> bool:
+        return name.startswith(f"{self.prefix}.{index}.") if index >= 0 else not name.startswith(f"{self.prefix}.")
+
+    def _tensor_bytes(self, name: str) -> int:
+        if self.whole:
+            tensor = self.model.state_dict()[name]
+            return tensor.numel() * tensor.element_size()
+        dtype, shape = self.shards.specs[self._mapping[name]]
+        return _ITEM_BYTES.get(dtype, 4) * int(torch.Size(shape).numel())
+
+
+_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+def _belongs(name: str, layers: set[str]) -> bool:
+    """Whether a tensor is the weight of one of the layers."""
+    return name.endswith(".weight") and name.removesuffix(".weight") in layers
+
+
+def untie(model: PreTrainedModel, plan: Plan, mapping: dict[str, str] | None = None) -> bool:
+    """Ends the tie of every planned layer, so that packing it leaves the embedding as it is."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    ended = {name: origin for name, origin in tied.items() if _belongs(name, set(plan))}
+    for name, origin in ended.items():
+        tied.pop(name)
+        if mapping:
+            mapping.setdefault(name, mapping[origin])
+        layer = model.get_submodule(name.rpartition(".")[0])
+        layer.weight = torch.nn.Parameter(linear_weight(layer).detach(), requires_grad=False)
+    if ended:
+        model.config.tie_word_embeddings = False
+    return bool(ended)
+
+
+def _meta_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        kept = dtype or getattr(config, "dtype", None) or torch.float32
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=kept)
+    except (ValueError, KeyError, OSError, ImportError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise QuantkitError(f"{folder} is not a causal language model that transformers knows ({reason[:200]})") from error
+    return model.eval()

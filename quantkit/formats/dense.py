@@ -1,0 +1,24 @@
+"""Dense: a weight kept in its own floating-point type, for layers that a plan names but leaves alone."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.weight import QuantizedWeight
+
+
+@dataclass(frozen=True, eq=False)
+class DenseWeight(QuantizedWeight, format="dense"):
+    """weight: any float dtype [out_features, in_features]."""
+
+    weight: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight itself."""
+        return self.weight.to(dtype)

@@ -1,0 +1,120 @@
+"""The transformers bridge: packed checkpoints load and save through transformers' own functions.
+
+Importing this module registers quant_method "quantkit". Without that registration transformers only warns
+about the unknown method and runs with random weights, so `quantkit.load` is the documented way in.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quantkit.checkpoint import METHOD, VERSION, check_tensors, check_version, packed_layers, quantization_config
+from quantkit.errors import CheckpointError
+from quantkit.linear import QuantizedLinear, new_linear
+from quantkit.model import is_linear
+from quantkit.shards import open_shard
+from quantkit.weight import QuantizedWeight
+
+
+@register_quantization_config(METHOD)
+class QuantkitConfig(QuantizationConfigMixin):
+    """config.json's quantization_config: metadata of every packed layer.
+
+    Args:
+        layers: metadata by layer name; see `QuantizedWeight.metadata`.
+        version: format version.
+    """
+
+    def __init__(self, layers: dict[str, Any] | None = None, version: int = VERSION, **_unknown: Any) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.version = version
+        self.layers = layers or {}
+
+
+@register_quantizer(METHOD)
+class QuantkitHfQuantizer(HfQuantizer):
+    """Puts QuantizedLinear modules in place before transformers loads tensors into them."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_kwargs: Any
+    ) -> None:
+        layers = check_version(quantization_config(self.quantization_config.layers) | {"version": self.quantization_config.version})
+        if checkpoint_files:
+            check_tensors(layers, _specs(checkpoint_files))
+        for name, metadata in layers.items():
+            try:
+                linear = model.get_submodule(name)
+            except AttributeError:
+                raise CheckpointError(f"{type(model).__name__} has no layer {name!r} that the checkpoint declares") from None
+            weight = QuantizedWeight.empty(metadata)
+            if not is_linear(linear):
+                raise CheckpointError(f"{name} is a {type(linear).__name__}, not a linear layer; is this the right model class?")
+            model.set_submodule(name, new_linear(weight, linear))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> None:
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                try:
+                    module.packed.validate()
+                except ValueError as error:
+                    raise CheckpointError(f"{name}: {error}; the checkpoint is damaged") from error
+
+    def is_serializable(self) -> bool:
+        """Packed layers save as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes are integers."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Kernels are torch.library operators."""
+        return True
+
+
+def attach(model: PreTrainedModel, layers: dict[str, Any]) -> None:
+    """Makes a model with packed layers save itself as a packed checkpoint."""
+    config = QuantkitConfig(layers=layers)
+    model.config.quantization_config = config
+    model.hf_quantizer = QuantkitHfQuantizer(config)
+    model.is_quantized = True  # type: ignore[misc]
+    model.quantization_method = METHOD  # type: ignore[assignment]
+
+
+def load(folder: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None) -> PreTrainedModel:
+    """Loads a packed checkpoint, or any transformers causal language model.
+
+    Args:
+        folder: a folder, or an id on the hub.
+        dtype: of activations and dense weights; packed tensors keep their own.
+        device: where to put the model; by default the CPU.
+
+    Raises:
+        CheckpointError: damaged or incomplete files, or an unknown format.
+    """
+    path = Path(folder)
+    if path.is_dir() and (path / "config.json").is_file() and METHOD in (path / "config.json").read_text():
+        packed_layers(path)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} tensors of the model, {missing[0]} among them; fetch it anew")
+    return model if device is None else model.to(device)
+
+
+def _specs(files: list[str]) -> dict[str, tuple[str, list[int]]]:
+    specs = {}
+    for file in files:
+        with open_shard(Path(file)) as shard:
+            for name in shard.keys():
+                view = shard.get_slice(name)
+                specs[name] = (view.get_dtype(), view.get_shape())
+    return specs

@@ -1,0 +1,58 @@
+"""The few matrix facts that second-order quantization rests on.
+
+With U upper triangular and H^-1 = U^T U, GPTQ's error feedback reads its multipliers off the rows
+of U. U is obtained without forming H^-1: a Cholesky factor of H taken from the last row upwards
+gives H = R R^T with R upper triangular, and then U = R^-1.
+"""
+
+import torch
+from torch import Tensor
+
+
+class NotPositiveDefinite(ValueError):
+    """The matrix does not factor, whatever damping was tried."""
+
+
+def inverse_factor(matrix: Tensor) -> Tensor | None:
+    """Upper-triangular U with matrix^-1 = U^T U, or None where `matrix` is not positive definite.
+
+    Args:
+        matrix: symmetric [n, n], fp32 or fp64.
+    """
+    lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    if failed.item():
+        return None
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    return upper if bool(torch.isfinite(upper).all()) else None
+
+
+def damped_inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
+    """`inverse_factor` of H + damp * mean(diag H) * I, with the smallest damping that factors.
+
+    Args:
+        hessian: symmetric [n, n]; a zero on the diagonal marks a dead input and is set to 1.
+        damp: the first damping to try; it is raised fourfold (from 1e-4 at least) up to 1.
+
+    Returns:
+        (U, the damping used).
+
+    Raises:
+        NotPositiveDefinite: non-finite entries, or no damping up to 1 factors.
+    """
+    diagonal = hessian.diagonal()
+    if not bool(torch.isfinite(hessian).all()):
+        raise NotPositiveDefinite("the Hessian holds NaN or Inf")
+    mean = float(diagonal.mean())
+    dead = diagonal == 0
+    used = damp
+    while True:
+        matrix = hessian.clone()
+        matrix.diagonal()[dead] = 1.0
+        matrix.diagonal().add_(used * mean)
+        upper = inverse_factor(matrix)
+        if upper is not None:
+            return upper, used
+        if used >= 1.0:
+            raise NotPositiveDefinite(f"the Hessian does not factor with any damping from {damp:g} to 1")
+        used = min(max(4 * used, 1e-4), 1.0)

@@ -1,0 +1,33 @@
+"""What quantization costs: proxy loss of a layer, NLL and KL of a model's predictions."""
+
+import torch
+from torch import Tensor
+
+
+def proxy_loss(error: Tensor, hessian: Tensor) -> float:
+    """tr(E H E^T): the mean squared output error of a layer, summed over its outputs.
+
+    Args:
+        error: [out, in], original weight less quantized weight.
+        hessian: [in, in], mean over tokens of x x^T.
+    """
+    error = error.to(hessian.dtype)
+    return float((error @ hessian * error).sum())
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each target, in nats, in fp32.
+
+    Args:
+        logits: [..., vocabulary].
+        targets: int64 [...].
+    """
+    log_probabilities = torch.log_softmax(logits.float(), dim=-1)
+    return -log_probabilities.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def token_kl(baseline_logits: Tensor, logits: Tensor) -> Tensor:
+    """KL(baseline || model) of each position, in nats, in fp32; both inputs [..., vocabulary]."""
+    baseline = torch.log_softmax(baseline_logits.float(), dim=-1)
+    model = torch.log_softmax(logits.float(), dim=-1)
+    return (baseline.exp() * (baseline - model)).sum(-1)

@@ -1,0 +1,90 @@
+"""Finds a transformers model's decoder blocks and linear layers, and replaces the latter."""
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from quantkit.errors import QuantkitError
+
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""Last name components of layers that choose experts: tiny, and not worth a wrong choice."""
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by a weight matrix that can be packed (Conv1D is GPT-2's linear)."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight of a Linear or Conv1D as [out_features, in_features]."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder blocks: of all module lists with linear layers inside, the one with most parameters.
+
+    Returns:
+        (name of the list in the model, the list).
+
+    Raises:
+        QuantkitError: there is none, or the model is an encoder-decoder.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise QuantkitError(f"{type(model).__name__} is an encoder-decoder; quantkit quantizes decoder-only models")
+    candidates = [
+        (sum(p.numel() for p in module.parameters()), name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and any(is_linear(child) for child in module.modules())
+    ]
+    if not candidates:
+        raise QuantkitError(
+            f"{type(model).__name__} has no list of decoder blocks with linear layers; "
+            "quantkit quantizes decoder-only transformers models such as Llama, Qwen2 or GPT-2"
+        )
+    _, name, blocks = max(candidates, key=lambda candidate: candidate[0])
+    return name, blocks
+
+
+def block_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """All linear layers inside the decoder blocks but routers, by full name, in model order."""
+    prefix, blocks = find_blocks(model)
+    return {
+        f"{prefix}.{name}": module
+        for name, module in blocks.named_modules()
+        if is_linear(module) and name.rsplit(".", 1)[-1] not in ROUTERS
+    }
+
+
+def outer_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """All linear layers outside the decoder blocks, e.g. lm_head, by full name."""
+    prefix, _ = find_blocks(model)
+    return {
+        name: module for name, module in model.named_modules() if is_linear(module) and not name.startswith(f"{prefix}.")
+    }
+
+
+def fused_expert_parameters(model: nn.Module) -> dict[str, int]:
+    """3-D parameters inside the blocks (fused experts) and their sizes: weights that no linear layer holds."""
+    prefix, blocks = find_blocks(model)
+    return {f"{prefix}.{name}": p.numel() for name, p in blocks.named_parameters() if p.dim() == 3}
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The longest window that the model's positions allow, where its config says."""
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
+        value = getattr(config, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and persistent buffers, shared ones once."""
+    seen: dict[int, int] = {}
+    for tensor in model.state_dict(keep_vars=True).values():
+        if isinstance(tensor, torch.Tensor):
+            seen[id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())

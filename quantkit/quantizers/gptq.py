@@ -1,0 +1,128 @@
+"""GPTQ: error feedback onto integer grids (Frantar et al., arXiv 2210.17323).
+
+Columns with large diag(H) should be quantized early, while many columns are left to absorb their
+error. Three orders are offered; none needs an index at inference:
+
+    none    left to right; a group's grid is fitted when the loop reaches it, on the updated weights
+    group   group-aware: whole groups by their mean diag(H), columns by diag(H) within their group;
+            grids are fitted as in `none`
+    act     all columns by diag(H) ("act-order"); grids come from the original weights ("static groups")
+
+Deviations from the paper: grids are searched (`quantizers.grid`), the error there weighted by diag(H);
+U comes from a reversed Cholesky factor rather than from the inverse; damping raises itself until H
+factors, and `LayerStats.damping` says how far.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from quantkit.formats.int_group import IntGroupWeight
+from quantkit.protocols import Needs
+from quantkit.quantizers.feedback import error_feedback
+from quantkit.quantizers.grid import Grid, GridSettings, fit_grid
+from quantkit.stats import LayerStats
+
+Order = Literal["none", "group", "act"]
+
+
+@dataclass(frozen=True)
+class GPTQ(GridSettings):
+    """GPTQ; see `GridSettings` for the other fields.
+
+    Attributes:
+        order: the order of columns, see the module's text.
+        damp: added to diag(H), as a share of its mean.
+        block_size: columns between deferred updates; changes speed, not codes.
+    """
+
+    order: Order = "group"
+    damp: float = 0.01
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.order not in get_args(Order):
+            raise ValueError(f"order={self.order!r}: known orders are {', '.join(get_args(Order))}")
+        if not 0 <= self.damp <= 1:
+            raise ValueError(f"damp={self.damp}: a share of the mean diagonal, from 0 to 1")
+        if self.block_size < 1:
+            raise ValueError(f"block_size={self.block_size}: at least one column")
+
+    @property
+    def needs(self) -> Needs:
+        """The Hessian of the layer's inputs."""
+        return Needs.HESSIAN
+
+    def quantize(self, weight: Tensor, stats: LayerStats | None) -> IntGroupWeight:
+        """Quantizes fp32 or fp64 [out_features, in_features].
+
+        Raises:
+            CalibrationError: the Hessian does not factor.
+        """
+        if stats is None:
+            raise ValueError("GPTQ reads the Hessian of the layer's inputs; RTN works without")
+        width = self.width(weight.shape[1])
+        order = _column_order(stats.hessian.diagonal(), width, self.order)
+        factor = stats.inverse_factor(self.damp, order).to(weight.dtype)
+        rounding = _GroupGrids(self, weight, stats.hessian.diagonal().to(weight.dtype), order, width)
+        error_feedback(weight if order is None else weight[:, order], factor, rounding, self.block_size)
+        return rounding.packed()
+
+
+def _column_order(diagonal: Tensor, width: int, order: Order) -> Tensor | None:
+    if order == "none":
+        return None
+    if order == "act":
+        return diagonal.argsort(descending=True, stable=True)
+    groups = diagonal.split(width)
+    ranks = torch.stack([group.mean() for group in groups]).argsort(descending=True, stable=True).tolist()
+    # A short last group keeps its place, so that groups still start at multiples of the width.
+    if len(groups[-1]) < width:
+        ranks.remove(len(groups) - 1)
+        ranks.append(len(groups) - 1)
+    return torch.cat([g * width + groups[g].argsort(descending=True, stable=True) for g in ranks])
+
+
+class _GroupGrids:
+    """Rounds to the grid of each column's group; columns come in `order`."""
+
+    def __init__(self, settings: GPTQ, weight: Tensor, importance: Tensor, order: Tensor | None, width: int) -> None:
+        out_features, in_features = weight.shape
+        self._settings, self._width = settings, width
+        self._order = list(range(in_features)) if order is None else order.tolist()
+        self._importance = importance.clamp_min(importance.mean() * 1e-4 + 1e-30)
+        self._codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=weight.device)
+        self._grids: dict[int, Grid] = {}
+        self._static = settings.order == "act"
+        if self._static:
+            for start in range(0, in_features, width):
+                self._fit(start // width, weight[:, start : start + width], list(range(in_features))[start : start + width])
+
+    def group_size(self) -> int:
+        return self._width
+
+    def open(self, start: int, columns: Tensor) -> None:
+        if not self._static:
+            members = self._order[start : start + self._width]
+            self._fit(members[0] // self._width, columns.T, members)
+
+    def round(self, index: int, column: Tensor) -> Tensor:
+        source = self._order[index]
+        grid = self._grids[source // self._width]
+        codes = grid.encode(column)
+        self._codes[source] = codes
+        return grid.decode(codes)
+
+    def packed(self) -> IntGroupWeight:
+        grids = [self._grids[group] for group in range(len(self._grids))]
+        scales = torch.stack([grid.scale for grid in grids], dim=1).half()
+        zeros = None if self._settings.symmetric else torch.stack([grid.zero for grid in grids], dim=1).half()
+        return IntGroupWeight.pack(self._codes.T.contiguous(), scales, zeros, self._settings.bits, self._width)
+
+    def _fit(self, group: int, columns: Tensor, members: list[int]) -> None:
+        settings = self._settings
+        grid = fit_grid(columns, settings.bits, settings.symmetric, settings.search, self._importance[members])
+        self._grids[group] = Grid(grid.scale.squeeze(1), grid.zero.squeeze(1), settings.bits)

@@ -1,0 +1,39 @@
+"""Round to nearest: every weight to the nearest point of its group's grid, without data.
+
+The baseline of every method, and the choice where there is no calibration text.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.formats.int_group import IntGroupWeight
+from quantkit.protocols import Needs
+from quantkit.quantizers.grid import GridSettings, fit_grid
+from quantkit.stats import LayerStats
+
+
+@dataclass(frozen=True)
+class RTN(GridSettings):
+    """Round to nearest; see `GridSettings` for the fields."""
+
+    @property
+    def needs(self) -> Needs:
+        """Nothing but the weight."""
+        return Needs.NOTHING
+
+    def quantize(self, weight: Tensor, stats: LayerStats | None = None) -> IntGroupWeight:
+        """Quantizes fp32 [out_features, in_features]; `stats` are not read."""
+        in_features = weight.shape[1]
+        width = self.width(in_features)
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        scales, zeros = [], []
+        for start in range(0, in_features, width):
+            group = weight[:, start : start + width]
+            grid = fit_grid(group, self.bits, self.symmetric, self.search)
+            codes[:, start : start + width] = grid.encode(group).to(torch.uint8)
+            scales.append(grid.scale)
+            zeros.append(grid.zero)
+        stored_zeros = None if self.symmetric else torch.cat(zeros, 1).half()
+        return IntGroupWeight.pack(codes, torch.cat(scales, 1).half(), stored_zeros, self.bits, width)

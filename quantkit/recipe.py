@@ -1,0 +1,144 @@
+"""A recipe: everything that a user decides about a run, and the plan that follows for a model."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantkit.data import calibration_windows, documents
+from quantkit.errors import QuantkitError
+from quantkit.model import block_linears, context_length, linear_weight, outer_linears
+from quantkit.plan import Plan, Rules, make_plan
+from quantkit.protocols import Needs, Quantizer
+from quantkit.quantizers.target_shift import TargetShift
+from quantkit.registry import resolve
+
+TARGET_SHIFT = 0.7
+"""Default amount of the target shift; README has the sweep."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that statistics are gathered on.
+
+    Attributes:
+        source: a dataset name, a file, a hub id, or the documents themselves.
+        num_samples: windows.
+        seqlen: tokens a window; None for 2048, or the model's context where that is shorter.
+        seed: of the choice of windows.
+    """
+
+    source: str | list[str] = "wikitext2"
+    num_samples: int = 128
+    seqlen: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise QuantkitError(f"num_samples={self.num_samples}: give at least one window")
+        if self.seqlen is not None and self.seqlen < 2:
+            raise QuantkitError(f"seqlen={self.seqlen}: a window has at least two tokens")
+
+    def windows(self, tokenizer: Any, model: nn.Module) -> Tensor:
+        """int64 [samples, seqlen]; see `data.calibration_windows`."""
+        texts = documents(self.source, "calibration") if isinstance(self.source, str) else self.source
+        length = window_length(self.seqlen, context_length(model))
+        return calibration_windows(texts, tokenizer, self.num_samples, length, self.seed)
+
+
+def window_length(seqlen: int | None, context: int | None) -> int:
+    """The asked-for window, or 2048 cut to the model's context.
+
+    Raises:
+        QuantkitError: the asked-for window exceeds the context.
+    """
+    if seqlen is None:
+        return min(2048, context or 2048)
+    if context is not None and seqlen > context:
+        raise QuantkitError(f"seqlen={seqlen} exceeds the model's context of {context} tokens; use at most that")
+    return seqlen
+
+
+def make_quantizer(method: str | Quantizer, **settings: Any) -> Quantizer:
+    """A quantizer by its name in the registry and its settings, or the object itself.
+
+    Raises:
+        UnknownName: no such method.
+        QuantkitError: a setting that the method does not have, or a value that it refuses.
+    """
+    if not isinstance(method, str):
+        if not isinstance(method, Quantizer):
+            raise QuantkitError(f"method is a {type(method).__name__}; give a method's name or a quantizer object")
+        return method
+    kind = resolve("quantkit.quantizers", method)
+    known = {entry.name for entry in dataclasses.fields(kind)}
+    unknown = sorted(settings.keys() - known)
+    if unknown:
+        raise QuantkitError(f"{method} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    try:
+        return kind(**settings)
+    except ValueError as error:
+        raise QuantkitError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do to a model.
+
+    Attributes:
+        quantizer: for every linear layer in the decoder blocks; None to quantize only what rules name.
+        rules: patterns over layer names -> quantizer or None; the last match decides.
+        target_shift: 0 to 1, for all quantizers that read statistics.
+        calibration: the text behind the statistics.
+        true_sequential: let each layer see its own block's earlier layers quantized.
+    """
+
+    quantizer: Quantizer | None
+    rules: Rules = field(default_factory=dict)
+    target_shift: float = TARGET_SHIFT
+    calibration: Calibration = Calibration()
+    true_sequential: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.target_shift <= 1:
+            raise QuantkitError(f"target shift {self.target_shift}: use 0 (off) to 1 (least squares)")
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Each layer's quantizer, shifted where it reads statistics.
+
+        Raises:
+            QuantkitError: no decoder blocks, a rule that matches nothing, or a group size wider than every layer.
+        """
+        rules = {pattern: self._shifted(quantizer) for pattern, quantizer in self.rules.items()}
+        plan = make_plan(block_linears(model), outer_linears(model), self._shifted(self.quantizer), rules)
+        widest = max(linear_weight(model.get_submodule(name)).shape[1] for name in plan)
+        group_size = getattr(self.quantizer, "group_size", -1)
+        if group_size > widest:
+            raise QuantkitError(
+                f"group_size={group_size} exceeds the widest layer's {widest} input features; use -1 for one group a row"
+            )
+        return plan
+
+    def _shifted(self, quantizer: Quantizer | None) -> Quantizer | None:
+        if quantizer is None or quantizer.needs != Needs.HESSIAN or self.target_shift == 0:
+            return quantizer
+        return TargetShift(quantizer, self.target_shift)
+
+    def settings(self, plan: Plan, windows: Tensor | None) -> dict[str, Any]:
+        """JSON of all that the packed bytes depend on, but for the model itself."""
+        source = self.calibration.source
+        return {
+            "quantizers": {name: repr(quantizer) for name, quantizer in plan.items()},
+            "true_sequential": self.true_sequential,
+            "calibration": None
+            if windows is None
+            else {
+                "source": source if isinstance(source, str) else "documents",
+                "num_samples": windows.shape[0],
+                "seqlen": windows.shape[1],
+                "seed": self.calibration.seed,
+                "tokens_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+            },
+        }

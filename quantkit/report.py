@@ -1,0 +1,101 @@
+"""What a run did and what it cost: one record, printed as a table and written as JSON."""
+
+import resource
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One packed layer.
+
+    Attributes:
+        name: full layer name.
+        quantizer: the quantizer and its settings.
+        format: storage format.
+        bits_per_weight: measured.
+        relative_error: relative proxy loss E(Q) / E(0).
+        damping: with which the Hessian factored, or None.
+    """
+
+    name: str
+    quantizer: str
+    format: str
+    bits_per_weight: float
+    relative_error: float
+    damping: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole run.
+
+    Attributes:
+        model: what was quantized.
+        layers: packed layers in model order.
+        bits_per_weight: measured over all packed layers.
+        bytes_before, bytes_after: all tensors of the model.
+        packed_weights, all_weights: how many weights are packed, and how many there are.
+        seconds: wall-clock time of this process's part of the run.
+        peak_memory_bytes: resident memory of the process, at most.
+        peak_device_bytes: memory allocated on the GPU, at most; 0 without one.
+        settings: everything that the result depends on.
+        notes: what a user should know, such as parts that stayed dense.
+    """
+
+    model: str
+    layers: tuple[LayerReport, ...]
+    bits_per_weight: float
+    bytes_before: int
+    bytes_after: int
+    packed_weights: int
+    all_weights: int
+    seconds: float
+    peak_memory_bytes: int
+    peak_device_bytes: int
+    settings: dict[str, Any]
+    notes: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON values."""
+        return asdict(self)
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_bytes() -> int:
+    """Largest memory that torch has allocated on the present GPU so far; 0 without one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def model_card(report: Report, name: str) -> str:
+    """The README.md that goes beside a checkpoint: how to load it comes first."""
+    percent = 100 * report.packed_weights / max(report.all_weights, 1)
+    return f"""---
+library_name: quantkit
+tags: [quantkit, quantized]
+---
+# {name}
+
+**Load this checkpoint with quantkit.** Without it transformers only warns about an unknown quantization
+method and then runs with random weights.
+
+```python
+import quantkit
+model = quantkit.load("{name}")
+```
+
+`AutoModelForCausalLM.from_pretrained` works too, after `import quantkit`.
+
+- made from: {report.model}
+- measured bits per weight: {report.bits_per_weight:.3f} in packed layers, which hold {percent:.1f}% of the weights
+- size: {report.bytes_after / 2**20:.1f} MiB, from {report.bytes_before / 2**20:.1f} MiB
+- per-layer errors and all settings: `quantkit_report.json`
+"""

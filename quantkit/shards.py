@@ -1,0 +1,199 @@
+"""Reads a model's safetensors shards module by module, so that the whole model is never in memory."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from quantkit.errors import CheckpointError
+from quantkit.model import find_blocks
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Shards:
+    """The tensors of a folder's safetensors files, by name.
+
+    Args:
+        folder: holds `model.safetensors`, or shards and their index.
+
+    Raises:
+        CheckpointError: no weights, an unreadable index, a missing or truncated shard.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = self._locate()
+        self.specs: dict[str, tuple[str, list[int]]] = {}
+        for file in dict.fromkeys(self.files.values()):
+            with open_shard(self.folder / file) as shard:
+                present = set(shard.keys())
+                for name in (name for name, place in self.files.items() if place == file):
+                    if name not in present:
+                        raise CheckpointError(f"{INDEX} places {name!r} in {file}, which does not hold it; fetch it anew")
+                    view = shard.get_slice(name)
+                    self.specs[name] = (view.get_dtype(), view.get_shape())
+
+    def _locate(self) -> dict[str, str]:
+        index = self.folder / INDEX
+        if index.is_file():
+            try:
+                files = json.loads(index.read_text())["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{index} is not a safetensors index ({error}); fetch it anew") from error
+            missing = sorted({file for file in files.values() if not (self.folder / file).is_file()})
+            if missing:
+                raise CheckpointError(f"{self.folder}: {INDEX} names shards that are not there: {', '.join(missing)}")
+            return files
+        if (self.folder / SINGLE).is_file():
+            with open_shard(self.folder / SINGLE) as shard:
+                return dict.fromkeys(shard.keys(), SINGLE)
+        others = sorted(p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors"))
+        found = f"found {', '.join(others[:4])}" if others else "found no weights at all"
+        raise CheckpointError(f"{self.folder} holds neither {SINGLE} nor {INDEX}; {found}")
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yields (name, tensor) as stored; every tensor is a copy, so no file stays mapped.
+
+        Raises:
+            CheckpointError: a shard cannot be read.
+        """
+        wanted = set(names)
+        for file in dict.fromkeys(self.files[name] for name in self.files if name in wanted):
+            with open_shard(self.folder / file) as shard:
+                for name in (name for name, place in self.files.items() if place == file and name in wanted):
+                    yield name, shard.get_tensor(name).clone()
+
+    def fingerprint(self) -> dict[str, int]:
+        """Files and their sizes: enough to notice that another model lies in the folder."""
+        return {file: (self.folder / file).stat().st_size for file in sorted(set(self.files.values()))}
+
+
+def open_shard(path: Path):  # noqa: ANN201  (safe_open is untyped)
+    """`safe_open` with errors that name the file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}); fetch it anew") from error
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Tensors that are other tensors by another name (a head tied to its embedding), and are not stored."""
+    return set(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def match_names(model: nn.Module, shards: Shards) -> dict[str, str] | None:
+    """Names of the model's tensors -> names in the shards, which may lack or carry the base model's prefix.
+
+    Returns:
+        The map, or None where the shards store some tensor of the model in another form (renamed, split, fused).
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    tied = tied_names(model)
+    mapping: dict[str, str] = {}
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, shape in shapes.items():
+        candidates = [name, name.removeprefix(prefix), prefix + name]
+        stored = next((c for c in candidates if c in shards.specs), None)
+        if stored is None and name in tied:
+            continue
+        if stored is None or shards.specs[stored][1] != shape:
+            return None
+        mapping[name] = stored
+    return mapping
+
+
+class ShardedWeights:
+    """A WeightSource that reads modules of a model on the meta device from shards and drops them after use.
+
+    Args:
+        model: on the meta device.
+        shards: the model's weights.
+        mapping: names of the model's tensors -> names in the shards.
+        dtype: floating-point tensors are cast to it when loaded.
+        unused: modules outside the blocks that nothing will run (the head, where it stays dense).
+    """
+
+    def __init__(
+        self, model: nn.Module, shards: Shards, mapping: dict[str, str], dtype: torch.dtype, unused: set[str]
+    ) -> None:
+        self._model, self._shards, self._mapping, self._dtype = model, shards, mapping, dtype
+        self._blocks = find_blocks(model)[0] + "."
+        self._unused = tuple(f"{name}." for name in unused)
+
+    def _names(self, module_name: str) -> list[str]:
+        if module_name:
+            return [name for name in self._mapping if name.startswith(f"{module_name}.")]
+        outer = (name for name in self._mapping if not name.startswith(self._blocks))
+        return [name for name in outer if not name.startswith(self._unused)]
+
+    def load(self, name: str, module: nn.Module, device: torch.device) -> None:
+        """Reads the tensors of a block, or ("") of everything outside the blocks."""
+        names = {self._mapping[local]: local for local in self._names(name)}
+        for stored, tensor in self._shards.read(names):
+            value = tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+            set_module_tensor_to_device(self._model, names[stored], device, value=value, dtype=value.dtype)
+        for buffer_name, buffer in module.named_buffers():
+            if name and buffer.device != device and not buffer.is_meta:
+                set_module_tensor_to_device(module, buffer_name, device, value=buffer)
+        if not name:
+            self._model.tie_weights()  # type: ignore[operator]
+            _move_outer_buffers(self._model, self._blocks, device)
+
+    def release(self, name: str, module: nn.Module) -> None:
+        """Sends the module's tensors back to the meta device, packed ones included."""
+        if name:
+            module.to("meta")
+            return
+        for local in self._names(name):
+            if not _is_packed(self._model, local):
+                set_module_tensor_to_device(self._model, local, "meta")
+        self._model.tie_weights()  # type: ignore[operator]
+
+
+def _is_packed(model: nn.Module, tensor_name: str) -> bool:
+    owner = model.get_submodule(tensor_name.rpartition(".")[0])
+    return tensor_name.rpartition(".")[2] not in dict(owner.named_parameters(recurse=False)) | dict(
+        owner.named_buffers(recurse=False)
+    )
+
+
+def _move_outer_buffers(model: nn.Module, blocks: str, device: torch.device) -> None:
+    """Buffers that are computed rather than stored, such as rotary frequencies."""
+    for name, buffer in model.named_buffers():
+        if not name.startswith(blocks) and not buffer.is_meta and buffer.device != device:
+            set_module_tensor_to_device(model, name, device, value=buffer)
+
+
+class LoadedWeights:
+    """A WeightSource over a model that is in memory: blocks visit the device and go back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._home = next(model.parameters()).device
+        self._model, self._blocks = model, find_blocks(model)[1]
+
+    def load(self, name: str, module: nn.Module, device: torch.device) -> None:
+        """Moves a block, or ("") everything outside the blocks, to the device."""
+        self._move(name, module, device)
+
+    def release(self, name: str, module: nn.Module) -> None:
+        """Moves it back to where the model lives."""
+        self._move(name, module, self._home)
+
+    def _move(self, name: str, module: nn.Module, device: torch.device) -> None:
+        if name or device == self._home:
+            module.to(device)
+            return
+        inside = {id(child) for child in self._blocks.modules()}
+        for child in self._model.modules():
+            if id(child) not in inside and not any(True for _ in child.children()):
+                child.to(device)

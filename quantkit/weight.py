@@ -1,0 +1,140 @@
+"""QuantizedWeight: what a quantizer returns, a checkpoint stores and a linear layer multiplies by.
+
+A storage format is a frozen dataclass. Its tensor fields are the payload, fields that are themselves
+QuantizedWeights nest (tensor names are joined with dots), and every other field is JSON metadata.
+State, loading, device moves and measured size follow from the fields; a format adds `dequantize` and,
+where it has a kernel, `matmul`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import CheckpointError
+from quantkit.registry import resolve
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight(ABC):
+    """A linear layer's weight [out_features, in_features] in some storage format."""
+
+    format: ClassVar[str]
+
+    def __init_subclass__(cls, format: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.format = format
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+
+    @abstractmethod
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that the payload stands for, [out_features, in_features]."""
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x @ weight^T for x [..., in_features]; result [..., out_features] in x's dtype."""
+        return torch.nn.functional.linear(x, self.dequantize(x.dtype))
+
+    def validate(self) -> None:
+        """Raises ValueError unless shapes and ranges are such that no kernel can read out of bounds."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """This level's tensor fields (a field that is None is left out)."""
+        return {k: v for k, v in self._fields().items() if isinstance(v, Tensor)}
+
+    def nested(self) -> dict[str, QuantizedWeight]:
+        """This level's fields that are quantized weights."""
+        return {k: v for k, v in self._fields().items() if isinstance(v, QuantizedWeight)}
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors by dotted name: the checkpoint payload."""
+        state = self.tensors()
+        for name, weight in self.nested().items():
+            state |= {f"{name}.{key}": tensor for key, tensor in weight.state().items()}
+        return state
+
+    def metadata(self) -> dict[str, Any]:
+        """JSON: the format's name, all other fields, and the dtype and shape of each tensor."""
+        meta: dict[str, Any] = {"format": self.format}
+        for name, value in self._fields().items():
+            if isinstance(value, QuantizedWeight):
+                meta[name] = value.metadata()
+            elif value is not None and not isinstance(value, Tensor):
+                meta[name] = value
+        meta["tensors"] = {k: [str(v.dtype).removeprefix("torch."), list(v.shape)] for k, v in self.tensors().items()}
+        return meta
+
+    @staticmethod
+    def from_state(metadata: Mapping[str, Any], state: Mapping[str, Tensor]) -> QuantizedWeight:
+        """The inverse of `metadata` and `state`.
+
+        Raises:
+            CheckpointError: a tensor is missing, or differs from the metadata in dtype or shape.
+            UnknownName: no installed package knows the format.
+        """
+        fields: dict[str, Any] = {}
+        for name, value in metadata.items():
+            if isinstance(value, Mapping) and "format" in value:
+                prefix = f"{name}."
+                inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+                fields[name] = QuantizedWeight.from_state(value, inner)
+            elif name not in ("format", "tensors"):
+                fields[name] = value
+        for name, (dtype, shape) in metadata["tensors"].items():
+            if name not in state:
+                raise CheckpointError(f"tensor {name!r} is missing; the checkpoint's config declares it as {dtype} {shape}")
+            found = state[name]
+            if list(found.shape) != shape or found.dtype != getattr(torch, dtype):
+                raise CheckpointError(
+                    f"tensor {name!r} is {found.dtype} {list(found.shape)}; the checkpoint's config declares {dtype} {shape}"
+                )
+            fields[name] = found
+        try:
+            return resolve("quantkit.formats", metadata["format"])(**fields)
+        except TypeError as error:
+            raise CheckpointError(f"format {metadata['format']!r} does not fit its metadata: {error}") from error
+
+    @staticmethod
+    def empty(metadata: Mapping[str, Any], device: str | torch.device = "meta") -> QuantizedWeight:
+        """A weight of the described layout with uninitialised tensors."""
+        return QuantizedWeight.from_state(metadata, _empty_state(metadata, device))
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> QuantizedWeight:
+        """The same weight with `fn` applied to every tensor, e.g. a move to another device."""
+        changes: dict[str, Any] = {name: fn(tensor) for name, tensor in self.tensors().items()}
+        changes |= {name: weight.map(fn) for name, weight in self.nested().items()}
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.state().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Measured: every stored byte, over the number of weights."""
+        out_features, in_features = self.shape
+        return 8 * self.nbytes / (out_features * in_features)
+
+    def _fields(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def _empty_state(metadata: Mapping[str, Any], device: str | torch.device) -> dict[str, Tensor]:
+    state = {
+        name: torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+        for name, (dtype, shape) in metadata["tensors"].items()
+    }
+    for name, value in metadata.items():
+        if isinstance(value, Mapping) and "format" in value:
+            state |= {f"{name}.{key}": tensor for key, tensor in _empty_state(value, device).items()}
+    return state
