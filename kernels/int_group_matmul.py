@@ -14,6 +14,7 @@ Weights are formed in fp32, rounded to x's dtype and multiplied with fp32 accumu
 gives exactly the dequantized weight.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -42,7 +43,8 @@ def _plane_widths(bits: int) -> tuple[int, ...]:
 
 def _tail_stride(in_features: int, width: int) -> int:
     """R of the last tile: words per lane where it is not full, else 0."""
-    return -(-(-(-(in_features % TILE) // 8)) * width // 16)
+    octets = math.ceil(in_features % TILE / 8)
+    return math.ceil(octets * width / 16)
 
 
 def _words(in_features: int, bits: int) -> int:
@@ -114,7 +116,6 @@ def _int_group_matmul_kernel(
         column = tile * 128 + k
         in_k = column < K
         plane_start = codes_ptr + rows_n * words
-        shift: tl.constexpr = 0
         code = tl.zeros((BLOCK_N, 128), dtype=tl.int32)
         if BITS & 8:
             code = _plane(plane_start, in_n, k, in_k, tile, full_tiles, TAIL_8, 8)
@@ -188,7 +189,8 @@ def check(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: 
             continue
         if tensor.dtype != torch.float16 or tuple(tensor.shape) != expected or not tensor.is_contiguous():
             raise ValueError(
-                f"{name} are {tensor.dtype} {tuple(tensor.shape)}; group_size={group_size} takes contiguous float16 {expected}"
+                f"{name} are {tensor.dtype} {tuple(tensor.shape)}; group_size={group_size} takes contiguous "
+                f"float16 {expected}"
             )
 
 

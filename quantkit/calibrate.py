@@ -212,7 +212,9 @@ def _gather(
                 accumulators[name].add(x_q, x)
     for name in probes:
         if name not in accumulators:
-            raise CalibrationError(f"{prefix}{name}: no calibration token reached this layer; leave it out or give it RTN")
+            raise CalibrationError(
+                f"{prefix}{name}: no calibration token reached this layer; leave it out or give it RTN"
+            )
     return {name: accumulator.finish(prefix + name) for name, accumulator in accumulators.items()}
 
 
@@ -257,7 +259,11 @@ def _quantize_outer(
             for batch in batches:
                 tokens = batch.tokens.to(device)
                 x_q = _outer_input(model, blocks, name, tokens, batch.quantized, wrap)
-                x = _outer_input(model, blocks, name, tokens, batch.full, wrap) if quantizer.needs >= Needs.CROSS else None
+                x = (
+                    _outer_input(model, blocks, name, tokens, batch.full, wrap)
+                    if quantizer.needs >= Needs.CROSS
+                    else None
+                )
                 accumulator = accumulator or StatsAccumulator(x_q.shape[-1], x is not None, device)
                 accumulator.add(x_q, x)
             assert accumulator is not None
@@ -340,11 +346,9 @@ def _input_groups(block: nn.Module, plan: Plan, batches: list[_Batch], index: in
 
         return hook
 
-    handles = [
-        block.get_submodule(name).register_forward_pre_hook(record(name), with_kwargs=True) for name in plan
-    ]
+    handles = [block.get_submodule(name).register_forward_pre_hook(record(name), with_kwargs=True) for name in plan]
     try:
-        _run(block, batches[0].quantized[:1], _first_row(batches[0].calls[index], len(batches[0].quantized)))
+        _run(block, batches[0].quantized, batches[0].calls[index])
     finally:
         for handle in handles:
             handle.remove()
@@ -354,19 +358,6 @@ def _input_groups(block: nn.Module, plan: Plan, batches: list[_Batch], index: in
         if name not in reached:
             groups.append([name])
     return groups
-
-
-def _first_row(call: tuple[tuple, dict[str, Any]], rows: int) -> tuple[tuple, dict[str, Any]]:
-    """A block's arguments cut to the first sequence of the batch."""
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows:
-            return value[:1]
-        if isinstance(value, tuple):
-            return tuple(cut(item) for item in value)
-        return value
-
-    return cut(call[0]), {key: cut(value) for key, value in call[1].items()}
 
 
 @contextmanager
@@ -396,7 +387,12 @@ def _stubs(blocks: nn.ModuleList, last: Callable[[Tensor], Any], calls: list, wr
 
 
 def _capture(
-    model: nn.Module, blocks: nn.ModuleList, windows: Tensor, source: WeightSource, device: torch.device, batch_tokens: int
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    windows: Tensor,
+    source: WeightSource,
+    device: torch.device,
+    batch_tokens: int,
 ) -> tuple[list[_Batch], Wrap]:
     """Runs the model with stubbed blocks: the first block's inputs, and what else each block is called with."""
     rows = max(1, batch_tokens // windows.shape[1])

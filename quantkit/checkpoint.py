@@ -24,12 +24,13 @@ from torch import Tensor
 
 from quantkit.calibrate import LayerResult
 from quantkit.errors import CheckpointError, QuantkitError
-from quantkit.shards import INDEX, Shards, open_shard
+from quantkit.shards import DTYPES, INDEX, Shards, open_shard
 from quantkit.weight import QuantizedWeight
 
 VERSION = 1
 METHOD = "quantkit"
 _RUN = "run.json"
+_WRITTEN_ANEW = {"README.md", "config.json", INDEX, _RUN}
 _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
@@ -84,7 +85,9 @@ class CheckpointWriter:
             found = json.loads((self.partial / _RUN).read_text())
         except (OSError, ValueError) as error:
             if any(self.partial.glob("*.safetensors")):
-                raise CheckpointError(f"{self.partial / _RUN} is unreadable ({error}); --overwrite starts anew") from error
+                raise CheckpointError(
+                    f"{self.partial / _RUN} is unreadable ({error}); --overwrite starts anew"
+                ) from error
             write_json(self.partial / _RUN, run)  # killed before anything was done
             return
         run = json.loads(json.dumps(run))
@@ -159,15 +162,14 @@ class CheckpointWriter:
                 weight_map |= dict.fromkeys(shard.keys(), shard_path.name)
             total += shard_path.stat().st_size
         for path in sorted(source.iterdir()):
-            if path.is_file() and path.suffix not in _NOT_COPIED and path.name not in ("README.md", "config.json", INDEX):
-                content = path.read_bytes()
-                _durably(self.partial / path.name, lambda target, content=content: target.write_bytes(content), len(content))
+            if path.is_file() and path.suffix not in _NOT_COPIED and path.name not in _WRITTEN_ANEW:
+                _write_bytes(self.partial / path.name, path.read_bytes())
         layers = {layer: entry["metadata"] for layer, entry in self.entries().items()}
         write_json(self.partial / "config.json", config | {"quantization_config": quantization_config(layers)})
         index_json = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(self.partial / INDEX, index_json)
         for name, text in files.items():
-            _durably(self.partial / name, lambda target, text=text: target.write_text(text, encoding="utf-8"), len(text))
+            _write_bytes(self.partial / name, text.encode())
         sidecars = [self._paths(index)[1] for index in self._indices()]
         self._publish({self.partial / _RUN, *sidecars})
 
@@ -220,7 +222,9 @@ def check_version(config: Mapping[str, Any]) -> dict[str, Any]:
     """The layers of a quantization_config of a version that this quantkit reads."""
     version = config.get("version")
     if not isinstance(version, int) or not 1 <= version <= VERSION:
-        raise CheckpointError(f"the checkpoint has format version {version}; this quantkit reads up to {VERSION}: upgrade it")
+        raise CheckpointError(
+            f"the checkpoint has format version {version}; this quantkit reads up to {VERSION}: upgrade it"
+        )
     return config["layers"]
 
 
@@ -235,32 +239,24 @@ def check_tensors(layers: Mapping[str, Any], specs: Mapping[str, tuple[str, list
         CheckpointError: a tensor is missing or differs.
     """
     for layer, metadata in layers.items():
-        declared = {k: (str(v.dtype), list(v.shape)) for k, v in QuantizedWeight.empty(metadata).state().items()}
+        declared = {k: (v.dtype, list(v.shape)) for k, v in QuantizedWeight.empty(metadata).state().items()}
         for key, (dtype, shape) in declared.items():
             found = specs.get(f"{layer}.{key}")
             if found is None:
                 raise CheckpointError(f"{layer}.{key} is missing from the checkpoint's files; fetch or make it anew")
-            if found[1] != shape or _DTYPES.get(found[0]) != dtype:
-                raise CheckpointError(f"{layer}.{key} is {found[0]} {found[1]} in its file; config.json declares {dtype} {shape}")
-
-
-_DTYPES = {
-    "I8": "torch.int8",
-    "U8": "torch.uint8",
-    "I16": "torch.int16",
-    "I32": "torch.int32",
-    "I64": "torch.int64",
-    "F16": "torch.float16",
-    "BF16": "torch.bfloat16",
-    "F32": "torch.float32",
-    "F64": "torch.float64",
-}
+            if found[1] != shape or DTYPES.get(found[0]) != dtype:
+                raise CheckpointError(
+                    f"{layer}.{key} is {found[0]} {found[1]} in its file; config.json declares {dtype} {shape}"
+                )
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON durably: synced under a temporary name, then renamed."""
-    text = json.dumps(value, indent=2) + "\n"
-    _durably(path, lambda target: target.write_text(text, encoding="utf-8"), len(text))
+    _write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    _durably(path, lambda target: target.write_bytes(content), len(content))
 
 
 def _durably(path: Path, write: Callable[[Path], Any], needed: int) -> None:
@@ -272,6 +268,7 @@ def _durably(path: Path, write: Callable[[Path], Any], needed: int) -> None:
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
         temporary.replace(path)
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
@@ -286,6 +283,12 @@ def _disk_full(path: Path, needed: int, free: int) -> str:
         f"the disk is full: {path.name} takes {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free; "
         "finished blocks are kept, so free some space and repeat with --resume"
     )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sync_folder(folder: Path) -> None:

@@ -71,7 +71,11 @@ def _read_file(path: Path) -> list[str]:
     if path.suffix not in (".jsonl", ".json"):
         return [content]
     try:
-        rows = json.loads(content) if path.suffix == ".json" else [json.loads(row) for row in content.splitlines() if row.strip()]
+        rows = (
+            json.loads(content)
+            if path.suffix == ".json"
+            else [json.loads(row) for row in content.splitlines() if row.strip()]
+        )
         return [row["text"] for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise QuantkitError(f"{path}: rows must be JSON objects with a 'text' field ({error!r})") from error

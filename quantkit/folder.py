@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from quantkit.calibrate import WeightSource
 from quantkit.checkpoint import read_config
 from quantkit.errors import QuantkitError
-from quantkit.model import find_blocks, linear_weight, outer_linears
+from quantkit.model import block_linears, find_blocks, linear_weight, outer_linears
 from quantkit.plan import Plan
 from quantkit.shards import LoadedWeights, ShardedWeights, Shards, match_names
 
@@ -38,7 +38,9 @@ def resolve_folder(model: str | Path) -> Path:
         return Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:  # huggingface_hub raises its own, requests' and OS errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise QuantkitError(f"{text!r} is neither a folder here nor a model that the hub delivers ({reason[:160]})") from error
+        raise QuantkitError(
+            f"{text!r} is neither a folder here nor a model that the hub delivers ({reason[:160]})"
+        ) from error
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -51,12 +53,16 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers and tokenizers raise many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise QuantkitError(f"{folder} holds no tokenizer that loads ({reason[:160]}); put its tokenizer files there") from error
+        raise QuantkitError(
+            f"{folder} holds no tokenizer that loads ({reason[:160]}); put its tokenizer files there"
+        ) from error
 
 
 def refuse_quantized(config: Any) -> None:
     """Raises QuantkitError where a model's config says that it is quantized already."""
-    found = config.get("quantization_config") if isinstance(config, dict) else getattr(config, "quantization_config", None)
+    found = (
+        config.get("quantization_config") if isinstance(config, dict) else getattr(config, "quantization_config", None)
+    )
     if found:
         method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", "?")
         raise QuantkitError(f"the model is quantized already (quant_method {method}); give the full-precision one")
@@ -120,6 +126,10 @@ class ModelFolder:
         """Bytes that the stored weights of the plan's layers take now."""
         return sum(self._tensor_bytes(name) for name in self._stored_names() if _belongs(name, set(plan)))
 
+    def linears(self) -> list[torch.nn.Module]:
+        """All linear layers in the decoder blocks."""
+        return list(block_linears(self.model).values())
+
     def block_nbytes(self, itemsize: int) -> int:
         """Bytes of the largest block with `itemsize` bytes a number."""
         return max(sum(p.numel() for p in block.parameters()) for block in self.blocks) * itemsize
@@ -137,11 +147,7 @@ class ModelFolder:
         if self.whole:
             tensor = self.model.state_dict()[name]
             return tensor.numel() * tensor.element_size()
-        dtype, shape = self.shards.specs[self._mapping[name]]
-        return _ITEM_BYTES.get(dtype, 4) * int(torch.Size(shape).numel())
-
-
-_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+        return self.shards.tensor_nbytes(self._mapping[name])
 
 
 def _belongs(name: str, layers: set[str]) -> bool:
@@ -172,5 +178,7 @@ def _meta_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(config, dtype=kept)
     except (ValueError, KeyError, OSError, ImportError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise QuantkitError(f"{folder} is not a causal language model that transformers knows ({reason[:200]})") from error
+        raise QuantkitError(
+            f"{folder} is not a causal language model that transformers knows ({reason[:200]})"
+        ) from error
     return model.eval()

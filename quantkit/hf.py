@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quantkit.checkpoint import METHOD, VERSION, check_tensors, check_version, packed_layers, quantization_config
+from quantkit.checkpoint import METHOD, VERSION, check_tensors, check_version, packed_layers
 from quantkit.errors import CheckpointError
 from quantkit.linear import QuantizedLinear, new_linear
 from quantkit.model import is_linear
@@ -44,17 +44,23 @@ class QuantkitHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_kwargs: Any
     ) -> None:
-        layers = check_version(quantization_config(self.quantization_config.layers) | {"version": self.quantization_config.version})
+        config = self.quantization_config
+        assert isinstance(config, QuantkitConfig)
+        layers = check_version({"version": config.version, "layers": config.layers})
         if checkpoint_files:
             check_tensors(layers, _specs(checkpoint_files))
         for name, metadata in layers.items():
             try:
                 linear = model.get_submodule(name)
             except AttributeError:
-                raise CheckpointError(f"{type(model).__name__} has no layer {name!r} that the checkpoint declares") from None
+                raise CheckpointError(
+                    f"{type(model).__name__} has no layer {name!r} that the checkpoint declares"
+                ) from None
             weight = QuantizedWeight.empty(metadata)
             if not is_linear(linear):
-                raise CheckpointError(f"{name} is a {type(linear).__name__}, not a linear layer; is this the right model class?")
+                raise CheckpointError(
+                    f"{name} is a {type(linear).__name__}, not a linear layer; is this the right model class?"
+                )
             model.set_submodule(name, new_linear(weight, linear))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> None:
@@ -83,13 +89,19 @@ class QuantkitHfQuantizer(HfQuantizer):
 def attach(model: PreTrainedModel, layers: dict[str, Any]) -> None:
     """Makes a model with packed layers save itself as a packed checkpoint."""
     config = QuantkitConfig(layers=layers)
+    attributes = {
+        "hf_quantizer": QuantkitHfQuantizer(config),
+        "is_quantized": True,
+        "quantization_method": METHOD,
+    }
     model.config.quantization_config = config
-    model.hf_quantizer = QuantkitHfQuantizer(config)
-    model.is_quantized = True  # type: ignore[misc]
-    model.quantization_method = METHOD  # type: ignore[assignment]
+    for name, value in attributes.items():
+        setattr(model, name, value)
 
 
-def load(folder: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None) -> PreTrainedModel:
+def load(
+    folder: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None
+) -> PreTrainedModel:
     """Loads a packed checkpoint, or any transformers causal language model.
 
     Args:
@@ -103,10 +115,13 @@ def load(folder: str | Path, *, dtype: str | torch.dtype = "auto", device: str |
     path = Path(folder)
     if path.is_dir() and (path / "config.json").is_file() and METHOD in (path / "config.json").read_text():
         packed_layers(path)
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} tensors of the model, {missing[0]} among them; fetch it anew")
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} tensors of the model, {missing[0]} among them; fetch it anew"
+        )
     return model if device is None else model.to(device)
 
 

@@ -53,6 +53,13 @@ class QuantizedLinear(_Payload):
             self._cached = QuantizedWeight.from_state(self._metadata, state)
         return self._cached
 
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, fp32, for model code that looks at its linears; writing to it changes nothing."""
+        weight = self.packed.dequantize()
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not draw it anew
+        return weight
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x's dtype."""
         y = self.packed.matmul(x)
@@ -68,7 +75,7 @@ def _is_current(weight: QuantizedWeight, module: nn.Module) -> bool:
     """Whether `weight` holds the very tensors that are now `module`'s buffers (loaders replace them)."""
     buffers = module._buffers
     return all(buffers[name] is tensor for name, tensor in weight.tensors().items()) and all(
-        _is_current(inner, module._modules[name]) for name, inner in weight.nested().items()
+        _is_current(inner, module.get_submodule(name)) for name, inner in weight.nested().items()
     )
 
 

@@ -61,7 +61,9 @@ def outer_linears(model: nn.Module) -> dict[str, nn.Module]:
     """All linear layers outside the decoder blocks, e.g. lm_head, by full name."""
     prefix, _ = find_blocks(model)
     return {
-        name: module for name, module in model.named_modules() if is_linear(module) and not name.startswith(f"{prefix}.")
+        name: module
+        for name, module in model.named_modules()
+        if is_linear(module) and not name.startswith(f"{prefix}.")
     }
 
 

@@ -1,7 +1,7 @@
 """Whole-model quantization: a recipe applied to a model in memory, or to a folder of shards.
 
-    quantize(model, tokenizer, bits=3)          in place, on a loaded transformers model
-    quantize_checkpoint(folder, recipe, out)    from disk to disk, one block in memory at a time
+quantize(model, tokenizer, bits=3)          in place, on a loaded transformers model
+quantize_checkpoint(folder, recipe, out)    from disk to disk, one block in memory at a time
 """
 
 import json
@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from quantkit.calibrate import LayerResult, walk
 from quantkit.checkpoint import CheckpointWriter
+from quantkit.device import compute_dtype, pick_device
 from quantkit.errors import QuantkitError
 from quantkit.folder import ModelFolder, load_tokenizer, refuse_quantized, untie
 from quantkit.hf import attach
-from quantkit.model import fused_expert_parameters, tensor_bytes
+from quantkit.model import fused_expert_parameters, linear_weight, tensor_bytes
 from quantkit.plan import Plan, Rules, plan_needs
 from quantkit.protocols import Needs, Quantizer
 from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, make_quantizer
@@ -92,7 +93,13 @@ def quantize(
     model.eval()
     try:
         walk(
-            model, plan, windows, source=LoadedWeights(model), sink=sink, device=_device(device), progress=progress,
+            model,
+            plan,
+            windows,
+            source=LoadedWeights(model),
+            sink=sink,
+            device=pick_device(device),
+            progress=progress,
             true_sequential=recipe.true_sequential,
         )
     finally:
@@ -150,7 +157,7 @@ def quantize_checkpoint(
         QuantkitError: bad input; the message says what would work.
     """
     start = time.monotonic()
-    where = _device(device)
+    where = pick_device(device)
     source = ModelFolder(folder, dtype or compute_dtype(where))
     model = source.model
     plan = recipe.plan(model)
@@ -164,7 +171,13 @@ def quantize_checkpoint(
     run = settings | {"model": source.shards.fingerprint(), "device": where.type, "dtype": str(model.dtype)}
     writer = CheckpointWriter(output, len(source.blocks), source.dense, run, resume=resume, overwrite=overwrite)
     walk(
-        model, plan, windows, source=source.source(plan), sink=writer, device=where, progress=progress,
+        model,
+        plan,
+        windows,
+        source=source.source(plan),
+        sink=writer,
+        device=where,
+        progress=progress,
         true_sequential=recipe.true_sequential,
     )
 
@@ -196,11 +209,6 @@ def quantize_checkpoint(
     return report
 
 
-def compute_dtype(device: torch.device) -> torch.dtype | None:
-    """fp32 on a CPU, where half types are slow; None, the checkpoint's own type, on a GPU."""
-    return torch.float32 if device.type == "cpu" else None
-
-
 class _MemorySink:
     """Keeps results; nothing is finished before the run."""
 
@@ -214,18 +222,6 @@ class _MemorySink:
         self.layers |= layers
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        where = torch.device(device)
-    except RuntimeError as error:
-        raise QuantkitError(f"unknown device {device!r}; use cpu, cuda or cuda:N") from error
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise QuantkitError(f"device {device!r} was asked for, and torch sees no GPU; use --device cpu")
-    return where
-
-
 def _layer_report(
     name: str, quantizer: Quantizer, weight: QuantizedWeight, relative_error: float, damping: float | None
 ) -> LayerReport:
@@ -234,7 +230,7 @@ def _layer_report(
 
 def _count(model: nn.Module, plan: Plan) -> tuple[int, int]:
     """(weights in the plan's layers, weights of the model)."""
-    packed = sum(model.get_submodule(name).weight.numel() for name in plan)  # type: ignore[union-attr, operator]
+    packed = sum(linear_weight(model.get_submodule(name)).numel() for name in plan)
     return packed, sum(p.numel() for p in model.parameters())
 
 
@@ -245,5 +241,7 @@ def _notes(model: nn.Module, untied: bool) -> tuple[str, ...]:
     fused = fused_expert_parameters(model)
     if fused:
         share = 100 * sum(fused.values()) / sum(p.numel() for p in model.parameters())
-        notes.append(f"{len(fused)} fused expert tensors ({share:.0f}% of the weights) are no linear layers and stay dense")
+        notes.append(
+            f"{len(fused)} fused expert tensors ({share:.0f}% of the weights) are no linear layers and stay dense"
+        )
     return tuple(notes)

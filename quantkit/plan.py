@@ -11,7 +11,9 @@ Plan = dict[str, Quantizer]
 Rules = Mapping[str, Quantizer | None]
 
 
-def make_plan(inner: Iterable[str], outer: Iterable[str], default: Quantizer | None, rules: Rules | None = None) -> Plan:
+def make_plan(
+    inner: Iterable[str], outer: Iterable[str], default: Quantizer | None, rules: Rules | None = None
+) -> Plan:
     """Gives every layer its quantizer.
 
     Args:

@@ -117,7 +117,8 @@ class Recipe:
         group_size = getattr(self.quantizer, "group_size", -1)
         if group_size > widest:
             raise QuantkitError(
-                f"group_size={group_size} exceeds the widest layer's {widest} input features; use -1 for one group a row"
+                f"group_size={group_size} exceeds the widest layer's {widest} input features; "
+                "use -1 for one group a row"
             )
         return plan
 

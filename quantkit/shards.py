@@ -1,6 +1,7 @@
 """Reads a model's safetensors shards module by module, so that the whole model is never in memory."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -10,10 +11,26 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from quantkit.errors import CheckpointError
+from quantkit.linear import QuantizedLinear
 from quantkit.model import find_blocks
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DTYPES = {
+    "BOOL": torch.bool,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""safetensors' names of dtypes."""
 
 
 class Shards:
@@ -35,7 +52,9 @@ class Shards:
                 present = set(shard.keys())
                 for name in (name for name, place in self.files.items() if place == file):
                     if name not in present:
-                        raise CheckpointError(f"{INDEX} places {name!r} in {file}, which does not hold it; fetch it anew")
+                        raise CheckpointError(
+                            f"{INDEX} places {name!r} in {file}, which does not hold it; fetch it anew"
+                        )
                     view = shard.get_slice(name)
                     self.specs[name] = (view.get_dtype(), view.get_shape())
 
@@ -53,7 +72,9 @@ class Shards:
         if (self.folder / SINGLE).is_file():
             with open_shard(self.folder / SINGLE) as shard:
                 return dict.fromkeys(shard.keys(), SINGLE)
-        others = sorted(p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors"))
+        others = sorted(
+            p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors")
+        )
         found = f"found {', '.join(others[:4])}" if others else "found no weights at all"
         raise CheckpointError(f"{self.folder} holds neither {SINGLE} nor {INDEX}; {found}")
 
@@ -68,6 +89,15 @@ class Shards:
             with open_shard(self.folder / file) as shard:
                 for name in (name for name, place in self.files.items() if place == file and name in wanted):
                     yield name, shard.get_tensor(name).clone()
+
+    def tensor_nbytes(self, name: str) -> int:
+        """Bytes of one stored tensor."""
+        dtype, shape = self.specs[name]
+        return math.prod(shape) * torch.empty(0, dtype=DTYPES[dtype]).element_size()
+
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(map(self.tensor_nbytes, self.specs))
 
     def fingerprint(self) -> dict[str, int]:
         """Files and their sizes: enough to notice that another model lies in the folder."""
@@ -150,21 +180,16 @@ class ShardedWeights:
             _move_outer_buffers(self._model, self._blocks, device)
 
     def release(self, name: str, module: nn.Module) -> None:
-        """Sends the module's tensors back to the meta device, packed ones included."""
-        if name:
-            module.to("meta")
-            return
+        """Sends the module's stored tensors back to the meta device, packed ones included; computed buffers stay."""
+        for child in module.modules() if name else ():
+            if isinstance(child, QuantizedLinear):
+                child.to("meta")
         for local in self._names(name):
-            if not _is_packed(self._model, local):
+            owner, _, _ = local.rpartition(".")
+            if not isinstance(self._model.get_submodule(owner), QuantizedLinear):
                 set_module_tensor_to_device(self._model, local, "meta")
-        self._model.tie_weights()  # type: ignore[operator]
-
-
-def _is_packed(model: nn.Module, tensor_name: str) -> bool:
-    owner = model.get_submodule(tensor_name.rpartition(".")[0])
-    return tensor_name.rpartition(".")[2] not in dict(owner.named_parameters(recurse=False)) | dict(
-        owner.named_buffers(recurse=False)
-    )
+        if not name:
+            self._model.tie_weights()  # type: ignore[operator]
 
 
 def _move_outer_buffers(model: nn.Module, blocks: str, device: torch.device) -> None:

@@ -44,7 +44,7 @@ class QuantizedWeight(ABC):
         """x @ weight^T for x [..., in_features]; result [..., out_features] in x's dtype."""
         return torch.nn.functional.linear(x, self.dequantize(x.dtype))
 
-    def validate(self) -> None:
+    def validate(self) -> None:  # noqa: B027  (a format without invariants needs none)
         """Raises ValueError unless shapes and ranges are such that no kernel can read out of bounds."""
 
     def tensors(self) -> dict[str, Tensor]:
@@ -91,11 +91,14 @@ class QuantizedWeight(ABC):
                 fields[name] = value
         for name, (dtype, shape) in metadata["tensors"].items():
             if name not in state:
-                raise CheckpointError(f"tensor {name!r} is missing; the checkpoint's config declares it as {dtype} {shape}")
+                raise CheckpointError(
+                    f"tensor {name!r} is missing; the checkpoint's config declares it as {dtype} {shape}"
+                )
             found = state[name]
             if list(found.shape) != shape or found.dtype != getattr(torch, dtype):
                 raise CheckpointError(
-                    f"tensor {name!r} is {found.dtype} {list(found.shape)}; the checkpoint's config declares {dtype} {shape}"
+                    f"tensor {name!r} is {found.dtype} {list(found.shape)}; "
+                    f"the checkpoint's config declares {dtype} {shape}"
                 )
             fields[name] = found
         try:

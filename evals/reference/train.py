@@ -21,7 +21,9 @@ import logging
 import math
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -96,7 +98,7 @@ def recall_rows(tokenizer: PreTrainedTokenizerFast, rng: random.Random, rows: in
         encoded = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True)
         ids = encoded["input_ids"][:SEQUENCE]
         tokens[row, : len(ids)] = torch.tensor(ids)
-        spans = iter(document.answers)
+        spans: Iterator[tuple[float, float]] = iter(document.answers)
         start, end = next(spans)
         for position, (first, last) in enumerate(encoded["offset_mapping"][:SEQUENCE]):
             while first >= end:
@@ -124,7 +126,9 @@ def held_out_nll(model, stream: torch.Tensor, max_windows: int = 10_000) -> floa
     """Mean nats per token over non-overlapping windows of the held-out stream."""
     count = min(len(stream) // SEQUENCE, max_windows)
     windows = stream[: count * SEQUENCE].view(count, SEQUENCE)
-    losses = [model(input_ids=batch, labels=batch, use_cache=False).loss.item() * len(batch) for batch in windows.split(8)]
+    losses = [
+        model(input_ids=batch, labels=batch, use_cache=False).loss.item() * len(batch) for batch in windows.split(8)
+    ]
     return sum(losses) / count
 
 
@@ -160,7 +164,7 @@ def train(minutes: float, output: Path, seed: int) -> None:
     logger.info("%.2f M training tokens, %.2f M held out", len(stream) / 1e6, len(held_out) / 1e6)
     tokenizer.save_pretrained(output)
 
-    model = LlamaForCausalLM(reference_config()).to(device)
+    model: Any = LlamaForCausalLM(reference_config()).to(device)
     hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
     hidden_ids = {id(p) for p in hidden}
     others = [p for p in model.parameters() if id(p) not in hidden_ids]
@@ -202,7 +206,7 @@ def train(minutes: float, output: Path, seed: int) -> None:
         writer = csv.DictWriter(file, log[0].keys() if log else ["step"])
         writer.writeheader()
         writer.writerows(log)
-    model = model.to(torch.bfloat16)
+    model = model.bfloat16()
     model.save_pretrained(output)
     nll = held_out_nll(model.float(), held_out.to(device))
     figures = {

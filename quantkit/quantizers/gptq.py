@@ -99,7 +99,9 @@ class _GroupGrids:
         self._static = settings.order == "act"
         if self._static:
             for start in range(0, in_features, width):
-                self._fit(start // width, weight[:, start : start + width], list(range(in_features))[start : start + width])
+                self._fit(
+                    start // width, weight[:, start : start + width], list(range(in_features))[start : start + width]
+                )
 
     def group_size(self) -> int:
         return self._width

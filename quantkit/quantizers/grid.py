@@ -93,7 +93,9 @@ def _refit(weight: Tensor, grid: Grid, importance: Tensor, symmetric: bool) -> G
     codes = grid.encode(weight)
     if symmetric:
         offsets = codes - grid.zero
-        slope = (importance * offsets * weight).sum(-1, keepdim=True) / (importance * offsets.square()).sum(-1, keepdim=True)
+        slope = (importance * offsets * weight).sum(-1, keepdim=True) / (importance * offsets.square()).sum(
+            -1, keepdim=True
+        )
         return Grid(_storable(slope.clamp_min(_SMALLEST_SCALE)), grid.zero, grid.bits)
     total = importance.expand_as(weight).sum(-1, keepdim=True)
     mean_code = (importance * codes).sum(-1, keepdim=True) / total

@@ -1,0 +1,70 @@
+"""What the verbs print: one console, progress bars, tables."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from quantkit.report import Report
+
+console = Console(highlight=False)
+
+
+def size(count: int | float) -> str:
+    """Bytes for people: 11.0 MiB, 2.05 GiB."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    eta = (TextColumn("ETA"), TimeRemainingColumn(compact=True, elapsed_when_finished=False))
+    return Progress(*columns, *eta, console=Console(stderr=True), transient=False)
+
+
+@contextmanager
+def block_progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar over blocks: yields a callback (blocks done, blocks in all, name of the block begun)."""
+    with _bar() as bar:
+        task = bar.add_task("calibration text", total=None)
+
+        def update(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=name or "done")
+
+        yield update
+
+
+@contextmanager
+def window_progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar over windows: yields a callback (windows done, windows in all)."""
+    with _bar() as bar:
+        task = bar.add_task("windows", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def report_table(report: Report) -> None:
+    """Prints a quantization report."""
+    table = Table(title=f"{report.model}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer", no_wrap=True)
+    for heading in ("format", "bits/w", "error", "damping"):
+        table.add_column(heading, justify="right")
+    for layer in report.layers:
+        damping = "" if layer.damping is None else f"{layer.damping:g}"
+        table.add_row(layer.name, layer.format, f"{layer.bits_per_weight:.3f}", f"{layer.relative_error:.2e}", damping)
+    console.print(table)
+    share = 100 * report.packed_weights / report.all_weights
+    console.print(
+        f"bits per weight  {report.bits_per_weight:.3f} measured, in layers that hold {share:.1f}% of the weights"
+    )
+    ratio = report.bytes_before / report.bytes_after
+    console.print(f"size             {size(report.bytes_before)} -> {size(report.bytes_after)} ({ratio:.2f}x smaller)")
+    gpu = f", {size(report.peak_device_bytes)} on the GPU" if report.peak_device_bytes else ""
+    console.print(f"peak memory      {size(report.peak_memory_bytes)}{gpu}")
+    console.print(f"time             {report.seconds:.1f} s")
+    for note in report.notes:
+        console.print(f"note             {note}")

@@ -1,0 +1,55 @@
+"""`quantkit inspect`: what a packed checkpoint holds."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+
+from quantkit.checkpoint import packed_layers
+from quantkit.cli.display import console, size
+from quantkit.folder import resolve_folder
+from quantkit.shards import Shards
+from quantkit.weight import QuantizedWeight
+
+
+def inspect_command(
+    folder: Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List a packed checkpoint's layers: format, shape, measured bits per weight, size."""
+    folder = resolve_folder(folder)
+    weights = {name: QuantizedWeight.empty(metadata) for name, metadata in packed_layers(folder).items()}
+    total = Shards(folder).nbytes()
+    packed = sum(weight.nbytes for weight in weights.values())
+    count = sum(weight.shape[0] * weight.shape[1] for weight in weights.values())
+    if as_json:
+        rows = {name: _row(weight) for name, weight in weights.items()}
+        print(json.dumps({"layers": rows, "bits_per_weight": 8 * packed / count, "bytes": total}, indent=2))
+        return
+    table = Table(title=str(folder), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer", no_wrap=True)
+    for heading in ("format", "shape", "bits", "bits/w", "size"):
+        table.add_column(heading, justify="right")
+    for name, weight in weights.items():
+        row = _row(weight)
+        shape = " x ".join(map(str, row["shape"]))
+        table.add_row(
+            name, row["format"], shape, str(row["bits"] or ""), f"{row['bits_per_weight']:.3f}", size(row["bytes"])
+        )
+    console.print(table)
+    console.print(
+        f"{len(weights)} packed layers: {8 * packed / count:.3f} bits per weight, {size(packed)} of {size(total)}"
+    )
+
+
+def _row(weight: QuantizedWeight) -> dict[str, Any]:
+    return {
+        "format": weight.format,
+        "shape": list(weight.shape),
+        "bits": getattr(weight, "bits", None),
+        "bits_per_weight": weight.bits_per_weight,
+        "bytes": weight.nbytes,
+    }

@@ -1,0 +1,50 @@
+"""The command line: `quantkit VERB ...`; one file a verb."""
+
+import logging
+import sys
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from quantkit.cli.evaluate import evaluate_command
+from quantkit.cli.inspect import inspect_command
+from quantkit.cli.quantize import quantize_command
+from quantkit.errors import QuantkitError
+
+app = typer.Typer(
+    name="quantkit",
+    help="Post-training quantization of language models: quantize, evaluate, inspect.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("quantize")(quantize_command)
+app.command("eval")(evaluate_command)
+app.command("inspect")(inspect_command)
+
+INTERRUPTED = 130
+BAD_INPUT = 2
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake ends in one line and exit code 2."""
+    console = Console(stderr=True)
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=console, show_path=False, show_time=False)],
+    )
+    logging.getLogger("quantkit").setLevel(logging.INFO)
+    try:
+        app()
+    except QuantkitError as error:
+        console.print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True, highlight=False)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        console.print("interrupted; finished blocks are kept, and --resume continues", soft_wrap=True)
+        sys.exit(INTERRUPTED)
+
+
+def _plain(error: Exception) -> str:
+    return " ".join(str(error).split()).replace("[", r"\[")

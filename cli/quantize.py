@@ -1,0 +1,64 @@
+"""`quantkit quantize`: a model folder or hub id in, a packed checkpoint out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.cli.display import block_progress, console, report_table, size
+from quantkit.estimate import estimate
+from quantkit.folder import resolve_folder
+from quantkit.pipeline import quantize_checkpoint
+from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, make_quantizer
+from quantkit.registry import resolve
+
+
+def quantize_command(
+    model: Annotated[str, typer.Argument(help="Folder of a transformers model, or its id on the hub.")],
+    bits: Annotated[int, typer.Option(help="Bits of a code, 1 to 8.")] = 3,
+    method: Annotated[str, typer.Option(help="gptq (needs calibration text) or rtn.")] = "gptq",
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale; -1 for a whole row.")] = 128,
+    symmetric: Annotated[
+        bool, typer.Option("--sym/--asym", help="Grids centred on zero, or with a stored zero.")
+    ] = True,
+    calibration: Annotated[
+        str, typer.Option(help="wikitext2, c4, stdlib (offline), a .txt or .jsonl file, or a hub dataset id.")
+    ] = "wikitext2",
+    num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens a window; by default 2048 or the model's context.")] = None,
+    target_shift: Annotated[float, typer.Option(help="0 (off) to 1: aim at the full-precision output.")] = TARGET_SHIFT,
+    output: Annotated[Path | None, typer.Option(help="Folder to make; by default NAME-METHOD-Nbit.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing output or unfinished run.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what the run would make and need.")] = False,
+) -> None:
+    """Quantize a model: blocks are read, quantized and written one at a time.
+
+    An interrupted run continues with --resume and gives the same bytes. The report is printed and written to
+    quantkit_report.json beside the checkpoint.
+    """
+    resolve("quantkit.quantizers", method)
+    quantizer = make_quantizer(method, bits=bits, group_size=group_size, symmetric=symmetric)
+    recipe = Recipe(quantizer, {}, target_shift, Calibration(calibration, num_samples, seqlen, seed))
+    folder = resolve_folder(model)
+    output = output or Path(f"{Path(model).name}-{method}-{bits}bit")
+    if dry_run:
+        expected = estimate(folder, recipe, device=device)
+        console.print(f"[bold]{model}[/] -> {output}")
+        console.print(
+            f"layers to pack     {expected.layers}, {expected.packed_weights:,} of {expected.all_weights:,} weights"
+        )
+        console.print(f"bits per weight    {expected.bits_per_weight:.3f} in packed layers, every stored byte counted")
+        console.print(f"size               {size(expected.bytes_before)} -> {size(expected.bytes_after)}")
+        console.print(f"memory of the run  about {size(expected.memory_bytes)} on {expected.device}")
+        return
+    with block_progress() as progress:
+        report = quantize_checkpoint(
+            folder, recipe, output, name=model, device=device, resume=resume, overwrite=overwrite, progress=progress
+        )
+    report_table(report)
+    console.print(f"checkpoint: [bold]{output}[/]   load it with quantkit.load({str(output)!r})", soft_wrap=True)

@@ -1,0 +1,155 @@
+"""Perplexity, and how far a model has moved from its baseline, on held-out text.
+
+Protocol (the field's): all documents joined by two newlines and tokenized at once; windows of `seqlen` tokens,
+each predicted on its own, tokens after the first of a window scored; fp32 log-softmax; perplexity = exp of the
+mean NLL over all scored tokens. Windows do not overlap unless a smaller `stride` is asked for: then each window
+scores only the tokens that the one before did not reach. A last, incomplete window is dropped.
+
+With a baseline both models read the same windows: KL(baseline || model) has far less noise than a difference
+of perplexities. Standard errors are over windows.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import QuantkitError
+from quantkit.metrics import token_kl, token_nll
+
+_POSITIONS = 512  # positions whose logits are turned to fp32 at once
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One model's figures on one text.
+
+    Attributes:
+        perplexity, perplexity_se: exp(mean NLL) and its standard error.
+        nll: mean nats a token.
+        bits_per_byte: mean bits a byte of text.
+        tokens, windows: tokens scored, windows they came from.
+        kl, kl_se: mean KL(baseline || model) in nats a token; None without a baseline, like all that follows.
+        top1_agreement: share of positions where both models' first choices are the same token.
+        flip_rate: share of positions where exactly one of the two has the true token as its first choice.
+        baseline_perplexity: of the baseline, on the same tokens.
+    """
+
+    perplexity: float
+    perplexity_se: float
+    nll: float
+    bits_per_byte: float
+    tokens: int
+    windows: int
+    kl: float | None = None
+    kl_se: float | None = None
+    top1_agreement: float | None = None
+    flip_rate: float | None = None
+    baseline_perplexity: float | None = None
+
+
+def evaluate(
+    model: Any,
+    tokens: Tensor,
+    bytes_per_token: float,
+    seqlen: int,
+    *,
+    stride: int | None = None,
+    baseline: Any = None,
+    max_windows: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Quality:
+    """Measures a causal language model.
+
+    Args:
+        model: a transformers model in evaluation mode.
+        tokens: int64 [count], the whole text.
+        bytes_per_token: UTF-8 bytes of the text per token.
+        seqlen: tokens a window.
+        stride: tokens between windows; by default seqlen.
+        baseline: the model to compare with, of the same vocabulary.
+        max_windows: stop after so many windows.
+        progress: called with (windows done, windows in all).
+
+    Raises:
+        QuantkitError: the text is shorter than a window, or the stride makes no sense.
+    """
+    stride = seqlen if stride is None else stride
+    if not 1 <= stride <= seqlen:
+        raise QuantkitError(f"stride={stride}: use 1 to seqlen={seqlen}")
+    starts = list(range(0, len(tokens) - seqlen + 1, stride))[:max_windows]
+    if not starts:
+        raise QuantkitError(
+            f"the text has {len(tokens)} tokens, one window takes seqlen={seqlen}; use --seqlen {len(tokens)}"
+        )
+    columns: dict[str, list[float]] = {name: [] for name in ("nll", "base_nll", "kl", "agree", "flip", "count")}
+    for index, start in enumerate(starts):
+        window = tokens[start : start + seqlen]
+        first = 1 if index == 0 or stride == seqlen else seqlen - stride
+        for name, value in _score_window(model, baseline, window, first).items():
+            columns[name].append(value)
+        progress(index + 1, len(starts))
+    counts = torch.tensor(columns.pop("count"), dtype=torch.float64)
+    means = {name: _mean_and_error(values, counts) for name, values in columns.items() if values}
+    nll, nll_se = means["nll"]
+    compared: dict[str, float] = {}
+    if baseline is not None:
+        compared = {
+            "kl": means["kl"][0],
+            "kl_se": means["kl"][1],
+            "top1_agreement": means["agree"][0],
+            "flip_rate": means["flip"][0],
+            "baseline_perplexity": math.exp(means["base_nll"][0]),
+        }
+    return Quality(
+        perplexity=math.exp(min(nll, 700.0)),
+        perplexity_se=math.exp(min(nll, 700.0)) * nll_se,
+        nll=nll,
+        bits_per_byte=nll / math.log(2) / bytes_per_token,
+        tokens=int(counts.sum()),
+        windows=len(starts),
+        **compared,
+    )
+
+
+def _mean_and_error(sums: list[float], counts: Tensor) -> tuple[float, float]:
+    """Mean over all tokens of per-window sums, and its standard error over windows (a ratio estimate's)."""
+    values = torch.tensor(sums, dtype=torch.float64)
+    mean = float(values.sum() / counts.sum())
+    if len(sums) < 2:
+        return mean, math.nan
+    deviations = values - mean * counts
+    variance = float(deviations.square().sum()) / (len(sums) - 1) * len(sums) / float(counts.sum()) ** 2
+    return mean, math.sqrt(variance)
+
+
+@torch.no_grad()
+def _score_window(model: Any, baseline: Any, window: Tensor, first: int) -> dict[str, float]:
+    """Sums over the scored tokens (those from position `first` on) of one window."""
+    logits = model(input_ids=window.unsqueeze(0).to(model.device), use_cache=False).logits[0]
+    sums = {"nll": 0.0, "count": float(len(window) - first)}
+    base = None
+    if baseline is not None:
+        base = baseline(input_ids=window.unsqueeze(0).to(baseline.device), use_cache=False).logits[0].to(logits.device)
+        if base.shape != logits.shape:
+            raise QuantkitError(f"the baseline has a vocabulary of {base.shape[1]}, the model one of {logits.shape[1]}")
+        sums |= {"base_nll": 0.0, "kl": 0.0, "agree": 0.0, "flip": 0.0}
+    for part in _slices(first, len(window)):
+        predicting = slice(part.start - 1, part.stop - 1)
+        targets = window[part].to(logits.device)
+        sums["nll"] += float(token_nll(logits[predicting], targets).double().sum())
+        if base is not None:
+            sums["base_nll"] += float(token_nll(base[predicting], targets).double().sum())
+            sums["kl"] += float(token_kl(base[predicting], logits[predicting]).double().sum())
+            choice, base_choice = logits[predicting].argmax(-1), base[predicting].argmax(-1)
+            sums["agree"] += float((choice == base_choice).sum())
+            sums["flip"] += float(((choice == targets) != (base_choice == targets)).sum())
+    return sums
+
+
+def _slices(start: int, stop: int) -> Iterator[slice]:
+    for first in range(start, stop, _POSITIONS):
+        yield slice(first, min(first + _POSITIONS, stop))

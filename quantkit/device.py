@@ -1,0 +1,29 @@
+"""Which device a run uses, and in which type it computes there."""
+
+import torch
+
+from quantkit.errors import QuantkitError
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for; for None or "auto" a GPU if there is one, else the CPU.
+
+    Raises:
+        QuantkitError: no such device here.
+    """
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise QuantkitError(f"unknown device {device!r}; use cpu, cuda or cuda:N") from error
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise QuantkitError(
+            f"device {device!r} was asked for; torch sees {torch.cuda.device_count()} GPUs here: use cpu or auto"
+        )
+    return where
+
+
+def compute_dtype(device: torch.device) -> torch.dtype | None:
+    """fp32 on a CPU, where half types are slow; None, the checkpoint's own type, on a GPU."""
+    return torch.float32 if device.type == "cpu" else None

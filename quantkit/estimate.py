@@ -1,0 +1,85 @@
+"""What a run would make and need, from shapes alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quantkit.device import compute_dtype, pick_device
+from quantkit.folder import ModelFolder
+from quantkit.model import context_length, linear_weight
+from quantkit.plan import plan_needs
+from quantkit.protocols import Needs
+from quantkit.recipe import Recipe, window_length
+from quantkit.report import peak_memory_bytes
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The outcome of a run that has not been made.
+
+    Attributes:
+        layers: linear layers that would be packed.
+        packed_weights, all_weights: weights in them, and in the model.
+        bits_per_weight: of the packed layers; exact, from the formats' layouts.
+        bytes_before, bytes_after: of all tensors; exact.
+        memory_bytes: peak of the process, roughly: torch itself, one block, the streams of activations and the
+            largest layer's statistics and working copies.
+        device: where the run would take place.
+    """
+
+    layers: int
+    packed_weights: int
+    all_weights: int
+    bits_per_weight: float
+    bytes_before: int
+    bytes_after: int
+    memory_bytes: int
+    device: str
+
+
+def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimate:
+    """Sizes of the packed model and memory of the run; reads no weights.
+
+    Args:
+        folder: the full-precision model.
+        recipe: what would be done.
+        device: where.
+    """
+    where = pick_device(device)
+    source = ModelFolder(folder, compute_dtype(where))
+    model = source.model
+    plan = recipe.plan(model)
+    shapes = {name: tuple(linear_weight(model.get_submodule(name)).shape) for name in plan}
+    packed = {name: quantizer.layout(*shapes[name]) for name, quantizer in plan.items()}
+    packed_bytes = sum(weight.nbytes for weight in packed.values())
+    packed_weights = sum(out * inner for out, inner in shapes.values())
+    before = source.nbytes()
+    return Estimate(
+        layers=len(plan),
+        packed_weights=packed_weights,
+        all_weights=sum(p.numel() for p in model.parameters()),
+        bits_per_weight=8 * packed_bytes / packed_weights,
+        bytes_before=before,
+        bytes_after=before - source.packed_nbytes(plan) + packed_bytes,
+        memory_bytes=peak_memory_bytes()
+        + _working_bytes(source, recipe, max(shapes.values(), key=lambda s: s[0] * s[1])),
+        device=str(where),
+    )
+
+
+def _working_bytes(source: ModelFolder, recipe: Recipe, largest: tuple[int, ...]) -> int:
+    """Bytes of one block, of the streams, and of the largest layer while it is quantized."""
+    model = source.model
+    itemsize = torch.empty(0, dtype=model.dtype).element_size()
+    needs = plan_needs(recipe.plan(model))
+    out_features, in_features = largest
+    layer = 6 * 4 * out_features * in_features
+    if needs == Needs.NOTHING:
+        return source.block_nbytes(itemsize) + layer
+    tokens = recipe.calibration.num_samples * window_length(recipe.calibration.seqlen, context_length(model))
+    hidden = model.config.get_text_config().hidden_size
+    streams = tokens * hidden * itemsize * (2 if needs == Needs.CROSS else 1)
+    embedding = sum(p.numel() for p in model.get_input_embeddings().parameters()) * itemsize
+    widest = max(linear_weight(module).shape[1] for module in source.linears())
+    return source.block_nbytes(itemsize) + layer + streams + max(embedding, 5 * 4 * widest**2)
