@@ -1,5 +1,7 @@
 """Reads a model's safetensors shards module by module, so that the whole model is never in memory."""
 
+import contextlib
+import ctypes
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -190,6 +192,13 @@ class ShardedWeights:
                 set_module_tensor_to_device(self._model, local, "meta")
         if not name:
             self._model.tie_weights()  # type: ignore[operator]
+        _return_freed_memory()
+
+
+def _return_freed_memory() -> None:
+    """Gives freed heap pages back to the system; glibc would keep them, and the process would grow block by block."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _move_outer_buffers(model: nn.Module, blocks: str, device: torch.device) -> None:

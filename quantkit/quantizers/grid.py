@@ -2,9 +2,13 @@
 
 A grid starts at the range of its weights and is then searched: a shrinking range trades the rounding
 of many weights against the clipping of few, and each candidate's scale (and zero) are re-fitted to its
-codes by least squares. The error may be weighted by a positive importance per weight, such as the
-diagonal of the Hessian. Scales and zeros are rounded to fp16 before any code is taken, so the codes
-belong to the very grid that is stored.
+codes by least squares. With i the importance of a weight (the diagonal of the Hessian, say) and c its
+code, the best scale and zero for given codes, and the error that they leave, follow from five sums:
+
+    sum i,  sum i c,  sum i c^2,  sum i c w,  sum i w        error = sum i (w - s (c - z))^2
+
+so a candidate costs one rounding and its sums. Scales and zeros are rounded to fp16 before any code is
+taken, so the codes belong to the very grid that is stored.
 """
 
 from dataclasses import dataclass
@@ -14,8 +18,7 @@ from torch import Tensor
 
 from quantkit.formats.int_group import IntGroupWeight
 
-_SHRINKS = (1.0, 0.92, 0.85, 0.78, 0.7, 0.62, 0.54, 0.46)
-_REFITS = 2
+_SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.69, 0.62, 0.55, 0.48, 0.41)
 _SMALLEST_SCALE = 2.0**-14  # the smallest normal fp16: anything below loses its precision
 
 
@@ -35,7 +38,7 @@ class Grid:
 
     def encode(self, weight: Tensor) -> Tensor:
         """Nearest codes, as floats."""
-        return (weight / self.scale + self.zero).round_().clamp_(0, 2**self.bits - 1)
+        return torch.addcdiv(self.zero, weight, self.scale).round_().clamp_(0, 2**self.bits - 1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """The weights that codes stand for."""
@@ -60,17 +63,52 @@ def fit_grid(weight: Tensor, bits: int, symmetric: bool, search: bool, importanc
     best = _grid(low, high, bits, symmetric)
     if not search:
         return best
-    importance = torch.ones_like(weight[..., :1]) if importance is None else importance
-    best_error = _error(weight, best, importance)
+    fit = _Fit(weight, importance, symmetric)
+    best_error = torch.full_like(best.scale, torch.inf)
     for shrink in _SHRINKS:
-        grid = _grid(low * shrink, high * shrink, bits, symmetric)
-        for _ in range(_REFITS + 1):
-            error = _error(weight, grid, importance)
-            better = error < best_error
-            best = Grid(torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero), bits)
-            best_error = torch.where(better, error, best_error)
-            grid = _refit(weight, grid, importance, symmetric)
-    return best
+        grid, error = fit.refit(_grid(low * shrink, high * shrink, bits, symmetric))
+        best, best_error = _better(grid, error, best, best_error)
+    return _better(*fit.refit(best), best, best_error)[0]
+
+
+class _Fit:
+    """Least squares for the grids of one set of weights."""
+
+    def __init__(self, weight: Tensor, importance: Tensor | None, symmetric: bool) -> None:
+        self._weight, self._symmetric = weight, symmetric
+        self._importance = torch.ones_like(weight[..., :1]) if importance is None else importance
+        self._weighted = weight if importance is None else weight * importance
+        self._total = self._importance.expand_as(weight).sum(-1, keepdim=True)
+        self._sum_w = self._weighted.sum(-1, keepdim=True)
+        self._sum_ww = (self._weighted * weight).sum(-1, keepdim=True)
+
+    def refit(self, grid: Grid) -> tuple[Grid, Tensor]:
+        """The best storable grid for the codes that `grid` gives, and its error with those codes."""
+        codes = grid.encode(self._weight)
+        sum_cw = (codes * self._weighted).sum(-1, keepdim=True)
+        weighted_codes = codes * self._importance
+        sum_c = weighted_codes.sum(-1, keepdim=True)
+        sum_cc = codes.mul_(weighted_codes).sum(-1, keepdim=True)
+        total, sum_w, zero = self._total, self._sum_w, grid.zero
+        if self._symmetric:
+            slope = (sum_cw - zero * sum_w) / (sum_cc - 2 * zero * sum_c + zero.square() * total)
+            scale = torch.where(slope >= _SMALLEST_SCALE, _storable(slope), grid.scale)
+        else:
+            spread = sum_cc - sum_c.square() / total
+            slope = (sum_cw - sum_c * sum_w / total) / spread.clamp_min(1e-30)
+            scale = torch.where(slope >= _SMALLEST_SCALE, _storable(slope), grid.scale)
+            zero = _storable((sum_c - sum_w / scale) / total)
+        sum_uw = sum_cw - zero * sum_w
+        sum_uu = sum_cc - 2 * zero * sum_c + zero.square() * total
+        error = self._sum_ww - 2 * scale * sum_uw + scale.square() * sum_uu
+        return Grid(scale, zero, grid.bits), error
+
+
+def _better(grid: Grid, error: Tensor, best: Grid, best_error: Tensor) -> tuple[Grid, Tensor]:
+    """Element-wise the grid with the smaller error."""
+    better = error < best_error
+    scale, zero = torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero)
+    return Grid(scale, zero, grid.bits), torch.where(better, error, best_error)
 
 
 def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
@@ -82,29 +120,6 @@ def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
 def _storable(values: Tensor) -> Tensor:
     limit = torch.finfo(torch.float16).max
     return values.clamp(-limit, limit).half().to(values.dtype)
-
-
-def _error(weight: Tensor, grid: Grid, importance: Tensor) -> Tensor:
-    return ((weight - grid.decode(grid.encode(weight))).square_() * importance).sum(-1, keepdim=True)
-
-
-def _refit(weight: Tensor, grid: Grid, importance: Tensor, symmetric: bool) -> Grid:
-    """Least squares for scale (and zero) with the codes held fixed."""
-    codes = grid.encode(weight)
-    if symmetric:
-        offsets = codes - grid.zero
-        slope = (importance * offsets * weight).sum(-1, keepdim=True) / (importance * offsets.square()).sum(
-            -1, keepdim=True
-        )
-        return Grid(_storable(slope.clamp_min(_SMALLEST_SCALE)), grid.zero, grid.bits)
-    total = importance.expand_as(weight).sum(-1, keepdim=True)
-    mean_code = (importance * codes).sum(-1, keepdim=True) / total
-    mean_weight = (importance * weight).sum(-1, keepdim=True) / total
-    centred = codes - mean_code
-    spread = (importance * centred.square()).sum(-1, keepdim=True)
-    slope = (importance * centred * (weight - mean_weight)).sum(-1, keepdim=True) / spread.clamp_min(1e-30)
-    scale = torch.where(slope >= _SMALLEST_SCALE, _storable(slope), grid.scale)
-    return Grid(scale, _storable(mean_code - mean_weight / scale), grid.bits)
 
 
 @dataclass(frozen=True)

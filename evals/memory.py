@@ -1,0 +1,95 @@
+"""Peak memory of quantizing a large checkpoint from disk, and its independence of depth.
+
+    python -m quantkit.evals.memory --blocks 22 44
+
+Writes an untrained Llama of TinyLlama's shape (1.1 B parameters at 22 blocks) shard by shard, runs
+`quantkit quantize --method rtn` on it in a process of its own, and prints that process's peak resident memory.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from quantkit.shards import INDEX
+
+
+def write_untrained_llama(folder: Path, config: LlamaConfig, seed: int = 0) -> None:
+    """Writes a Llama checkpoint with random bf16 weights, one shard a block, without ever holding all of it."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    keys = config.num_key_value_heads * (hidden // config.num_attention_heads)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return (torch.randn(rows, columns, generator=generator) * columns**-0.5).bfloat16()
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weight_map: dict[str, str] = {}
+
+    def write(file: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+
+    for index in range(config.num_hidden_layers):
+        prefix = f"model.layers.{index}."
+        shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (keys, hidden)}
+        shapes |= {"self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, hidden)}
+        shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+        tensors = {f"{prefix}{name}.weight": matrix(*shape) for name, shape in shapes.items()}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+        write(f"block-{index:03d}.safetensors", tensors)
+    ends = {"model.embed_tokens.weight": matrix(config.vocab_size, hidden), "lm_head.weight": matrix(config.vocab_size, hidden)}
+    write("ends.safetensors", ends | {"model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16)})
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config.save_pretrained(folder)
+
+
+def measure(blocks: int, workspace: Path) -> dict[str, float]:
+    """Quantizes an untrained model of `blocks` blocks; gives GiB and seconds."""
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=blocks,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    source, output = workspace / f"llama-{blocks}", workspace / f"llama-{blocks}-3bit"
+    write_untrained_llama(source, config)
+    start = time.monotonic()
+    command = ["-m", "quantkit.cli", "quantize", str(source), "--method", "rtn", "--bits", "3", "--output", str(output)]
+    subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    report = json.loads((output / "quantkit_report.json").read_text())
+    return {
+        "blocks": blocks,
+        "parameters": report["all_weights"],
+        "checkpoint_gib": report["bytes_before"] / 2**30,
+        "peak_rss_gib": report["peak_memory_bytes"] / 2**30,
+        "peak_rss_of_children_gib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
+        "seconds": time.monotonic() - start,
+    }
+
+
+def main() -> None:
+    """Parses the command line and prints one JSON line a model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[22, 44])
+    arguments = parser.parse_args()
+    for blocks in arguments.blocks:
+        with tempfile.TemporaryDirectory() as workspace:
+            print(json.dumps(measure(blocks, Path(workspace))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
