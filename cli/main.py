@@ -23,27 +23,21 @@ app.command("quantize")(quantize_command)
 app.command("eval")(evaluate_command)
 app.command("inspect")(inspect_command)
 
-INTERRUPTED = 130
-BAD_INPUT = 2
-
 
 def main() -> None:
     """Runs the command line; a user's mistake ends in one line and exit code 2."""
     console = Console(stderr=True)
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=console, show_path=False, show_time=False)],
-    )
-    logging.getLogger("quantkit").setLevel(logging.INFO)
+    logger = logging.getLogger("quantkit")
+    logger.addHandler(RichHandler(console=console, show_path=False, show_time=False))
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for noisy in ("huggingface_hub", "datasets", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         app()
     except QuantkitError as error:
         console.print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True, highlight=False)
-        sys.exit(BAD_INPUT)
-    except KeyboardInterrupt:
-        console.print("interrupted; finished blocks are kept, and --resume continues", soft_wrap=True)
-        sys.exit(INTERRUPTED)
+        sys.exit(error.exit_code)
 
 
 def _plain(error: Exception) -> str:

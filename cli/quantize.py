@@ -3,14 +3,15 @@
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from quantkit.cli.display import block_progress, console, report_table, size
+from quantkit.errors import Interrupted, QuantkitError
 from quantkit.estimate import estimate
 from quantkit.folder import resolve_folder
 from quantkit.pipeline import quantize_checkpoint
 from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, make_quantizer
-from quantkit.registry import resolve
 
 
 def quantize_command(
@@ -27,6 +28,7 @@ def quantize_command(
     num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seqlen: Annotated[int | None, typer.Option(help="Tokens a window; by default 2048 or the model's context.")] = None,
     target_shift: Annotated[float, typer.Option(help="0 (off) to 1: aim at the full-precision output.")] = TARGET_SHIFT,
+    ignore: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave dense; may be repeated.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to make; by default NAME-METHOD-Nbit.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
@@ -41,9 +43,10 @@ def quantize_command(
     An interrupted run continues with --resume and gives the same bytes. The report is printed and written to
     quantkit_report.json beside the checkpoint.
     """
-    resolve("quantkit.quantizers", method)
     quantizer = make_quantizer(method, bits=bits, group_size=group_size, symmetric=symmetric)
-    recipe = Recipe(quantizer, {}, target_shift, Calibration(calibration, num_samples, seqlen, seed))
+    recipe = Recipe(
+        quantizer, dict.fromkeys(ignore or ()), target_shift, Calibration(calibration, num_samples, seqlen, seed)
+    )
     folder = resolve_folder(model)
     output = output or Path(f"{Path(model).name}-{method}-{bits}bit")
     if dry_run:
@@ -56,9 +59,14 @@ def quantize_command(
         console.print(f"size               {size(expected.bytes_before)} -> {size(expected.bytes_after)}")
         console.print(f"memory of the run  about {size(expected.memory_bytes)} on {expected.device}")
         return
-    with block_progress() as progress:
-        report = quantize_checkpoint(
-            folder, recipe, output, name=model, device=device, resume=resume, overwrite=overwrite, progress=progress
-        )
+    try:
+        with block_progress() as progress:
+            report = quantize_checkpoint(
+                folder, recipe, output, name=model, device=device, resume=resume, overwrite=overwrite, progress=progress
+            )
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; finished blocks are kept: repeat the command with --resume to continue") from None
+    except torch.OutOfMemoryError as error:
+        raise QuantkitError("the GPU's memory is full; use --device cpu, or lower --num-samples or --seqlen") from error
     report_table(report)
     console.print(f"checkpoint: [bold]{output}[/]   load it with quantkit.load({str(output)!r})", soft_wrap=True)

@@ -26,7 +26,7 @@ def write_untrained_llama(folder: Path, config: LlamaConfig, seed: int = 0) -> N
     """Writes a Llama checkpoint with random bf16 weights, one shard a block, without ever holding all of it."""
     generator = torch.Generator().manual_seed(seed)
     hidden, inner = config.hidden_size, config.intermediate_size
-    keys = config.num_key_value_heads * (hidden // config.num_attention_heads)
+    keys = (config.num_key_value_heads or config.num_attention_heads) * hidden // config.num_attention_heads
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return (torch.randn(rows, columns, generator=generator) * columns**-0.5).bfloat16()
@@ -47,7 +47,10 @@ def write_untrained_llama(folder: Path, config: LlamaConfig, seed: int = 0) -> N
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
         write(f"block-{index:03d}.safetensors", tensors)
-    ends = {"model.embed_tokens.weight": matrix(config.vocab_size, hidden), "lm_head.weight": matrix(config.vocab_size, hidden)}
+    ends = {
+        "model.embed_tokens.weight": matrix(config.vocab_size, hidden),
+        "lm_head.weight": matrix(config.vocab_size, hidden),
+    }
     write("ends.safetensors", ends | {"model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16)})
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config.save_pretrained(folder)

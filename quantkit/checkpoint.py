@@ -66,21 +66,16 @@ class CheckpointWriter:
     ) -> None:
         self.output, self.partial = output, output.with_name(output.name + ".partial")
         self._num_blocks, self._dense, self._overwrite = num_blocks, dense, overwrite
-        if output.exists() and not overwrite:
-            raise QuantkitError(f"{output} already exists; give another --output, or --overwrite to replace it")
+        check_output(output, resume=resume, overwrite=overwrite)
         if self.partial.exists() and overwrite and not resume:
             shutil.rmtree(self.partial)
         if self.partial.exists():
-            self._check_partial(run, resume)
+            self._check_partial(run)
         else:
             self.partial.mkdir(parents=True)
             write_json(self.partial / _RUN, run)
 
-    def _check_partial(self, run: dict[str, Any], resume: bool) -> None:
-        if not resume:
-            raise QuantkitError(
-                f"{self.partial} holds an unfinished run; --resume continues it, --overwrite starts anew"
-            )
+    def _check_partial(self, run: dict[str, Any]) -> None:
         try:
             found = json.loads((self.partial / _RUN).read_text())
         except (OSError, ValueError) as error:
@@ -188,6 +183,15 @@ class CheckpointWriter:
             (self.output / path.name).unlink()
         if replaced.exists():
             shutil.rmtree(replaced)
+
+
+def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raises QuantkitError where `output`, or an unfinished run towards it, is in the way."""
+    partial = output.with_name(output.name + ".partial")
+    if output.exists() and not overwrite:
+        raise QuantkitError(f"{output} already exists; give another --output, or --overwrite to replace it")
+    if partial.exists() and not (resume or overwrite):
+        raise QuantkitError(f"{partial} holds an unfinished run; --resume continues it, --overwrite starts anew")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,13 @@ from collections.abc import Iterable
 
 
 class QuantkitError(Exception):
-    """Base of every error that quantkit raises for a user's input; the command line prints it as one line."""
+    """Base of every error that quantkit raises for a user's input; the command line prints it as one line.
+
+    Attributes:
+        exit_code: of the command line.
+    """
+
+    exit_code = 2
 
 
 class UnknownName(QuantkitError):
@@ -16,6 +22,12 @@ class UnknownName(QuantkitError):
         close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else "."
         super().__init__(f"unknown {kind} {name!r}{hint} Known: {', '.join(names)}")
+
+
+class Interrupted(QuantkitError):
+    """The user stopped a run that can be resumed."""
+
+    exit_code = 130
 
 
 class CheckpointError(QuantkitError):

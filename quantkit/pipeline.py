@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from quantkit.calibrate import LayerResult, walk
-from quantkit.checkpoint import CheckpointWriter
+from quantkit.checkpoint import CheckpointWriter, check_output
 from quantkit.device import compute_dtype, pick_device
 from quantkit.errors import QuantkitError
 from quantkit.folder import ModelFolder, load_tokenizer, refuse_quantized, untie
@@ -157,6 +157,7 @@ def quantize_checkpoint(
         QuantkitError: bad input; the message says what would work.
     """
     start = time.monotonic()
+    check_output(output, resume=resume, overwrite=overwrite)
     where = pick_device(device)
     source = ModelFolder(folder, dtype or compute_dtype(where))
     model = source.model
@@ -203,7 +204,7 @@ def quantize_checkpoint(
     )
     files = {
         "quantkit_report.json": json.dumps(report.to_json(), indent=2) + "\n",
-        "README.md": model_card(report, output.name),
+        "README.md": model_card(report),
     }
     writer.finish(folder, source.config | ({"tie_word_embeddings": False} if untied else {}), files)
     return report

@@ -75,26 +75,25 @@ def peak_device_bytes() -> int:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
-def model_card(report: Report, name: str) -> str:
+def model_card(report: Report) -> str:
     """The README.md that goes beside a checkpoint: how to load it comes first."""
     percent = 100 * report.packed_weights / max(report.all_weights, 1)
     return f"""---
 library_name: quantkit
 tags: [quantkit, quantized]
 ---
-# {name}
+# {report.model}, {report.bits_per_weight:.2f} bits per weight
 
 **Load this checkpoint with quantkit.** Without it transformers only warns about an unknown quantization
 method and then runs with random weights.
 
 ```python
 import quantkit
-model = quantkit.load("{name}")
+model = quantkit.load("path/to/this/folder")
 ```
 
 `AutoModelForCausalLM.from_pretrained` works too, after `import quantkit`.
 
-- made from: {report.model}
 - measured bits per weight: {report.bits_per_weight:.3f} in packed layers, which hold {percent:.1f}% of the weights
 - size: {report.bytes_after / 2**20:.1f} MiB, from {report.bytes_before / 2**20:.1f} MiB
 - per-layer errors and all settings: `quantkit_report.json`

@@ -170,10 +170,11 @@ class ShardedWeights:
 
     def load(self, name: str, module: nn.Module, device: torch.device) -> None:
         """Reads the tensors of a block, or ("") of everything outside the blocks."""
-        names = {self._mapping[local]: local for local in self._names(name)}
-        for stored, tensor in self._shards.read(names):
+        names = self._names(name)
+        for stored, tensor in self._shards.read(self._mapping[local] for local in names):
             value = tensor.to(self._dtype) if tensor.is_floating_point() else tensor
-            set_module_tensor_to_device(self._model, names[stored], device, value=value, dtype=value.dtype)
+            for local in (local for local in names if self._mapping[local] == stored):  # two for a head once tied
+                set_module_tensor_to_device(self._model, local, device, value=value, dtype=value.dtype)
         for buffer_name, buffer in module.named_buffers():
             if name and buffer.device != device and not buffer.is_meta:
                 set_module_tensor_to_device(module, buffer_name, device, value=buffer)

@@ -164,7 +164,8 @@ def train(minutes: float, output: Path, seed: int) -> None:
     logger.info("%.2f M training tokens, %.2f M held out", len(stream) / 1e6, len(held_out) / 1e6)
     tokenizer.save_pretrained(output)
 
-    model: Any = LlamaForCausalLM(reference_config()).to(device)
+    model: Any = LlamaForCausalLM(reference_config())
+    model.to(device)
     hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
     hidden_ids = {id(p) for p in hidden}
     others = [p for p in model.parameters() if id(p) not in hidden_ids]

@@ -1,0 +1,94 @@
+"""Fixtures: small untrained models of several architectures with a tokenizer, and the reference model."""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "evals" / "reference" / "model"
+VOCABULARY = 2048
+
+# Odd on purpose: widths that are no multiple of 128, one KV head, windows of 256 tokens.
+_ODD = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 320,
+    "intermediate_size": 704,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+}
+_SMALL = _ODD | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+CONFIGS = {
+    "llama": LlamaConfig(**_ODD),
+    "llama_tied": LlamaConfig(**_ODD, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**_ODD, tie_word_embeddings=True),
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=320, n_inner=704, n_layer=2, n_head=5, n_positions=256),
+    "neox": GPTNeoXConfig(**{k: v for k, v in _SMALL.items() if k != "num_key_value_heads"}),
+    "mixtral": MixtralConfig(**_SMALL, num_local_experts=4, num_experts_per_tok=2),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(REFERENCE)
+
+
+@pytest.fixture(scope="session")
+def texts():
+    """A few hundred kilobytes of real text."""
+    from quantkit.corpus import standard_library
+
+    documents = standard_library("train")
+    return documents[: len(documents) // 8]
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory, texts) -> Path:
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("\n\n".join(texts[:40]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, tokenizer):
+    """A function: architecture -> folder with an untrained model in bf16, made once a session."""
+    root = tmp_path_factory.mktemp("models")
+
+    def make(name: str) -> Path:
+        folder = root / name
+        if not folder.exists():
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.bfloat16).save_pretrained(folder)
+            PreTrainedTokenizerFast(
+                tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>"
+            ).save_pretrained(folder)
+        return folder
+
+    return make

@@ -1,0 +1,84 @@
+"""Imports run strictly downward: a module may only import modules of a lower rank."""
+
+import ast
+
+import pytest
+
+from .conftest import ROOT
+
+RANKS = [
+    ["kernels.*", "errors", "bitpack", "linalg", "metrics", "corpus"],
+    ["registry", "device", "stats", "data"],
+    ["weight"],
+    ["protocols", "formats.*"],
+    ["quantizers.grid", "quantizers.feedback", "quantizers.target_shift"],
+    ["quantizers.*"],
+    ["linear", "model", "plan"],
+    ["calibrate", "shards"],
+    ["checkpoint", "recipe", "report"],
+    ["folder", "hf"],
+    ["pipeline", "estimate"],
+    ["__init__"],
+    ["evals.reference.recall", "evals.perplexity"],
+    ["evals.*"],
+    ["cli.display"],
+    ["cli.evaluate", "cli.inspect", "cli.quantize"],
+    ["cli.main"],
+    ["cli.__main__"],
+]
+FOLDERS = ("quantkit", "kernels", "cli", "evals")
+
+
+def modules():
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if any(parent.is_symlink() for parent in path.parents):
+                continue
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            name = ".".join(parts[1:] if folder == "quantkit" else parts)
+            if not name.endswith(".__init__"):
+                yield name, path
+
+
+def rank(name):
+    exact = [level for level, names in enumerate(RANKS) if name in names]
+    wild = [level for level, names in enumerate(RANKS) for n in names if n.endswith(".*") and name.startswith(n[:-1])]
+    found = exact or wild
+    assert found, f"{name} has no rank: give it one in RANKS"
+    return found[0]
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "quantkit":
+            yield node.module.partition(".")[2] or "__init__"
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "quantkit":
+                    yield alias.name.partition(".")[2] or "__init__"
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules()), ids=[name for name, _ in modules()])
+def test_imports_run_downward(name, path):
+    for other in imported(path):
+        assert rank(other) < rank(name), f"{name} (rank {rank(name)}) imports {other} (rank {rank(other)})"
+
+
+def test_kernels_import_nothing_of_quantkit():
+    for name, path in modules():
+        if name.startswith("kernels."):
+            assert not list(imported(path))
+
+
+def test_kernels_folder_is_a_namespace():
+    """An __init__.py there would shadow Hugging Face's package `kernels`, which transformers imports."""
+    assert not list((ROOT / "kernels").rglob("__init__.py"))
+
+
+def test_files_and_functions_stay_readable():
+    for _, path in modules():
+        source = path.read_text()
+        assert source.count("\n") <= 500, path
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno <= 120, f"{path}: {node.name}"

@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+from quantkit.linalg import NotPositiveDefinite, damped_inverse_factor, inverse_factor
+
+
+def _hessian(n=24):
+    x = torch.randn(4 * n, n, dtype=torch.float64)
+    return x.T @ x / len(x)
+
+
+def test_factor_of_the_inverse():
+    hessian = _hessian()
+    upper = inverse_factor(hessian)
+    assert torch.equal(upper, upper.triu())
+    torch.testing.assert_close(upper.T @ upper, torch.linalg.inv(hessian))
+
+
+def test_indefinite_matrix_has_no_factor():
+    assert inverse_factor(-torch.eye(3)) is None
+
+
+def test_damping_raises_itself_and_says_so():
+    x = torch.randn(2, 16)
+    singular = x.T @ x  # rank 2: fp32 cannot factor it undamped
+    _, used = damped_inverse_factor(singular, 0.0)
+    assert 0 < used <= 1
+    _, kept = damped_inverse_factor(_hessian(), 0.01)
+    assert kept == 0.01
+
+
+def test_dead_inputs_do_not_matter():
+    hessian = _hessian(8)
+    hessian[3] = hessian[:, 3] = 0
+    upper, used = damped_inverse_factor(hessian, 0.01)
+    assert used == 0.01
+    assert upper[3, :3].abs().max() == 0
+    assert upper[3, 4:].abs().max() == 0
+
+
+def test_non_finite_and_negative_matrices_are_refused():
+    with pytest.raises(NotPositiveDefinite, match="NaN or Inf"):
+        damped_inverse_factor(torch.full((2, 2), float("nan")), 0.01)
+    with pytest.raises(NotPositiveDefinite, match="any damping"):
+        damped_inverse_factor(torch.tensor([[1.0, 9.0], [9.0, 1.0]]), 0.01)
