@@ -1,5 +1,6 @@
 """What the verbs print: one console, progress bars, tables."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from quantkit.report import Report
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def size(count: int | float) -> str:
@@ -50,9 +51,9 @@ def window_progress() -> Iterator[Callable[[int, int], None]]:
 def report_table(report: Report) -> None:
     """Prints a quantization report."""
     table = Table(title=f"{report.model}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("layer", no_wrap=True)
+    table.add_column("layer", overflow="fold")
     for heading in ("format", "bits/w", "error", "damping"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for layer in report.layers:
         damping = "" if layer.damping is None else f"{layer.damping:g}"
         table.add_row(layer.name, layer.format, f"{layer.bits_per_weight:.3f}", f"{layer.relative_error:.2e}", damping)

@@ -30,9 +30,9 @@ def inspect_command(
         print(json.dumps({"layers": rows, "bits_per_weight": 8 * packed / count, "bytes": total}, indent=2))
         return
     table = Table(title=str(folder), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("layer", no_wrap=True)
+    table.add_column("layer", overflow="fold")
     for heading in ("format", "shape", "bits", "bits/w", "size"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, weight in weights.items():
         row = _row(weight)
         shape = " x ".join(map(str, row["shape"]))

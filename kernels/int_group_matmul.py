@@ -11,18 +11,19 @@ the zero point is (2^bits - 1) / 2.
 
 Bytes moved: N * K * bits / 8 for codes, 2 or 4 bytes a group and row, 2 * M * K for x, 2 * M * N for y.
 Weights are formed in fp32, rounded to x's dtype and multiplied with fp32 accumulation, so that x = I
-gives exactly the dequantized weight.
+gives exactly the dequantized weight. The kernel itself stands in `int_group_matmul_triton.py`, so that this file
+imports where there is no Triton.
 """
 
 import math
 from functools import lru_cache
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 TILE = 128
+OPTIONS = {"num_warps": 4, "num_stages": 2}
+"""Two stages keep shared memory below 99 KiB, so the kernel runs on every GPU since sm_80."""
 
 
 def reference(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> Tensor:
@@ -69,89 +70,14 @@ def _positions(in_features: int, bits: int, device: torch.device) -> list[tuple[
     return planes
 
 
-@triton.jit
-def _plane(row_start, rows_in, k, columns_in, tile, full_tiles, TAIL: tl.constexpr, WIDTH: tl.constexpr):
-    """Fields [rows, 128] of one plane of one tile, as int32."""
-    per_half: tl.constexpr = 16 // WIDTH
-    octet = k // 8
-    stride = tl.where(tile < full_tiles, WIDTH, TAIL)
-    word = tile * 4 * WIDTH + (k % 8 // 2) * stride + octet // per_half
-    words = tl.load(row_start[:, None] + word[None, :], mask=rows_in[:, None] & columns_in[None, :], other=0)
-    bit = WIDTH * (octet % per_half) + 16 * (k % 2)
-    return (words >> bit[None, :]) & ((1 << WIDTH) - 1)
-
-
-@triton.jit
-def _int_group_matmul_kernel(
-    x_ptr,
-    codes_ptr,
-    scales_ptr,
-    zeros_ptr,
-    y_ptr,
-    M,
-    N,
-    K,
-    words,
-    groups,
-    group_size,
-    stride_xm,
-    stride_xk,
-    BITS: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    TAIL_8: tl.constexpr,
-    TAIL_4: tl.constexpr,
-    TAIL_2: tl.constexpr,
-    TAIL_1: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    rows_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_m, in_n = rows_m < M, rows_n < N
-    k = tl.arange(0, 128)
-    full_tiles = K // 128
-    accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for tile in range(0, tl.cdiv(K, 128)):
-        column = tile * 128 + k
-        in_k = column < K
-        plane_start = codes_ptr + rows_n * words
-        code = tl.zeros((BLOCK_N, 128), dtype=tl.int32)
-        if BITS & 8:
-            code = _plane(plane_start, in_n, k, in_k, tile, full_tiles, TAIL_8, 8)
-            plane_start += 4 * (full_tiles * 8 + TAIL_8)
-        if BITS & 4:
-            code = _plane(plane_start, in_n, k, in_k, tile, full_tiles, TAIL_4, 4)
-            plane_start += 4 * (full_tiles * 4 + TAIL_4)
-        if BITS & 2:
-            code |= _plane(plane_start, in_n, k, in_k, tile, full_tiles, TAIL_2, 2) << (BITS & 4)
-            plane_start += 4 * (full_tiles * 2 + TAIL_2)
-        if BITS & 1:
-            code |= _plane(plane_start, in_n, k, in_k, tile, full_tiles, TAIL_1, 1) << (BITS & 6)
-        grid_mask = in_n[:, None] & in_k[None, :]
-        grid_offset = rows_n[:, None] * groups + (column // group_size)[None, :]
-        scale = tl.load(scales_ptr + grid_offset, mask=grid_mask, other=0.0).to(tl.float32)
-        if HAS_ZEROS:
-            zero = tl.load(zeros_ptr + grid_offset, mask=grid_mask, other=0.0).to(tl.float32)
-        else:
-            zero = (2**BITS - 1) / 2
-        weight = ((code.to(tl.float32) - zero) * scale).to(x_ptr.dtype.element_ty)
-        x_offset = rows_m[None, :] * stride_xm + column.to(tl.int64)[:, None] * stride_xk
-        x = tl.load(x_ptr + x_offset, mask=in_m[None, :] & in_k[:, None], other=0.0)
-        if UPCAST:
-            accumulator = tl.dot(weight.to(tl.float32), x.to(tl.float32), accumulator, input_precision="ieee")
-        else:
-            accumulator = tl.dot(weight, x, accumulator)
-    y_offset = rows_m[None, :] * N + rows_n[:, None]
-    tl.store(y_ptr + y_offset, accumulator.to(y_ptr.dtype.element_ty), mask=in_m[None, :] & in_n[:, None])
-
-
 def launch(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> Tensor:
     """Runs the Triton kernel; arguments and result as in `reference`.
 
     Raises:
         ValueError: shapes or dtypes that the kernel's addresses do not allow.
     """
+    from quantkit.kernels.int_group_matmul_triton import int_group_matmul_kernel  # Triton exists on Linux alone
+
     check(x, codes, scales, zeros, bits, group_size)
     (N, words), K = codes.shape, x.shape[-1]
     rows = x.reshape(-1, K)
@@ -159,14 +85,14 @@ def launch(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits:
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     if M and N:
         tails = {f"TAIL_{b}": _tail_stride(K, b) for b in (8, 4, 2, 1)}
-        block_m, block_n = min(64, max(16, triton.next_power_of_2(M))), 64
+        block_m, block_n = min(64, max(16, 1 << (M - 1).bit_length())), 64
         upcast = x.dtype == torch.float32 or x.device.type == "cpu"  # the interpreter's bf16 dot is wrong
         with torch.cuda.device_of(x):
-            _int_group_matmul_kernel[(triton.cdiv(N, block_n), triton.cdiv(M, block_m))](
+            int_group_matmul_kernel[(-(-N // block_n), -(-M // block_m))](
                 rows, codes, scales, codes if zeros is None else zeros, y,
                 M, N, K, words, scales.shape[1], group_size, rows.stride(0), rows.stride(1),
                 BITS=bits, HAS_ZEROS=zeros is not None, **tails,
-                BLOCK_M=block_m, BLOCK_N=block_n, UPCAST=upcast,
+                BLOCK_M=block_m, BLOCK_N=block_n, UPCAST=upcast, **OPTIONS,
             )  # fmt: skip
     return y.view(*x.shape[:-1], N)
 

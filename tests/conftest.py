@@ -5,11 +5,11 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from transformers import (  # noqa: E402
+import pytest
+import torch
+from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,

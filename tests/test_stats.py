@@ -34,8 +34,8 @@ def test_factor_is_shared_and_damping_reported():
 
 def test_unusable_inputs_name_the_layer():
     accumulator = StatsAccumulator(3, False, torch.device("cpu"))
-    with pytest.raises(CalibrationError, match="mlp.up: no calibration token"):
+    with pytest.raises(CalibrationError, match=r"mlp\.up: no calibration token"):
         accumulator.finish("mlp.up")
     accumulator.add(torch.tensor([[1.0, float("inf"), 0.0]]))
-    with pytest.raises(CalibrationError, match="mlp.up: its inputs hold NaN or Inf"):
+    with pytest.raises(CalibrationError, match=r"mlp\.up: its inputs hold NaN or Inf"):
         accumulator.finish("mlp.up")

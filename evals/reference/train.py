@@ -50,7 +50,7 @@ def reference_config() -> LlamaConfig:
         num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=1024,
+        max_position_embeddings=SEQUENCE,
         tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=0,
@@ -75,7 +75,7 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
-        model_max_length=1024,
+        model_max_length=SEQUENCE,
     )
 
 

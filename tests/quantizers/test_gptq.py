@@ -86,7 +86,7 @@ def test_dead_input_is_harmless():
 
 @pytest.mark.parametrize("settings", [{"order": "random"}, {"damp": 2.0}, {"damp": -0.1}, {"block_size": 0}])
 def test_senseless_settings_are_refused(settings):
-    with pytest.raises(ValueError):  # noqa: PT011
+    with pytest.raises(ValueError):
         GPTQ(**settings)
 
 

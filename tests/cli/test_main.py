@@ -1,0 +1,166 @@
+"""The command line as a user meets it: whole processes, exit codes, one-line errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "quantkit.cli"]
+
+
+def run(*arguments):
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def packed(model_folder, text_file, tmp_path_factory):
+    output = tmp_path_factory.mktemp("cli") / "packed"
+    result = run(
+        "quantize", model_folder("llama"), "--bits", 3, "--group-size", 64, "--calibration", text_file,
+        "--num-samples", 4, "--seqlen", 128, "--output", output,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return output, result
+
+
+def test_quantize_prints_and_writes_a_report(packed):
+    output, result = packed
+    for word in ("model.layers.1.mlp.down_proj", "bits per weight", "size", "peak memory", "time", "quantkit.load"):
+        assert word in result.stdout
+    assert "2/2" in result.stderr, "a progress bar by block"
+    report = json.loads((output / "quantkit_report.json").read_text())
+    assert len(report["layers"]) == 14
+    assert all(0 < layer["relative_error"] < 1 for layer in report["layers"])
+    assert report["bytes_after"] < report["bytes_before"]
+    card = (output / "README.md").read_text()
+    assert card.index("Load this checkpoint with quantkit") < card.index("measured bits")
+
+
+def test_inspect_and_eval(packed, model_folder, text_file):
+    output, _ = packed
+    listing = json.loads(run("inspect", output, "--json").stdout)
+    assert len(listing["layers"]) == 14
+    assert listing["bits_per_weight"] == pytest.approx(
+        json.loads((output / "quantkit_report.json").read_text())["bits_per_weight"]
+    )
+    assert "int_group" in run("inspect", output).stdout
+    result = run(
+        "eval",
+        output,
+        "--data",
+        text_file,
+        "--seqlen",
+        128,
+        "--max-windows",
+        3,
+        "--baseline",
+        model_folder("llama"),
+        "--json",
+    )
+    figures = json.loads(result.stdout)
+    assert figures["windows"] == 3
+    assert figures["kl"] > 0
+    assert 0 <= figures["flip_rate"] <= 1
+    same = json.loads(
+        run("eval", model_folder("llama"), "--data", text_file, "--seqlen", 128, "--max-windows", 3, "--json").stdout
+    )
+    assert same["perplexity"] == pytest.approx(figures["baseline_perplexity"])
+
+
+def test_dry_run_predicts_the_sizes_and_touches_nothing(packed, model_folder, text_file, tmp_path):
+    output, _ = packed
+    report = json.loads((output / "quantkit_report.json").read_text())
+    folder = tmp_path / "headers-only"
+    folder.mkdir()
+    for path in model_folder("llama").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    result = run(
+        "quantize",
+        folder,
+        "--bits",
+        3,
+        "--group-size",
+        64,
+        "--calibration",
+        text_file,
+        "--output",
+        tmp_path / "no",
+        "--dry-run",
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"{report['bits_per_weight']:.3f}" in result.stdout
+    assert f"{report['bytes_after'] / 2**20:.2f} MiB" in result.stdout
+    assert "memory of the run" in result.stdout
+    assert not list(tmp_path.glob("no*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "gptk"], "did you mean 'gptq'"),
+        (["--calibration", "wikitext"], "did you mean 'wikitext2'"),
+        (["--calibration", "missing.txt"], "no file 'missing.txt'"),
+        (["--group-size", "0"], "use -1 for one group a row"),
+        (["--group-size", "100000"], "exceeds the widest layer"),
+        (["--bits", "9"], "1 to 8 bits"),
+        (["--target-shift", "7"], "use 0 (off) to 1"),
+        (["--ignore", "*.nothing"], "matches none"),
+        (["--device", "cuda:77"], "torch sees"),
+        (["--num-samples", "0"], "at least one window"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, model_folder, text_file, tmp_path):
+    defaults = ["--calibration", text_file, "--seqlen", 64, "--num-samples", 2]
+    result = run("quantize", model_folder("llama"), *defaults, *arguments, "--output", tmp_path / "out")
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_that_are_none(tmp_path, text_file):
+    assert "is not a folder" in run("quantize", "./nothing-here").stderr
+    assert "holds no config.json" in run("quantize", tmp_path, "--output", tmp_path / "o").stderr
+    assert (
+        "is not a quantkit checkpoint" in run("inspect", tmp_path).stderr
+        or "no config.json" in run("inspect", tmp_path).stderr
+    )
+
+
+def test_empty_and_short_text(model_folder, tmp_path):
+    empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
+    empty.write_text("  \n")
+    short.write_text("hardly anything")
+    for path, message in ((empty, "holds no text"), (short, "give more text or --seqlen")):
+        result = run("quantize", model_folder("llama"), "--calibration", path, "--output", tmp_path / "out")
+        assert result.returncode == 2
+        assert message in result.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_ctrl_c_keeps_what_is_done(reference, tmp_path):
+    output = tmp_path / "out"
+    arguments = ["quantize", reference, "--calibration", "stdlib", "--num-samples", 64, "--output", output]
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    partial = output.with_name("out.partial")
+    deadline = time.monotonic() + 240
+    while not list(partial.glob("*.safetensors")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "--resume" in stderr
+    assert "Traceback" not in stderr
+    assert not output.exists()
+    assert list(partial.glob("*.safetensors"))
+    assert not list(partial.glob("*.tmp")) or os.name != "posix"

@@ -1,0 +1,74 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from quantkit.errors import QuantkitError
+from quantkit.evals.perplexity import evaluate
+
+
+class Table:
+    """A language model whose logits depend on the present token alone."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def __call__(self, input_ids, use_cache):
+        return SimpleNamespace(logits=self.logits[input_ids])
+
+
+TOKENS = torch.randint(0, 13, (1000,), generator=torch.Generator().manual_seed(0))
+
+
+def test_uniform_model():
+    quality = evaluate(Table(torch.zeros(13, 13)), TOKENS, 4.0, 100)
+    assert quality.perplexity == pytest.approx(13)
+    assert quality.perplexity_se == pytest.approx(0, abs=1e-4)
+    assert quality.bits_per_byte == pytest.approx(math.log2(13) / 4)
+    assert (quality.windows, quality.tokens) == (10, 10 * 99)
+    assert quality.kl is None
+
+
+def test_against_a_plain_computation():
+    torch.manual_seed(1)
+    model, base = Table(torch.randn(13, 13)), Table(torch.randn(13, 13))
+    quality = evaluate(model, TOKENS, 4.0, 100, baseline=base)
+    windows = TOKENS.view(10, 100)
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    log_p, log_q = base.logits.log_softmax(-1)[inputs], model.logits.log_softmax(-1)[inputs]
+    nll = -log_q.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert quality.nll == pytest.approx(nll.mean().item(), rel=1e-5)
+    assert quality.perplexity_se == pytest.approx(
+        quality.perplexity * nll.mean(1).std().item() / math.sqrt(10), rel=1e-4
+    )
+    assert quality.kl == pytest.approx(kl.mean().item(), rel=1e-5)
+    assert quality.kl_se == pytest.approx(kl.mean(1).std().item() / math.sqrt(10), rel=1e-4)
+    top, base_top = log_q.argmax(-1), log_p.argmax(-1)
+    assert quality.top1_agreement == pytest.approx((top == base_top).float().mean().item())
+    assert quality.flip_rate == pytest.approx(((top == targets) != (base_top == targets)).float().mean().item())
+
+
+def test_a_model_against_itself():
+    model = Table(torch.randn(13, 13))
+    quality = evaluate(model, TOKENS, 4.0, 100, baseline=model)
+    assert (quality.kl, quality.top1_agreement, quality.flip_rate) == (0, 1, 0)
+    assert quality.baseline_perplexity == quality.perplexity
+
+
+def test_stride_scores_every_token_once():
+    quality = evaluate(Table(torch.randn(13, 13)), TOKENS, 4.0, 100, stride=30)
+    assert quality.windows == 31
+    assert quality.tokens == 99 + 30 * 30
+
+
+def test_senseless_requests_are_refused():
+    with pytest.raises(QuantkitError, match="one window takes seqlen=2000"):
+        evaluate(Table(torch.zeros(13, 13)), TOKENS, 4.0, 2000)
+    with pytest.raises(QuantkitError, match="stride"):
+        evaluate(Table(torch.zeros(13, 13)), TOKENS, 4.0, 100, stride=101)
+    with pytest.raises(QuantkitError, match="vocabulary of 7"):
+        evaluate(Table(torch.zeros(13, 13)), TOKENS, 4.0, 100, baseline=Table(torch.zeros(13, 7)))
