@@ -155,7 +155,7 @@ def _quantize_block(
     """Quantizes one block's layers in the order of their execution, and moves the full stream past the block."""
     local = {name.removeprefix(prefix): quantizer for name, quantizer in plan.items()}
     groups = _input_groups(block, local, batches, index)
-    stages = [[group] for group in groups] if true_sequential else [groups][: len(groups)]
+    stages = [[group] for group in groups] if true_sequential or not groups else [groups]
     results: dict[str, LayerResult] = {}
     for stage in stages:
         advance = stage is stages[-1] and reference is not None
@@ -232,10 +232,9 @@ def quantize_layer(module: nn.Module, quantizer: Quantizer, stats: LayerStats | 
         relative = float(error.square().sum() / target.square().sum().clamp_min(1e-30))
     else:
         relative = proxy_loss(error, stats.hessian) / max(proxy_loss(target, stats.hessian), 1e-30)
-    damping = None if stats is None else stats.damping
-    if damping is not None and damping > getattr(quantizer, "damp", damping):
-        logger.warning("%s: the Hessian factored only with damping raised to %g", name, damping)
-    return LayerResult(packed, relative, damping)
+    if stats is not None and stats.raised_damping is not None:
+        logger.warning("%s: the Hessian factored only with damping raised to %g", name, stats.raised_damping)
+    return LayerResult(packed, relative, None if stats is None else stats.damping)
 
 
 def _quantize_outer(

@@ -1,10 +1,11 @@
 """Packed checkpoints: written block by block, durable at every step, published by one rename.
 
-A run writes into `<output>.partial`: `run.json` (what is being done, so that another run cannot be
-continued by mistake), and per finished block a sidecar with the layers' metadata and then the shard
-itself, each under a temporary name, synced and renamed. A shard's presence under its final name is the
-record that its block is done. When all blocks are, the index and the config are added and the folder
-is renamed to `<output>`. The bytes do not depend on how often a run was interrupted.
+A run works in `<output>.partial`. There `run.json` says what is being done, so that another run cannot be
+continued by mistake; `checkpoint/` is the folder that will be published; and every finished block leaves a
+sidecar with its layers' metadata and then its shard in `checkpoint/`, each synced under a temporary name and
+renamed. A shard's presence under its final name is the record that its block is done. When all blocks are,
+the index and the config are added and `checkpoint/` is renamed to `<output>`. The bytes do not depend on how
+often a run was interrupted.
 
 Tensors are named `<layer>.<local name>`; config.json carries
 
@@ -30,7 +31,8 @@ from quantkit.weight import QuantizedWeight
 VERSION = 1
 METHOD = "quantkit"
 _RUN = "run.json"
-_WRITTEN_ANEW = {"README.md", "config.json", INDEX, _RUN}
+_FILES = "checkpoint"
+_WRITTEN_ANEW = {"README.md", "config.json", INDEX}
 _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
@@ -64,7 +66,8 @@ class CheckpointWriter:
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
-        self.output, self.partial = output, output.with_name(output.name + ".partial")
+        self.output, self.partial = output, _partial(output)
+        self._files = self.partial / _FILES
         self._num_blocks, self._dense, self._overwrite = num_blocks, dense, overwrite
         check_output(output, resume=resume, overwrite=overwrite)
         if self.partial.exists() and overwrite and not resume:
@@ -74,12 +77,13 @@ class CheckpointWriter:
         else:
             self.partial.mkdir(parents=True)
             write_json(self.partial / _RUN, run)
+        self._files.mkdir(exist_ok=True)
 
     def _check_partial(self, run: dict[str, Any]) -> None:
         try:
             found = json.loads((self.partial / _RUN).read_text())
         except (OSError, ValueError) as error:
-            if any(self.partial.glob("*.safetensors")):
+            if any(self._files.glob("*.safetensors")):
                 raise CheckpointError(
                     f"{self.partial / _RUN} is unreadable ({error}); --overwrite starts anew"
                 ) from error
@@ -98,7 +102,7 @@ class CheckpointWriter:
         """(shard, sidecar) of a block; index -1 is the last shard."""
         number = self._num_blocks + 1 if index < 0 else index + 1
         stem = f"model-{number:05d}-of-{self._num_blocks + 1:05d}"
-        return self.partial / f"{stem}.safetensors", self.partial / f"{stem}.json"
+        return self._files / f"{stem}.safetensors", self.partial / f"{stem}.json"
 
     def finished(self, index: int) -> dict[str, QuantizedWeight] | None:
         """The packed layers of a block that an earlier run finished, or None."""
@@ -158,40 +162,45 @@ class CheckpointWriter:
             total += shard_path.stat().st_size
         for path in sorted(source.iterdir()):
             if path.is_file() and path.suffix not in _NOT_COPIED and path.name not in _WRITTEN_ANEW:
-                _write_bytes(self.partial / path.name, path.read_bytes())
+                _write_bytes(self._files / path.name, path.read_bytes())
         layers = {layer: entry["metadata"] for layer, entry in self.entries().items()}
-        write_json(self.partial / "config.json", config | {"quantization_config": quantization_config(layers)})
+        write_json(self._files / "config.json", config | {"quantization_config": quantization_config(layers)})
         index_json = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(self.partial / INDEX, index_json)
+        write_json(self._files / INDEX, index_json)
         for name, text in files.items():
-            _write_bytes(self.partial / name, text.encode())
-        sidecars = [self._paths(index)[1] for index in self._indices()]
-        self._publish({self.partial / _RUN, *sidecars})
+            _write_bytes(self._files / name, text.encode())
+        self._publish()
 
     def _indices(self) -> list[int]:
         return [*range(self._num_blocks), -1]
 
-    def _publish(self, bookkeeping: set[Path]) -> None:
+    def _publish(self) -> None:
         replaced = self.output.with_name(self.output.name + ".replaced")
         if replaced.exists():
             shutil.rmtree(replaced)
         if self.output.exists():
             self.output.rename(replaced)
-        self.partial.rename(self.output)
+        self._files.rename(self.output)
         _sync_folder(self.output.parent)
-        for path in bookkeeping:  # only now: a run killed before the rename can still be resumed
-            (self.output / path.name).unlink()
+        shutil.rmtree(self.partial)  # only now: a run killed before the rename can still be resumed
         if replaced.exists():
             shutil.rmtree(replaced)
 
 
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
     """Raises QuantkitError where `output`, or an unfinished run towards it, is in the way."""
-    partial = output.with_name(output.name + ".partial")
+    partial = _partial(output)
+    if output.exists() and partial.exists() and not (partial / _FILES).exists():
+        shutil.rmtree(partial)  # the run was killed after its last step that matters
     if output.exists() and not overwrite:
-        raise QuantkitError(f"{output} already exists; give another --output, or --overwrite to replace it")
+        done = "already exists, and there is no unfinished run towards it" if resume else "already exists"
+        raise QuantkitError(f"{output} {done}; give another --output, or --overwrite to replace it")
     if partial.exists() and not (resume or overwrite):
         raise QuantkitError(f"{partial} holds an unfinished run; --resume continues it, --overwrite starts anew")
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

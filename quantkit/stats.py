@@ -49,8 +49,13 @@ class LayerStats:
 
     @property
     def damping(self) -> float | None:
-        """The largest damping that a factorisation of this Hessian has needed so far."""
-        return max((damp for _, damp in self._factors.values()), default=None)
+        """The largest damping that a factorisation of this Hessian has used so far."""
+        return max((used for _, used in self._factors.values()), default=None)
+
+    @property
+    def raised_damping(self) -> float | None:
+        """The largest damping that had to exceed what was asked for, or None."""
+        return max((used for (asked, _), (_, used) in self._factors.items() if used > asked), default=None)
 
 
 class StatsAccumulator:

@@ -78,7 +78,7 @@ for trial in range(10):
     time.sleep(draw.uniform(0.05, 1.0) * length)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    done = len(list((root / f"killed-{trial}.partial").glob("*.safetensors"))) if not output.exists() else -1
+    done = len(list((root / f"killed-{trial}.partial").rglob("*.safetensors"))) if not output.exists() else -1
     if not output.exists():
         assert os.waitpid(start(output, True), 0)[1] == 0, trial
     print("trial", trial, "shards before the kill", done, flush=True)
@@ -102,7 +102,7 @@ def test_resuming_repeats_no_finished_block(architecture, model_folder, recipe, 
     folder = model_folder(architecture)
     quantize_checkpoint(folder, recipe, tmp_path / "whole")
     interrupted(folder, recipe, tmp_path / "resumed", after=1)
-    partial = tmp_path / "resumed.partial"
+    partial = tmp_path / "resumed.partial" / "checkpoint"
     first = partial / "model-00001-of-00003.safetensors"
     before = first.stat().st_mtime_ns
     assert not (partial / "model-00002-of-00003.safetensors").exists()
@@ -139,6 +139,16 @@ def test_what_is_in_the_way_is_not_lost(model_folder, recipe, tmp_path):
     quantize_checkpoint(folder, interrupted_overwrite, output, overwrite=True)
     assert digest(output) != kept
     assert not list(tmp_path.glob("out.*"))
+
+
+def test_killed_after_publishing(model_folder, recipe, tmp_path):
+    output = tmp_path / "out"
+    quantize_checkpoint(model_folder("llama"), recipe, output)
+    output.with_name("out.partial").mkdir()
+    with pytest.raises(QuantkitError, match="no unfinished run"):
+        quantize_checkpoint(model_folder("llama"), recipe, output, resume=True)
+    assert not output.with_name("out.partial").exists()
+    assert output.exists()
 
 
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(model_folder, recipe, tmp_path, monkeypatch):

@@ -30,6 +30,10 @@ def test_factor_is_shared_and_damping_reported():
     assert stats.damping is None
     assert stats.inverse_factor(0.01) is stats.inverse_factor(0.01)
     assert stats.damping == 0.01
+    assert stats.raised_damping is None
+    singular = LayerStats(torch.ones(8, 8))
+    singular.inverse_factor(0.0)
+    assert singular.raised_damping == singular.damping > 0
 
 
 def test_unusable_inputs_name_the_layer():
