@@ -14,7 +14,7 @@ from quantkit.device import compute_dtype, pick_device
 from quantkit.errors import QuantkitError
 from quantkit.evals.perplexity import Quality, evaluate
 from quantkit.folder import load_tokenizer, resolve_folder
-from quantkit.model import context_length
+from quantkit.model import check_vocabulary, context_length
 from quantkit.recipe import window_length
 
 
@@ -41,6 +41,9 @@ def evaluate_command(
     tokens, bytes_per_token = evaluation_tokens(documents(data, "evaluation"), tokenizer)
     subject = quantkit.load(folder, dtype=kind, device=where).eval()
     reference = None if baseline is None else quantkit.load(resolve_folder(baseline), dtype=kind, device=where).eval()
+    for loaded in (subject, reference):
+        if loaded is not None:
+            check_vocabulary(tokens, loaded)
     length = window_length(seqlen, context_length(subject))
     with window_progress() as progress:
         quality = evaluate(

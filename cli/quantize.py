@@ -6,6 +6,7 @@ from typing import Annotated
 import torch
 import typer
 
+from quantkit.checkpoint import check_output
 from quantkit.cli.display import block_progress, console, report_table, size
 from quantkit.errors import Interrupted, QuantkitError
 from quantkit.estimate import estimate
@@ -28,6 +29,9 @@ def quantize_command(
     num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seqlen: Annotated[int | None, typer.Option(help="Tokens a window; by default 2048 or the model's context.")] = None,
     target_shift: Annotated[float, typer.Option(help="0 (off) to 1: aim at the full-precision output.")] = TARGET_SHIFT,
+    true_sequential: Annotated[
+        bool, typer.Option(help="Let each layer see its own block's earlier layers quantized; off is faster.")
+    ] = True,
     ignore: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave dense; may be repeated.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to make; by default NAME-METHOD-Nbit.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -44,11 +48,11 @@ def quantize_command(
     quantkit_report.json beside the checkpoint.
     """
     quantizer = make_quantizer(method, bits=bits, group_size=group_size, symmetric=symmetric)
-    recipe = Recipe(
-        quantizer, dict.fromkeys(ignore or ()), target_shift, Calibration(calibration, num_samples, seqlen, seed)
-    )
+    text = Calibration(calibration, num_samples, seqlen, seed)
+    recipe = Recipe(quantizer, dict.fromkeys(ignore or ()), target_shift, text, true_sequential)
     folder = resolve_folder(model)
-    output = output or Path(f"{Path(model).name}-{method}-{bits}bit")
+    output = output or Path(f"{Path(model).resolve().name}-{method.lower()}-{bits}bit")
+    check_output(output, folder, resume=resume, overwrite=overwrite)
     if dry_run:
         expected = estimate(folder, recipe, device=device)
         console.print(f"[bold]{model}[/] -> {output}")
@@ -65,7 +69,11 @@ def quantize_command(
                 folder, recipe, output, name=model, device=device, resume=resume, overwrite=overwrite, progress=progress
             )
     except KeyboardInterrupt:
-        raise Interrupted("stopped; finished blocks are kept: repeat the command with --resume to continue") from None
+        kept = output.with_name(output.name + ".partial").exists()
+        what = (
+            "finished blocks are kept: repeat the command with --resume to continue" if kept else "nothing was written"
+        )
+        raise Interrupted(f"stopped; {what}") from None
     except torch.OutOfMemoryError as error:
         raise QuantkitError("the GPU's memory is full; use --device cpu, or lower --num-samples or --seqlen") from error
     report_table(report)

@@ -78,12 +78,14 @@ def evaluate(
         QuantkitError: the text is shorter than a window, or the stride makes no sense.
     """
     stride = seqlen if stride is None else stride
+    if max_windows is not None and max_windows < 1:
+        raise QuantkitError(f"max_windows={max_windows}: measure at least one window")
     if not 1 <= stride <= seqlen:
         raise QuantkitError(f"stride={stride}: use 1 to seqlen={seqlen}")
     starts = list(range(0, len(tokens) - seqlen + 1, stride))[:max_windows]
     if not starts:
         raise QuantkitError(
-            f"the text has {len(tokens)} tokens, one window takes seqlen={seqlen}; use --seqlen {len(tokens)}"
+            f"the text has {len(tokens)} tokens, one window takes seqlen={seqlen}; use a shorter --seqlen"
         )
     columns: dict[str, list[float]] = {name: [] for name in ("nll", "base_nll", "kl", "agree", "flip", "count")}
     for index, start in enumerate(starts):
@@ -95,6 +97,10 @@ def evaluate(
     counts = torch.tensor(columns.pop("count"), dtype=torch.float64)
     means = {name: _mean_and_error(values, counts) for name, values in columns.items() if values}
     nll, nll_se = means["nll"]
+    if not math.isfinite(nll):
+        raise QuantkitError(
+            "the model predicts NaN; its weights are damaged, or its dtype overflows: try --dtype float32"
+        )
     compared: dict[str, float] = {}
     if baseline is not None:
         compared = {
@@ -120,7 +126,7 @@ def _mean_and_error(sums: list[float], counts: Tensor) -> tuple[float, float]:
     values = torch.tensor(sums, dtype=torch.float64)
     mean = float(values.sum() / counts.sum())
     if len(sums) < 2:
-        return mean, math.nan
+        return mean, 0.0
     deviations = values - mean * counts
     variance = float(deviations.square().sum()) / (len(sums) - 1) * len(sums) / float(counts.sum()) ** 2
     return mean, math.sqrt(variance)

@@ -102,6 +102,8 @@ def check(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: 
     K = x.shape[-1]
     if bits not in range(1, 9) or group_size < 1:
         raise ValueError(f"bits={bits}, group_size={group_size}: bits are 1 to 8 and groups hold at least one column")
+    if any(t is not None and t.device != x.device for t in (codes, scales, zeros)):
+        raise ValueError(f"x is on {x.device}; codes, scales and zeros must be there too")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"x is {x.dtype}; the kernel takes float16, bfloat16 or float32")
     if codes.dtype != torch.int32 or codes.dim() != 2 or codes.shape[1] != _words(K, bits) or not codes.is_contiguous():

@@ -207,13 +207,18 @@ def _gather(
             inputs, _ = _inputs_of(block, probes, batch.quantized, call, to_the_end=False)
             for name, x_q in inputs.items():
                 x = full.get(name) if needs[name] >= Needs.CROSS else None
+                if needs[name] >= Needs.CROSS and (x is None or x.shape != x_q.shape):
+                    raise CalibrationError(
+                        f"{prefix}{name}: the two streams send different tokens through this layer (a routed expert?); "
+                        "use a target shift of 0"
+                    )
                 if name not in accumulators:
                     accumulators[name] = StatsAccumulator(x_q.shape[-1], x is not None, x_q.device)
                 accumulators[name].add(x_q, x)
     for name in probes:
         if name not in accumulators:
             raise CalibrationError(
-                f"{prefix}{name}: no calibration token reached this layer; leave it out or give it RTN"
+                f"{prefix}{name}: no calibration token reached this layer; leave it out (--ignore '*{name}') or use RTN"
             )
     return {name: accumulator.finish(prefix + name) for name, accumulator in accumulators.items()}
 
@@ -361,13 +366,16 @@ def _input_groups(block: nn.Module, plan: Plan, batches: list[_Batch], index: in
 
 @contextmanager
 def _patched_forwards(blocks: nn.ModuleList, forwards: list[Callable]) -> Iterator[None]:
+    before = [block.__dict__.get("forward") for block in blocks]  # accelerate's hooks put one there
     for block, forward in zip(blocks, forwards, strict=True):
         block.forward = forward
     try:
         yield
     finally:
-        for block in blocks:
+        for block, own in zip(blocks, before, strict=True):
             del block.forward
+            if own is not None:
+                block.forward = own
 
 
 def _stubs(blocks: nn.ModuleList, last: Callable[[Tensor], Any], calls: list, wrap: Wrap) -> list[Callable]:
@@ -438,11 +446,8 @@ def _output_form(
     def forward(*args: Any, **kwargs: Any) -> Any:
         raise _Reached(original(*args, **kwargs))
 
-    block.forward = forward
-    try:
+    with _patched_forwards(nn.ModuleList([block]), [forward]):
         output = _forward_until_reached(model, tokens)
-    finally:
-        del block.forward
     source.release(f"{prefix}.0", block)
     if isinstance(output, tuple):
         rest = output[1:]

@@ -32,8 +32,8 @@ VERSION = 1
 METHOD = "quantkit"
 _RUN = "run.json"
 _FILES = "checkpoint"
-_WRITTEN_ANEW = {"README.md", "config.json", INDEX}
-_NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+_WRITTEN_ANEW = {"config.json", INDEX, "pytorch_model.bin.index.json"}
+_COPIED = {".json", ".jinja", ".model", ".py", ".txt"}
 
 
 def quantization_config(layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,15 +71,16 @@ class CheckpointWriter:
         self._num_blocks, self._dense, self._overwrite = num_blocks, dense, overwrite
         check_output(output, resume=resume, overwrite=overwrite)
         if self.partial.exists() and overwrite and not resume:
-            shutil.rmtree(self.partial)
-        if self.partial.exists():
+            _remove(self.partial)
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
             self._check_partial(run)
-        else:
-            self.partial.mkdir(parents=True)
-            write_json(self.partial / _RUN, run)
-        self._files.mkdir(exist_ok=True)
+            self._files.mkdir(exist_ok=True)
+        except OSError as error:
+            raise QuantkitError(f"{self.partial} cannot be made ({error})") from error
 
     def _check_partial(self, run: dict[str, Any]) -> None:
+        """Writes down what the run is, or holds it against what a former one wrote."""
         try:
             found = json.loads((self.partial / _RUN).read_text())
         except (OSError, ValueError) as error:
@@ -87,7 +88,7 @@ class CheckpointWriter:
                 raise CheckpointError(
                     f"{self.partial / _RUN} is unreadable ({error}); --overwrite starts anew"
                 ) from error
-            write_json(self.partial / _RUN, run)  # killed before anything was done
+            write_json(self.partial / _RUN, run)  # nothing is done yet
             return
         run = json.loads(json.dumps(run))
         differing = sorted(key for key in run.keys() | found.keys() if run.get(key) != found.get(key))
@@ -161,7 +162,7 @@ class CheckpointWriter:
                 weight_map |= dict.fromkeys(shard.keys(), shard_path.name)
             total += shard_path.stat().st_size
         for path in sorted(source.iterdir()):
-            if path.is_file() and path.suffix not in _NOT_COPIED and path.name not in _WRITTEN_ANEW:
+            if path.is_file() and path.suffix in _COPIED and path.name not in _WRITTEN_ANEW:
                 _write_bytes(self._files / path.name, path.read_bytes())
         layers = {layer: entry["metadata"] for layer, entry in self.entries().items()}
         write_json(self._files / "config.json", config | {"quantization_config": quantization_config(layers)})
@@ -177,26 +178,68 @@ class CheckpointWriter:
     def _publish(self) -> None:
         replaced = self.output.with_name(self.output.name + ".replaced")
         if replaced.exists():
-            shutil.rmtree(replaced)
+            _remove(replaced)
         if self.output.exists():
             self.output.rename(replaced)
         self._files.rename(self.output)
         _sync_folder(self.output.parent)
         shutil.rmtree(self.partial)  # only now: a run killed before the rename can still be resumed
         if replaced.exists():
-            shutil.rmtree(replaced)
+            _remove(replaced)
 
 
-def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raises QuantkitError where `output`, or an unfinished run towards it, is in the way."""
+def check_output(output: Path, source: Path | None = None, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Refuses an output that something is in the way of, before any work is done.
+
+    Args:
+        output: the folder to make.
+        source: the model's folder, which must not be touched.
+        resume, overwrite: see `CheckpointWriter`.
+
+    Raises:
+        QuantkitError: `output` cannot be a new folder, exists, or is not a checkpoint that may be replaced.
+    """
+    if not output.name or output.name == "..":
+        raise QuantkitError(f"--output {output} names no new folder; give one such as out/model-3bit")
+    if source is not None:
+        ours, theirs = output.resolve(), source.resolve()
+        if ours == theirs or ours in theirs.parents:
+            raise QuantkitError(f"--output {output} would replace the model in {source} itself; give another folder")
     partial = _partial(output)
     if output.exists() and partial.exists() and not (partial / _FILES).exists():
-        shutil.rmtree(partial)  # the run was killed after its last step that matters
+        _remove(partial)  # the run was killed after its last step that matters
     if output.exists() and not overwrite:
         done = "already exists, and there is no unfinished run towards it" if resume else "already exists"
         raise QuantkitError(f"{output} {done}; give another --output, or --overwrite to replace it")
+    if output.exists() and not _is_ours(output):
+        raise QuantkitError(
+            f"{output} is not a quantkit checkpoint, and --overwrite replaces nothing else; remove it first"
+        )
     if partial.exists() and not (resume or overwrite):
         raise QuantkitError(f"{partial} holds an unfinished run; --resume continues it, --overwrite starts anew")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder may be deleted: it is empty, a packed checkpoint, or an unfinished run."""
+    if not folder.is_dir():
+        return False
+    if (folder / _RUN).is_file() or not any(folder.iterdir()):
+        return True
+    try:
+        return (read_config(folder).get("quantization_config") or {}).get("quant_method") == METHOD
+    except QuantkitError:
+        return False
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a folder of ours.
+
+    Raises:
+        QuantkitError: it holds something else.
+    """
+    if not _is_ours(folder):
+        raise QuantkitError(f"{folder} is in the way and not quantkit's; move it away")
+    shutil.rmtree(folder)
 
 
 def _partial(output: Path) -> Path:
@@ -238,7 +281,10 @@ def check_version(config: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"the checkpoint has format version {version}; this quantkit reads up to {VERSION}: upgrade it"
         )
-    return config["layers"]
+    layers = config.get("layers")
+    if not isinstance(layers, dict):
+        raise CheckpointError("the checkpoint's quantization_config lists no layers; it is damaged")
+    return layers
 
 
 def check_tensors(layers: Mapping[str, Any], specs: Mapping[str, tuple[str, list[int]]]) -> None:
@@ -252,7 +298,12 @@ def check_tensors(layers: Mapping[str, Any], specs: Mapping[str, tuple[str, list
         CheckpointError: a tensor is missing or differs.
     """
     for layer, metadata in layers.items():
-        declared = {k: (v.dtype, list(v.shape)) for k, v in QuantizedWeight.empty(metadata).state().items()}
+        weight = QuantizedWeight.empty(metadata)
+        try:
+            weight.validate()
+        except ValueError as error:
+            raise CheckpointError(f"{layer}: {error}; config.json is damaged") from error
+        declared = {k: (v.dtype, list(v.shape)) for k, v in weight.state().items()}
         for key, (dtype, shape) in declared.items():
             found = specs.get(f"{layer}.{key}")
             if found is None:

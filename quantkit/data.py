@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkit.corpus import standard_library
-from quantkit.errors import CalibrationError, QuantkitError, UnknownName
+from quantkit.errors import CalibrationError, QuantkitError, UnknownName, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,10 @@ def _read_file(path: Path) -> list[str]:
             if path.suffix == ".json"
             else [json.loads(row) for row in content.splitlines() if row.strip()]
         )
-        return [row["text"] for row in rows]
+        texts = [row["text"] for row in rows]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a 'text' that is no string")
+        return texts
     except (ValueError, KeyError, TypeError) as error:
         raise QuantkitError(f"{path}: rows must be JSON objects with a 'text' field ({error!r})") from error
 
@@ -93,9 +96,8 @@ def _read_hub(source: str, arguments: dict[str, Any]) -> list[str]:
                 break
         return texts
     except Exception as error:  # datasets raises whatever its many back ends raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise QuantkitError(
-            f"dataset {source!r} cannot be fetched ({reason[:160]}); without the hub, give a text file or 'stdlib'"
+            f"dataset {source!r} cannot be fetched ({first_line(error)}); without the hub, give a text file or 'stdlib'"
         ) from error
 
 
@@ -125,6 +127,8 @@ def calibration_windows(texts: list[str], tokenizer: Any, num_samples: int, seql
         if len(tokens) >= num_samples * body:
             break
     count = min(num_samples, len(tokens) // body)
+    if not tokens:
+        raise CalibrationError("the calibration text is empty; give documents with text")
     if count == 0:
         raise CalibrationError(
             f"the calibration text has {len(tokens)} tokens, one window takes seqlen={seqlen}; "

@@ -17,6 +17,8 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         where = torch.device(device)
     except RuntimeError as error:
         raise QuantkitError(f"unknown device {device!r}; use cpu, cuda or cuda:N") from error
+    if where.type not in ("cpu", "cuda"):
+        raise QuantkitError(f"device {device!r} is not supported; use cpu, cuda or cuda:N")
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
         raise QuantkitError(
             f"device {device!r} was asked for; torch sees {torch.cuda.device_count()} GPUs here: use cpu or auto"

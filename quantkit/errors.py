@@ -14,6 +14,12 @@ class QuantkitError(Exception):
     exit_code = 2
 
 
+def first_line(error: Exception) -> str:
+    """What an error of another library says, short enough for one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
 class UnknownName(QuantkitError):
     """A name that no table holds; suggests the nearest one."""
 

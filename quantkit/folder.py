@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from quantkit.calibrate import WeightSource
 from quantkit.checkpoint import read_config
-from quantkit.errors import QuantkitError
+from quantkit.errors import CheckpointError, QuantkitError, first_line
 from quantkit.model import block_linears, find_blocks, linear_weight, outer_linears
 from quantkit.plan import Plan
-from quantkit.shards import LoadedWeights, ShardedWeights, Shards, match_names
+from quantkit.shards import LoadedWeights, ShardedWeights, Shards, match_names, tied_names
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +37,8 @@ def resolve_folder(model: str | Path) -> Path:
         patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
         return Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:  # huggingface_hub raises its own, requests' and OS errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise QuantkitError(
-            f"{text!r} is neither a folder here nor a model that the hub delivers ({reason[:160]})"
+            f"{text!r} is neither a folder here nor a model that the hub delivers ({first_line(error)})"
         ) from error
 
 
@@ -52,9 +51,8 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers and tokenizers raise many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise QuantkitError(
-            f"{folder} holds no tokenizer that loads ({reason[:160]}); put its tokenizer files there"
+            f"{folder} holds no tokenizer that loads ({first_line(error)}); put its tokenizer files there"
         ) from error
 
 
@@ -93,9 +91,12 @@ class ModelFolder:
         self.prefix, self.blocks = find_blocks(self.model)
         self._mapping = match_names(self.model, self.shards) or {}
         self.whole = not self._mapping
+        unused = sorted(set(self.shards.specs) - set(self._mapping.values()))
+        if unused and not self.whole:
+            logger.info("%d stored tensors belong to no part of the model, %s among them", len(unused), unused[0])
         if self.whole:
             logger.warning("%s stores tensors in another form than the model; loading all of it at once", folder)
-            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+            self.model = _whole_model(folder)
             self.prefix, self.blocks = find_blocks(self.model)
 
     def untie(self, plan: Plan) -> bool:
@@ -137,7 +138,7 @@ class ModelFolder:
     def _stored_names(self) -> list[str]:
         if not self.whole:
             return list(self._mapping)
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        tied = tied_names(self.model)
         return [name for name in self.model.state_dict() if name not in tied]
 
     def _is_in(self, name: str, index: int) -> bool:
@@ -157,7 +158,7 @@ def _belongs(name: str, layers: set[str]) -> bool:
 
 def untie(model: PreTrainedModel, plan: Plan, mapping: dict[str, str] | None = None) -> bool:
     """Ends the tie of every planned layer, so that packing it leaves the embedding as it is."""
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = tied_names(model)
     ended = {name: origin for name, origin in tied.items() if _belongs(name, set(plan))}
     for name, origin in ended.items():
         tied.pop(name)
@@ -170,15 +171,29 @@ def untie(model: PreTrainedModel, plan: Plan, mapping: dict[str, str] | None = N
     return bool(ended)
 
 
+def _whole_model(folder: Path) -> PreTrainedModel:
+    """All of a model in memory, in its own dtype, with every tensor from the files."""
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    except Exception as error:  # transformers raises many kinds
+        raise CheckpointError(f"{folder} does not load ({first_line(error)})") from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} tensors of the model, {missing[0]} among them; fetch it anew"
+        )
+    return model.eval()
+
+
 def _meta_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder)
         kept = dtype or getattr(config, "dtype", None) or torch.float32
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=kept)
-    except (ValueError, KeyError, OSError, ImportError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # transformers and huggingface_hub raise many kinds on a bad config
         raise QuantkitError(
-            f"{folder} is not a causal language model that transformers knows ({reason[:200]})"
+            f"{folder} is not a causal language model that transformers knows ({first_line(error)})"
         ) from error
     return model.eval()

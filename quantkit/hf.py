@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quantkit.checkpoint import METHOD, VERSION, check_tensors, check_version, packed_layers
-from quantkit.errors import CheckpointError
+from quantkit.checkpoint import METHOD, VERSION, check_tensors, check_version, packed_layers, read_config
+from quantkit.errors import CheckpointError, QuantkitError, first_line
 from quantkit.linear import QuantizedLinear, new_linear
 from quantkit.model import is_linear
-from quantkit.shards import open_shard
+from quantkit.shards import Shards, open_shard
 from quantkit.weight import QuantizedWeight
 
 
@@ -32,7 +32,7 @@ class QuantkitConfig(QuantizationConfigMixin):
     def __init__(self, layers: dict[str, Any] | None = None, version: int = VERSION, **_unknown: Any) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.version = version
-        self.layers = layers or {}
+        self.layers = layers  # None, which no checkpoint has, is refused when a model is loaded
 
 
 @register_quantizer(METHOD)
@@ -113,9 +113,18 @@ def load(
         CheckpointError: damaged or incomplete files, or an unknown format.
     """
     path = Path(folder)
-    if path.is_dir() and (path / "config.json").is_file() and METHOD in (path / "config.json").read_text():
-        packed_layers(path)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    if path.is_dir():
+        config = read_config(path).get("quantization_config") or {}
+        if config.get("quant_method") == METHOD:
+            packed_layers(path)
+        elif any(path.glob("*.safetensors*")):
+            Shards(path)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except QuantkitError:
+        raise
+    except Exception as error:  # transformers raises many kinds
+        raise CheckpointError(f"{folder} does not load as a causal language model ({first_line(error)})") from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:

@@ -18,10 +18,14 @@ class _Payload(nn.Module):
         for name, inner in weight.nested().items():
             self.add_module(name, _Payload(inner))
 
+    def _forget(self) -> None:
+        """Drops what was derived from the tensors, so that it does not keep them alive where they were."""
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # A cast of the model must not touch the payload, whose dtypes belong to the format; a move may.
         dtypes = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
         originals = dict(self._buffers)
+        self._forget()
         super()._apply(fn, recurse)
         for name, dtype in dtypes.items():
             moved, original = self._buffers[name], originals[name]
@@ -64,6 +68,9 @@ class QuantizedLinear(_Payload):
         """x [..., in_features] -> [..., out_features], in x's dtype."""
         y = self.packed.matmul(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _forget(self) -> None:
+        self._cached = None
 
     def extra_repr(self) -> str:
         """Shape, format and measured bits per weight."""

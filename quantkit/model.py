@@ -83,6 +83,16 @@ def context_length(model: nn.Module) -> int | None:
     return None
 
 
+def check_vocabulary(tokens: Tensor, model: nn.Module) -> None:
+    """Raises QuantkitError where a token has no row in the model's embedding."""
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    largest = int(tokens.max())
+    if largest >= rows:
+        raise QuantkitError(
+            f"the tokenizer gives token {largest}, the model's embedding has {rows} rows; are they of the same model?"
+        )
+
+
 def tensor_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and persistent buffers, shared ones once."""
     seen: dict[int, int] = {}

@@ -4,6 +4,7 @@ quantize(model, tokenizer, bits=3)          in place, on a loaded transformers m
 quantize_checkpoint(folder, recipe, out)    from disk to disk, one block in memory at a time
 """
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -45,7 +46,7 @@ def quantize(
     symmetric: bool = True,
     rules: Rules | None = None,
     target_shift: float = TARGET_SHIFT,
-    calibration: str | list[str] | Calibration = "wikitext2",
+    calibration: str | Path | list[str] | Calibration = "wikitext2",
     num_samples: int = 128,
     seqlen: int | None = None,
     seed: int = 0,
@@ -74,7 +75,9 @@ def quantize(
     Raises:
         QuantkitError: bad input; the message says what would work.
     """
-    start = time.monotonic()
+    start, where = time.monotonic(), _begin(device)
+    if isinstance(calibration, Path):
+        calibration = str(calibration)
     if not isinstance(calibration, Calibration):
         calibration = Calibration(calibration, num_samples, seqlen, seed)
     quantizer = make_quantizer(method, bits=bits, group_size=group_size, symmetric=symmetric)
@@ -98,7 +101,7 @@ def quantize(
             windows,
             source=LoadedWeights(model),
             sink=sink,
-            device=pick_device(device),
+            device=where,
             progress=progress,
             true_sequential=recipe.true_sequential,
         )
@@ -119,7 +122,7 @@ def quantize(
         all_weights=weights[1],
         seconds=time.monotonic() - start,
         peak_memory_bytes=peak_memory_bytes(),
-        peak_device_bytes=peak_device_bytes(),
+        peak_device_bytes=peak_device_bytes(where),
         settings=recipe.settings(plan, windows),
         notes=notes,
     )
@@ -157,8 +160,8 @@ def quantize_checkpoint(
         QuantkitError: bad input; the message says what would work.
     """
     start = time.monotonic()
-    check_output(output, resume=resume, overwrite=overwrite)
-    where = pick_device(device)
+    check_output(output, folder, resume=resume, overwrite=overwrite)
+    where = _begin(device)
     source = ModelFolder(folder, dtype or compute_dtype(where))
     model = source.model
     plan = recipe.plan(model)
@@ -198,7 +201,7 @@ def quantize_checkpoint(
         all_weights=weights[1],
         seconds=time.monotonic() - start,
         peak_memory_bytes=peak_memory_bytes(),
-        peak_device_bytes=peak_device_bytes(),
+        peak_device_bytes=peak_device_bytes(where),
         settings=settings,
         notes=notes,
     )
@@ -210,8 +213,16 @@ def quantize_checkpoint(
     return report
 
 
+def _begin(device: str | torch.device | None) -> torch.device:
+    """The run's device, with its peak memory counted from now."""
+    where = pick_device(device)
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+    return where
+
+
 class _MemorySink:
-    """Keeps results; nothing is finished before the run."""
+    """Keeps what is known of each layer; its tensors live in the model."""
 
     def __init__(self) -> None:
         self.layers: dict[str, LayerResult] = {}
@@ -220,7 +231,9 @@ class _MemorySink:
         return None
 
     def write(self, index: int, name: str, layers: dict[str, LayerResult]) -> None:
-        self.layers |= layers
+        for layer, result in layers.items():
+            described = result.weight.map(lambda tensor: tensor.to("meta"))
+            self.layers[layer] = dataclasses.replace(result, weight=described)
 
 
 def _layer_report(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from quantkit.data import calibration_windows, documents
 from quantkit.errors import QuantkitError
-from quantkit.model import block_linears, context_length, linear_weight, outer_linears
+from quantkit.model import block_linears, check_vocabulary, context_length, linear_weight, outer_linears
 from quantkit.plan import Plan, Rules, make_plan
 from quantkit.protocols import Needs, Quantizer
 from quantkit.quantizers.target_shift import TargetShift
@@ -45,7 +45,9 @@ class Calibration:
         """int64 [samples, seqlen]; see `data.calibration_windows`."""
         texts = documents(self.source, "calibration") if isinstance(self.source, str) else self.source
         length = window_length(self.seqlen, context_length(model))
-        return calibration_windows(texts, tokenizer, self.num_samples, length, self.seed)
+        windows = calibration_windows(texts, tokenizer, self.num_samples, length, self.seed)
+        check_vocabulary(windows, model)
+        return windows
 
 
 def window_length(seqlen: int | None, context: int | None) -> int:
@@ -56,6 +58,8 @@ def window_length(seqlen: int | None, context: int | None) -> int:
     """
     if seqlen is None:
         return min(2048, context or 2048)
+    if seqlen < 2:
+        raise QuantkitError(f"seqlen={seqlen}: a window has at least two tokens")
     if context is not None and seqlen > context:
         raise QuantkitError(f"seqlen={seqlen} exceeds the model's context of {context} tokens; use at most that")
     return seqlen
@@ -69,8 +73,7 @@ def make_quantizer(method: str | Quantizer, **settings: Any) -> Quantizer:
         QuantkitError: a setting that the method does not have, or a value that it refuses.
     """
     if not isinstance(method, str):
-        if not isinstance(method, Quantizer):
-            raise QuantkitError(f"method is a {type(method).__name__}; give a method's name or a quantizer object")
+        _check_quantizer("method", method)
         return method
     kind = resolve("quantkit.quantizers", method)
     known = {entry.name for entry in dataclasses.fields(kind)}
@@ -81,6 +84,12 @@ def make_quantizer(method: str | Quantizer, **settings: Any) -> Quantizer:
         return kind(**settings)
     except ValueError as error:
         raise QuantkitError(str(error)) from error
+
+
+def _check_quantizer(what: str, value: object) -> None:
+    if isinstance(value, type) or not isinstance(value, Quantizer):
+        found = value.__name__ if isinstance(value, type) else type(value).__name__
+        raise QuantkitError(f"{what} is given {found}; give a quantizer object such as GPTQ(bits=4)")
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.target_shift <= 1:
             raise QuantkitError(f"target shift {self.target_shift}: use 0 (off) to 1 (least squares)")
+        for pattern, quantizer in self.rules.items():
+            if quantizer is not None:
+                _check_quantizer(f"the rule {pattern!r}", quantizer)
 
     def plan(self, model: nn.Module) -> Plan:
         """Each layer's quantizer, shifted where it reads statistics.
@@ -113,13 +125,17 @@ class Recipe:
         """
         rules = {pattern: self._shifted(quantizer) for pattern, quantizer in self.rules.items()}
         plan = make_plan(block_linears(model), outer_linears(model), self._shifted(self.quantizer), rules)
-        widest = max(linear_weight(model.get_submodule(name)).shape[1] for name in plan)
-        group_size = getattr(self.quantizer, "group_size", -1)
-        if group_size > widest:
-            raise QuantkitError(
-                f"group_size={group_size} exceeds the widest layer's {widest} input features; "
-                "use -1 for one group a row"
-            )
+        widest: dict[Quantizer, int] = {}
+        for name, quantizer in plan.items():
+            inner = quantizer.inner if isinstance(quantizer, TargetShift) else quantizer
+            in_features = linear_weight(model.get_submodule(name)).shape[1]
+            widest[inner] = max(in_features, widest.get(inner, 0))
+        for quantizer, in_features in widest.items():
+            if getattr(quantizer, "group_size", -1) > in_features:
+                raise QuantkitError(
+                    f"{quantizer}: the group size exceeds the widest layer's {in_features} input features; "
+                    "use -1 for one group a row"
+                )
         return plan
 
     def _shifted(self, quantizer: Quantizer | None) -> Quantizer | None:

@@ -29,6 +29,7 @@ def resolve(group: str, name: str) -> type:
         UnknownName: no built-in and no installed package offers it.
     """
     table = _table(group)
+    name = name if name in table else name.lower()
     if name not in table:
         raise UnknownName(group.rsplit(".", 1)[1].removesuffix("s"), name, table)
     module, attribute = table[name].split(":")

@@ -70,9 +70,9 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def peak_device_bytes() -> int:
-    """Largest memory that torch has allocated on the present GPU so far; 0 without one."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+def peak_device_bytes(device: torch.device) -> int:
+    """Largest memory that torch has allocated on a GPU since the run began; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def model_card(report: Report) -> str:

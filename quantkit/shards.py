@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -12,10 +13,11 @@ from accelerate.utils import set_module_tensor_to_device
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from quantkit.errors import CheckpointError
+from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.linear import QuantizedLinear
 from quantkit.model import find_blocks
 
+_SAMPLES, _SAMPLE_BYTES = 64, 2**14
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {
@@ -64,7 +66,7 @@ class Shards:
         index = self.folder / INDEX
         if index.is_file():
             try:
-                files = json.loads(index.read_text())["weight_map"]
+                files = dict(json.loads(index.read_text())["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(f"{index} is not a safetensors index ({error}); fetch it anew") from error
             missing = sorted({file for file in files.values() if not (self.folder / file).is_file()})
@@ -78,7 +80,10 @@ class Shards:
             p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors")
         )
         found = f"found {', '.join(others[:4])}" if others else "found no weights at all"
-        raise CheckpointError(f"{self.folder} holds neither {SINGLE} nor {INDEX}; {found}")
+        raise CheckpointError(
+            f"{self.folder} holds neither {SINGLE} nor {INDEX}; {found}: load the model with transformers and "
+            "save_pretrained it to get safetensors"
+        )
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yields (name, tensor) as stored; every tensor is a copy, so no file stays mapped.
@@ -101,9 +106,19 @@ class Shards:
         """Bytes of all stored tensors."""
         return sum(map(self.tensor_nbytes, self.specs))
 
-    def fingerprint(self) -> dict[str, int]:
-        """Files and their sizes: enough to notice that another model lies in the folder."""
-        return {file: (self.folder / file).stat().st_size for file in sorted(set(self.files.values()))}
+    def fingerprint(self) -> dict[str, str]:
+        """A hash of each file's size, header and samples of its content: another model's differ somewhere."""
+        prints = {}
+        for file in sorted({*self.files.values(), "config.json"}):
+            path = self.folder / file
+            size = path.stat().st_size
+            digest = hashlib.sha256(str(size).encode())
+            with open(path, "rb") as stream:
+                for part in range(_SAMPLES):
+                    stream.seek(part * size // _SAMPLES)
+                    digest.update(stream.read(_SAMPLE_BYTES))
+            prints[file] = digest.hexdigest()
+        return prints
 
 
 def open_shard(path: Path):  # noqa: ANN201  (safe_open is untyped)
@@ -118,9 +133,9 @@ def open_shard(path: Path):  # noqa: ANN201  (safe_open is untyped)
         raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}); fetch it anew") from error
 
 
-def tied_names(model: nn.Module) -> set[str]:
-    """Tensors that are other tensors by another name (a head tied to its embedding), and are not stored."""
-    return set(getattr(model, "all_tied_weights_keys", None) or {})
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Tensors that are other tensors by another name (a head tied to its embedding) and are not stored -> those."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
 
 
 def match_names(model: nn.Module, shards: Shards) -> dict[str, str] | None:
@@ -213,7 +228,13 @@ class LoadedWeights:
     """A WeightSource over a model that is in memory: blocks visit the device and go back."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._home = next(model.parameters()).device
+        devices = {parameter.device for parameter in model.parameters()}
+        if len(devices) > 1:
+            found = ", ".join(sorted(map(str, devices)))
+            raise QuantkitError(
+                f"the model is spread over {found}; put it on one device, or quantize it from its folder"
+            )
+        self._home = devices.pop()
         self._model, self._blocks = model, find_blocks(model)[1]
 
     def load(self, name: str, module: nn.Module, device: torch.device) -> None:
@@ -230,5 +251,5 @@ class LoadedWeights:
             return
         inside = {id(child) for child in self._blocks.modules()}
         for child in self._model.modules():
-            if id(child) not in inside and not any(True for _ in child.children()):
-                child.to(device)
+            if id(child) not in inside:
+                child._apply(lambda tensor: tensor.to(device), recurse=False)

@@ -38,7 +38,7 @@ class LayerStats:
         Raises:
             CalibrationError: H holds NaN or Inf, or does not factor with any damping up to 1.
         """
-        key = (damp, None if order is None else tuple(order.tolist()))
+        key = (damp, None if order is None else order.cpu().numpy().tobytes())
         if key not in self._factors:
             hessian = self.hessian if order is None else self.hessian[order][:, order]
             try:
@@ -89,12 +89,12 @@ class StatsAccumulator:
             CalibrationError: no token reached the layer, or an input was NaN or Inf.
         """
         if not self._num_tokens:
-            raise CalibrationError(f"{name}: no calibration token reached this layer; leave it out or give it RTN")
+            raise CalibrationError(f"{name}: no calibration token reached this layer; leave it out or use RTN")
         hessian = self._hessian / self._num_tokens
         cross = None if self._cross is None else self._cross / self._num_tokens
         for matrix in (hessian, cross):
             if matrix is not None and not bool(torch.isfinite(matrix).all()):
                 raise CalibrationError(
-                    f"{name}: its inputs hold NaN or Inf; run with --dtype float32, or check the checkpoint's weights"
+                    f"{name}: its inputs hold NaN or Inf; check the weights, and save an fp16 model as bf16 first"
                 )
         return LayerStats(hessian, cross, self._num_tokens, name)

@@ -81,6 +81,7 @@ class QuantizedWeight(ABC):
             CheckpointError: a tensor is missing, or differs from the metadata in dtype or shape.
             UnknownName: no installed package knows the format.
         """
+        _check_metadata(metadata)
         fields: dict[str, Any] = {}
         for name, value in metadata.items():
             if isinstance(value, Mapping) and "format" in value:
@@ -109,6 +110,7 @@ class QuantizedWeight(ABC):
     @staticmethod
     def empty(metadata: Mapping[str, Any], device: str | torch.device = "meta") -> QuantizedWeight:
         """A weight of the described layout with uninitialised tensors."""
+        _check_metadata(metadata)
         return QuantizedWeight.from_state(metadata, _empty_state(metadata, device))
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> QuantizedWeight:
@@ -130,6 +132,19 @@ class QuantizedWeight(ABC):
 
     def _fields(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless the metadata name a format and describe tensors."""
+    tensors = metadata.get("tensors")
+    described = isinstance(tensors, Mapping) and all(
+        isinstance(spec, list | tuple)
+        and len(spec) == 2
+        and isinstance(getattr(torch, str(spec[0]), None), torch.dtype)
+        for spec in tensors.values()
+    )
+    if not isinstance(metadata.get("format"), str) or not described:
+        raise CheckpointError("a packed layer's metadata lack its format or its tensors; the checkpoint is damaged")
 
 
 def _empty_state(metadata: Mapping[str, Any], device: str | torch.device) -> dict[str, Tensor]:

@@ -141,6 +141,81 @@ def test_what_is_in_the_way_is_not_lost(model_folder, recipe, tmp_path):
     assert not list(tmp_path.glob("out.*"))
 
 
+def test_overwrite_replaces_nothing_but_checkpoints(model_folder, tmp_path):
+    import shutil
+
+    source = tmp_path / "parent" / "model"
+    shutil.copytree(model_folder("llama"), source)
+    precious = tmp_path / "parent" / "precious.txt"
+    precious.write_text("mine")
+    before = digest(source)
+    recipe = Recipe(RTN(3, 64))
+    for output, message in [
+        (source, "would replace the model"),
+        (source.parent, "would replace the model"),
+        (precious, "is not a quantkit checkpoint"),
+        (tmp_path, "would replace the model"),
+    ]:
+        with pytest.raises(QuantkitError, match=message):
+            quantize_checkpoint(source, recipe, output, overwrite=True)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "file").write_text("mine")
+    with pytest.raises(QuantkitError, match="replaces nothing else"):
+        quantize_checkpoint(source, recipe, other, overwrite=True)
+    assert precious.read_text() == "mine"
+    assert digest(source) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "parent"]
+
+
+def test_resuming_with_another_model_is_refused(model_folder, recipe, tmp_path):
+    import shutil
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(model_folder("llama"), first)
+    model = AutoModelForCausalLM.from_pretrained(first, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    shutil.copytree(first, second)
+    model.save_pretrained(second)
+    interrupted(first, recipe, tmp_path / "out", after=1)
+    with pytest.raises(QuantkitError, match=r"other settings.*model"):
+        quantize_checkpoint(second, recipe, tmp_path / "out", resume=True)
+
+
+def test_missing_tensors_are_never_drawn_at_random(model_folder, tmp_path):
+    source = tmp_path / "model"
+    AutoModelForCausalLM.from_pretrained(model_folder("llama"), dtype=torch.bfloat16).save_pretrained(source)
+    tensors = load_file(source / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors.*up_proj"):
+        quantize_checkpoint(source, Recipe(RTN(3, 64)), tmp_path / "out")
+
+
+def test_no_block_stays_in_memory(model_folder, recipe, tmp_path, monkeypatch):
+    """Packed or not, a finished block's tensors are on the meta device, and so is what they were derived from."""
+    import quantkit.pipeline as pipeline
+    from quantkit.linear import QuantizedLinear
+
+    opened = []
+
+    class Watched(pipeline.ModelFolder):
+        def __init__(self, *args):
+            super().__init__(*args)
+            opened.append(self)
+
+    monkeypatch.setattr(pipeline, "ModelFolder", Watched)
+    quantize_checkpoint(model_folder("llama"), recipe, tmp_path / "out")
+    (folder,) = opened
+    assert all(tensor.is_meta for tensor in folder.model.model.layers.state_dict().values())
+    layers = [module for module in folder.model.modules() if isinstance(module, QuantizedLinear)]
+    assert len(layers) == 14
+    assert all(layer.packed.codes.is_meta for layer in layers)
+    assert all(layer._cached is None or layer._cached.codes.is_meta for layer in layers)
+
+
 def test_killed_after_publishing(model_folder, recipe, tmp_path):
     output = tmp_path / "out"
     quantize_checkpoint(model_folder("llama"), recipe, output)
@@ -243,6 +318,8 @@ def test_damaged_checkpoints_are_refused_before_use(model_folder, tmp_path):
     expect("holds NaN", shard, edit(lambda t: t[f"{name}.scales"].fill_(float("nan"))))
     expect("version 99", "config.json", edit_config(lambda c: c.update(version=99)))
     expect("take", "config.json", edit_config(lambda c: c["layers"][name].update(group_size=3)))
+    expect("lists no layers", "config.json", edit_config(lambda c: c.pop("layers")))
+    expect("lack its format or its tensors", "config.json", edit_config(lambda c: c["layers"][name].pop("tensors")))
     expect("missing from", "config.json", edit_config(lambda c: c["layers"].update(nothing=c["layers"].pop(name))))
     expect("unknown format 'magic'", "config.json", edit_config(lambda c: c["layers"][name].update(format="magic")))
 

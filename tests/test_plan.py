@@ -4,7 +4,7 @@ from quantkit.errors import QuantkitError, UnknownName
 from quantkit.plan import make_plan
 from quantkit.quantizers.gptq import GPTQ
 from quantkit.quantizers.rtn import RTN
-from quantkit.recipe import make_quantizer
+from quantkit.recipe import Recipe, make_quantizer
 from quantkit.registry import names, resolve
 
 INNER = [f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn.q_proj", "mlp.down_proj")]
@@ -39,8 +39,12 @@ def test_quantizers_by_name():
         make_quantizer("rtn", bit=3)
     with pytest.raises(QuantkitError, match="1 to 8 bits"):
         make_quantizer("rtn", bits=9)
-    with pytest.raises(QuantkitError, match="method's name or a quantizer"):
+    with pytest.raises(QuantkitError, match="give a quantizer object"):
         make_quantizer(3)
+    with pytest.raises(QuantkitError, match="method is given GPTQ"):
+        make_quantizer(GPTQ)
+    with pytest.raises(QuantkitError, match="rule"):
+        Recipe(RTN(3), {"*": "gptq"})
 
 
 def test_every_registered_name_resolves():

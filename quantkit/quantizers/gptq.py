@@ -92,27 +92,26 @@ class _GroupGrids:
     def __init__(self, settings: GPTQ, weight: Tensor, importance: Tensor, order: Tensor | None, width: int) -> None:
         out_features, in_features = weight.shape
         self._settings, self._width = settings, width
-        self._order = list(range(in_features)) if order is None else order.tolist()
+        self._order = torch.arange(in_features, device=weight.device) if order is None else order
+        self._sources = self._order.tolist()
         self._importance = importance.clamp_min(importance.mean() * 1e-4 + 1e-30)
         self._codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=weight.device)
         self._grids: dict[int, Grid] = {}
         self._static = settings.order == "act"
         if self._static:
             for start in range(0, in_features, width):
-                self._fit(
-                    start // width, weight[:, start : start + width], list(range(in_features))[start : start + width]
-                )
+                self._fit(start // width, weight[:, start : start + width], self._importance[start : start + width])
 
     def group_size(self) -> int:
         return self._width
 
     def open(self, start: int, columns: Tensor) -> None:
         if not self._static:
-            members = self._order[start : start + self._width]
-            self._fit(members[0] // self._width, columns.T, members)
+            importance = self._importance[self._order[start : start + self._width]]
+            self._fit(self._sources[start] // self._width, columns.T, importance)
 
     def round(self, index: int, column: Tensor) -> Tensor:
-        source = self._order[index]
+        source = self._sources[index]
         grid = self._grids[source // self._width]
         codes = grid.encode(column)
         self._codes[source] = codes
@@ -124,7 +123,7 @@ class _GroupGrids:
         zeros = None if self._settings.symmetric else torch.stack([grid.zero for grid in grids], dim=1).half()
         return IntGroupWeight.pack(self._codes.T.contiguous(), scales, zeros, self._settings.bits, self._width)
 
-    def _fit(self, group: int, columns: Tensor, members: list[int]) -> None:
+    def _fit(self, group: int, columns: Tensor, importance: Tensor) -> None:
         settings = self._settings
-        grid = fit_grid(columns, settings.bits, settings.symmetric, settings.search, self._importance[members])
+        grid = fit_grid(columns, settings.bits, settings.symmetric, settings.search, importance)
         self._grids[group] = Grid(grid.scale.squeeze(1), grid.zero.squeeze(1), settings.bits)

@@ -19,7 +19,8 @@ from torch import Tensor
 from quantkit.formats.int_group import IntGroupWeight
 
 _SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.69, 0.62, 0.55, 0.48, 0.41)
-_SMALLEST_SCALE = 2.0**-14  # the smallest normal fp16: anything below loses its precision
+_SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16
+_LARGEST_ZERO = 1024  # fp16 still holds it to half a code
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +79,9 @@ class _Fit:
         self._weight, self._symmetric = weight, symmetric
         self._importance = torch.ones_like(weight[..., :1]) if importance is None else importance
         self._weighted = weight if importance is None else weight * importance
+        self._smallest_scale: float | Tensor = _SMALLEST_SCALE
+        if not symmetric:
+            self._smallest_scale = (weight.abs().amax(-1, keepdim=True) / _LARGEST_ZERO).clamp_min(_SMALLEST_SCALE)
         self._total = self._importance.expand_as(weight).sum(-1, keepdim=True)
         self._sum_w = self._weighted.sum(-1, keepdim=True)
         self._sum_ww = (self._weighted * weight).sum(-1, keepdim=True)
@@ -96,7 +100,7 @@ class _Fit:
         else:
             spread = sum_cc - sum_c.square() / total
             slope = (sum_cw - sum_c * sum_w / total) / spread.clamp_min(1e-30)
-            scale = torch.where(slope >= _SMALLEST_SCALE, _storable(slope), grid.scale)
+            scale = torch.where(slope >= self._smallest_scale, _storable(slope), grid.scale)
             zero = _storable((sum_c - sum_w / scale) / total)
         sum_uw = sum_cw - zero * sum_w
         sum_uu = sum_cc - 2 * zero * sum_c + zero.square() * total
@@ -113,7 +117,10 @@ def _better(grid: Grid, error: Tensor, best: Grid, best_error: Tensor) -> tuple[
 
 def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
     levels = 2**bits - 1
-    scale = _storable(((high - low) / levels).clamp_min(_SMALLEST_SCALE))
+    scale = ((high - low) / levels).clamp_min(_SMALLEST_SCALE)
+    if not symmetric:
+        scale = scale.maximum(torch.maximum(low.abs(), high.abs()) / _LARGEST_ZERO)
+    scale = _storable(scale)
     return Grid(scale, torch.full_like(scale, levels / 2) if symmetric else _storable(-low / scale), bits)
 
 
@@ -139,8 +146,10 @@ class GridSettings:
     search: bool = True
 
     def __post_init__(self) -> None:
-        if self.bits not in range(1, 9):
+        if not isinstance(self.bits, int) or self.bits not in range(1, 9):
             raise ValueError(f"bits={self.bits}: integer formats hold 1 to 8 bits")
+        if not isinstance(self.group_size, int):
+            raise ValueError(f"group_size={self.group_size}: a whole number of input features, or -1")
         if self.group_size != -1 and self.group_size < 8:
             raise ValueError(
                 f"group_size={self.group_size}: use -1 for one group a row, or at least 8 (32, 64 and 128 are usual)"

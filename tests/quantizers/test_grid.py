@@ -62,3 +62,13 @@ def test_importance_moves_the_grid():
 def test_senseless_settings_are_refused(settings):
     with pytest.raises(ValueError, match=r"bits|group_size"):
         GridSettings(**settings)
+
+
+@pytest.mark.parametrize("spread", [0.1, 1e-2, 1e-3, 1e-4])
+def test_small_weights_keep_their_precision(spread):
+    weight = torch.randn(50, 128)
+    errors = []
+    for values in (weight, weight * spread):
+        grid = fit_grid(values, 4, True, True)
+        errors.append(((values - grid.decode(grid.encode(values))).square().sum() / values.square().sum()).item())
+    assert errors[1] < 1.1 * errors[0]

@@ -1,0 +1,56 @@
+"""README's Python works as it stands, and its commands name options that exist."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from quantkit.cli.main import app
+
+from .conftest import ROOT
+
+TEXT = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_python_snippets_run(number, tmp_path):
+    (tmp_path / "evals").symlink_to(ROOT / "evals")
+    result = subprocess.run(
+        [sys.executable, "-c", PYTHON[number]],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_there_are_snippets():
+    assert PYTHON
+    assert "<!-- tests -->" in TEXT
+    assert "<!-- main job -->" in TEXT
+
+
+def test_every_option_in_readme_exists():
+    commands = typer.main.get_command(app).commands
+    known = {option for command in commands.values() for parameter in command.params for option in _names(parameter)}
+    blocks = re.findall(r"```(?:text|bash)\n(.*?)```", TEXT, re.S)
+    used = {
+        option
+        for block in blocks
+        for line in block.splitlines()
+        if "quantkit" in line or line.startswith("    --")
+        for option in re.findall(
+            r"(?<![\w-])--[a-z][a-z-]*", line.split("pip install")[0] + line.partition("quantkit ")[2]
+        )
+    }
+    assert used
+    assert used <= known, used - known
+
+
+def _names(parameter):
+    return [*parameter.opts, *parameter.secondary_opts]
