@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import CalibrationError, QuantkitError
-from quantkit.linear import new_linear
+from quantkit.linear import QuantizedLinear, new_linear
 from quantkit.metrics import proxy_loss
 from quantkit.model import find_blocks, linear_weight
 from quantkit.plan import Plan, plan_needs
@@ -120,6 +120,7 @@ def walk(
         if windows is None:
             raise CalibrationError("these quantizers read statistics of the layers' inputs; give calibration text")
         batches, wrap = _capture(model, blocks, windows, source, device, batch_tokens)
+    groups: list[list[str]] | None = None
     for index, block in enumerate(blocks):
         name = f"{prefix}.{index}"
         progress(index, len(blocks), name)
@@ -128,7 +129,9 @@ def walk(
         reference = _shared_copy(block) if needs >= Needs.CROSS else None
         done = sink.finished(index)
         if done is None:
-            results = _quantize_block(block, reference, f"{name}.", layers, batches, index, true_sequential)
+            results, groups = _quantize_block(
+                block, reference, f"{name}.", layers, batches, index, true_sequential, groups
+            )
             sink.write(index, name, results)
         else:
             for layer, weight in done.items():
@@ -137,6 +140,9 @@ def walk(
         for batch in batches:
             batch.quantized = _run(block, batch.quantized, batch.calls[index])
         del reference
+        for module in block.modules():
+            if isinstance(module, QuantizedLinear):
+                module.release()
         source.release(name, block)
     outer = {layer: quantizer for layer, quantizer in plan.items() if not layer.startswith(f"{prefix}.")}
     sink.write(-1, "", _quantize_outer(model, blocks, outer, batches, wrap, source, device))
@@ -151,10 +157,15 @@ def _quantize_block(
     batches: list[_Batch],
     index: int,
     true_sequential: bool,
-) -> dict[str, LayerResult]:
-    """Quantizes one block's layers in the order of their execution, and moves the full stream past the block."""
+    groups: list[list[str]] | None,
+) -> tuple[dict[str, LayerResult], list[list[str]]]:
+    """Quantizes one block's layers in the order of their execution, and moves the full stream past the block.
+
+    `groups` are those of the block before, which are this block's too where it has the same layers.
+    """
     local = {name.removeprefix(prefix): quantizer for name, quantizer in plan.items()}
-    groups = _input_groups(block, local, batches, index)
+    if groups is None or {name for group in groups for name in group} != set(local):
+        groups = _input_groups(block, local, batches, index)
     stages = [[group] for group in groups] if true_sequential or not groups else [groups]
     results: dict[str, LayerResult] = {}
     for stage in stages:
@@ -169,7 +180,7 @@ def _quantize_block(
                 _swap(block, name, results[prefix + name].weight)
     if not groups:
         _advance_full(reference, batches, index)
-    return {name: results[name] for name in plan}
+    return {name: results[name] for name in plan}, groups
 
 
 def _advance_full(reference: nn.Module | None, batches: list[_Batch], index: int) -> None:
@@ -273,13 +284,17 @@ def _quantize_outer(
             assert accumulator is not None
             stats = accumulator.finish(name)
         results[name] = quantize_layer(model.get_submodule(name), quantizer, stats, name)
-        _swap(model, name, results[name].weight)
+        model.set_submodule(name, new_linear(results[name].weight, model.get_submodule(name)))
     source.release("", model)
     return results
 
 
 def _swap(root: nn.Module, name: str, weight: QuantizedWeight) -> None:
-    root.set_submodule(name, new_linear(weight, root.get_submodule(name)))
+    """Puts the packed layer in place, its weight unpacked for as long as the calibration text runs through it."""
+    replaced = root.get_submodule(name)
+    linear = new_linear(weight, replaced)
+    linear.hold(linear_weight(replaced).dtype)
+    root.set_submodule(name, linear)
 
 
 def _shared_copy(block: nn.Module) -> nn.Module:

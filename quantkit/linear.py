@@ -48,6 +48,7 @@ class QuantizedLinear(_Payload):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._metadata = weight.metadata()
         self._cached: QuantizedWeight | None = None
+        self._held: Tensor | None = None
 
     @property
     def packed(self) -> QuantizedWeight:
@@ -66,11 +67,19 @@ class QuantizedLinear(_Payload):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x's dtype."""
-        y = self.packed.matmul(x)
+        y = self.packed.matmul(x) if self._held is None else torch.nn.functional.linear(x, self._held)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def hold(self, dtype: torch.dtype) -> None:
+        """Keeps the dequantized weight until the next move or cast: for many large inputs in a row."""
+        self._held = self.packed.dequantize(dtype)
+
+    def release(self) -> None:
+        """Ends `hold`."""
+        self._held = None
+
     def _forget(self) -> None:
-        self._cached = None
+        self._cached = self._held = None
 
     def extra_repr(self) -> str:
         """Shape, format and measured bits per weight."""
