@@ -9,9 +9,9 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from quantkit.calibrate import WeightSource
 from quantkit.checkpoint import read_config
 from quantkit.errors import CheckpointError, QuantkitError, first_line
+from quantkit.forward import WeightSource
 from quantkit.model import block_linears, find_blocks, linear_weight, outer_linears
 from quantkit.plan import Plan
 from quantkit.shards import LoadedWeights, ShardedWeights, Shards, match_names, tied_names

@@ -135,6 +135,25 @@ def test_true_sequential_changes_what_later_layers_see(model_folder, tokenizer, 
     assert not torch.equal(reports[0][o].weight.state()["codes"], reports[1][o].weight.state()["codes"])
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox"])
+def test_replaying_finished_children_changes_no_bit(architecture, model_folder, tokenizer, texts, monkeypatch):
+    import quantkit.calibrate as calibrate
+    import quantkit.forward as forward
+
+    replayed, runs = [], []
+    original = forward._answer
+    monkeypatch.setattr(forward, "_answer", lambda output: replayed.append(output) or original(output))
+    for limit in (0, 2**31):
+        monkeypatch.setattr(calibrate, "_REPLAYED_BYTES", limit)
+        model = load(model_folder(architecture))
+        replayed.clear()
+        quantkit.quantize(model, tokenizer, calibration=texts, num_samples=4, seqlen=128, bits=2, group_size=32)
+        runs.append((model.state_dict(), len(replayed)))
+    assert runs[0][1] == 0
+    assert runs[1][1] > 0
+    assert all(torch.equal(runs[0][0][name], runs[1][0][name]) for name in runs[0][0])
+
+
 @pytest.mark.parametrize("architecture", ["llama", "llama_tied", "gpt2"])
 def test_the_head_can_be_packed_too(architecture, model_folder, text_file, tmp_path):
     folder = model_folder(architecture)

@@ -15,6 +15,7 @@ RANKS = [
     ["quantizers.grid", "quantizers.feedback", "quantizers.target_shift"],
     ["quantizers.*"],
     ["linear", "model", "plan"],
+    ["forward"],
     ["calibrate", "shards"],
     ["checkpoint", "recipe", "report"],
     ["folder", "hf"],
