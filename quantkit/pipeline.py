@@ -21,6 +21,7 @@ from quantkit.device import compute_dtype, pick_device
 from quantkit.errors import QuantkitError
 from quantkit.folder import ModelFolder, load_tokenizer, refuse_quantized, untie
 from quantkit.hf import attach
+from quantkit.linear import QuantizedLinear
 from quantkit.model import fused_expert_parameters, linear_weight, tensor_bytes
 from quantkit.plan import Plan, Rules, plan_needs
 from quantkit.protocols import Needs, Quantizer
@@ -105,6 +106,10 @@ def quantize(
             progress=progress,
             true_sequential=recipe.true_sequential,
         )
+    except QuantkitError as error:
+        if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+            error.args = (f"{error}; the model in memory is partly packed now: load it anew",)
+        raise
     finally:
         model.train(was_training)
     entries = {name: sink.layers[name] for name in plan}

@@ -219,7 +219,7 @@ def test_bad_numbers_name_the_layer(model_folder, tokenizer, texts):
     model = load(model_folder("llama"))
     with torch.no_grad():
         model.model.layers[0].post_attention_layernorm.weight[3] = float("inf")
-    with pytest.raises(CalibrationError, match=r"model\.layers\.0\.mlp\.gate_proj: its inputs hold NaN or Inf"):
+    with pytest.raises(CalibrationError, match=r"model\.layers\.0\.mlp\.gate_proj: its inputs hold NaN.*load it anew"):
         quantkit.quantize(model, tokenizer, calibration=texts, num_samples=2, seqlen=64)
 
 
