@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from quantkit.checkpoint import read_config
-from quantkit.errors import CheckpointError, QuantkitError, first_line
+from quantkit.errors import QuantkitError, first_line
 from quantkit.forward import WeightSource
+from quantkit.hf import load
 from quantkit.model import block_linears, find_blocks, linear_weight, outer_linears
 from quantkit.plan import Plan
 from quantkit.shards import LoadedWeights, ShardedWeights, Shards, match_names, tied_names
@@ -96,7 +97,7 @@ class ModelFolder:
             logger.info("%d stored tensors belong to no part of the model, %s among them", len(unused), unused[0])
         if self.whole:
             logger.warning("%s stores tensors in another form than the model; loading all of it at once", folder)
-            self.model = _whole_model(folder)
+            self.model = load(folder).eval()
             self.prefix, self.blocks = find_blocks(self.model)
 
     def untie(self, plan: Plan) -> bool:
@@ -169,21 +170,6 @@ def untie(model: PreTrainedModel, plan: Plan, mapping: dict[str, str] | None = N
     if ended:
         model.config.tie_word_embeddings = False
     return bool(ended)
-
-
-def _whole_model(folder: Path) -> PreTrainedModel:
-    """All of a model in memory, in its own dtype, with every tensor from the files."""
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    except Exception as error:  # transformers raises many kinds
-        raise CheckpointError(f"{folder} does not load ({first_line(error)})") from error
-    model, info = loaded
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} tensors of the model, {missing[0]} among them; fetch it anew"
-        )
-    return model.eval()
 
 
 def _meta_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
