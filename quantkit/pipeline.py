@@ -8,6 +8,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def quantize(
     Raises:
         QuantkitError: bad input; the message says what would work.
     """
-    start, where = time.monotonic(), _begin(device)
+    where, start = _begin(device)
     if isinstance(calibration, Path):
         calibration = str(calibration)
     if not isinstance(calibration, Calibration):
@@ -92,6 +93,7 @@ def quantize(
         windows = calibration.windows(tokenizer, model)
     before, weights = tensor_bytes(model), _count(model, plan)
     notes = _notes(model, untie(model, plan))
+    run = _Run(start, where, before, weights, recipe.settings(plan, windows), notes)
     sink = _MemorySink()
     was_training = model.training
     model.eval()
@@ -112,25 +114,10 @@ def quantize(
         raise
     finally:
         model.train(was_training)
-    entries = {name: sink.layers[name] for name in plan}
-    attach(model, {name: result.weight.metadata() for name, result in entries.items()})
+    results = {name: sink.layers[name] for name in plan}
+    attach(model, {name: result.weight.metadata() for name, result in results.items()})
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    model.quantkit_report = Report(  # type: ignore[assignment]
-        model=name,
-        layers=tuple(
-            _layer_report(name, plan[name], r.weight, r.relative_error, r.damping) for name, r in entries.items()
-        ),
-        bits_per_weight=8 * sum(r.weight.nbytes for r in entries.values()) / weights[0],
-        bytes_before=before,
-        bytes_after=tensor_bytes(model),
-        packed_weights=weights[0],
-        all_weights=weights[1],
-        seconds=time.monotonic() - start,
-        peak_memory_bytes=peak_memory_bytes(),
-        peak_device_bytes=peak_device_bytes(where),
-        settings=recipe.settings(plan, windows),
-        notes=notes,
-    )
+    model.quantkit_report = run.report(name, plan, results, tensor_bytes(model))  # type: ignore[assignment]
     return model
 
 
@@ -164,21 +151,19 @@ def quantize_checkpoint(
     Raises:
         QuantkitError: bad input; the message says what would work.
     """
-    start = time.monotonic()
     check_output(output, folder, resume=resume, overwrite=overwrite)
-    where = _begin(device)
+    where, start = _begin(device)
     source = ModelFolder(folder, dtype or compute_dtype(where))
     model = source.model
     plan = recipe.plan(model)
-    weights, before, replaced = _count(model, plan), source.nbytes(), source.packed_nbytes(plan)
+    before, weights, replaced = source.nbytes(), _count(model, plan), source.packed_nbytes(plan)
     untied = source.untie(plan)
-    notes = _notes(model, untied)
     windows = None
     if plan_needs(plan) > Needs.NOTHING:
         windows = recipe.calibration.windows(load_tokenizer(folder), model)
-    settings = recipe.settings(plan, windows)
-    run = settings | {"model": source.shards.fingerprint(), "device": where.type, "dtype": str(model.dtype)}
-    writer = CheckpointWriter(output, len(source.blocks), source.dense, run, resume=resume, overwrite=overwrite)
+    run = _Run(start, where, before, weights, recipe.settings(plan, windows), _notes(model, untied))
+    identity = run.settings | {"model": source.shards.fingerprint(), "device": where.type, "dtype": str(model.dtype)}
+    writer = CheckpointWriter(output, len(source.blocks), source.dense, identity, resume=resume, overwrite=overwrite)
     walk(
         model,
         plan,
@@ -189,27 +174,10 @@ def quantize_checkpoint(
         progress=progress,
         true_sequential=recipe.true_sequential,
     )
-
     entries = writer.entries()
-    packed = {layer: QuantizedWeight.empty(entries[layer]["metadata"]) for layer in plan}
-    packed_bytes = sum(weight.nbytes for weight in packed.values())
-    report = Report(
-        model=name or folder.name,
-        layers=tuple(
-            _layer_report(layer, plan[layer], weight, entries[layer]["relative_error"], entries[layer]["damping"])
-            for layer, weight in packed.items()
-        ),
-        bits_per_weight=8 * packed_bytes / weights[0],
-        bytes_before=before,
-        bytes_after=before - replaced + packed_bytes,
-        packed_weights=weights[0],
-        all_weights=weights[1],
-        seconds=time.monotonic() - start,
-        peak_memory_bytes=peak_memory_bytes(),
-        peak_device_bytes=peak_device_bytes(where),
-        settings=settings,
-        notes=notes,
-    )
+    results = {layer: _described(entries[layer]) for layer in plan}
+    packed_bytes = sum(result.weight.nbytes for result in results.values())
+    report = run.report(name or folder.name, plan, results, before - replaced + packed_bytes)
     files = {
         "quantkit_report.json": json.dumps(report.to_json(), indent=2) + "\n",
         "README.md": model_card(report),
@@ -218,12 +186,55 @@ def quantize_checkpoint(
     return report
 
 
-def _begin(device: str | torch.device | None) -> torch.device:
-    """The run's device, with its peak memory counted from now."""
+@dataclass(frozen=True)
+class _Run:
+    """What a report says of a run, beyond what came out.
+
+    Attributes:
+        start: time.monotonic() at its beginning.
+        device: where it takes place.
+        bytes_before: all tensors of the model.
+        weights: (weights in the plan's layers, weights of the model).
+        settings: everything that the result depends on.
+        notes: what a user should know.
+    """
+
+    start: float
+    device: torch.device
+    bytes_before: int
+    weights: tuple[int, int]
+    settings: dict[str, Any]
+    notes: tuple[str, ...]
+
+    def report(self, model: str, plan: Plan, results: dict[str, LayerResult], bytes_after: int) -> Report:
+        """The record of the finished run."""
+        layers = tuple(
+            LayerReport(name, repr(plan[name]), r.weight.format, r.weight.bits_per_weight, r.relative_error, r.damping)
+            for name, r in results.items()
+        )
+        packed, in_all = self.weights
+        return Report(
+            model=model,
+            layers=layers,
+            bits_per_weight=8 * sum(result.weight.nbytes for result in results.values()) / packed,
+            bytes_before=self.bytes_before,
+            bytes_after=bytes_after,
+            packed_weights=packed,
+            all_weights=in_all,
+            seconds=time.monotonic() - self.start,
+            peak_memory_bytes=peak_memory_bytes(),
+            peak_device_bytes=peak_device_bytes(self.device),
+            settings=self.settings,
+            notes=self.notes,
+        )
+
+
+def _begin(device: str | torch.device | None) -> tuple[torch.device, float]:
+    """(the run's device, with its peak memory counted from now; the time)."""
     where = pick_device(device)
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
-    return where
+    return where, time.monotonic()
 
 
 class _MemorySink:
@@ -241,10 +252,9 @@ class _MemorySink:
             self.layers[layer] = dataclasses.replace(result, weight=described)
 
 
-def _layer_report(
-    name: str, quantizer: Quantizer, weight: QuantizedWeight, relative_error: float, damping: float | None
-) -> LayerReport:
-    return LayerReport(name, repr(quantizer), weight.format, weight.bits_per_weight, relative_error, damping)
+def _described(entry: dict[str, Any]) -> LayerResult:
+    """A layer as the checkpoint's sidecars describe it, without its tensors."""
+    return LayerResult(QuantizedWeight.empty(entry["metadata"]), entry["relative_error"], entry["damping"])
 
 
 def _count(model: nn.Module, plan: Plan) -> tuple[int, int]:
