@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from quantkit.errors import CalibrationError, QuantkitError
 from quantkit.forward import (
     Batch,
+    Order,
     Replay,
     WeightSource,
     Wrap,
     bare,
     capture,
-    input_groups,
+    execution_order,
     inputs_of,
     outer_input,
     run_block,
@@ -43,7 +44,8 @@ from quantkit.weight import QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
-_REPLAYED_BYTES = 2**31  # a stream larger than this is computed anew rather than kept a second time
+REPLAYED_BYTES = 2**31
+"""Where replaying a stream would keep more than this, its parts are computed anew instead."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def walk(
         if windows is None:
             raise CalibrationError("these quantizers read statistics of the layers' inputs; give calibration text")
         batches, wrap = capture(model, blocks, windows, source, device, batch_tokens)
-    groups: list[list[str]] | None = None
+    order: Order | None = None
     for index, block in enumerate(blocks):
         name = f"{prefix}.{index}"
         progress(index, len(blocks), name)
@@ -119,8 +121,8 @@ def walk(
         reference = _shared_copy(block) if needs >= Needs.CROSS else None
         done = sink.finished(index)
         if done is None:
-            results, groups = _quantize_block(
-                block, reference, f"{name}.", layers, batches, index, true_sequential, groups
+            results, order = _quantize_block(
+                block, reference, f"{name}.", layers, batches, index, true_sequential, order
             )
             sink.write(index, name, results)
         else:
@@ -147,20 +149,22 @@ def _quantize_block(
     batches: list[Batch],
     index: int,
     true_sequential: bool,
-    groups: list[list[str]] | None,
-) -> tuple[dict[str, LayerResult], list[list[str]]]:
+    order: Order | None,
+) -> tuple[dict[str, LayerResult], Order]:
     """Quantizes one block's layers in the order of their execution, and moves both streams past the block.
 
-    `groups` are those of the block before, which are this block's too where it has the same layers.
+    `order` is that of the block before, which is this block's too where it has the same layers.
     """
     local = {name.removeprefix(prefix): quantizer for name, quantizer in plan.items()}
-    if groups is None or {name for group in groups for name in group} != set(local):
-        groups = input_groups(block, local, batches, index)
-    stages = [[group] for group in groups] if true_sequential or not groups else [groups]
+    if order is None or {name for group in order.groups for name in group} != set(local):
+        order = execution_order(block, local, batches, index)
+    stages = [[group] for group in order.groups] if true_sequential or not order.groups else [order.groups]
     results: dict[str, LayerResult] = {}
-    replay = len(stages) > 1 and sum(batch.quantized.nbytes for batch in batches) <= _REPLAYED_BYTES
-    quantized = _Stream(block, Replay(block, local, replay), set())
-    full = None if reference is None else _Stream(reference, Replay(reference, local, replay), set(local))
+    replay = bool(batches) and len(stages) > 1 and _kept_bytes(block, order, batches) <= REPLAYED_BYTES
+    quantized = _Stream(block, Replay(block, local, order.tails, replay), set())
+    full = None
+    if reference is not None:
+        full = _Stream(reference, Replay(reference, local, order.tails, replay), set(local))
     for stage in stages:
         advance = stage is stages[-1]
         stats = _gather(quantized, full, prefix, stage, local, batches, index, advance)
@@ -175,9 +179,16 @@ def _quantize_block(
     for number, batch in enumerate(batches):
         with quantized.replay.running(number, quantized.settled, keep=False):
             batch.quantized = run_block(block, batch.quantized, batch.calls[index])
-    if not groups:
+    if not order.groups:
         _advance_full(reference, batches, index)
-    return {name: results[name] for name in plan}, groups
+    return {name: results[name] for name in plan}, order
+
+
+def _kept_bytes(block: nn.Module, order: Order, batches: list[Batch]) -> int:
+    """What `Replay` keeps of one stream: the outputs of children, and the widest input of a tail."""
+    widths = [linear_weight(block.get_submodule(name)).shape[1] for name, _ in order.tails.values()]
+    hidden = batches[0].quantized.shape[-1]
+    return sum(batch.quantized.nbytes for batch in batches) * (hidden + max(widths, default=0)) // hidden
 
 
 @dataclass
@@ -225,11 +236,13 @@ def _gather(
         if full is not None and (advance or any(need >= Needs.CROSS for need in needs.values())):
             with full.replay.running(number, full.settled, keep=not advance):
                 wanted, output = inputs_of(full.block, probes, batch.full, call, to_the_end=advance)
+            full.replay.reached(number, wanted)
             if output is not None:
                 batch.full = output
         if probes:
             with quantized.replay.running(number, quantized.settled, keep=True):
                 inputs, _ = inputs_of(quantized.block, probes, batch.quantized, call, to_the_end=False)
+            quantized.replay.reached(number, inputs)
             for name, x_q in inputs.items():
                 x = wanted.get(name) if needs[name] >= Needs.CROSS else None
                 if needs[name] >= Needs.CROSS and (x is None or x.shape != x_q.shape):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from quantkit.calibrate import REPLAYED_BYTES
 from quantkit.device import compute_dtype, pick_device
 from quantkit.folder import ModelFolder
 from quantkit.model import context_length, linear_weight
@@ -79,7 +80,9 @@ def _working_bytes(source: ModelFolder, recipe: Recipe, largest: tuple[int, ...]
         return source.block_nbytes(itemsize) + layer
     tokens = recipe.calibration.num_samples * window_length(recipe.calibration.seqlen, context_length(model))
     hidden = model.config.get_text_config().hidden_size
-    streams = tokens * hidden * itemsize * (2 if needs == Needs.CROSS else 1)
-    embedding = sum(p.numel() for p in model.get_input_embeddings().parameters()) * itemsize
     widest = max(linear_weight(module).shape[1] for module in source.linears())
+    replayed = tokens * (hidden + widest) * itemsize
+    stream = tokens * hidden * itemsize + (replayed if replayed <= REPLAYED_BYTES else 0)
+    streams = stream * (2 if needs == Needs.CROSS else 1)
+    embedding = sum(p.numel() for p in model.get_input_embeddings().parameters()) * itemsize
     return source.block_nbytes(itemsize) + layer + streams + max(embedding, 5 * 4 * widest**2)

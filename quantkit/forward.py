@@ -87,59 +87,107 @@ def inputs_of(
             handle.remove()
 
 
-def input_groups(block: nn.Module, plan: Plan, batches: list[Batch], index: int) -> list[list[str]]:
-    """The plan's layers in order of execution, those fed by the same tensor together."""
-    if not batches:
-        return [[name] for name in plan]
-    seen: list[tuple[Tensor, list[str]]] = []
+@dataclass(frozen=True)
+class Order:
+    """How a block runs its planned layers.
 
-    def record(name: str) -> Callable:
+    Attributes:
+        groups: layers in order of execution, those fed by the same tensor together.
+        tails: children of the block (attention, MLP) whose output is that of one of their planned layers, which is
+            the last that they run: child -> (layer, the form in which the child returns it).
+    """
+
+    groups: list[list[str]]
+    tails: dict[str, tuple[str, Wrap]]
+
+
+def execution_order(block: nn.Module, plan: Plan, batches: list[Batch], index: int) -> Order:
+    """Watches one batch run through the block."""
+    if not batches:
+        return Order([[name] for name in plan], {})
+    inputs: list[tuple[Tensor, list[str]]] = []
+    outputs: dict[str, Tensor] = {}
+    returned: dict[str, list[Any]] = {child: [] for child, _ in block.named_children()}
+
+    def enter(name: str) -> Callable:
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            for known, group in seen:
+            for known, group in inputs:
                 if known is x:
                     group.append(name)
                     return
-            seen.append((x, [name]))
+            inputs.append((x, [name]))
 
         return hook
 
-    handles = [block.get_submodule(name).register_forward_pre_hook(record(name), with_kwargs=True) for name in plan]
+    def leave(name: str) -> Callable:
+        return lambda _module, _args, output: outputs.__setitem__(name, output)
+
+    def leave_child(child: str) -> Callable:
+        return lambda _module, _args, output: returned[child].append(output)
+
+    layers = [(name, block.get_submodule(name)) for name in plan]
+    handles = [layer.register_forward_pre_hook(enter(name), with_kwargs=True) for name, layer in layers]
+    handles += [layer.register_forward_hook(leave(name)) for name, layer in layers]
+    handles += [module.register_forward_hook(leave_child(child)) for child, module in block.named_children()]
     try:
         run_block(block, batches[0].quantized, batches[0].calls[index])
     finally:
         for handle in handles:
             handle.remove()
-    groups = [group for _, group in seen]
+    groups = [group for _, group in inputs]
     reached = {name for group in groups for name in group}
-    for name in plan:
-        if name not in reached:
-            groups.append([name])
-    return groups
+    groups += [[name] for name in plan if name not in reached]
+    tails = {}
+    for child, runs in returned.items():
+        last = [inside for group in groups if (inside := [name for name in group if name.startswith(f"{child}.")])][-1:]
+        for name in last[0] if last and len(runs) == 1 else []:
+            if name in outputs and (form := _form(runs[0], outputs[name])) is not None:
+                tails[child] = (name, form)
+    return Order(groups, tails)
+
+
+def _form(returned: Any, output: Tensor) -> Wrap | None:
+    """How `returned` holds the very tensor `output`: bare, or first in a tuple of nothing else; None if it does not."""
+    if returned is output:
+        return bare
+    if isinstance(returned, tuple) and returned[0] is output and all(rest is None for rest in returned[1:]):
+        return lambda tensor: (tensor, *returned[1:])
+    return None
 
 
 class Replay:
-    """Outputs of a block's children that cannot change any more, so that later passes need not compute them again.
+    """What later passes through a block need not compute again, so that each part of it runs once per batch.
 
-    In a pass, a child whose planned layers are all settled is run once per batch and from then on answers with its
-    former output: with true-sequential calibration, attention is not computed anew for every group of the MLP's layers.
-    A child that is called more than once in a pass is left alone.
+    True-sequential calibration stops a pass at the next layer whose input it wants. The pass after that begins
+    again, but answers for a child whose layers are all final with the child's former output; and a child that ends
+    in a layer whose input is known already runs that layer alone. A child that is called more than once in a pass
+    is left alone.
 
     Args:
         block: the block whose direct children are replayed.
         layers: names of the planned layers in the block.
+        tails: see `Order`.
         enabled: False replays nothing, and keeps no memory.
     """
 
-    def __init__(self, block: nn.Module, layers: Iterable[str], enabled: bool) -> None:
+    def __init__(
+        self, block: nn.Module, layers: Iterable[str], tails: dict[str, tuple[str, Wrap]], enabled: bool
+    ) -> None:
         names = list(layers)
         members = {
             child: [name for name in names if name.startswith(f"{child}.")] for child, _ in block.named_children()
         }
         self._members = {child: inside for child, inside in members.items() if inside and enabled}
         self._block = block
+        self._tails = tails if enabled else {}
+        self._inputs: dict[tuple[str, int], Tensor] = {}
         self._outputs: dict[tuple[str, int], Any] = {}
         self._repeated: set[str] = set()
+
+    def reached(self, batch: int, inputs: dict[str, Tensor]) -> None:
+        """Takes the inputs at which a pass stopped; all that lies before them is final."""
+        self._inputs |= {(name, batch): inputs[name] for name, _ in self._tails.values() if name in inputs}
 
     @contextmanager
     def running(self, batch: int, settled: Container[str], keep: bool) -> Iterator[None]:
@@ -150,17 +198,23 @@ class Replay:
             settled: layers whose weights are final.
             keep: whether a later pass may want this one's outputs.
         """
-        children = [
-            child
-            for child, inside in self._members.items()
-            if child not in self._repeated and all(name in settled for name in inside)
-        ]
-        known = [child for child in children if (child, batch) in self._outputs]
-        handles = [self._record(child, batch) for child in children if keep and child not in known]
-        modules = nn.ModuleList([self._block.get_submodule(child) for child in known])
-        outputs = [self._outputs[child, batch] for child in known]
+        answers: dict[str, Callable] = {}
+        final = []
+        for child, inside in self._members.items():
+            if child in self._repeated:
+                continue
+            if (child, batch) in self._outputs:
+                answers[child] = _answer(self._outputs[child, batch])
+                continue
+            if child in self._tails and (self._tails[child][0], batch) in self._inputs:
+                name, form = self._tails[child]
+                answers[child] = _run_tail(self._block.get_submodule(name), self._inputs.pop((name, batch)), form)
+            if all(name in settled for name in inside):
+                final.append(child)
+        handles = [self._record(child, batch) for child in final if keep]
+        modules = nn.ModuleList([self._block.get_submodule(child) for child in answers])
         try:
-            with patched_forwards(modules, [_answer(output) for output in outputs]):
+            with patched_forwards(modules, list(answers.values())):
                 yield
         finally:
             for handle in handles:
@@ -177,6 +231,10 @@ class Replay:
 
 def _answer(output: Any) -> Callable:
     return lambda *_args, **_kwargs: output
+
+
+def _run_tail(layer: nn.Module, x: Tensor, form: Wrap) -> Callable:
+    return lambda *_args, **_kwargs: form(layer(x))
 
 
 @contextmanager

@@ -136,21 +136,25 @@ def test_true_sequential_changes_what_later_layers_see(model_folder, tokenizer, 
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox"])
-def test_replaying_finished_children_changes_no_bit(architecture, model_folder, tokenizer, texts, monkeypatch):
+def test_replaying_changes_no_bit_and_runs_attention_once(architecture, model_folder, tokenizer, texts, monkeypatch):
     import quantkit.calibrate as calibrate
-    import quantkit.forward as forward
 
-    replayed, runs = [], []
-    original = forward._answer
-    monkeypatch.setattr(forward, "_answer", lambda output: replayed.append(output) or original(output))
+    attended, runs = [], []
+    original = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *args, **kwargs: attended.append(1) or original(*args, **kwargs),
+    )
     for limit in (0, 2**31):
-        monkeypatch.setattr(calibrate, "_REPLAYED_BYTES", limit)
+        monkeypatch.setattr(calibrate, "REPLAYED_BYTES", limit)
         model = load(model_folder(architecture))
-        replayed.clear()
+        attended.clear()
         quantkit.quantize(model, tokenizer, calibration=texts, num_samples=4, seqlen=128, bits=2, group_size=32)
-        runs.append((model.state_dict(), len(replayed)))
-    assert runs[0][1] == 0
-    assert runs[1][1] > 0
+        runs.append((model.state_dict(), len(attended)))
+    blocks, streams, probes = len(find_blocks(load(model_folder(architecture)))[1]), 2, 2
+    assert runs[1][1] == blocks * streams + probes  # one batch; the output's form and the order of layers are probed
+    assert runs[0][1] > 2 * blocks * streams
     assert all(torch.equal(runs[0][0][name], runs[1][0][name]) for name in runs[0][0])
 
 
