@@ -1,138 +1,342 @@
-"""Multiply by a group-wise integer weight without materialising it: y = x @ W^T.
+"""Multiply by a group-wise integer weight without materialising it: y = x @ W^T + (x @ D^T) @ U^T + bias.
 
-    W[n, k] = (code[n, k] - zero[n, g]) * scale[n, g],    g = k // group_size
+    W[n, k] = (code[n, k] - zero[g, n]) * scale[g, n],    g = k // group_size
 
-Layout of `codes`, int32 [N, words], row by row: the planes of power-of-two width that make up a code
-(3 bits = a 2-bit and a 1-bit plane, lowest bits first), one after the other. In a plane of width b,
-column k = 128 * tile + 8 * (P * r + p) + 2 * lane + half, with P = 16 / b, stands in word
-tile * 4b + lane * R + r at bits b * p + 16 * half. R is b, and for a last tile of c < 128 columns
-ceil(ceil(c / 8) * b / 16). `scales` and `zeros` are fp16 [N, ceil(K / group_size)]; without `zeros`
-the zero point is (2^bits - 1) / 2.
+`codes` int32 [N, words] are laid out by `quantkit.kernels.bitpack`; `scales` and `zeros` are fp16 [groups, N],
+without `zeros` the zero point is (2^bits - 1) / 2. U [N, r] and D [r, K] are an optional low-rank correction, bias [N].
 
 Bytes moved: N * K * bits / 8 for codes, 2 or 4 bytes a group and row, 2 * M * K for x, 2 * M * N for y.
-Weights are formed in fp32, rounded to x's dtype and multiplied with fp32 accumulation, so that x = I
-gives exactly the dequantized weight. The kernel itself stands in `int_group_matmul_triton.py`, so that this file
-imports where there is no Triton.
+
+Three regimes by M, the rows of x, with the weight always the left operand:
+
+    decode    few rows. The tensor core multiplies the codes themselves, as floats offset + code, and each group's
+              fp32 accumulator gets its scale and zero:  y += s * ((dot - offset * sum x) - z * sum x).
+              Only where K is a multiple of 128, groups are whole tiles or 64 or 32 columns, and x has 16 bits.
+    gemm      more rows, or any other shape: weights are formed in fp32 and rounded to x's dtype in registers.
+    dense     many rows: W is written out once and torch multiplies.
+
+All accumulate in fp32 and are deterministic; x = I gives exactly the dequantized weight. The kernels stand in
+`int_group_matmul_triton.py`, so that this file imports where there is no Triton.
 """
 
-import math
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-TILE = 128
-OPTIONS = {"num_warps": 4, "num_stages": 2}
-"""Two stages keep shared memory below 99 KiB, so the kernel runs on every GPU since sm_80."""
+from quantkit.kernels.bitpack import TILE, row_words, tail_words_per_lane, unpack
+from quantkit.kernels.tuning import Config, chosen, shares
+
+CROSSOVERS = {"default": (32, 192)}
+"""By GPU name: the most rows for which `decode`, and for which `gemm`, is used. The default is a model's guess."""
+GROUPS_IN_A_TILE = (32, 64)
+"""Group sizes below 128 that the decode kernel takes."""
 
 
-def reference(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> Tensor:
-    """The specification, on any device: y = x @ W^T for x [..., K]; y [..., N] in x's dtype."""
-    in_features = x.shape[-1]
-    values = torch.zeros(codes.shape[0], in_features, dtype=torch.int32, device=codes.device)
-    for word, bit, mask, shift in _positions(in_features, bits, codes.device):
-        values |= ((codes[:, word] >> bit) & mask) << shift
-    group = torch.arange(in_features, device=codes.device) // group_size
-    zero = (2**bits - 1) / 2 if zeros is None else zeros.float()[:, group]
-    weight = (values.float() - zero) * scales.float()[:, group]
-    return torch.nn.functional.linear(x, weight.to(x.dtype))
+def dequantized(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, in_features: int
+) -> Tensor:
+    """The specification of the weight, on any device: fp32 [N, in_features]."""
+    values = unpack(codes, bits, in_features).float()
+    padding = scales.shape[0] * group_size - in_features
+    grouped = torch.nn.functional.pad(values, (0, padding)).unflatten(1, (-1, group_size))
+    grouped -= (2**bits - 1) / 2 if zeros is None else zeros.float().T.unsqueeze(2)
+    grouped *= scales.float().T.unsqueeze(2)
+    return grouped.flatten(1)[:, :in_features]
 
 
-def _plane_widths(bits: int) -> tuple[int, ...]:
-    return tuple(width for width in (8, 4, 2, 1) if bits & width)
+def reference(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    bias: Tensor | None = None,
+    up: Tensor | None = None,
+    down: Tensor | None = None,
+) -> Tensor:
+    """The specification of the product, on any device: y [..., N] in x's dtype for x [..., K]."""
+    weight = dequantized(codes, scales, zeros, bits, group_size, x.shape[-1]).to(x.dtype)
+    y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return y if up is None or down is None else y + (x @ down.T.to(x.dtype)) @ up.T.to(x.dtype)
 
 
-def _tail_stride(in_features: int, width: int) -> int:
-    """R of the last tile: words per lane where it is not full, else 0."""
-    octets = math.ceil(in_features % TILE / 8)
-    return math.ceil(octets * width / 16)
+@dataclass(frozen=True)
+class Problem:
+    """What a launch depends on, beyond the tensors' addresses.
+
+    Attributes:
+        M, N, K: rows of x, rows of W, columns of both.
+        bits, group_size: of the weight.
+        dtype: of x.
+        capability: compute capability of the GPU, e.g. 90.
+        multiprocessors: of the GPU.
+    """
+
+    M: int
+    N: int
+    K: int
+    bits: int
+    group_size: int
+    dtype: torch.dtype
+    capability: int = 90
+    multiprocessors: int = 132
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the decode kernel takes this shape, whatever M."""
+        whole = self.group_size % TILE == 0 or self.group_size >= self.K or self.group_size in GROUPS_IN_A_TILE
+        return self.K % TILE == 0 and whole and self.dtype != torch.float32
+
+    def key(self) -> str:
+        """Names the launch in a table of measured choices."""
+        rows = rule(self).block_m
+        return f"int_group_matmul decode m{rows} n{self.N} k{self.K} b{self.bits} g{self.group_size} {self.dtype}"
 
 
-def _words(in_features: int, bits: int) -> int:
-    return sum(4 * (in_features // TILE * b + _tail_stride(in_features, b)) for b in _plane_widths(bits))
+def rule(problem: Problem) -> Config:
+    """Sizes for a decode launch on a GPU that nobody has measured."""
+    block_m = 8 if problem.M <= 8 else 16 if problem.M <= 16 else 32
+    block_n = 64 if block_m == 32 or problem.N <= 2048 else 128
+    tiles = -(-problem.N // block_n) * -(-problem.M // block_m)
+    return Config(block_m, block_n, shares(tiles, problem.K // TILE, problem.multiprocessors))
 
 
-@lru_cache(maxsize=64)
-def _positions(in_features: int, bits: int, device: torch.device) -> list[tuple[Tensor, Tensor, int, int]]:
-    """Per plane: the word and the bit of every column, the field's mask and its shift within the code."""
-    k = torch.arange(in_features, device=device)
-    tile, octet, lane, half = k // TILE, k % TILE // 8, k % 8 // 2, k % 2
-    start = shift = 0
-    planes = []
-    for width in _plane_widths(bits):
-        per_half = 16 // width
-        stride = torch.where(tile < in_features // TILE, width, _tail_stride(in_features, width))
-        word = start + tile * 4 * width + lane * stride + octet // per_half
-        bit = width * (octet % per_half) + 16 * half
-        planes.append((word, bit.to(torch.int32), 2**width - 1, shift))
-        start += 4 * (in_features // TILE * width + _tail_stride(in_features, width))
-        shift += width
-    return planes
+def gemm_rule(problem: Problem) -> Config:
+    """Sizes for a gemm launch; two stages keep shared memory below 99 KiB, so that it runs on every GPU since sm_80."""
+    block_m = min(64, max(16, 1 << (problem.M - 1).bit_length()))
+    return Config(block_m, 64, num_stages=2)
 
 
-def launch(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> Tensor:
-    """Runs the Triton kernel; arguments and result as in `reference`.
+def pairs(problem: Problem, config: Config) -> int:
+    """Neighbouring columns that a lane's fragment holds: 2 for wgmma (Hopper, 16 rows of x or more), 4 for mma.sync."""
+    return 2 if problem.capability == 90 and config.block_m >= 16 else 4
+
+
+def flags(bits: int, zeros: Any, K: int, group_size: int) -> dict[str, Any]:
+    """The compile-time arguments that `gemm_kernel` and `dequantize_kernel` share."""
+    tails = {f"TAIL_{width}": tail_words_per_lane(K, width) for width in (8, 4, 2, 1)}
+    whole_groups = group_size % TILE == 0 or group_size >= K
+    return {"BITS": bits, "HAS_ZEROS": zeros is not None, "WHOLE_GROUPS": whole_groups, **tails}
+
+
+def launch(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    bias: Tensor | None = None,
+    up: Tensor | None = None,
+    down: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """Runs the Triton kernels; arguments and result as in `reference`.
+
+    Args:
+        config: sizes for the decode kernel, instead of those chosen for the shape.
 
     Raises:
-        ValueError: shapes or dtypes that the kernel's addresses do not allow.
+        ValueError: shapes or dtypes that the kernels' addresses do not allow.
     """
-    from quantkit.kernels.int_group_matmul_triton import int_group_matmul_kernel  # Triton exists on Linux alone
-
-    check(x, codes, scales, zeros, bits, group_size)
-    (N, words), K = codes.shape, x.shape[-1]
+    check(x, codes, scales, zeros, bits, group_size, bias, up, down)
+    N, K = codes.shape[0], x.shape[-1]
     rows = x.reshape(-1, K)
-    M = len(rows)
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    if M and N:
-        tails = {f"TAIL_{b}": _tail_stride(K, b) for b in (8, 4, 2, 1)}
-        block_m, block_n = min(64, max(16, 1 << (M - 1).bit_length())), 64
-        upcast = x.dtype == torch.float32 or x.device.type == "cpu"  # the interpreter's bf16 dot is wrong
+    if K and rows.stride(1) != 1:
+        rows = rows.contiguous()
+    if not (len(rows) and N):
+        return x.new_empty(*x.shape[:-1], N)
+    capability, multiprocessors, gpu = _properties(x.device)
+    problem = Problem(len(rows), N, K, bits, group_size, x.dtype, capability, multiprocessors)
+    decode_rows, gemm_rows = CROSSOVERS.get(gpu, CROSSOVERS["default"])
+    inner = None if up is None or down is None else rows @ down.T
+    if problem.M > gemm_rows and config is None:
+        weight = _write_out(codes, scales, zeros, bits, group_size, K, x.dtype)
+        y = torch.nn.functional.linear(rows, weight, bias)
+        y = y if inner is None or up is None else torch.addmm(y, inner, up.T)
+    else:
+        y = torch.empty(problem.M, N, dtype=x.dtype, device=x.device)
         with torch.cuda.device_of(x):
-            int_group_matmul_kernel[(-(-N // block_n), -(-M // block_m))](
-                rows, codes, scales, codes if zeros is None else zeros, y,
-                M, N, K, words, scales.shape[1], group_size, rows.stride(0), rows.stride(1),
-                BITS=bits, HAS_ZEROS=zeros is not None, **tails,
-                BLOCK_M=block_m, BLOCK_N=block_n, UPCAST=upcast, **OPTIONS,
-            )  # fmt: skip
+            if problem.decodes and (problem.M <= decode_rows or config is not None):
+                config = config or (chosen(x.device, problem.key(), rule(problem)) if x.is_cuda else rule(problem))
+                _decode(rows, codes, scales, zeros, bias, up, inner, y, problem, config)
+            else:
+                _gemm(rows, codes, scales, zeros, bias, up, inner, y, problem)
     return y.view(*x.shape[:-1], N)
 
 
-def check(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> None:
+def _decode(rows, codes, scales, zeros, bias, up, inner, y, problem: Problem, config: Config) -> None:
+    from quantkit.kernels.int_group_matmul_triton import decode_kernel  # Triton exists on Linux alone
+
+    M, N, K = problem.M, problem.N, problem.K
+    tiles = -(-N // config.block_n), -(-M // config.block_m)
+    partial, arrived = y, y
+    if config.split_k > 1:
+        size = tiles[0] * tiles[1] * config.split_k * config.block_n * config.block_m
+        partial = torch.empty(size, dtype=torch.float32, device=y.device)
+        count = tiles[0] * tiles[1]
+        arrived = _counters(y.device).take(count) if y.is_cuda else torch.zeros(count, dtype=torch.int32)
+    decode_kernel[(*tiles, config.split_k)](
+        rows, codes, scales, _or(zeros, scales), _or(bias, y), _or(up, y), _or(inner, y), y, partial, arrived,
+        M, N, K // TILE, codes.shape[1], min(problem.group_size, K), rows.stride(0), 0 if up is None else up.shape[1],
+        BITS=problem.bits, HAS_ZEROS=zeros is not None, HAS_BIAS=bias is not None, BLOCK_R=_block_r(up),
+        GROUPS=TILE // problem.group_size if problem.group_size < min(TILE, K) else 1, SPLIT_K=config.split_k,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAIRS=pairs(problem, config), **_machine(y),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def _gemm(rows, codes, scales, zeros, bias, up, inner, y, problem: Problem) -> None:
+    from quantkit.kernels.int_group_matmul_triton import gemm_kernel
+
+    M, N, K = problem.M, problem.N, problem.K
+    config = gemm_rule(problem)
+    gemm_kernel[(-(-N // config.block_n), -(-M // config.block_m))](
+        rows, codes, scales, _or(zeros, scales), _or(bias, y), _or(up, y), _or(inner, y), y,
+        M, N, K, codes.shape[1], min(problem.group_size, K), rows.stride(0), 0 if up is None else up.shape[1],
+        **flags(problem.bits, zeros, K, problem.group_size), HAS_BIAS=bias is not None, BLOCK_R=_block_r(up),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, **_machine(y),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def _write_out(codes, scales, zeros, bits: int, group_size: int, K: int, dtype: torch.dtype) -> Tensor:
+    """The dequantized weight [N, K], by the kernel."""
+    from quantkit.kernels.int_group_matmul_triton import dequantize_kernel
+
+    N = codes.shape[0]
+    weight = torch.empty(N, K, dtype=dtype, device=codes.device)
+    with torch.cuda.device_of(codes):
+        dequantize_kernel[(-(-N // 64), -(-K // TILE))](
+            codes, scales, _or(zeros, scales), weight, N, K, codes.shape[1], min(group_size, K),
+            **flags(bits, zeros, K, group_size), BLOCK_N=64, **_machine(codes), num_warps=4,
+        )  # fmt: skip
+    return weight
+
+
+def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
+    """A pointer for an argument that the kernel was compiled not to read."""
+    return stand_in if tensor is None else tensor
+
+
+def _block_r(up: Tensor | None) -> int:
+    return 0 if up is None else min(64, max(16, 1 << (up.shape[1] - 1).bit_length()))
+
+
+def _machine(tensor: Tensor) -> dict[str, bool]:
+    """Inline assembly is NVIDIA's; a tensor in the CPU's memory means Triton's interpreter, whose bf16 is wrong."""
+    return {"ASM": tensor.is_cuda and torch.version.hip is None, "INTERPRETED": not tensor.is_cuda}
+
+
+@lru_cache
+def _properties(device: torch.device) -> tuple[int, int, str]:
+    """(compute capability, multiprocessors, name) of a GPU; of no particular one for the interpreter."""
+    if device.type != "cuda":
+        return 80, 8, "default"
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count, properties.name
+
+
+class _Counters:
+    """Zeros that split-K launches count their shares in, and leave zero: no launch has to clear them.
+
+    Launches of one stream use the same ones. A launch that is captured into a CUDA graph gets its own, because a
+    graph may be replayed beside anything.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._zeros = torch.zeros(2**20, dtype=torch.int32, device=device)
+        self._used = 0
+        self._of_stream: dict[int, Tensor] = {}
+
+    def take(self, count: int) -> Tensor:
+        """`count` zeros for a launch on the current stream."""
+        if torch.cuda.is_current_stream_capturing():
+            return self._next(count)
+        stream = torch.cuda.current_stream(self._zeros.device).cuda_stream
+        if stream not in self._of_stream or len(self._of_stream[stream]) < count:
+            self._of_stream[stream] = self._next(max(count, 2048))
+        return self._of_stream[stream]
+
+    def _next(self, count: int) -> Tensor:
+        if self._used + count > len(self._zeros):
+            return torch.zeros(count, dtype=torch.int32, device=self._zeros.device)
+        self._used += count
+        return self._zeros[self._used - count : self._used]
+
+
+@lru_cache
+def _counters(device: torch.device) -> _Counters:
+    return _Counters(device)
+
+
+def check(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    bias: Tensor | None = None,
+    up: Tensor | None = None,
+    down: Tensor | None = None,
+) -> None:
     """Raises ValueError unless every address that follows from the arguments lies inside the tensors."""
     K = x.shape[-1]
     if bits not in range(1, 9) or group_size < 1:
         raise ValueError(f"bits={bits}, group_size={group_size}: bits are 1 to 8 and groups hold at least one column")
-    if any(t is not None and t.device != x.device for t in (codes, scales, zeros)):
-        raise ValueError(f"x is on {x.device}; codes, scales and zeros must be there too")
+    if any(t is not None and t.device != x.device for t in (codes, scales, zeros, bias, up, down)):
+        raise ValueError(f"x is on {x.device}; all that it is multiplied by must be there too")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"x is {x.dtype}; the kernel takes float16, bfloat16 or float32")
-    if codes.dtype != torch.int32 or codes.dim() != 2 or codes.shape[1] != _words(K, bits) or not codes.is_contiguous():
+    words = row_words(K, bits)
+    if codes.dtype != torch.int32 or codes.dim() != 2 or codes.shape[1] != words or not codes.is_contiguous():
         raise ValueError(
             f"codes are {codes.dtype} {tuple(codes.shape)}; {K} columns of {bits} bits take "
-            f"contiguous int32 [N, {_words(K, bits)}]"
+            f"contiguous int32 [N, {words}]"
         )
-    expected = (codes.shape[0], -(-K // group_size))
-    for name, tensor in (("scales", scales), ("zeros", zeros)):
+    N = codes.shape[0]
+    if (up is None) != (down is None):
+        raise ValueError("a low-rank correction has both up and down, or neither")
+    rank = 0 if up is None or up.dim() != 2 else up.shape[1]
+    expected = {
+        "scales": (scales, torch.float16, (-(-K // group_size), N)),
+        "zeros": (zeros, torch.float16, (-(-K // group_size), N)),
+        "bias": (bias, None, (N,)),
+        "up": (up, x.dtype, (N, max(rank, 1))),
+        "down": (down, x.dtype, (max(rank, 1), K)),
+    }
+    for name, (tensor, dtype, shape) in expected.items():
         if tensor is None:
             continue
-        if tensor.dtype != torch.float16 or tuple(tensor.shape) != expected or not tensor.is_contiguous():
+        wrong_type = not tensor.is_floating_point() if dtype is None else tensor.dtype != dtype
+        if wrong_type or tuple(tensor.shape) != shape or not tensor.is_contiguous():
             raise ValueError(
-                f"{name} are {tensor.dtype} {tuple(tensor.shape)}; group_size={group_size} takes contiguous "
-                f"float16 {expected}"
+                f"{name} are {tensor.dtype} {tuple(tensor.shape)}; bits={bits}, group_size={group_size} and "
+                f"x {tuple(x.shape)} take contiguous {dtype or 'floating-point'} {shape}"
             )
 
 
 _LIBRARY = torch.library.Library("quantkit", "FRAGMENT")
 _LIBRARY.define(
-    "int_group_matmul(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, int bits, int group_size) -> Tensor"
+    "int_group_matmul(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, int bits, int group_size, "
+    "Tensor? bias=None, Tensor? up=None, Tensor? down=None) -> Tensor"
 )
 
 
-def _fake(x, codes, scales, zeros, bits, group_size):
+def _fake(x, codes, scales, zeros, bits, group_size, bias=None, up=None, down=None):
     return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+def _on_gpu(x, codes, scales, zeros, bits, group_size, bias=None, up=None, down=None):
+    return launch(x, codes, scales, zeros, bits, group_size, bias, up, down)
 
 
 torch.library.register_fake("quantkit::int_group_matmul", _fake, lib=_LIBRARY)
 _LIBRARY.impl("int_group_matmul", reference, "CompositeExplicitAutograd")
-_LIBRARY.impl("int_group_matmul", launch, "CUDA")
+_LIBRARY.impl("int_group_matmul", _on_gpu, "CUDA")
 int_group_matmul = torch.ops.quantkit.int_group_matmul.default

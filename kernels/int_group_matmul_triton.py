@@ -1,87 +1,323 @@
-"""The Triton kernel behind `int_group_matmul`; that file has the layout and the equation."""
+"""The Triton kernels behind `int_group_matmul`; that file has the layout, the equations and the regimes.
+
+Codes become tensor-core operands without leaving their lane: an int32 word holds pairs of codes whose halves lie 16
+bits apart, so that one mask and one OR with 0x4300 (bf16; 0x6400 in fp16) give two floats of 128 + code (1024 + code).
+The offset is taken off again in the accumulator.
+"""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _plane(row_start, rows_in, k, columns_in, tile, full_tiles, TAIL: tl.constexpr, WIDTH: tl.constexpr):
-    """Fields [rows, 128] of one plane of one tile, as int32."""
+def _rotate_right(words, BY: tl.constexpr):
+    unsigned = words.to(tl.uint32, bitcast=True)
+    return ((unsigned >> BY) | (unsigned << (32 - BY))).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _mask_or(words, MASK: tl.constexpr, other, ASM: tl.constexpr):
+    """(words & MASK) | other: one instruction, which ptxas does not find by itself when both operands are constant."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [words, MASK, other], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return (words & MASK) | other
+
+
+@triton.jit
+def _spread(words, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
+    """Words [BLOCK_N, 4 * WIDTH] of one tile and plane -> [BLOCK_N, lane, o3, o2, o1, o0], the field of octet
+    o = 8 o3 + 4 o2 + 2 o1 + o0 rotated to the lowest bits of each half."""
+    if WIDTH == 8:
+        words = tl.reshape(words, (BLOCK_N, 4, 2, 2, 2))
+    if WIDTH == 4:
+        words = tl.reshape(words, (BLOCK_N, 4, 2, 2))
+    if WIDTH == 2:
+        words = tl.reshape(words, (BLOCK_N, 4, 2))
+    if WIDTH == 1:
+        words = tl.join(words, _rotate_right(words, 8 * WIDTH))
+    if WIDTH <= 2:
+        words = tl.join(words, _rotate_right(words, 4 * WIDTH))
+    if WIDTH <= 4:
+        words = tl.join(words, _rotate_right(words, 2 * WIDTH))
+    return tl.join(words, _rotate_right(words, WIDTH))
+
+
+@triton.jit
+def _plane(tile_ptr, pairs, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr, ASM: tl.constexpr):
+    """ORs a plane's fields, moved up by SHIFT bits, into `pairs`; tile_ptr [BLOCK_N, 1] points at a tile's words."""
+    words = tl.load(tile_ptr + tl.arange(0, 4 * WIDTH)[None, :])
+    if SHIFT > 0:
+        words = _rotate_right(words, 32 - SHIFT)
+    FIELD: tl.constexpr = ((1 << WIDTH) - 1) << SHIFT
+    return _mask_or(_spread(words, BLOCK_N, WIDTH), FIELD | (FIELD << 16), pairs, ASM)
+
+
+@triton.jit
+def _operand(pairs, dtype: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr):
+    """Pairs [BLOCK_N, lane, o3, o2, o1, o0] -> floats [BLOCK_N, 128] in the order of columns that `columns` gives."""
+    low = pairs.to(tl.int16).to(dtype, bitcast=True)
+    high = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
+    values = tl.join(low, high)
+    if PAIRS == 4:
+        values = tl.permute(values, (0, 2, 3, 4, 1, 5, 6))
+    else:
+        values = tl.permute(values, (0, 2, 3, 4, 5, 1, 6))
+    return tl.reshape(values, (BLOCK_N, 128))
+
+
+@triton.jit
+def _columns(PAIRS: tl.constexpr):
+    """The column of a tile at each of the 128 places: fragments of mma.sync want 4 neighbours a lane, wgmma's 2."""
+    place = tl.arange(0, 128)
+    if PAIRS == 4:
+        columns = place // 16 * 16 + place // 2 % 2 * 8 + place % 16 // 4 * 2 + place % 2
+        return tl.max_contiguous(tl.multiple_of(columns, 2), 2)
+    return place
+
+
+@triton.jit
+def _codes_tile(
+    row_ptr, tile, full_tiles, BITS: tl.constexpr, dtype: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """A full tile as floats [BLOCK_N, 128] of offset + code, and, for 8 bits, of offset + the upper 4 bits."""
+    MAGIC: tl.constexpr = 0x43004300 if dtype == tl.bfloat16 else 0x64006400
+    if BITS == 8:
+        words = tl.load(row_ptr + tile * 32 + tl.arange(0, 32)[None, :])
+        words = _spread(words, BLOCK_N, 8)
+        low = _mask_or(words, 0x000F000F, MAGIC, ASM)
+        high = _mask_or(_rotate_right(words, 4), 0x000F000F, MAGIC, ASM)
+        return _operand(low, dtype, BLOCK_N, PAIRS), _operand(high, dtype, BLOCK_N, PAIRS)
+    pairs = MAGIC
+    if BITS & 4:
+        pairs = _plane(row_ptr + tile * 16, pairs, BLOCK_N, 4, 0, ASM)
+        row_ptr += full_tiles * 16
+    if BITS & 2:
+        pairs = _plane(row_ptr + tile * 8, pairs, BLOCK_N, 2, BITS & 4, ASM)
+        row_ptr += full_tiles * 8
+    if BITS & 1:
+        pairs = _plane(row_ptr + tile * 4, pairs, BLOCK_N, 1, BITS & 6, ASM)
+    values = _operand(pairs, dtype, BLOCK_N, PAIRS)
+    return values, values
+
+
+@triton.jit
+def _dot(a, b, accumulator, UPCAST: tl.constexpr):
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+    return tl.dot(a, b, accumulator)
+
+
+@triton.jit
+def _round(values, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """fp32 -> dtype, to nearest; the interpreter's own conversion to bf16 truncates."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return values.to(dtype)
+
+
+@triton.jit
+def _finish(
+    accumulator, bias_ptr, up_ptr, inner_ptr, y_ptr, rows_n, rows_m, M, N, rank,
+    HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr, INTERPRETED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The epilogue: + up @ inner^T, + bias, rounded and stored. accumulator [n, m]; up [N, rank]; inner [M, rank]."""
+    in_n, in_m = rows_n < N, rows_m < M
+    if BLOCK_R > 0:
+        for start in range(0, rank, BLOCK_R):
+            r = start + tl.arange(0, BLOCK_R)
+            in_r = r < rank
+            up = tl.load(up_ptr + rows_n[:, None] * rank + r[None, :], mask=in_n[:, None] & in_r[None, :], other=0.0)
+            inner = tl.load(
+                inner_ptr + rows_m[None, :] * rank + r[:, None], mask=in_m[None, :] & in_r[:, None], other=0.0
+            )
+            accumulator = _dot(up, inner, accumulator, UPCAST)
+    if HAS_BIAS:
+        accumulator += tl.load(bias_ptr + rows_n, mask=in_n, other=0.0).to(tl.float32)[:, None]
+    y = _round(accumulator, y_ptr.dtype.element_ty, INTERPRETED)
+    tl.store(y_ptr + rows_m[None, :] * N + rows_n[:, None], y, mask=in_n[:, None] & in_m[None, :])
+
+
+@triton.jit
+def decode_kernel(
+    x_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, up_ptr, inner_ptr, y_ptr, partial_ptr, arrived_ptr,
+    M, N, full_tiles, words, group_size, stride_xm, rank,
+    BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUPS: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAIRS: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Few rows of x: BLOCK_N rows of W times BLOCK_M rows of x over one of SPLIT_K shares of K's tiles of 128.
+
+    Codes are multiplied as they are; scale and zero are applied to each group's accumulator. A tile holds GROUPS
+    groups (1: a group is whole tiles). Shares leave fp32 partial sums; the last to arrive adds them in order.
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    OFFSET: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0
+    tile_n, tile_m, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rows_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_n = rows_n < N
+    words = tl.multiple_of(words, 4)
+    row_ptr = codes_ptr + tl.minimum(rows_n, N - 1)[:, None] * words  # rows beyond the last are not stored
+    columns = _columns(PAIRS)
+    x_row_ptr = x_ptr + tl.minimum(rows_m, M - 1)[None, :] * stride_xm + columns[:, None]
+    accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    per_share = tl.cdiv(full_tiles, SPLIT_K)
+    for tile in range(share * per_share, tl.minimum((share + 1) * per_share, full_tiles)):
+        x = tl.load(x_row_ptr + tile * 128)
+        low, high = _codes_tile(row_ptr, tile, full_tiles, BITS, dtype, BLOCK_N, PAIRS, ASM)
+        for part in tl.static_range(GROUPS):
+            group = tile * GROUPS + part if GROUPS > 1 else tile * 128 // group_size
+            x_part = x if GROUPS == 1 else tl.where((columns * GROUPS // 128 == part)[:, None], x, tl.zeros_like(x))
+            x_sum = tl.sum(x_part.to(tl.float32), axis=0)[None, :]
+            empty = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+            product = _dot(low, x_part, empty, INTERPRETED) - OFFSET * x_sum
+            if BITS == 8:
+                product += (_dot(high, x_part, empty, INTERPRETED) - OFFSET * x_sum) * 16
+            grid_ptr = scales_ptr + group.to(tl.int64) * N + rows_n
+            scale = tl.load(grid_ptr, mask=in_n, other=0.0).to(tl.float32)[:, None]
+            if HAS_ZEROS:
+                zeros_row_ptr = zeros_ptr + group.to(tl.int64) * N + rows_n
+                zero = tl.load(zeros_row_ptr, mask=in_n, other=0.0).to(tl.float32)[:, None]
+                accumulator += scale * (product - zero * x_sum)
+            else:
+                accumulator += scale * (product - (2**BITS - 1) / 2 * x_sum)
+    if SPLIT_K > 1:
+        where = tile_n * tl.num_programs(1) + tile_m
+        place = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        partial_ptr += where.to(tl.int64) * (SPLIT_K * BLOCK_N * BLOCK_M) + place
+        tl.store(partial_ptr + share * (BLOCK_N * BLOCK_M), accumulator)
+        tl.debug_barrier()  # all of this share is written before it is counted
+        if tl.atomic_add(arrived_ptr + where, 1, sem="acq_rel") != SPLIT_K - 1:
+            return
+        tl.store(arrived_ptr + where, 0)  # ready for the next launch
+        accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        for other in range(SPLIT_K):
+            accumulator += tl.load(partial_ptr + other * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+    _finish(
+        accumulator, bias_ptr, up_ptr, inner_ptr, y_ptr, rows_n, rows_m, M, N, rank,
+        HAS_BIAS, BLOCK_R, INTERPRETED, INTERPRETED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _ragged_plane(row_ptr, k, in_k, tile, full_tiles, TAIL: tl.constexpr, WIDTH: tl.constexpr):
+    """Fields [rows, 128] of one plane of any tile, as int32; TAIL is the words a lane of the last, short tile."""
     per_half: tl.constexpr = 16 // WIDTH
     octet = k // 8
     stride = tl.where(tile < full_tiles, WIDTH, TAIL)
     word = tile * 4 * WIDTH + (k % 8 // 2) * stride + octet // per_half
-    words = tl.load(row_start[:, None] + word[None, :], mask=rows_in[:, None] & columns_in[None, :], other=0)
+    words = tl.load(row_ptr + word[None, :], mask=in_k[None, :], other=0)
     bit = WIDTH * (octet % per_half) + 16 * (k % 2)
     return (words >> bit[None, :]) & ((1 << WIDTH) - 1)
 
 
 @triton.jit
-def int_group_matmul_kernel(
-    x_ptr,
-    codes_ptr,
-    scales_ptr,
-    zeros_ptr,
-    y_ptr,
-    M,
-    N,
-    K,
-    words,
-    groups,
-    group_size,
-    stride_xm,
-    stride_xk,
-    BITS: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    TAIL_8: tl.constexpr,
-    TAIL_4: tl.constexpr,
-    TAIL_2: tl.constexpr,
-    TAIL_1: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """One program: BLOCK_N rows of W times BLOCK_M rows of x, over all of K in tiles of 128.
+def _weight_tile(
+    codes_ptr, scales_ptr, zeros_ptr, rows_n, tile, N, K, words, group_size, dtype: tl.constexpr,
+    BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, WHOLE_GROUPS: tl.constexpr,
+    TAIL_8: tl.constexpr, TAIL_4: tl.constexpr, TAIL_2: tl.constexpr, TAIL_1: tl.constexpr,
+    BLOCK_N: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The dequantized weight [BLOCK_N, 128] of any tile: (code - zero) * scale in fp32, rounded to dtype.
 
-    W is the left operand, so that its fragments come straight from registers. TAIL_b is the lane stride R of the
-    last tile in the plane of width b, 0 where that tile is full. UPCAST multiplies in fp32: for fp32 inputs, and
-    for the interpreter, whose bf16 dot is wrong.
+    WHOLE_GROUPS: no group ends inside a tile. A short last tile (any TAIL) is read field by field.
     """
-    rows_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_m, in_n = rows_m < M, rows_n < N
-    k = tl.arange(0, 128)
     full_tiles = K // 128
+    k = tl.arange(0, 128)
+    column = tile * 128 + k
+    in_k = column < K
+    in_n = rows_n < N
+    words = tl.multiple_of(words, 4)
+    row_ptr = codes_ptr + tl.minimum(rows_n, N - 1)[:, None] * words
+    if TAIL_8 + TAIL_4 + TAIL_2 + TAIL_1 == 0:
+        narrow: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float16
+        OFFSET: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0
+        low, high = _codes_tile(row_ptr, tile, full_tiles, BITS, narrow, BLOCK_N, 2, ASM)
+        code = low.to(tl.float32) - OFFSET
+        if BITS == 8:
+            code += (high.to(tl.float32) - OFFSET) * 16
+    else:
+        fields = tl.zeros((BLOCK_N, 128), dtype=tl.int32)
+        if BITS & 8:
+            fields = _ragged_plane(row_ptr, k, in_k, tile, full_tiles, TAIL_8, 8)
+            row_ptr += 4 * (full_tiles * 8 + TAIL_8)
+        if BITS & 4:
+            fields = _ragged_plane(row_ptr, k, in_k, tile, full_tiles, TAIL_4, 4)
+            row_ptr += 4 * (full_tiles * 4 + TAIL_4)
+        if BITS & 2:
+            fields |= _ragged_plane(row_ptr, k, in_k, tile, full_tiles, TAIL_2, 2) << (BITS & 4)
+            row_ptr += 4 * (full_tiles * 2 + TAIL_2)
+        if BITS & 1:
+            fields |= _ragged_plane(row_ptr, k, in_k, tile, full_tiles, TAIL_1, 1) << (BITS & 6)
+        code = fields.to(tl.float32)
+    if WHOLE_GROUPS:
+        place = (tile * 128 // group_size).to(tl.int64) * N + rows_n[:, None]
+        inside = in_n[:, None]
+    else:
+        place = (column // group_size).to(tl.int64)[None, :] * N + rows_n[:, None]
+        inside = in_n[:, None] & in_k[None, :]
+    scale = tl.load(scales_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if HAS_ZEROS:
+        code -= tl.load(zeros_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    else:
+        code -= (2**BITS - 1) / 2
+    return _round(code * scale, dtype, INTERPRETED)
+
+
+@triton.jit
+def gemm_kernel(
+    x_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, up_ptr, inner_ptr, y_ptr,
+    M, N, K, words, group_size, stride_xm, rank,
+    BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr,
+    WHOLE_GROUPS: tl.constexpr, TAIL_8: tl.constexpr, TAIL_4: tl.constexpr, TAIL_2: tl.constexpr, TAIL_1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """More rows of x, and every shape: BLOCK_N rows of W, dequantized in registers, times BLOCK_M rows of x.
+
+    W is the left operand, so that its fragments need not go through shared memory.
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    UPCAST: tl.constexpr = INTERPRETED or dtype == tl.float32
+    rows_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.arange(0, 128)
+    x_row_ptr = x_ptr + tl.minimum(rows_m, M - 1)[None, :] * stride_xm + k[:, None]
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for tile in range(0, tl.cdiv(K, 128)):
-        column = tile * 128 + k
-        in_k = column < K
-        plane_start = codes_ptr + rows_n * words
-        code = tl.zeros((BLOCK_N, 128), dtype=tl.int32)
-        if BITS & 8:
-            code = _plane(plane_start, in_n, k, in_k, tile, full_tiles, TAIL_8, 8)
-            plane_start += 4 * (full_tiles * 8 + TAIL_8)
-        if BITS & 4:
-            code = _plane(plane_start, in_n, k, in_k, tile, full_tiles, TAIL_4, 4)
-            plane_start += 4 * (full_tiles * 4 + TAIL_4)
-        if BITS & 2:
-            code |= _plane(plane_start, in_n, k, in_k, tile, full_tiles, TAIL_2, 2) << (BITS & 4)
-            plane_start += 4 * (full_tiles * 2 + TAIL_2)
-        if BITS & 1:
-            code |= _plane(plane_start, in_n, k, in_k, tile, full_tiles, TAIL_1, 1) << (BITS & 6)
-        grid_mask = in_n[:, None] & in_k[None, :]
-        grid_offset = rows_n[:, None] * groups + (column // group_size)[None, :]
-        scale = tl.load(scales_ptr + grid_offset, mask=grid_mask, other=0.0).to(tl.float32)
-        if HAS_ZEROS:
-            zero = tl.load(zeros_ptr + grid_offset, mask=grid_mask, other=0.0).to(tl.float32)
+        weight = _weight_tile(
+            codes_ptr, scales_ptr, zeros_ptr, rows_n, tile, N, K, words, group_size, dtype,
+            BITS, HAS_ZEROS, WHOLE_GROUPS, TAIL_8, TAIL_4, TAIL_2, TAIL_1, BLOCK_N, ASM, INTERPRETED,
+        )  # fmt: skip
+        if TAIL_8 + TAIL_4 + TAIL_2 + TAIL_1 == 0:
+            x = tl.load(x_row_ptr + tile * 128)
         else:
-            zero = (2**BITS - 1) / 2
-        weight = ((code.to(tl.float32) - zero) * scale).to(x_ptr.dtype.element_ty)
-        x_offset = rows_m[None, :] * stride_xm + column.to(tl.int64)[:, None] * stride_xk
-        x = tl.load(x_ptr + x_offset, mask=in_m[None, :] & in_k[:, None], other=0.0)
-        if UPCAST:
-            accumulator = tl.dot(weight.to(tl.float32), x.to(tl.float32), accumulator, input_precision="ieee")
-        else:
-            accumulator = tl.dot(weight, x, accumulator)
-    y_offset = rows_m[None, :] * N + rows_n[:, None]
-    tl.store(y_ptr + y_offset, accumulator.to(y_ptr.dtype.element_ty), mask=in_m[None, :] & in_n[:, None])
+            x = tl.load(x_row_ptr + tile * 128, mask=(tile * 128 + k < K)[:, None], other=0.0)
+        accumulator = _dot(weight, x, accumulator, UPCAST)
+    _finish(
+        accumulator, bias_ptr, up_ptr, inner_ptr, y_ptr, rows_n, rows_m, M, N, rank,
+        HAS_BIAS, BLOCK_R, INTERPRETED, UPCAST,
+    )  # fmt: skip
+
+
+@triton.jit
+def dequantize_kernel(
+    codes_ptr, scales_ptr, zeros_ptr, weight_ptr, N, K, words, group_size,
+    BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, WHOLE_GROUPS: tl.constexpr,
+    TAIL_8: tl.constexpr, TAIL_4: tl.constexpr, TAIL_2: tl.constexpr, TAIL_1: tl.constexpr,
+    BLOCK_N: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """W [N, K] in weight_ptr's type; one program a tile of 128 columns and BLOCK_N rows."""
+    rows_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile = tl.program_id(1)
+    weight = _weight_tile(
+        codes_ptr, scales_ptr, zeros_ptr, rows_n, tile, N, K, words, group_size, weight_ptr.dtype.element_ty,
+        BITS, HAS_ZEROS, WHOLE_GROUPS, TAIL_8, TAIL_4, TAIL_2, TAIL_1, BLOCK_N, ASM, INTERPRETED,
+    )  # fmt: skip
+    column = tile * 128 + tl.arange(0, 128)
+    inside = (rows_n < N)[:, None] & (column < K)[None, :]
+    tl.store(weight_ptr + rows_n[:, None] * K + column[None, :], weight, mask=inside)

@@ -28,7 +28,8 @@ from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.shards import DTYPES, INDEX, Shards, open_shard
 from quantkit.weight import QuantizedWeight
 
-VERSION = 1
+VERSION = 2
+"""1, of a pre-release, had scales [out_features, groups]; no reader of it is kept."""
 METHOD = "quantkit"
 _RUN = "run.json"
 _FILES = "checkpoint"
@@ -277,10 +278,10 @@ def packed_layers(folder: Path) -> dict[str, Any]:
 def check_version(config: Mapping[str, Any]) -> dict[str, Any]:
     """The layers of a quantization_config of a version that this quantkit reads."""
     version = config.get("version")
-    if not isinstance(version, int) or not 1 <= version <= VERSION:
-        raise CheckpointError(
-            f"the checkpoint has format version {version}; this quantkit reads up to {VERSION}: upgrade it"
-        )
+    if version == 1:
+        raise CheckpointError("the checkpoint has format version 1, of a pre-release; quantize the model again")
+    if version != VERSION:
+        raise CheckpointError(f"the checkpoint has format version {version}; this quantkit reads {VERSION}: upgrade it")
     layers = config.get("layers")
     if not isinstance(layers, dict):
         raise CheckpointError("the checkpoint's quantization_config lists no layers; it is damaged")

@@ -316,6 +316,7 @@ def test_damaged_checkpoints_are_refused_before_use(model_folder, tmp_path):
         "declares torch.int32", shard, edit(lambda t: t.update({f"{name}.codes": t[f"{name}.codes"][:, :-1].clone()}))
     )
     expect("holds NaN", shard, edit(lambda t: t[f"{name}.scales"].fill_(float("nan"))))
+    expect("of a pre-release", "config.json", edit_config(lambda c: c.update(version=1)))
     expect("version 99", "config.json", edit_config(lambda c: c.update(version=99)))
     expect("take", "config.json", edit_config(lambda c: c["layers"][name].update(group_size=3)))
     expect("lists no layers", "config.json", edit_config(lambda c: c.pop("layers")))
@@ -340,18 +341,18 @@ def test_golden_checkpoint(tmp_path):
     shards = Shards(tmp_path / "packed")
     assert {name: spec for name, spec in shards.specs.items() if "q_proj" in name} == {
         "model.layers.0.self_attn.q_proj.codes": ("I32", [32, 8]),
-        "model.layers.0.self_attn.q_proj.scales": ("F16", [32, 2]),
-        "model.layers.0.self_attn.q_proj.zeros": ("F16", [32, 2]),
+        "model.layers.0.self_attn.q_proj.scales": ("F16", [2, 32]),
+        "model.layers.0.self_attn.q_proj.zeros": ("F16", [2, 32]),
     }
     meta = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
     assert meta["quant_method"] == "quantkit"
-    assert meta["version"] == 1
+    assert meta["version"] == 2
     assert meta["layers"]["model.layers.0.self_attn.q_proj"] == {
         "format": "int_group",
         "bits": 3,
         "group_size": 16,
         "in_features": 32,
-        "tensors": {"codes": ["int32", [32, 8]], "scales": ["float16", [32, 2]], "zeros": ["float16", [32, 2]]},
+        "tensors": {"codes": ["int32", [32, 8]], "scales": ["float16", [2, 32]], "zeros": ["float16", [2, 32]]},
     }
     found = {path: value[:16] for path, value in digest(tmp_path / "packed").items() if path.endswith(".safetensors")}
     assert found == GOLDEN

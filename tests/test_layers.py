@@ -7,8 +7,8 @@ import pytest
 from .conftest import ROOT
 
 RANKS = [
-    ["kernels.int_group_matmul_triton"],
-    ["kernels.*", "errors", "bitpack", "linalg", "metrics", "corpus"],
+    ["kernels.*_triton", "kernels.bitpack", "kernels.tuning", "kernels.timing"],
+    ["kernels.*", "errors", "linalg", "metrics", "corpus"],
     ["registry", "device", "stats", "data"],
     ["weight"],
     ["protocols", "formats.*"],

@@ -105,9 +105,9 @@ GOLDEN = {2: "a029030a5b2bc578", 3: "9385a1e1f9e7cbb2", 4: "8079ce75749ea7d4", 8
         {"group_size": 32},
         {"in_features": 500},
         {"bits": 4},
-        {"scales": torch.full((6, 2), float("nan"), dtype=torch.float16)},
+        {"scales": torch.full((2, 6), float("nan"), dtype=torch.float16)},
         {"codes": torch.zeros(6, 3, dtype=torch.int32)},
-        {"zeros": torch.zeros(6, 3, dtype=torch.float16)},
+        {"zeros": torch.zeros(3, 6, dtype=torch.float16)},
     ],
 )
 def test_validation_catches_what_a_kernel_would_trip_over(damage):

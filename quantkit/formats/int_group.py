@@ -1,8 +1,8 @@
 """int_group: n-bit integer codes, one scale and one zero point per group of input features.
 
-    weight[o, i] = (code[o, i] - zero[o, g]) * scale[o, g],    g = i // group_size
+    weight[o, i] = (code[o, i] - zero[g, o]) * scale[g, o],    g = i // group_size
 
-Codes are packed densely (`quantkit.bitpack`). Asymmetric weights store zero points in fp16, so a grid
+Codes are packed densely (`quantkit.kernels.bitpack`). Asymmetric weights store zero points in fp16, so a grid
 may sit anywhere; symmetric ones store none and use zero = (2^bits - 1) / 2: the levels are then
 +-1/2, +-3/2, ... steps and no code is wasted, which at 2 bits is a third less error than a grid that
 must contain 0. The last group of a row may be shorter than the others.
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.bitpack import pack, row_words, unpack
-from quantkit.kernels.int_group_matmul import int_group_matmul
+from quantkit.kernels.bitpack import pack, row_words
+from quantkit.kernels.int_group_matmul import dequantized, int_group_matmul
 from quantkit.weight import QuantizedWeight
 
 
@@ -26,11 +26,12 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
 
     Attributes:
         codes: int32 [out_features, row_words(in_features, bits)].
-        scales: fp16 [out_features, groups], groups = ceil(in_features / group_size).
+        scales: fp16 [groups, out_features], groups = ceil(in_features / group_size); a kernel that walks along a row
+            finds the scales of its rows side by side.
         bits: 1..8.
         group_size: input features that share a scale.
         in_features: width of the weight.
-        zeros: fp16 [out_features, groups] in units of codes, or None for a symmetric grid.
+        zeros: fp16 [groups, out_features] in units of codes, or None for a symmetric grid.
     """
 
     codes: Tensor
@@ -46,14 +47,14 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
 
         Args:
             codes: uint8 [out_features, in_features].
-            scales, zeros: fp16 [out_features, groups]; zeros None for a symmetric grid.
+            scales, zeros: fp16 [groups, out_features]; zeros None for a symmetric grid.
         """
         return cls(pack(codes, bits), scales, bits, group_size, codes.shape[1], zeros)
 
     @classmethod
     def layout(cls, out_features: int, in_features: int, bits: int, group_size: int, symmetric: bool) -> IntGroupWeight:
         """A weight of this shape on the meta device."""
-        scales = torch.empty(out_features, -(-in_features // group_size), dtype=torch.float16, device="meta")
+        scales = torch.empty(-(-in_features // group_size), out_features, dtype=torch.float16, device="meta")
         codes = torch.empty(out_features, row_words(in_features, bits), dtype=torch.int32, device="meta")
         return cls(codes, scales, bits, group_size, in_features, None if symmetric else torch.empty_like(scales))
 
@@ -67,8 +68,8 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         groups = -(-self.in_features // self.group_size) if self.group_size > 0 else -1
         expected = {
             "codes": (torch.int32, (self.shape[0], row_words(self.in_features, self.bits))),
-            "scales": (torch.float16, (self.shape[0], groups)),
-            "zeros": (torch.float16, (self.shape[0], groups)),
+            "scales": (torch.float16, (groups, self.shape[0])),
+            "zeros": (torch.float16, (groups, self.shape[0])),
         }
         for name, tensor in self.tensors().items():
             dtype, shape = expected[name]
@@ -82,12 +83,8 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(code - zero) * scale in fp32, then cast."""
-        codes = unpack(self.codes, self.bits, self.in_features).float()
-        padding = self.scales.shape[1] * self.group_size - self.in_features
-        grouped = torch.nn.functional.pad(codes, (0, padding)).unflatten(1, (-1, self.group_size))
-        zeros = (2**self.bits - 1) / 2 if self.zeros is None else self.zeros.float().unsqueeze(2)
-        weight = (grouped - zeros) * self.scales.float().unsqueeze(2)
-        return weight.flatten(1)[:, : self.in_features].to(dtype)
+        weight = dequantized(self.codes, self.scales, self.zeros, self.bits, self.group_size, self.in_features)
+        return weight.to(dtype)
 
     def matmul(self, x: Tensor) -> Tensor:
         """Fused dequantize-and-multiply; see `quantkit.kernels.int_group_matmul`."""

@@ -119,8 +119,8 @@ class _GroupGrids:
 
     def packed(self) -> IntGroupWeight:
         grids = [self._grids[group] for group in range(len(self._grids))]
-        scales = torch.stack([grid.scale for grid in grids], dim=1).half()
-        zeros = None if self._settings.symmetric else torch.stack([grid.zero for grid in grids], dim=1).half()
+        scales = torch.stack([grid.scale for grid in grids]).half()
+        zeros = None if self._settings.symmetric else torch.stack([grid.zero for grid in grids]).half()
         return IntGroupWeight.pack(self._codes.T.contiguous(), scales, zeros, self._settings.bits, self._width)
 
     def _fit(self, group: int, columns: Tensor, importance: Tensor) -> None:

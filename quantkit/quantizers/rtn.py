@@ -33,7 +33,7 @@ class RTN(GridSettings):
             group = weight[:, start : start + width]
             grid = fit_grid(group, self.bits, self.symmetric, self.search)
             codes[:, start : start + width] = grid.encode(group).to(torch.uint8)
-            scales.append(grid.scale)
-            zeros.append(grid.zero)
-        stored_zeros = None if self.symmetric else torch.cat(zeros, 1).half()
-        return IntGroupWeight.pack(codes, torch.cat(scales, 1).half(), stored_zeros, self.bits, width)
+            scales.append(grid.scale.squeeze(1))
+            zeros.append(grid.zero.squeeze(1))
+        stored_zeros = None if self.symmetric else torch.stack(zeros).half()
+        return IntGroupWeight.pack(codes, torch.stack(scales).half(), stored_zeros, self.bits, width)

@@ -147,7 +147,11 @@ def test_ctrl_c_keeps_what_is_done(reference, tmp_path):
     output = tmp_path / "out"
     arguments = ["quantize", reference, "--calibration", "stdlib", "--num-samples", 64, "--output", output]
     process = subprocess.Popen(
-        [*COMMAND, *map(str, arguments)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*COMMAND, *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits "ignored"
     )
     partial = output.with_name("out.partial")
     deadline = time.monotonic() + 240

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.bitpack import pack, planes, row_words, unpack
+from quantkit.kernels.bitpack import pack, planes, row_words, unpack
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

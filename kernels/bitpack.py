@@ -35,13 +35,14 @@ def row_words(in_features: int, bits: int) -> int:
     return sum(_plane_words(in_features, width) for width in planes(bits))
 
 
-def _tail_words_per_lane(in_features: int, width: int) -> int:
+def tail_words_per_lane(in_features: int, width: int) -> int:
+    """Words a lane that a last, short tile keeps in the plane of a width; 0 where all tiles are full."""
     octets = -(-(in_features % TILE) // 8)
     return -(-octets * width // 16)
 
 
 def _plane_words(in_features: int, width: int) -> int:
-    return LANES * (in_features // TILE * width + _tail_words_per_lane(in_features, width))
+    return LANES * (in_features // TILE * width + tail_words_per_lane(in_features, width))
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -76,7 +77,7 @@ def _cut_tail(words: Tensor, in_features: int, width: int) -> Tensor:
     """[rows, tiles, LANES, width] -> [rows, plane words], without the tail's empty words."""
     full = in_features // TILE
     body = words[:, :full].flatten(1)
-    tail = words[:, full:, :, : _tail_words_per_lane(in_features, width)].flatten(1)
+    tail = words[:, full:, :, : tail_words_per_lane(in_features, width)].flatten(1)
     return torch.cat([body, tail], dim=1)
 
 
@@ -104,7 +105,7 @@ def unpack(words: Tensor, bits: int, in_features: int) -> Tensor:
     for width in planes(bits):
         length = _plane_words(in_features, width)
         plane = words[:, start : start + length]
-        tail = _tail_words_per_lane(in_features, width)
+        tail = tail_words_per_lane(in_features, width)
         body_words = full * LANES * width
         spans = [(0, full, plane[:, :body_words].reshape(rows, full, LANES, width))]
         if tail:
