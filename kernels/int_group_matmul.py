@@ -12,8 +12,8 @@ Three regimes by M, the rows of x, with the weight always the left operand:
     decode    few rows. The tensor core multiplies the codes themselves, as floats offset + code, and each group's
               fp32 accumulator gets its scale and zero:  y += s * ((dot - offset * sum x) - z * sum x).
               Only where K is a multiple of 128, groups are whole tiles or 64 or 32 columns, and x has 16 bits.
-    gemm      more rows, or any other shape: weights are formed in fp32 and rounded to x's dtype in registers.
-    dense     many rows: W is written out once and torch multiplies.
+    gemm      more rows, or few and any other shape: weights are formed in fp32 and rounded to x's dtype in registers.
+    dense     many rows, or more than few and any other shape: W is written out once and torch multiplies.
 
 All accumulate in fp32 and are deterministic; x = I gives exactly the dequantized weight. The kernels stand in
 `int_group_matmul_triton.py`, so that this file imports where there is no Triton.
@@ -86,10 +86,15 @@ class Problem:
     multiprocessors: int = 132
 
     @property
+    def tiled(self) -> bool:
+        """Whether codes can be taken tile by tile, straight into the tensor core's operands."""
+        return self.K % TILE == 0 and self.dtype != torch.float32
+
+    @property
     def decodes(self) -> bool:
         """Whether the decode kernel takes this shape, whatever M."""
         whole = self.group_size % TILE == 0 or self.group_size >= self.K or self.group_size in GROUPS_IN_A_TILE
-        return self.K % TILE == 0 and whole and self.dtype != torch.float32
+        return self.tiled and whole
 
     def key(self) -> str:
         """Names the launch in a table of measured choices."""
@@ -100,20 +105,27 @@ class Problem:
 def rule(problem: Problem) -> Config:
     """Sizes for a decode launch on a GPU that nobody has measured."""
     block_m = 8 if problem.M <= 8 else 16 if problem.M <= 16 else 32
-    block_n = 64 if block_m == 32 or problem.N <= 2048 else 128
+    # Triton 3.7's passes fail on 128 x 16 and 128 x 32 tiles of 3 bits for sm_100
+    block_n = 64 if problem.N <= 2048 or (problem.capability == 100 and block_m > 8) else 128
     tiles = -(-problem.N // block_n) * -(-problem.M // block_m)
-    return Config(block_m, block_n, shares(tiles, problem.K // TILE, problem.multiprocessors))
+    stages = 5 if problem.bits <= 2 else 4  # a tile of few bits is few bytes on their way
+    return Config(block_m, block_n, shares(tiles, problem.K // TILE, problem.multiprocessors), num_stages=stages)
 
 
 def gemm_rule(problem: Problem) -> Config:
-    """Sizes for a gemm launch; two stages keep shared memory below 99 KiB, so that it runs on every GPU since sm_80."""
-    block_m = min(64, max(16, 1 << (problem.M - 1).bit_length()))
-    return Config(block_m, 64, num_stages=2)
+    """Sizes for a gemm launch: no spilled registers, and shared memory for every GPU since sm_80 (99 KiB at least)."""
+    block_m = max(16, 1 << (problem.M - 1).bit_length())
+    if not problem.tiled:
+        return Config(min(block_m, 32), 64, num_warps=8, num_stages=2)
+    widest = 128 if problem.capability in (90, 100) else 64  # mma.sync holds more of the operands in registers
+    block_m = min(block_m, widest)
+    return Config(block_m, 128, num_warps=8 if block_m > 32 else 4, num_stages=2 if block_m == 128 else 3)
 
 
 def pairs(problem: Problem, config: Config) -> int:
-    """Neighbouring columns that a lane's fragment holds: 2 for wgmma (Hopper, 16 rows of x or more), 4 for mma.sync."""
-    return 2 if problem.capability == 90 and config.block_m >= 16 else 4
+    """Neighbouring columns that a lane's fragment holds: 2 in Hopper's and Blackwell's own instructions, which take 16
+    rows of x or more, and 4 as Triton uses mma.sync. The result is right with either."""
+    return 2 if problem.capability in (90, 100) and config.block_m >= 16 else 4
 
 
 def flags(bits: int, zeros: Any, K: int, group_size: int) -> dict[str, Any]:
@@ -154,7 +166,7 @@ def launch(
     problem = Problem(len(rows), N, K, bits, group_size, x.dtype, capability, multiprocessors)
     decode_rows, gemm_rows = CROSSOVERS.get(gpu, CROSSOVERS["default"])
     inner = None if up is None or down is None else rows @ down.T
-    if problem.M > gemm_rows and config is None:
+    if problem.M > (gemm_rows if problem.tiled else decode_rows) and config is None:
         weight = _write_out(codes, scales, zeros, bits, group_size, K, x.dtype)
         y = torch.nn.functional.linear(rows, weight, bias)
         y = y if inner is None or up is None else torch.addmm(y, inner, up.T)
@@ -199,7 +211,7 @@ def _gemm(rows, codes, scales, zeros, bias, up, inner, y, problem: Problem) -> N
         rows, codes, scales, _or(zeros, scales), _or(bias, y), _or(up, y), _or(inner, y), y,
         M, N, K, codes.shape[1], min(problem.group_size, K), rows.stride(0), 0 if up is None else up.shape[1],
         **flags(problem.bits, zeros, K, problem.group_size), HAS_BIAS=bias is not None, BLOCK_R=_block_r(up),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, **_machine(y),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAIRS=pairs(problem, config), **_machine(y),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -224,7 +236,7 @@ def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
 
 
 def _block_r(up: Tensor | None) -> int:
-    return 0 if up is None else min(64, max(16, 1 << (up.shape[1] - 1).bit_length()))
+    return 0 if up is None else min(32, max(16, 1 << (up.shape[1] - 1).bit_length()))
 
 
 def _machine(tensor: Tensor) -> dict[str, bool]:

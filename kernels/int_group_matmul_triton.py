@@ -87,20 +87,21 @@ def _codes_tile(
     if BITS == 8:
         words = tl.load(row_ptr + tile * 32 + tl.arange(0, 32)[None, :])
         words = _spread(words, BLOCK_N, 8)
-        low = _mask_or(words, 0x000F000F, MAGIC, ASM)
-        high = _mask_or(_rotate_right(words, 4), 0x000F000F, MAGIC, ASM)
-        return _operand(low, dtype, BLOCK_N, PAIRS), _operand(high, dtype, BLOCK_N, PAIRS)
-    pairs = MAGIC
-    if BITS & 4:
-        pairs = _plane(row_ptr + tile * 16, pairs, BLOCK_N, 4, 0, ASM)
-        row_ptr += full_tiles * 16
-    if BITS & 2:
-        pairs = _plane(row_ptr + tile * 8, pairs, BLOCK_N, 2, BITS & 4, ASM)
-        row_ptr += full_tiles * 8
-    if BITS & 1:
-        pairs = _plane(row_ptr + tile * 4, pairs, BLOCK_N, 1, BITS & 6, ASM)
-    values = _operand(pairs, dtype, BLOCK_N, PAIRS)
-    return values, values
+        low = _operand(_mask_or(words, 0x000F000F, MAGIC, ASM), dtype, BLOCK_N, PAIRS)
+        high = _operand(_mask_or(_rotate_right(words, 4), 0x000F000F, MAGIC, ASM), dtype, BLOCK_N, PAIRS)
+    else:
+        pairs = MAGIC
+        if BITS & 4:
+            pairs = _plane(row_ptr + tile * 16, pairs, BLOCK_N, 4, 0, ASM)
+            row_ptr += full_tiles * 16
+        if BITS & 2:
+            pairs = _plane(row_ptr + tile * 8, pairs, BLOCK_N, 2, BITS & 4, ASM)
+            row_ptr += full_tiles * 8
+        if BITS & 1:
+            pairs = _plane(row_ptr + tile * 4, pairs, BLOCK_N, 1, BITS & 6, ASM)
+        low = _operand(pairs, dtype, BLOCK_N, PAIRS)
+        high = low
+    return low, high
 
 
 @triton.jit
@@ -221,14 +222,15 @@ def _weight_tile(
     codes_ptr, scales_ptr, zeros_ptr, rows_n, tile, N, K, words, group_size, dtype: tl.constexpr,
     BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, WHOLE_GROUPS: tl.constexpr,
     TAIL_8: tl.constexpr, TAIL_4: tl.constexpr, TAIL_2: tl.constexpr, TAIL_1: tl.constexpr,
-    BLOCK_N: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_N: tl.constexpr, PAIRS: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """The dequantized weight [BLOCK_N, 128] of any tile: (code - zero) * scale in fp32, rounded to dtype.
 
-    WHOLE_GROUPS: no group ends inside a tile. A short last tile (any TAIL) is read field by field.
+    WHOLE_GROUPS: no group ends inside a tile. A short last tile (any TAIL) is read field by field. Columns stand in
+    the order of `_columns(PAIRS)`.
     """
     full_tiles = K // 128
-    k = tl.arange(0, 128)
+    k = _columns(PAIRS)
     column = tile * 128 + k
     in_k = column < K
     in_n = rows_n < N
@@ -237,7 +239,7 @@ def _weight_tile(
     if TAIL_8 + TAIL_4 + TAIL_2 + TAIL_1 == 0:
         narrow: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float16
         OFFSET: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0
-        low, high = _codes_tile(row_ptr, tile, full_tiles, BITS, narrow, BLOCK_N, 2, ASM)
+        low, high = _codes_tile(row_ptr, tile, full_tiles, BITS, narrow, BLOCK_N, PAIRS, ASM)
         code = low.to(tl.float32) - OFFSET
         if BITS == 8:
             code += (high.to(tl.float32) - OFFSET) * 16
@@ -275,7 +277,7 @@ def gemm_kernel(
     M, N, K, words, group_size, stride_xm, rank,
     BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr,
     WHOLE_GROUPS: tl.constexpr, TAIL_8: tl.constexpr, TAIL_4: tl.constexpr, TAIL_2: tl.constexpr, TAIL_1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """More rows of x, and every shape: BLOCK_N rows of W, dequantized in registers, times BLOCK_M rows of x.
 
@@ -285,13 +287,13 @@ def gemm_kernel(
     UPCAST: tl.constexpr = INTERPRETED or dtype == tl.float32
     rows_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.arange(0, 128)
+    k = _columns(PAIRS)
     x_row_ptr = x_ptr + tl.minimum(rows_m, M - 1)[None, :] * stride_xm + k[:, None]
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for tile in range(0, tl.cdiv(K, 128)):
         weight = _weight_tile(
             codes_ptr, scales_ptr, zeros_ptr, rows_n, tile, N, K, words, group_size, dtype,
-            BITS, HAS_ZEROS, WHOLE_GROUPS, TAIL_8, TAIL_4, TAIL_2, TAIL_1, BLOCK_N, ASM, INTERPRETED,
+            BITS, HAS_ZEROS, WHOLE_GROUPS, TAIL_8, TAIL_4, TAIL_2, TAIL_1, BLOCK_N, PAIRS, ASM, INTERPRETED,
         )  # fmt: skip
         if TAIL_8 + TAIL_4 + TAIL_2 + TAIL_1 == 0:
             x = tl.load(x_row_ptr + tile * 128)
@@ -316,7 +318,7 @@ def dequantize_kernel(
     tile = tl.program_id(1)
     weight = _weight_tile(
         codes_ptr, scales_ptr, zeros_ptr, rows_n, tile, N, K, words, group_size, weight_ptr.dtype.element_ty,
-        BITS, HAS_ZEROS, WHOLE_GROUPS, TAIL_8, TAIL_4, TAIL_2, TAIL_1, BLOCK_N, ASM, INTERPRETED,
+        BITS, HAS_ZEROS, WHOLE_GROUPS, TAIL_8, TAIL_4, TAIL_2, TAIL_1, BLOCK_N, 2, ASM, INTERPRETED,
     )  # fmt: skip
     column = tile * 128 + tl.arange(0, 128)
     inside = (rows_n < N)[:, None] & (column < K)[None, :]
