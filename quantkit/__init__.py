@@ -4,6 +4,7 @@ import quantkit registers the format with transformers, so that `AutoModelForCau
 loads packed checkpoints; `quantkit.load` does the same with checks.
 """
 
+from quantkit.fuse import fuse
 from quantkit.hf import load
 from quantkit.pipeline import quantize, quantize_checkpoint
 from quantkit.quantizers.gptq import GPTQ
@@ -12,4 +13,4 @@ from quantkit.quantizers.target_shift import TargetShift
 from quantkit.recipe import Calibration, Recipe
 
 __version__ = "0.1.0"
-__all__ = ["GPTQ", "RTN", "Calibration", "Recipe", "TargetShift", "load", "quantize", "quantize_checkpoint"]
+__all__ = ["GPTQ", "RTN", "Calibration", "Recipe", "TargetShift", "fuse", "load", "quantize", "quantize_checkpoint"]

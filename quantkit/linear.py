@@ -1,11 +1,19 @@
 """QuantizedLinear: a linear layer that keeps its weight packed."""
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.weight import QuantizedWeight
+
+
+class Outputs(Protocol):
+    """A launch that computes several layers' outputs at once; see `quantkit.fuse`."""
+
+    def output(self, slot: int, x: Tensor) -> Tensor:
+        """The output of the layer with this slot."""
 
 
 class _Payload(nn.Module):
@@ -49,6 +57,8 @@ class QuantizedLinear(_Payload):
         self._metadata = weight.metadata()
         self._cached: QuantizedWeight | None = None
         self._held: Tensor | None = None
+        self.shared: Outputs | None = None
+        self._slot = 0
 
     @property
     def packed(self) -> QuantizedWeight:
@@ -67,8 +77,22 @@ class QuantizedLinear(_Payload):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x's dtype."""
-        y = self.packed.matmul(x) if self._held is None else torch.nn.functional.linear(x, self._held)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if self.shared is not None:
+            return self.shared.output(self._slot, x)
+        if self._held is None:
+            return self.packed.matmul(x, self.bias)
+        return torch.nn.functional.linear(x, self._held, None if self.bias is None else self.bias.to(x.dtype))
+
+    def share(self, shared: Outputs, slot: int, weight: QuantizedWeight) -> None:
+        """Answers with output `slot` of a fused launch from now on; `weight` is this layer's part of its weight."""
+        _replace(self, weight)
+        self.shared, self._slot = shared, slot
+
+    def unshare(self) -> None:
+        """Ends `share`: the tensors are this layer's own again."""
+        if self.shared is not None:
+            self.shared = None
+            _replace(self, self.packed.map(lambda tensor: tensor.clone(memory_format=torch.contiguous_format)))
 
     def hold(self, dtype: torch.dtype) -> None:
         """Keeps the dequantized weight until the next move or cast: for many large inputs in a row."""
@@ -79,12 +103,26 @@ class QuantizedLinear(_Payload):
         self._held = None
 
     def _forget(self) -> None:
+        self.unshare()
         self._cached = self._held = None
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module's; a layer that shares its launch takes its tensors back first, to save on their own."""
+        self.unshare()
+        return super().state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """Shape, format and measured bits per weight."""
         meta = self._metadata
         return f"{self.in_features}, {self.out_features}, format={meta['format']}, bias={self.bias is not None}"
+
+
+def _replace(module: nn.Module, weight: QuantizedWeight) -> None:
+    """Puts a weight's tensors in the places of a module's buffers."""
+    for name, tensor in weight.tensors().items():
+        module._buffers[name] = tensor
+    for name, inner in weight.nested().items():
+        _replace(module.get_submodule(name), inner)
 
 
 def _is_current(weight: QuantizedWeight, module: nn.Module) -> bool:

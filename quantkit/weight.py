@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,9 +40,23 @@ class QuantizedWeight(ABC):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the payload stands for, [out_features, in_features]."""
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """x @ weight^T for x [..., in_features]; result [..., out_features] in x's dtype."""
-        return torch.nn.functional.linear(x, self.dequantize(x.dtype))
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x @ weight^T + bias for x [..., in_features]; result [..., out_features] in x's dtype."""
+        return torch.nn.functional.linear(x, self.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def side_by_side(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
+        """One weight with the outputs of all, in order; None where their format cannot, or they are unlike."""
+        return type(weights[0]).concatenated(weights) if len({type(weight) for weight in weights}) == 1 else None
+
+    @classmethod
+    def concatenated(cls, weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
+        """`side_by_side` for weights of this format."""
+        return None
+
+    def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
+        """The inverse of `side_by_side`: views of `sizes` outputs each."""
+        raise NotImplementedError(f"{self.format} does not split")
 
     def validate(self) -> None:  # noqa: B027  (a format without invariants needs none)
         """Raises ValueError unless shapes and ranges are such that no kernel can read out of bounds."""

@@ -15,7 +15,7 @@ RANKS = [
     ["quantizers.grid", "quantizers.feedback", "quantizers.target_shift"],
     ["quantizers.*"],
     ["linear", "model", "plan"],
-    ["forward"],
+    ["forward", "fuse"],
     ["calibrate", "shards"],
     ["checkpoint", "recipe", "report"],
     ["hf"],

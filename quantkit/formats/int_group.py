@@ -10,6 +10,7 @@ must contain 0. The last group of a row may be shorter than the others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +87,28 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         weight = dequantized(self.codes, self.scales, self.zeros, self.bits, self.group_size, self.in_features)
         return weight.to(dtype)
 
-    def matmul(self, x: Tensor) -> Tensor:
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Fused dequantize-and-multiply; see `quantkit.kernels.int_group_matmul`."""
-        return int_group_matmul(x, self.codes, self.scales, self.zeros, self.bits, self.group_size)
+        return int_group_matmul(x, self.codes, self.scales, self.zeros, self.bits, self.group_size, bias)
+
+    @classmethod
+    def concatenated(cls, weights: Sequence[QuantizedWeight]) -> IntGroupWeight | None:
+        """One weight with the outputs of all, where bits, groups and zeros are alike."""
+        parts = [weight for weight in weights if isinstance(weight, IntGroupWeight)]
+        first = parts[0]
+        if len({(part.bits, part.group_size, part.in_features, part.zeros is None) for part in parts}) > 1:
+            return None
+        codes = torch.cat([part.codes for part in parts])
+        scales = torch.cat([part.scales for part in parts], dim=1)
+        stored = [part.zeros for part in parts if part.zeros is not None]
+        zeros = torch.cat(stored, dim=1) if stored else None
+        return cls(codes, scales, first.bits, first.group_size, first.in_features, zeros)
+
+    def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
+        """Views of `sizes` outputs each."""
+        codes, scales = self.codes.split(list(sizes)), self.scales.split(list(sizes), dim=1)
+        zeros = [None] * len(sizes) if self.zeros is None else self.zeros.split(list(sizes), dim=1)
+        return [
+            IntGroupWeight(c, s, self.bits, self.group_size, self.in_features, z)
+            for c, s, z in zip(codes, scales, zeros, strict=True)
+        ]

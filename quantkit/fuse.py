@@ -1,0 +1,81 @@
+"""Projections that read the same input (q, k, v; gate, up) as one launch over their outputs side by side.
+
+A launch of a small weight cannot fill a GPU; of three it fills it once. Each layer keeps its place in the model and
+its tensors, which become views into the fused weight's: the first of them that is called computes all outputs, and
+the others hand theirs out. Moving, casting or saving the model takes the fusion apart.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.linear import QuantizedLinear
+from quantkit.weight import QuantizedWeight
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"))
+"""Names of children that read the same input, in all models that transformers builds of them."""
+
+
+def fuse(model: nn.Module) -> int:
+    """Fuses what can be fused, for inference.
+
+    Args:
+        model: with packed layers.
+
+    Returns:
+        How many groups of layers run as one now. Layers of unlike formats, bits or group sizes stay apart.
+    """
+    fused = 0
+    for module in list(model.modules()):
+        for names in SIBLINGS:
+            layers = [getattr(module, name, None) for name in names]
+            if all(isinstance(layer, QuantizedLinear) and layer.shared is None for layer in layers):
+                fused += _fuse_layers([layer for layer in layers if isinstance(layer, QuantizedLinear)])
+    return fused
+
+
+def _fuse_layers(layers: Sequence[QuantizedLinear]) -> bool:
+    weight = QuantizedWeight.side_by_side([layer.packed for layer in layers])
+    biases = [layer.bias for layer in layers]
+    if weight is None or len({bias is None for bias in biases}) > 1:
+        return False
+    bias = None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None])
+    sizes = [layer.out_features for layer in layers]
+    shared = SharedInput(weight, bias, sizes)
+    for slot, (layer, part) in enumerate(zip(layers, weight.split(sizes), strict=True)):
+        layer.share(shared, slot, part)
+    return True
+
+
+class SharedInput:
+    """The fused weight, and the outputs for the input that it saw last.
+
+    Args:
+        weight: of all layers, one after the other.
+        bias: theirs, or None.
+        sizes: out_features of each.
+    """
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, sizes: list[int]) -> None:
+        self._weight, self._bias, self._sizes = weight, bias, sizes
+        self._x: Tensor | None = None
+        self._version = 0
+        self._outputs: list[Tensor | None] = []
+
+    def output(self, slot: int, x: Tensor) -> Tensor:
+        """The output of one of the layers; computes all where `x` is not the input seen last, or has changed."""
+        y = self._outputs[slot] if x is self._x and _version(x) == self._version else None
+        if y is None:
+            outputs = list(self._weight.matmul(x, self._bias).split(self._sizes, dim=-1))
+            y = outputs[slot]
+            self._outputs, self._x, self._version = list(outputs), x, _version(x)
+        self._outputs[slot] = None
+        if all(output is None for output in self._outputs):
+            self._x = None  # keeps no activation alive
+        return y
+
+
+def _version(x: Tensor) -> int:
+    """Counts changes in place; where nobody counts (inference mode, compiled code) there are none to be seen."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version

@@ -1,0 +1,90 @@
+"""Fused projections: the same outputs in fewer launches, and nothing lost when the model is saved or moved."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import quantkit
+from quantkit import RTN
+from quantkit.formats.int_group import IntGroupWeight
+from quantkit.linear import QuantizedLinear
+
+from .conftest import VOCABULARY
+
+
+def packed(folder, **options):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return quantkit.quantize(model, method=RTN(4, 32, **options))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    seen = []
+    original = IntGroupWeight.matmul
+    monkeypatch.setattr(IntGroupWeight, "matmul", lambda self, *args: seen.append(self.shape) or original(self, *args))
+    return seen
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_fused_layers_give_the_same_in_fewer_launches(architecture, symmetric, model_folder, launches):
+    model = packed(model_folder(architecture), symmetric=symmetric)
+    tokens = torch.randint(0, VOCABULARY, (2, 20))
+    with torch.no_grad():
+        before = model(tokens).logits
+        separate = len(launches)
+        blocks = len(model.model.layers)
+        assert quantkit.fuse(model) == 2 * blocks
+        assert quantkit.fuse(model) == 0
+        launches.clear()
+        torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-5)
+    assert separate == 7 * blocks
+    assert len(launches) == 4 * blocks
+    with torch.inference_mode():
+        torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-5)
+
+
+def test_unlike_siblings_stay_apart(model_folder):
+    folder = model_folder("llama")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    quantkit.quantize(model, method=RTN(4, 32), rules={"*.k_proj": RTN(3, 32), "*.layers.0.mlp.up_proj": None})
+    assert quantkit.fuse(model) == len(model.model.layers) - 1
+
+
+def test_a_changed_input_is_computed_anew(model_folder):
+    model = packed(model_folder("llama"))
+    attention = model.model.layers[0].self_attn
+    x = torch.randn(1, 3, model.config.hidden_size)
+    expected = attention.k_proj(2 * x)
+    quantkit.fuse(model)
+    attention.q_proj(x)
+    x *= 2
+    torch.testing.assert_close(attention.k_proj(x), expected)
+    torch.testing.assert_close(attention.k_proj(x), expected)  # asked twice
+
+
+def test_saving_and_moving_take_the_fusion_apart(model_folder, tmp_path):
+    model = packed(model_folder("llama"))
+    tokens = torch.randint(0, VOCABULARY, (1, 20))
+    with torch.no_grad():
+        before = model(tokens).logits
+        quantkit.fuse(model)
+        model.save_pretrained(tmp_path / "saved")
+        assert torch.equal(quantkit.load(tmp_path / "saved", dtype=torch.float32).eval()(tokens).logits, before)
+        assert torch.equal(model(tokens).logits, before)
+        quantkit.fuse(model)
+        model.to("cpu")
+        layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+        assert all(layer.shared is None for layer in layers)
+        assert torch.equal(model(tokens).logits, before)
+
+
+def test_a_fused_model_compiles_into_one_graph(model_folder):
+    model = packed(model_folder("llama"))
+    tokens = torch.randint(0, VOCABULARY, (1, 16))
+    with torch.no_grad():
+        before = model(tokens, use_cache=False).logits
+        quantkit.fuse(model)
+        compiled = torch.compile(lambda ids: model(ids, use_cache=False).logits, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(tokens), before, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled(tokens + 0), before, rtol=1e-4, atol=1e-5)
