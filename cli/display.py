@@ -48,6 +48,14 @@ def window_progress() -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def tuning_progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar over kernel launches: yields a callback (done, in all, what is being measured)."""
+    with _bar() as bar:
+        task = bar.add_task("tuning", total=None)
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name or "done")
+
+
 def report_table(report: Report) -> None:
     """Prints a quantization report."""
     table = Table(title=f"{report.model}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)

@@ -4,14 +4,12 @@ import json
 from dataclasses import asdict
 from typing import Annotated
 
-import torch
 import typer
 
 import quantkit
 from quantkit.cli.display import console, window_progress
 from quantkit.data import documents, evaluation_tokens
-from quantkit.device import compute_dtype, pick_device
-from quantkit.errors import QuantkitError
+from quantkit.device import compute_dtype, parse_dtype, pick_device
 from quantkit.evals.perplexity import Quality, evaluate
 from quantkit.folder import load_tokenizer, resolve_folder
 from quantkit.model import check_vocabulary, context_length
@@ -35,7 +33,7 @@ def evaluate_command(
 ) -> None:
     """Measure perplexity on held-out text; with --baseline also KL, top-1 agreement and flips."""
     where = pick_device(device)
-    kind = _dtype(dtype) or compute_dtype(where) or "auto"
+    kind = parse_dtype(dtype) or compute_dtype(where) or "auto"
     folder = resolve_folder(model)
     tokenizer = load_tokenizer(folder)
     tokens, bytes_per_token = evaluation_tokens(documents(data, "evaluation"), tokenizer)
@@ -58,15 +56,6 @@ def evaluate_command(
         )
     else:
         _print(model, baseline, quality)
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    if name is None:
-        return None
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise QuantkitError(f"unknown dtype {name!r}; use {', '.join(known)}")
-    return known[name]
 
 
 def _print(model: str, baseline: str | None, quality: Quality) -> None:

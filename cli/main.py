@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from quantkit.cli.bench import bench_command
 from quantkit.cli.evaluate import evaluate_command
 from quantkit.cli.inspect import inspect_command
 from quantkit.cli.quantize import quantize_command
@@ -14,7 +15,7 @@ from quantkit.errors import QuantkitError
 
 app = typer.Typer(
     name="quantkit",
-    help="Post-training quantization of language models: quantize, evaluate, inspect.",
+    help="Post-training quantization of language models: quantize, evaluate, inspect, bench.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command("quantize")(quantize_command)
 app.command("eval")(evaluate_command)
 app.command("inspect")(inspect_command)
+app.command("bench")(bench_command)
 
 
 def main() -> None:

@@ -123,7 +123,7 @@ def compile_build(build: Build) -> tuple[Any, Config]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from quantkit.kernels import int_group_matmul_triton as kernels
+    import quantkit.kernels.int_group_matmul_triton as kernels
 
     p, config = build.problem, build.config
     fn = getattr(kernels, f"{build.kernel}_kernel")

@@ -98,25 +98,25 @@ def unpack(words: Tensor, bits: int, in_features: int) -> Tensor:
         raise ValueError(
             f"codes have {words.shape[1]} words a row; {in_features} columns of {bits} bits take {expected}"
         )
-    rows, full = words.shape[0], in_features // TILE
-    tiles = -(-in_features // TILE)
-    codes = torch.zeros(rows, tiles * TILE, dtype=torch.uint8, device=words.device)
+    codes = torch.zeros(words.shape[0], in_features, dtype=torch.uint8, device=words.device)
     start = shift = 0
     for width in planes(bits):
         length = _plane_words(in_features, width)
-        plane = words[:, start : start + length]
-        tail = tail_words_per_lane(in_features, width)
-        body_words = full * LANES * width
-        spans = [(0, full, plane[:, :body_words].reshape(rows, full, LANES, width))]
-        if tail:
-            spans.append((full, tiles, plane[:, body_words:].reshape(rows, 1, LANES, tail)))
-        for first, last, span in spans:
-            target = codes[:, first * TILE : last * TILE].view(rows, last - first, width, 16 // width, LANES, 2)
-            for p in range(16 // width):
-                for half in range(2):
-                    field = (span >> (width * p + 16 * half)) & (2**width - 1)
-                    field = field.transpose(2, 3).to(torch.uint8) << shift
-                    target[:, :, : span.shape[3], p, :, half] |= field
+        codes |= _fields(words[:, start : start + length], width, in_features) << shift
         start += length
         shift += width
-    return codes[:, :in_features].contiguous()
+    return codes
+
+
+def _fields(plane: Tensor, width: int, in_features: int) -> Tensor:
+    """The fields of one plane in the order of columns, uint8 [rows, in_features]."""
+    body = in_features // TILE * LANES * width
+    bits = width * torch.arange(16 // width, dtype=torch.int32, device=plane.device)
+    shifts = torch.stack([bits, bits + 16], dim=1)  # of field p in either half
+    parts = []
+    for words, stride in ((plane[:, :body], width), (plane[:, body:], tail_words_per_lane(in_features, width))):
+        if words.shape[1]:
+            lanes = words.reshape(len(words), -1, LANES, stride, 1, 1)
+            fields = ((lanes >> shifts) & (2**width - 1)).to(torch.uint8)  # [rows, tiles, lane, r, p, half]
+            parts.append(fields.permute(0, 1, 3, 4, 2, 5).flatten(1))
+    return torch.cat(parts, dim=1)[:, :in_features] if len(parts) != 1 else parts[0][:, :in_features]

@@ -41,7 +41,7 @@ def dequantized(
     """The specification of the weight, on any device: fp32 [N, in_features]."""
     values = unpack(codes, bits, in_features).float()
     padding = scales.shape[0] * group_size - in_features
-    grouped = torch.nn.functional.pad(values, (0, padding)).unflatten(1, (-1, group_size))
+    grouped = (torch.nn.functional.pad(values, (0, padding)) if padding else values).unflatten(1, (-1, group_size))
     grouped -= (2**bits - 1) / 2 if zeros is None else zeros.float().T.unsqueeze(2)
     grouped *= scales.float().T.unsqueeze(2)
     return grouped.flatten(1)[:, :in_features]
@@ -135,6 +135,12 @@ def flags(bits: int, zeros: Any, K: int, group_size: int) -> dict[str, Any]:
     return {"BITS": bits, "HAS_ZEROS": zeros is not None, "WHOLE_GROUPS": whole_groups, **tails}
 
 
+def problem_of(x: Tensor, codes: Tensor, bits: int, group_size: int) -> Problem:
+    """The problem that x [M, K] and a weight's codes pose on the GPU that holds the codes."""
+    capability, multiprocessors, _ = _properties(codes.device)
+    return Problem(len(x), len(codes), x.shape[1], bits, group_size, x.dtype, capability, multiprocessors)
+
+
 def launch(
     x: Tensor,
     codes: Tensor,
@@ -162,8 +168,8 @@ def launch(
         rows = rows.contiguous()
     if not (len(rows) and N):
         return x.new_empty(*x.shape[:-1], N)
-    capability, multiprocessors, gpu = _properties(x.device)
-    problem = Problem(len(rows), N, K, bits, group_size, x.dtype, capability, multiprocessors)
+    problem = problem_of(rows, codes, bits, group_size)
+    gpu = _properties(x.device)[2]
     decode_rows, gemm_rows = CROSSOVERS.get(gpu, CROSSOVERS["default"])
     inner = None if up is None or down is None else rows @ down.T
     if problem.M > (gemm_rows if problem.tiled else decode_rows) and config is None:

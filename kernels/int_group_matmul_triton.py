@@ -143,7 +143,7 @@ def _finish(
     tl.store(y_ptr + rows_m[None, :] * N + rows_n[:, None], y, mask=in_n[:, None] & in_m[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one binary for 1 to BLOCK_M rows
 def decode_kernel(
     x_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, up_ptr, inner_ptr, y_ptr, partial_ptr, arrived_ptr,
     M, N, full_tiles, words, group_size, stride_xm, rank,
@@ -271,7 +271,7 @@ def _weight_tile(
     return _round(code * scale, dtype, INTERPRETED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
     x_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, up_ptr, inner_ptr, y_ptr,
     M, N, K, words, group_size, stride_xm, rank,

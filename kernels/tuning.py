@@ -45,7 +45,7 @@ def cache_file(gpu: str) -> Path:
 def _table(file: Path) -> dict[str, Config]:
     try:
         return {key: Config(**values) for key, values in json.loads(file.read_text()).items()}
-    except (OSError, ValueError, TypeError):  # no file yet, or one that another version wrote
+    except (OSError, ValueError, TypeError, AttributeError):  # no file yet, or one that another version wrote
         return {}
 
 

@@ -29,3 +29,15 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 def compute_dtype(device: torch.device) -> torch.dtype | None:
     """fp32 on a CPU, where half types are slow; None, the checkpoint's own type, on a GPU."""
     return torch.float32 if device.type == "cpu" else None
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """A floating-point type by its name; None for None.
+
+    Raises:
+        QuantkitError: another name.
+    """
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is not None and name not in known:
+        raise QuantkitError(f"unknown dtype {name!r}; use {', '.join(known)}")
+    return None if name is None else known[name]

@@ -58,7 +58,7 @@ class SharedInput:
     """
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, sizes: list[int]) -> None:
-        self._weight, self._bias, self._sizes = weight, bias, sizes
+        self.weight, self._bias, self._sizes = weight, bias, sizes
         self._x: Tensor | None = None
         self._version = 0
         self._outputs: list[Tensor | None] = []
@@ -67,7 +67,7 @@ class SharedInput:
         """The output of one of the layers; computes all where `x` is not the input seen last, or has changed."""
         y = self._outputs[slot] if x is self._x and _version(x) == self._version else None
         if y is None:
-            outputs = list(self._weight.matmul(x, self._bias).split(self._sizes, dim=-1))
+            outputs = list(self.weight.matmul(x, self._bias).split(self._sizes, dim=-1))
             y = outputs[slot]
             self._outputs, self._x, self._version = list(outputs), x, _version(x)
         self._outputs[slot] = None

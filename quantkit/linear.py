@@ -12,6 +12,8 @@ from quantkit.weight import QuantizedWeight
 class Outputs(Protocol):
     """A launch that computes several layers' outputs at once; see `quantkit.fuse`."""
 
+    weight: QuantizedWeight
+
     def output(self, slot: int, x: Tensor) -> Tensor:
         """The output of the layer with this slot."""
 

@@ -359,6 +359,6 @@ def test_golden_checkpoint(tmp_path):
 
 
 GOLDEN = {
-    "model-00001-of-00002.safetensors": "ea3a206a8112948e",
+    "model-00001-of-00002.safetensors": "e33aa4f5f84839c9",
     "model-00002-of-00002.safetensors": "109e7cb328aa78dd",
 }

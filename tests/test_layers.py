@@ -7,7 +7,7 @@ import pytest
 from .conftest import ROOT
 
 RANKS = [
-    ["kernels.*_triton", "kernels.bitpack", "kernels.tuning", "kernels.timing"],
+    ["kernels.int_group_matmul_triton", "kernels.bitpack", "kernels.tuning", "kernels.timing"],
     ["kernels.*", "errors", "linalg", "metrics", "corpus"],
     ["registry", "device", "stats", "data"],
     ["weight"],
@@ -22,10 +22,10 @@ RANKS = [
     ["folder"],
     ["pipeline", "estimate"],
     ["__init__"],
-    ["evals.reference.recall", "evals.perplexity"],
+    ["evals.reference.recall", "evals.perplexity", "evals.decode"],
     ["evals.*"],
     ["cli.display"],
-    ["cli.evaluate", "cli.inspect", "cli.quantize"],
+    ["cli.bench", "cli.evaluate", "cli.inspect", "cli.quantize"],
     ["cli.main"],
     ["cli.__main__"],
 ]

@@ -39,6 +39,22 @@ def test_quantize_prints_and_writes_a_report(packed):
     assert card.index("Load this checkpoint with quantkit") < card.index("measured bits")
 
 
+def test_bench_measures_beside_the_original(packed, model_folder):
+    output, _ = packed
+    arguments = ["bench", output, "--prompt-tokens", 8, "--new-tokens", 4, "--device", "cpu"]
+    result = run(*arguments, "--baseline", model_folder("llama"))
+    assert result.returncode == 0, result.stderr
+    for line in ("first token", "tokens a second", "ideal for a token", "speed-up"):
+        assert line in result.stdout
+    found = json.loads(run(*arguments, "--json", "--no-fuse").stdout)
+    assert found["device"] == "CPU"
+    assert found[str(output)]["new_tokens"] == 4
+    refused = run(*arguments, "--autotune")
+    assert refused.returncode == 2
+    assert "there is no GPU here" in refused.stderr
+    assert "unknown dtype" in run(*arguments, "--dtype", "float8").stderr
+
+
 def test_inspect_and_eval(packed, model_folder, text_file):
     output, _ = packed
     listing = json.loads(run("inspect", output, "--json").stdout)

@@ -1,0 +1,83 @@
+"""`quantkit bench`: how fast a model generates, beside the ideal and beside its full-precision original."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.table import Table
+
+import quantkit
+from quantkit.cli.display import console, size, tuning_progress
+from quantkit.device import parse_dtype, pick_device
+from quantkit.errors import QuantkitError
+from quantkit.evals.autotune import autotune
+from quantkit.evals.decode import Decoding, measure
+from quantkit.folder import resolve_folder
+
+
+def bench_command(
+    model: Annotated[str, typer.Argument(help="Folder or hub id: a packed checkpoint or any causal language model.")],
+    baseline: Annotated[str | None, typer.Option(help="Model to compare with, as a rule the unquantized one.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32; by default the checkpoint's, float32 on a CPU.")
+    ] = None,
+    fuse: Annotated[bool, typer.Option(help="Run projections that share an input as one launch.")] = True,
+    tune: Annotated[
+        bool, typer.Option("--autotune", help="First measure the kernels' sizes for this model and GPU, and keep them.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure time to first token, tokens a second and memory; --baseline puts the original beside it."""
+    where = pick_device(device)
+    if tune and where.type != "cuda":
+        raise QuantkitError("--autotune measures GPU kernels; there is no GPU here (device cpu)")
+    kind = parse_dtype(dtype) or (torch.float32 if where.type == "cpu" else "auto")
+    results: dict[str, Decoding] = {}
+    for name in [model] if baseline is None else [model, baseline]:
+        subject: Any = quantkit.load(resolve_folder(name), dtype=kind, device=where).eval()
+        if fuse:
+            quantkit.fuse(subject)
+        if tune and name == model:
+            with tuning_progress() as progress:
+                tuned = autotune(subject, progress=progress)
+            console.print(f"{tuned} kernel launches measured and kept", highlight=False)
+        results[name] = measure(subject, prompt_tokens, new_tokens)
+        del subject
+    if as_json:
+        print(json.dumps({"device": _name(where), **{k: asdict(v) for k, v in results.items()}}, indent=2))
+    else:
+        _print(results, where)
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _print(results: dict[str, Decoding], device: torch.device) -> None:
+    first = next(iter(results.values()))
+    title = f"{_name(device)}, {first.prompt_tokens} prompt and {first.new_tokens} new tokens, one sequence"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in results:
+        table.add_column(name, justify="right", overflow="fold")
+    rows = {
+        "first token": [f"{1e3 * r.first_token_seconds:.2f} ms" for r in results.values()],
+        "a token": [f"{1e3 * r.token_seconds:.3f} ms ({r.how})" for r in results.values()],
+        "tokens a second": [f"{r.tokens_per_second:.1f}" for r in results.values()],
+        "ideal for a token": [f"{1e3 * r.ideal_token_seconds:.3f} ms" for r in results.values()],
+        "read for a token": [size(r.bytes_per_token) for r in results.values()],
+        "peak GPU memory" if device.type == "cuda" else "tensors": [size(r.peak_bytes) for r in results.values()],
+    }
+    for name, values in rows.items():
+        table.add_row(name, *values)
+    console.print(table)
+    console.print(f"ideal: bytes over the memory's copy bandwidth, {size(first.bandwidth)}/s measured here")
+    if len(results) == 2:
+        packed, original = results.values()
+        console.print(f"speed-up         {original.token_seconds / packed.token_seconds:.2f} x a token")

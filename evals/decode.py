@@ -1,0 +1,163 @@
+"""End-to-end generation speed: time to the first token, seconds a token after it, memory, and the ideal beside them.
+
+Decoding one token reads every weight once, so its ideal time is the bytes that a token needs (packed and dense
+weights but for the embedding's rows, and the cache) over the memory's measured copy bandwidth.
+
+On a GPU a token is one replay of a CUDA graph over a static cache; where a model cannot be captured, and on a CPU, it
+is one call of the model.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, StaticCache
+
+from quantkit.errors import QuantkitError
+from quantkit.model import context_length, tensor_bytes
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What a run of generation cost.
+
+    Attributes:
+        prompt_tokens, new_tokens: of the run.
+        first_token_seconds: from the prompt to the first new token.
+        token_seconds: median of the tokens after it.
+        tokens_per_second: 1 / token_seconds.
+        ideal_token_seconds: bytes_per_token / bandwidth.
+        bytes_per_token: weights and cache that a token reads.
+        bandwidth: measured by copying, bytes read and written a second.
+        peak_bytes: of GPU memory; on a CPU the model's tensors.
+        how: "CUDA graph" or "eager".
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    first_token_seconds: float
+    token_seconds: float
+    tokens_per_second: float
+    ideal_token_seconds: float
+    bytes_per_token: int
+    bandwidth: float
+    peak_bytes: int
+    how: str
+
+
+@torch.inference_mode()
+def measure(model: Any, prompt_tokens: int, new_tokens: int, seed: int = 0) -> Decoding:
+    """Generates from random tokens, greedily.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        prompt_tokens: at least 1.
+        new_tokens: at least 2, the first of which is the prompt's.
+
+    Raises:
+        QuantkitError: more tokens than the model's context holds, or too few to measure.
+    """
+    context = context_length(model)
+    if prompt_tokens < 1 or new_tokens < 2:
+        raise QuantkitError(f"{prompt_tokens} prompt and {new_tokens} new tokens: use at least 1 and 2")
+    if context is not None and prompt_tokens + new_tokens > context:
+        raise QuantkitError(
+            f"{prompt_tokens} prompt and {new_tokens} new tokens exceed the model's context of {context}"
+        )
+    device = model.device
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator).to(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    model(prompt[:, :1], use_cache=False)  # compiles, and allocates what is allocated once
+    cache = _cache(model, prompt_tokens + new_tokens + 8)
+    model(prompt, past_key_values=_cache(model, prompt_tokens + 8), use_cache=True, logits_to_keep=1)
+    first, token = _timed(device, lambda: _next(model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)))
+
+    def step() -> None:
+        token.copy_(_next(model(token, past_key_values=cache, use_cache=True)))
+
+    run, how = (_captured(step) if device.type == "cuda" else None) or step, "eager"
+    if run is not step:
+        how = "CUDA graph"
+    times = [_timed(device, run)[0] for _ in range(new_tokens - 1)]
+    seconds, bandwidth = statistics.median(times), copy_bandwidth(device)
+    needed = bytes_per_token(model) + _cache_bytes(model, prompt_tokens + new_tokens // 2)
+    return Decoding(
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        first_token_seconds=first,
+        token_seconds=seconds,
+        tokens_per_second=1 / seconds,
+        ideal_token_seconds=needed / bandwidth,
+        bytes_per_token=needed,
+        bandwidth=bandwidth,
+        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else tensor_bytes(model),
+        how=how,
+    )
+
+
+def _cache(model: Any, length: int) -> Any:
+    return StaticCache(model.config, max_cache_len=length) if model.device.type == "cuda" else DynamicCache()
+
+
+def _next(output: Any) -> torch.Tensor:
+    return output.logits[:, -1:].argmax(-1)
+
+
+def _timed(device: torch.device, function: Any) -> tuple[float, Any]:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def _captured(step: Any) -> Any:
+    """The step as a CUDA graph, or None where it cannot be captured (some models wait for the GPU in between)."""
+    try:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError:
+        return None
+    return graph.replay
+
+
+def bytes_per_token(model: nn.Module) -> int:
+    """Bytes of the tensors that decoding one token reads: all but an embedding that is not also the head."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    total = tensor_bytes(model)
+    if getattr(head, "weight", None) is not embedding.weight:
+        total -= embedding.weight.numel() * embedding.weight.element_size()
+    return total
+
+
+def _cache_bytes(model: Any, tokens: int) -> int:
+    """Bytes of keys and values of so many tokens."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * tokens * torch.empty(0, dtype=model.dtype).element_size()
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a large copy reads and writes."""
+    size = 2**30 if device.type == "cuda" else 2**27
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = [_timed(device, lambda: target.copy_(source))[0] for _ in range(8)]
+    return 2 * size / statistics.median(times[2:])

@@ -1,0 +1,119 @@
+"""The kernel evals without a GPU: the build for real, the speed run on a CPU's clock."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from quantkit.evals import kernel_build, kernel_speed
+
+from ..conftest import ROOT
+
+RECORDED = sorted((ROOT / "evals" / "results").glob("kernel-build-triton-*.json"))
+
+
+def test_the_kernels_build_for_all_gpus_without_spills(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "quantkit.evals.kernel_build", "--quick", "--against", str(RECORDED[-1])]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    assert result.stdout.splitlines()[-1] == "spills: 0"
+    assert sum(line.startswith("decode") for line in result.stdout.splitlines()) == 16
+
+
+def test_the_interpreter_cannot_build():
+    result = subprocess.run(
+        [sys.executable, "-m", "quantkit.evals.kernel_build", "--quick"],
+        capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "TRITON_INTERPRET=1 is set" in result.stderr
+
+
+def test_bars_and_regressions_are_told():
+    build = next(kernel_build.builds([90], quick=True))
+    good = kernel_build.Figures(build.name(), 80, 0, 20000, 2.5)
+    assert kernel_build.faults(build, good) == []
+    for change, message in [({"spills": 8}, "8 bytes spilled"), ({"shared": 10**6}, "shared memory")]:
+        (line,) = kernel_build.faults(build, kernel_build.Figures(**(vars(good) | change)))
+        assert message in line
+    slow = kernel_build.Figures(**(vars(good) | {"instructions_per_weight": 9.0}))
+    assert "the bar is 3.3" in kernel_build.faults(build, slow)[0]
+    recorded = {"triton": "1.2.3", "builds": [vars(good)]}
+    assert kernel_build.regressions(recorded, [good], "1.2.3") == []
+    assert "2.5 were recorded" in kernel_build.regressions(recorded, [slow], "1.2.3")[0]
+    assert kernel_build.regressions(recorded, [slow], "1.2.4") == []
+
+
+def test_the_inner_loop_is_the_one_that_multiplies():
+    listing = """
+        /*0000*/                   MOV R1, R2 ;
+    .L_x_0:
+        /*0010*/                   LDS R1, [R2] ;
+        /*0020*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0030*/               @P0 BRA `(.L_x_0) ;
+    .L_x_1:
+        /*0040*/                   FADD R1, R2, R3 ;
+        /*0050*/                   FADD R1, R2, R3 ;
+        /*0060*/                   FADD R1, R2, R3 ;
+        /*0070*/              @!P1 BRA `(.L_x_1) ;
+        /*0080*/                   EXIT ;
+    """
+    assert [text.split()[0] for text in kernel_build.inner_loop(listing)] == ["LDS", "HMMA.16816.F32", "BRA"]
+
+
+def test_speed_is_refused_without_a_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, "-m", "quantkit.evals.kernel_speed", "--out", str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "there is none here" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def clock(calls):
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    return (time.perf_counter() - start) / len(calls)
+
+
+def test_launches_are_timed_beside_torch():
+    timings = list(kernel_speed.measure(torch.device("cpu"), [(128, 256)], [1, 8], [3, 4], clock, 1e10, group_size=128))
+    assert [(t.what, t.M) for t in timings] == [
+        (what, M) for what in ("torch bf16", "int3 g128", "int4 g128") for M in (1, 8)
+    ]
+    base = {t.M: t.microseconds for t in timings if t.what == "torch bf16"}
+    for timing in timings:
+        assert timing.speed_up == pytest.approx(base[timing.M] / timing.microseconds)
+        assert timing.bandwidth_share == pytest.approx(timing.gigabytes_per_second / 10)
+    lines = kernel_speed.table(timings).splitlines()
+    assert len(lines) == 5
+    assert lines[0] == "| N x K | kernel | M=1 | M=8 |"
+    json.dumps([vars(timing) for timing in timings])
+
+
+def test_wrong_results_are_found(monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setattr(kernel_speed, "TOLERANCE", {torch.float16: 2e-3})
+    original = kernel_speed.product
+
+    def wrong(x, weight, *extra):
+        y = original(x, weight, *extra)
+        if len(x) == 16:
+            y[3, 5] += 100
+        return y
+
+    monkeypatch.setattr(kernel_speed, "product", wrong)
+    first = next(kernel_speed.faults(device))
+    assert "M=16: relative error" in first
+
+
+def test_the_deadline_ends_a_run():
+    timings = kernel_speed.measure(torch.device("cpu"), [(128, 256)], [1], [3], clock, 1e10, time.monotonic() - 1)
+    assert [t.what for t in timings] == ["torch bf16"]
