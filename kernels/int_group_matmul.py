@@ -105,10 +105,12 @@ class Problem:
 def rule(problem: Problem) -> Config:
     """Sizes for a decode launch on a GPU that nobody has measured."""
     block_m = 8 if problem.M <= 8 else 16 if problem.M <= 16 else 32
-    # Triton 3.7's passes fail on 128 x 16 and 128 x 32 tiles of 3 bits for sm_100
-    block_n = 64 if problem.N <= 2048 or (problem.capability == 100 and block_m > 8) else 128
+    # Triton's passes fail for sm_100 on 3 bits of 128 rows where they use its own instructions
+    own = problem.capability == 100 and block_m >= _fewest_rows()
+    block_n = 64 if problem.N <= 2048 or own else 128
     tiles = -(-problem.N // block_n) * -(-problem.M // block_m)
-    stages = 5 if problem.bits <= 2 else 4  # a tile of few bits is few bytes on their way
+    little_memory = problem.capability in (86, 89, 120)  # 99 KiB a program
+    stages = 5 if problem.bits <= 2 else 4 if problem.bits < 8 else 2 if little_memory else 3  # a tile's bytes vary
     return Config(block_m, block_n, shares(tiles, problem.K // TILE, problem.multiprocessors), num_stages=stages)
 
 
@@ -123,9 +125,17 @@ def gemm_rule(problem: Problem) -> Config:
 
 
 def pairs(problem: Problem, config: Config) -> int:
-    """Neighbouring columns that a lane's fragment holds: 2 in Hopper's and Blackwell's own instructions, which take 16
-    rows of x or more, and 4 as Triton uses mma.sync. The result is right with either."""
-    return 2 if problem.capability in (90, 100) and config.block_m >= 16 else 4
+    """Neighbouring columns that a lane's fragment holds: 2 in the instructions of Hopper (90) and Blackwell (100), 4 as
+    Triton uses mma.sync, which it does everywhere else and for blocks of few rows. The result is right with either."""
+    return 2 if problem.capability in (90, 100) and config.block_m >= _fewest_rows() else 4
+
+
+@lru_cache
+def _fewest_rows() -> int:
+    """Rows from which Triton multiplies with the warp-group's instructions."""
+    import triton
+
+    return 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 16
 
 
 def flags(bits: int, zeros: Any, K: int, group_size: int) -> dict[str, Any]:
