@@ -229,6 +229,7 @@ def _weight_tile(
     WHOLE_GROUPS: no group ends inside a tile. A short last tile (any TAIL) is read field by field. Columns stand in
     the order of `_columns(PAIRS)`.
     """
+    ZERO: tl.constexpr = (2**BITS - 1) / 2
     full_tiles = K // 128
     k = _columns(PAIRS)
     column = tile * 128 + k
@@ -240,7 +241,7 @@ def _weight_tile(
         narrow: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float16
         OFFSET: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0
         low, high = _codes_tile(row_ptr, tile, full_tiles, BITS, narrow, BLOCK_N, PAIRS, ASM)
-        code = low.to(tl.float32) - OFFSET
+        code = low.to(tl.float32) - (OFFSET if HAS_ZEROS else OFFSET + ZERO)  # exact either way
         if BITS == 8:
             code += (high.to(tl.float32) - OFFSET) * 16
     else:
@@ -256,7 +257,7 @@ def _weight_tile(
             row_ptr += 4 * (full_tiles * 2 + TAIL_2)
         if BITS & 1:
             fields |= _ragged_plane(row_ptr, k, in_k, tile, full_tiles, TAIL_1, 1) << (BITS & 6)
-        code = fields.to(tl.float32)
+        code = fields.to(tl.float32) - (0.0 if HAS_ZEROS else ZERO)
     if WHOLE_GROUPS:
         place = (tile * 128 // group_size).to(tl.int64) * N + rows_n[:, None]
         inside = in_n[:, None]
@@ -266,8 +267,6 @@ def _weight_tile(
     scale = tl.load(scales_ptr + place, mask=inside, other=0.0).to(tl.float32)
     if HAS_ZEROS:
         code -= tl.load(zeros_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    else:
-        code -= (2**BITS - 1) / 2
     return _round(code * scale, dtype, INTERPRETED)
 
 

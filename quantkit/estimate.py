@@ -48,7 +48,7 @@ def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimat
         device: where.
     """
     where = pick_device(device)
-    source = ModelFolder(folder, compute_dtype(where))
+    source = ModelFolder(folder, compute_dtype(where), structure_only=True)
     model = source.model
     plan = recipe.plan(model)
     shapes = {name: tuple(linear_weight(model.get_submodule(name)).shape) for name in plan}
@@ -64,6 +64,7 @@ def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimat
         bytes_before=before,
         bytes_after=before - source.packed_nbytes(plan) + packed_bytes,
         memory_bytes=peak_memory_bytes()
+        + (before if source.whole else 0)
         + _working_bytes(source, recipe, max(shapes.values(), key=lambda s: s[0] * s[1])),
         device=str(where),
     )

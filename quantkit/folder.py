@@ -73,6 +73,7 @@ class ModelFolder:
     Args:
         folder: holds config.json and safetensors.
         dtype: of the computation; None for the checkpoint's own.
+        structure_only: never read weights; names, shapes and sizes are all that is wanted.
 
     Attributes:
         model: the causal language model; on the meta device unless `whole`.
@@ -83,7 +84,7 @@ class ModelFolder:
         QuantkitError: not a loadable causal language model, quantized already, or damaged shards.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None, structure_only: bool = False) -> None:
         self.folder = folder
         self.config = read_config(folder)
         refuse_quantized(self.config)
@@ -95,7 +96,10 @@ class ModelFolder:
         unused = sorted(set(self.shards.specs) - set(self._mapping.values()))
         if unused and not self.whole:
             logger.info("%d stored tensors belong to no part of the model, %s among them", len(unused), unused[0])
-        if self.whole:
+        if self.whole and structure_only:
+            self.model = _meta_model(folder, None)  # in the type in which it would be loaded and stored
+            self.prefix, self.blocks = find_blocks(self.model)
+        elif self.whole:
             logger.warning("%s stores tensors in another form than the model; loading all of it at once", folder)
             self.model = load(folder).eval()
             self.prefix, self.blocks = find_blocks(self.model)
