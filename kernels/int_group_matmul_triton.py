@@ -143,6 +143,15 @@ def _finish(
     tl.store(y_ptr + rows_m[None, :] * N + rows_n[:, None], y, mask=in_n[:, None] & in_m[None, :])
 
 
+@triton.jit
+def _grid_of(scales_ptr, zeros_ptr, column, group_size, N, rows_n, HAS_ZEROS: tl.constexpr):
+    """Scales, and zeros where there are any, [BLOCK_N] of the group that holds a column."""
+    place = (column // group_size).to(tl.int64) * N + rows_n
+    scale = tl.load(scales_ptr + place, mask=rows_n < N, other=0.0)
+    zero = tl.load(zeros_ptr + place, mask=rows_n < N, other=0.0) if HAS_ZEROS else scale
+    return scale, zero
+
+
 @triton.jit(do_not_specialize=["M"])  # one binary for 1 to BLOCK_M rows
 def decode_kernel(
     x_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, up_ptr, inner_ptr, y_ptr, partial_ptr, arrived_ptr,
@@ -157,36 +166,37 @@ def decode_kernel(
     groups (1: a group is whole tiles). Shares leave fp32 partial sums; the last to arrive adds them in order.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    OFFSET: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0
+    MAGIC: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0
+    OFFSET: tl.constexpr = MAGIC * (17 if BITS == 8 else 1) + (0.0 if HAS_ZEROS else (2**BITS - 1) / 2)
     tile_n, tile_m, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_n = rows_n < N
     words = tl.multiple_of(words, 4)
     row_ptr = codes_ptr + tl.minimum(rows_n, N - 1)[:, None] * words  # rows beyond the last are not stored
     columns = _columns(PAIRS)
     x_row_ptr = x_ptr + tl.minimum(rows_m, M - 1)[None, :] * stride_xm + columns[:, None]
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     per_share = tl.cdiv(full_tiles, SPLIT_K)
-    for tile in range(share * per_share, tl.minimum((share + 1) * per_share, full_tiles)):
+    first, last = share * per_share, tl.minimum((share + 1) * per_share, full_tiles)
+    # A group's scale and zero are read while the group before is multiplied: nothing else hides their latency.
+    next_scale, next_zero = _grid_of(scales_ptr, zeros_ptr, first * 128, group_size, N, rows_n, HAS_ZEROS)
+    for tile in range(first, last):
         x = tl.load(x_row_ptr + tile * 128)
         low, high = _codes_tile(row_ptr, tile, full_tiles, BITS, dtype, BLOCK_N, PAIRS, ASM)
         for part in tl.static_range(GROUPS):
-            group = tile * GROUPS + part if GROUPS > 1 else tile * 128 // group_size
+            scale, zero = next_scale, next_zero
+            following = tl.minimum(tile * 128 + (part + 1) * (128 // GROUPS), full_tiles * 128 - 1)
+            next_scale, next_zero = _grid_of(scales_ptr, zeros_ptr, following, group_size, N, rows_n, HAS_ZEROS)
             x_part = x if GROUPS == 1 else tl.where((columns * GROUPS // 128 == part)[:, None], x, tl.zeros_like(x))
             x_sum = tl.sum(x_part.to(tl.float32), axis=0)[None, :]
             empty = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-            product = _dot(low, x_part, empty, INTERPRETED) - OFFSET * x_sum
+            product = _dot(low, x_part, empty, INTERPRETED)
             if BITS == 8:
-                product += (_dot(high, x_part, empty, INTERPRETED) - OFFSET * x_sum) * 16
-            grid_ptr = scales_ptr + group.to(tl.int64) * N + rows_n
-            scale = tl.load(grid_ptr, mask=in_n, other=0.0).to(tl.float32)[:, None]
+                product += _dot(high, x_part, empty, INTERPRETED) * 16
+            product -= OFFSET * x_sum
             if HAS_ZEROS:
-                zeros_row_ptr = zeros_ptr + group.to(tl.int64) * N + rows_n
-                zero = tl.load(zeros_row_ptr, mask=in_n, other=0.0).to(tl.float32)[:, None]
-                accumulator += scale * (product - zero * x_sum)
-            else:
-                accumulator += scale * (product - (2**BITS - 1) / 2 * x_sum)
+                product -= zero.to(tl.float32)[:, None] * x_sum
+            accumulator += scale.to(tl.float32)[:, None] * product
     if SPLIT_K > 1:
         where = tile_n * tl.num_programs(1) + tile_m
         place = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]

@@ -1,5 +1,6 @@
 """README's Python works as it stands, and its commands name options that exist."""
 
+import json
 import os
 import re
 import subprocess
@@ -54,3 +55,11 @@ def test_every_option_in_readme_exists():
 
 def _names(parameter):
     return [*parameter.opts, *parameter.secondary_opts]
+
+
+def test_the_kernel_table_is_the_recorded_one():
+    recorded = json.loads((ROOT / "evals" / "results" / "kernel-build-triton-3.7.1.json").read_text())
+    found = {row["name"]: row["instructions_per_weight"] for row in recorded["builds"]}
+    for bits in (2, 3, 4, 8):
+        cells = [f"{found[f'decode int{bits} g128 M={rows} bf16 sm_90']:.2f}" for rows in (8, 16, 32)]
+        assert f"| {bits} bits | {' | '.join(cells)} |" in TEXT
