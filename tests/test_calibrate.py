@@ -20,6 +20,19 @@ def load(folder, dtype=torch.float32):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
+def spy(reads, seen):
+    """RTN that asks for statistics and leaves them in `seen`, by the name they carry."""
+
+    class Spy(RTN):
+        needs = reads
+
+        def quantize(self, weight, stats=None):
+            seen[stats.name] = stats
+            return super().quantize(weight)
+
+    return Spy
+
+
 class Collector:
     def __init__(self):
         self.blocks = []
@@ -69,17 +82,9 @@ def test_models_stored_in_another_form_are_loaded_whole(architecture, model_fold
 def test_inputs_are_those_of_the_quantized_prefix(model_folder, tokenizer, texts):
     """The last layer's Hessian must come from a run of the model whose earlier layers are all quantized."""
     seen = {}
-
-    class Spy(RTN):
-        needs = GPTQ().needs
-
-        def quantize(self, weight, stats=None):
-            seen[stats.name] = stats
-            return super().quantize(weight)
-
     model = load(model_folder("llama"))
     windows = Calibration(texts, 4, 128).windows(tokenizer, model)
-    plan = dict.fromkeys(block_linears(model), Spy(2, 64))
+    plan = dict.fromkeys(block_linears(model), spy(GPTQ().needs, seen)(2, 64))
     walk(model, plan, windows, source=LoadedWeights(model), sink=Collector(), device=torch.device("cpu"))
     inputs = []
     handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
@@ -99,17 +104,9 @@ FIRST_OF_GROUP = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.
 def test_streams_agree_where_nothing_was_lost(model_folder, tokenizer, texts):
     """With weights that survive 8 bits almost exactly, H and C are almost equal everywhere, and equal in block 0."""
     gathered = {}
-
-    class Spy(RTN):
-        needs = TargetShift(GPTQ(), 1.0).needs
-
-        def quantize(self, weight, stats=None):
-            gathered[stats.name] = stats
-            return super().quantize(weight)
-
     model = load(model_folder("gpt2"))
     windows = Calibration(texts, 4, 128).windows(tokenizer, model)
-    plan = dict.fromkeys(block_linears(model), Spy(8, 32))
+    plan = dict.fromkeys(block_linears(model), spy(TargetShift(GPTQ(), 1.0).needs, gathered)(8, 32))
     walk(model, plan, windows, source=LoadedWeights(model), sink=Collector(), device=torch.device("cpu"))
     first = gathered["transformer.h.0.attn.c_attn"]
     assert torch.equal(first.hessian, first.cross)
