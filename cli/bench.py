@@ -1,6 +1,7 @@
 """`quantkit bench`: how fast a model generates, beside the ideal and beside its full-precision original."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from rich.table import Table
 import quantkit
 from quantkit.cli.display import console, size, tuning_progress
 from quantkit.device import parse_dtype, pick_device
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, first_line
 from quantkit.evals.autotune import autotune
 from quantkit.evals.decode import Decoding, measure
 from quantkit.folder import resolve_folder
@@ -35,6 +36,8 @@ def bench_command(
 ) -> None:
     """Measure time to first token, tokens a second and memory; --baseline puts the original beside it."""
     where = pick_device(device)
+    if baseline == model:
+        raise QuantkitError("--baseline is the model itself; give the one that it was made from")
     if tune and where.type != "cuda":
         raise QuantkitError("--autotune measures GPU kernels; there is no GPU here (device cpu)")
     kind = parse_dtype(dtype) or (torch.float32 if where.type == "cpu" else "auto")
@@ -43,14 +46,19 @@ def bench_command(
         subject: Any = quantkit.load(resolve_folder(name), dtype=kind, device=where).eval()
         if fuse:
             quantkit.fuse(subject)
-        if tune and name == model:
-            with tuning_progress() as progress:
-                tuned = autotune(subject, progress=progress)
-            console.print(f"{tuned} kernel launches measured and kept", highlight=False)
-        results[name] = measure(subject, prompt_tokens, new_tokens)
+        with torch.cuda.device(where) if where.type == "cuda" else nullcontext():
+            if tune and name == model:
+                with tuning_progress() as progress:
+                    autotune(subject, progress=progress)
+            try:
+                results[name] = measure(subject, prompt_tokens, new_tokens)
+            except (RuntimeError, AttributeError, IndexError, NotImplementedError) as error:  # models of other kinds
+                raise QuantkitError(f"{name} does not generate from a plain cache ({first_line(error)})") from error
         del subject
     if as_json:
-        print(json.dumps({"device": _name(where), **{k: asdict(v) for k, v in results.items()}}, indent=2))
+        roles = zip(("model", "baseline"), results.items(), strict=False)
+        found = {role: {"path": name, **asdict(result)} for role, (name, result) in roles}
+        print(json.dumps({"device": _name(where), **found}, indent=2))
     else:
         _print(results, where)
 

@@ -81,12 +81,15 @@ def measure(model: Any, prompt_tokens: int, new_tokens: int, seed: int = 0) -> D
     def step() -> None:
         token.copy_(_next(model(token, past_key_values=cache, use_cache=True)))
 
-    run, how = (_captured(step) if device.type == "cuda" else None) or step, "eager"
+    # A sliding window's static cache counts its tokens on the host, where a graph would not see them grow.
+    fixed = device.type == "cuda" and not any(getattr(layer, "is_sliding", False) for layer in cache.layers)
+    run, how = (_captured(step) if fixed else None) or step, "eager"
     if run is not step:
         how = "CUDA graph"
     times = [_timed(device, run)[0] for _ in range(new_tokens - 1)]
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else tensor_bytes(model)
     seconds, bandwidth = statistics.median(times), copy_bandwidth(device)
-    needed = bytes_per_token(model) + _cache_bytes(model, prompt_tokens + new_tokens // 2)
+    needed = bytes_per_token(model) + _cache_bytes(cache)
     return Decoding(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
@@ -96,13 +99,15 @@ def measure(model: Any, prompt_tokens: int, new_tokens: int, seed: int = 0) -> D
         ideal_token_seconds=needed / bandwidth,
         bytes_per_token=needed,
         bandwidth=bandwidth,
-        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else tensor_bytes(model),
+        peak_bytes=peak,
         how=how,
     )
 
 
 def _cache(model: Any, length: int) -> Any:
-    return StaticCache(model.config, max_cache_len=length) if model.device.type == "cuda" else DynamicCache()
+    if model.device.type == "cuda":
+        return StaticCache(model.config, max_cache_len=length)
+    return DynamicCache(config=model.config)
 
 
 def _next(output: Any) -> torch.Tensor:
@@ -141,17 +146,20 @@ def bytes_per_token(model: nn.Module) -> int:
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     head = model.get_output_embeddings()  # type: ignore[operator]
     total = tensor_bytes(model)
-    if getattr(head, "weight", None) is not embedding.weight:
+    if head is None or head._parameters.get("weight") is not embedding.weight:
         total -= embedding.weight.numel() * embedding.weight.element_size()
     return total
 
 
-def _cache_bytes(model: Any, tokens: int) -> int:
-    """Bytes of keys and values of so many tokens."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * tokens * torch.empty(0, dtype=model.dtype).element_size()
+def _cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values that a cache holds, of tokens that it has seen."""
+    total = 0
+    for layer in getattr(cache, "layers", []):
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if isinstance(tensor, torch.Tensor) and tensor.dim() == 4:
+                seen = min(int(layer.get_seq_length()), tensor.shape[2])
+                total += tensor.nbytes * seen // max(tensor.shape[2], 1)
+    return total
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -159,5 +167,9 @@ def copy_bandwidth(device: torch.device) -> float:
     size = 2**30 if device.type == "cuda" else 2**27
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = [_timed(device, lambda: target.copy_(source))[0] for _ in range(8)]
-    return 2 * size / statistics.median(times[2:])
+
+    def copies() -> None:
+        for _ in range(4):
+            target.copy_(source)
+
+    return 4 * 2 * size / statistics.median([_timed(device, copies)[0] for _ in range(7)][2:])

@@ -108,9 +108,14 @@ def builds(archs: list[int], quick: bool) -> Iterator[Build]:
             continue
         for bits in (3,) if quick else (2, 3, 4, 8):
             if not quick:
-                yield Build("decode", arch, problem(8, bits, brain, group_size=64))
+                for M in (8, 16, 32):
+                    yield Build("decode", arch, problem(M, bits, brain, group_size=64), zeros=M > 8)
                 yield Build("decode", arch, problem(16, bits, half), rank=64)
+                yield Build("decode", arch, problem(8, bits, half, group_size=32), zeros=True, rank=16)
                 yield Build("gemm", arch, problem(32, bits, half, K=4100))
+                yield Build("gemm", arch, problem(8, bits, brain, K=4100, group_size=64), zeros=True)
+                yield Build("gemm", arch, problem(8, bits, brain, group_size=48), zeros=True)
+                yield Build("gemm", arch, problem(32, bits, brain, group_size=16), zeros=True)
                 yield Build("dequantize", arch, problem(256, bits, half))
             for M in (64,) if quick else (64, 128):
                 yield Build("gemm", arch, problem(M, bits, brain), zeros=True)

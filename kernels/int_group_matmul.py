@@ -13,12 +13,13 @@ Three regimes by M, the rows of x, with the weight always the left operand:
               fp32 accumulator gets its scale and zero:  y += s * ((dot - offset * sum x) - z * sum x).
               Only where K is a multiple of 128, groups are whole tiles or 64 or 32 columns, and x has 16 bits.
     gemm      more rows, or few and any other shape: weights are formed in fp32 and rounded to x's dtype in registers.
-    dense     many rows, or more than few and any other shape: W is written out once and torch multiplies.
+    dense     many rows, or more than few and any other shape or group: W is written out once and torch multiplies.
 
 All accumulate in fp32 and are deterministic; x = I gives exactly the dequantized weight. The kernels stand in
 `int_group_matmul_triton.py`, so that this file imports where there is no Triton.
 """
 
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -87,14 +88,18 @@ class Problem:
 
     @property
     def tiled(self) -> bool:
-        """Whether codes can be taken tile by tile, straight into the tensor core's operands."""
+        """Whether codes can be taken tile by tile, straight into 16-bit operands of the tensor core."""
         return self.K % TILE == 0 and self.dtype != torch.float32
+
+    @property
+    def whole_groups(self) -> bool:
+        """Whether no group ends inside a tile."""
+        return self.group_size % TILE == 0 or self.group_size >= self.K
 
     @property
     def decodes(self) -> bool:
         """Whether the decode kernel takes this shape, whatever M."""
-        whole = self.group_size % TILE == 0 or self.group_size >= self.K or self.group_size in GROUPS_IN_A_TILE
-        return self.tiled and whole
+        return self.tiled and (self.whole_groups or self.group_size in GROUPS_IN_A_TILE)
 
     def key(self) -> str:
         """Names the launch in a table of measured choices."""
@@ -105,11 +110,13 @@ class Problem:
 def rule(problem: Problem) -> Config:
     """Sizes for a decode launch on a GPU that nobody has measured."""
     block_m = 8 if problem.M <= 8 else 16 if problem.M <= 16 else 32
-    # Triton's passes fail for sm_100 on 3 bits of 128 rows where they use its own instructions
-    own = problem.capability == 100 and block_m >= _fewest_rows()
-    block_n = 64 if problem.N <= 2048 or own else 128
+    # Triton's passes fail for sm_10x on 3 bits of 128 rows where they use its own instructions
+    own = problem.capability // 10 == 10 and block_m >= _fewest_rows()
+    narrow = not problem.whole_groups  # each of a tile's groups takes registers
+    many_registers = narrow and (problem.bits == 8 or problem.group_size == 32 or block_m == 32)
+    block_n = 64 if problem.N <= 2048 or own or many_registers else 128
     tiles = -(-problem.N // block_n) * -(-problem.M // block_m)
-    little_memory = problem.capability in (86, 89, 120)  # 99 KiB a program
+    little_memory = problem.capability in (86, 89, 120, 121)  # 99 KiB a program
     stages = 5 if problem.bits <= 2 else 4 if problem.bits < 8 else 2 if little_memory else 3  # a tile's bytes vary
     return Config(block_m, block_n, shares(tiles, problem.K // TILE, problem.multiprocessors), num_stages=stages)
 
@@ -117,17 +124,17 @@ def rule(problem: Problem) -> Config:
 def gemm_rule(problem: Problem) -> Config:
     """Sizes for a gemm launch: no spilled registers, and shared memory for every GPU since sm_80 (99 KiB at least)."""
     block_m = max(16, 1 << (problem.M - 1).bit_length())
-    if not problem.tiled:
-        return Config(min(block_m, 32), 64, num_warps=8, num_stages=2)
-    widest = 128 if problem.capability in (90, 100) else 64  # mma.sync holds more of the operands in registers
+    if not (problem.tiled and problem.whole_groups):
+        return Config(min(block_m, 32), 32, num_warps=8, num_stages=1)  # scales come a tile at a time, as wide as codes
+    widest = 128 if problem.capability // 10 in (9, 10) else 64  # mma.sync holds more of the operands in registers
     block_m = min(block_m, widest)
     return Config(block_m, 128, num_warps=8 if block_m > 32 else 4, num_stages=2 if block_m == 128 else 3)
 
 
 def pairs(problem: Problem, config: Config) -> int:
-    """Neighbouring columns that a lane's fragment holds: 2 in the instructions of Hopper (90) and Blackwell (100), 4 as
+    """Neighbouring columns that a lane's fragment holds: 2 in the instructions of Hopper (90) and Blackwell (10x), 4 as
     Triton uses mma.sync, which it does everywhere else and for blocks of few rows. The result is right with either."""
-    return 2 if problem.capability in (90, 100) and config.block_m >= _fewest_rows() else 4
+    return 2 if problem.capability // 10 in (9, 10) and config.block_m >= _fewest_rows() else 4
 
 
 @lru_cache
@@ -182,9 +189,9 @@ def launch(
     gpu = _properties(x.device)[2]
     decode_rows, gemm_rows = CROSSOVERS.get(gpu, CROSSOVERS["default"])
     inner = None if up is None or down is None else rows @ down.T
-    if problem.M > (gemm_rows if problem.tiled else decode_rows) and config is None:
+    if problem.M > (gemm_rows if problem.tiled and problem.whole_groups else decode_rows) and config is None:
         weight = _write_out(codes, scales, zeros, bits, group_size, K, x.dtype)
-        y = torch.nn.functional.linear(rows, weight, bias)
+        y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
         y = y if inner is None or up is None else torch.addmm(y, inner, up.T)
     else:
         y = torch.empty(problem.M, N, dtype=x.dtype, device=x.device)
@@ -206,8 +213,7 @@ def _decode(rows, codes, scales, zeros, bias, up, inner, y, problem: Problem, co
     if config.split_k > 1:
         size = tiles[0] * tiles[1] * config.split_k * config.block_n * config.block_m
         partial = torch.empty(size, dtype=torch.float32, device=y.device)
-        count = tiles[0] * tiles[1]
-        arrived = _counters(y.device).take(count) if y.is_cuda else torch.zeros(count, dtype=torch.int32)
+        arrived = _counters(y.device, tiles[0] * tiles[1])
     decode_kernel[(*tiles, config.split_k)](
         rows, codes, scales, _or(zeros, scales), _or(bias, y), _or(up, y), _or(inner, y), y, partial, arrived,
         M, N, K // TILE, codes.shape[1], min(problem.group_size, K), rows.stride(0), 0 if up is None else up.shape[1],
@@ -280,15 +286,18 @@ class _Counters:
         self._zeros = torch.zeros(2**20, dtype=torch.int32, device=device)
         self._used = 0
         self._of_stream: dict[int, Tensor] = {}
+        self._lock = threading.Lock()
+        torch.cuda.synchronize(device)  # other streams will use them
 
     def take(self, count: int) -> Tensor:
         """`count` zeros for a launch on the current stream."""
-        if torch.cuda.is_current_stream_capturing():
-            return self._next(count)
-        stream = torch.cuda.current_stream(self._zeros.device).cuda_stream
-        if stream not in self._of_stream or len(self._of_stream[stream]) < count:
-            self._of_stream[stream] = self._next(max(count, 2048))
-        return self._of_stream[stream]
+        with self._lock:
+            if torch.cuda.is_current_stream_capturing():
+                return self._next(count)
+            stream = torch.cuda.current_stream(self._zeros.device).cuda_stream
+            if stream not in self._of_stream or len(self._of_stream[stream]) < count:
+                self._of_stream[stream] = self._next(max(count, 2048))
+            return self._of_stream[stream]
 
     def _next(self, count: int) -> Tensor:
         if self._used + count > len(self._zeros):
@@ -297,9 +306,22 @@ class _Counters:
         return self._zeros[self._used - count : self._used]
 
 
-@lru_cache
-def _counters(device: torch.device) -> _Counters:
-    return _Counters(device)
+_PREPARED: dict[torch.device, _Counters] = {}
+
+
+def prepare(device: torch.device) -> None:
+    """Allocates what launches on a GPU share. Without it they are right but each clears its own counters.
+
+    Not done by a launch itself, which may run while a CUDA graph is recorded or warmed up, when what is allocated
+    belongs to the graph.
+    """
+    if device.type == "cuda" and device not in _PREPARED and not torch.cuda.is_current_stream_capturing():
+        _PREPARED[device] = _Counters(device)
+
+
+def _counters(device: torch.device, count: int) -> Tensor:
+    prepared = _PREPARED.get(device)
+    return torch.zeros(count, dtype=torch.int32, device=device) if prepared is None else prepared.take(count)
 
 
 def check(
@@ -315,6 +337,8 @@ def check(
 ) -> None:
     """Raises ValueError unless every address that follows from the arguments lies inside the tensors."""
     K = x.shape[-1]
+    if K == 0:
+        raise ValueError("x has no columns")
     if bits not in range(1, 9) or group_size < 1:
         raise ValueError(f"bits={bits}, group_size={group_size}: bits are 1 to 8 and groups hold at least one column")
     if any(t is not None and t.device != x.device for t in (codes, scales, zeros, bias, up, down)):
@@ -360,11 +384,46 @@ def _fake(x, codes, scales, zeros, bits, group_size, bias=None, up=None, down=No
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
-def _on_gpu(x, codes, scales, zeros, bits, group_size, bias=None, up=None, down=None):
-    return launch(x, codes, scales, zeros, bits, group_size, bias, up, down)
+def _on_cpu(x, *arguments):
+    with torch.autocast("cpu", enabled=False):
+        return reference(x, *arguments)
+
+
+def _on_gpu(x, *arguments):
+    with torch.autocast("cuda", enabled=False):
+        if _properties(x.device)[0] < 80:  # the kernels' shared memory and instructions are those of sm_80
+            return reference(x, *arguments)
+        return launch(x, *arguments)
+
+
+def _remember(ctx, inputs, output):
+    x, codes, scales, zeros, ctx.bits, ctx.group_size, bias, up, down = inputs
+    needed = x if up is not None and any(ctx.needs_input_grad[7:]) else None
+    ctx.shape, ctx.bias_dtype = x.shape, None if bias is None else bias.dtype
+    ctx.save_for_backward(codes, scales, zeros, needed, up, down)
+
+
+def _backward(ctx, grad):
+    """Through the packed weight to x, the bias and the low-rank correction; codes and scales are constants."""
+    codes, scales, zeros, x, up, down = ctx.saved_tensors
+    bits, group_size, K = ctx.bits, ctx.group_size, ctx.shape[-1]
+    rows = grad.reshape(-1, codes.shape[0])
+    grad_x = grad_bias = grad_up = grad_down = None
+    if ctx.needs_input_grad[0]:
+        grad_x = rows @ dequantized(codes, scales, zeros, bits, group_size, K).to(grad.dtype)
+        if up is not None:
+            grad_x = grad_x + (rows @ up) @ down
+        grad_x = grad_x.view(ctx.shape)
+    if any(ctx.needs_input_grad[6:7]):  # trailing arguments that were left out are not counted
+        grad_bias = rows.sum(0).to(ctx.bias_dtype)
+    if x is not None:
+        flat = x.reshape(-1, K)
+        grad_up, grad_down = rows.T @ (flat @ down.T), (rows @ up).T @ flat
+    return (grad_x, None, None, None, None, None, grad_bias, grad_up, grad_down)[: len(ctx.needs_input_grad)]
 
 
 torch.library.register_fake("quantkit::int_group_matmul", _fake, lib=_LIBRARY)
-_LIBRARY.impl("int_group_matmul", reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("int_group_matmul", _on_cpu, "CompositeExplicitAutograd")
 _LIBRARY.impl("int_group_matmul", _on_gpu, "CUDA")
+torch.library.register_autograd("quantkit::int_group_matmul", _backward, setup_context=_remember, lib=_LIBRARY)
 int_group_matmul = torch.ops.quantkit.int_group_matmul.default

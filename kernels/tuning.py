@@ -51,7 +51,10 @@ def _table(file: Path) -> dict[str, Config]:
 
 def chosen(device: torch.device, key: str, default: Config) -> Config:
     """The measured choice for a launch on a GPU, or `default`."""
-    return _table(_file_of(device)).get(key, default)
+    try:
+        return _table(_file_of(device)).get(key, default)
+    except RuntimeError:  # a user without a home
+        return default
 
 
 @lru_cache
@@ -80,6 +83,7 @@ def tune(file: Path, key: str, candidates: Iterable[Config], seconds: Callable[[
     if not measured:
         raise ValueError(f"{key}: no configuration runs on this GPU")
     best = min(measured, key=lambda pair: pair[0])[1]
+    _table.cache_clear()  # another process may have written since
     table = _table(file)
     table[key] = best
     file.parent.mkdir(parents=True, exist_ok=True)

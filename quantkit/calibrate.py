@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from quantkit.device import free_memory
 from quantkit.errors import CalibrationError, QuantkitError
 from quantkit.forward import (
     Batch,
@@ -32,6 +33,7 @@ from quantkit.forward import (
     inputs_of,
     outer_input,
     run_block,
+    settings,
 )
 from quantkit.linear import QuantizedLinear, new_linear
 from quantkit.metrics import proxy_loss
@@ -44,8 +46,8 @@ from quantkit.weight import QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
-REPLAYED_BYTES = 2**31
-"""Where replaying a stream would keep more than this, its parts are computed anew instead."""
+REPLAY_SHARE = 1 / 8
+"""Share of the free memory in which each stream may keep what a block need not compute again."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def walk(
             raise CalibrationError("these quantizers read statistics of the layers' inputs; give calibration text")
         batches, wrap = capture(model, blocks, windows, source, device, batch_tokens)
     order: Order | None = None
+    before: list[tuple] = []
     for index, block in enumerate(blocks):
         name = f"{prefix}.{index}"
         progress(index, len(blocks), name)
@@ -121,6 +124,7 @@ def walk(
         reference = _shared_copy(block) if needs >= Needs.CROSS else None
         done = sink.finished(index)
         if done is None:
+            order, before = order if settings(block) == before else None, settings(block)
             results, order = _quantize_block(
                 block, reference, f"{name}.", layers, batches, index, true_sequential, order
             )
@@ -160,11 +164,11 @@ def _quantize_block(
         order = execution_order(block, local, batches, index)
     stages = [[group] for group in order.groups] if true_sequential or not order.groups else [order.groups]
     results: dict[str, LayerResult] = {}
-    replay = bool(batches) and len(stages) > 1 and _kept_bytes(block, order, batches) <= REPLAYED_BYTES
-    quantized = _Stream(block, Replay(block, local, order.tails, replay), set())
+    budget = int(REPLAY_SHARE * free_memory(batches[0].quantized.device)) if batches and len(stages) > 1 else 0
+    quantized = _Stream(block, Replay(block, local, order, budget), set())
     full = None
     if reference is not None:
-        full = _Stream(reference, Replay(reference, local, order.tails, replay), set(local))
+        full = _Stream(reference, Replay(reference, local, order, budget), set(local))
     for stage in stages:
         advance = stage is stages[-1]
         stats = _gather(quantized, full, prefix, stage, local, batches, index, advance)
@@ -182,13 +186,6 @@ def _quantize_block(
     if not order.groups:
         _advance_full(reference, batches, index)
     return {name: results[name] for name in plan}, order
-
-
-def _kept_bytes(block: nn.Module, order: Order, batches: list[Batch]) -> int:
-    """What `Replay` keeps of one stream: the outputs of children, and the widest input of a tail."""
-    widths = [linear_weight(block.get_submodule(name)).shape[1] for name, _ in order.tails.values()]
-    hidden = batches[0].quantized.shape[-1]
-    return sum(batch.quantized.nbytes for batch in batches) * (hidden + max(widths, default=0)) // hidden
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Which device a run uses, and in which type it computes there."""
 
+import psutil
 import torch
 
 from quantkit.errors import QuantkitError
@@ -41,3 +42,8 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in known:
         raise QuantkitError(f"unknown dtype {name!r}; use {', '.join(known)}")
     return None if name is None else known[name]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or in this machine."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from quantkit.calibrate import REPLAYED_BYTES
-from quantkit.device import compute_dtype, pick_device
+from quantkit.calibrate import REPLAY_SHARE
+from quantkit.device import compute_dtype, free_memory, pick_device
 from quantkit.folder import ModelFolder
 from quantkit.model import context_length, linear_weight
 from quantkit.plan import plan_needs
@@ -65,12 +65,12 @@ def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimat
         bytes_after=before - source.packed_nbytes(plan) + packed_bytes,
         memory_bytes=peak_memory_bytes()
         + (before if source.whole else 0)
-        + _working_bytes(source, recipe, max(shapes.values(), key=lambda s: s[0] * s[1])),
+        + _working_bytes(source, recipe, max(shapes.values(), key=lambda s: s[0] * s[1]), where),
         device=str(where),
     )
 
 
-def _working_bytes(source: ModelFolder, recipe: Recipe, largest: tuple[int, ...]) -> int:
+def _working_bytes(source: ModelFolder, recipe: Recipe, largest: tuple[int, ...], device: torch.device) -> int:
     """Bytes of one block, of the streams, and of the largest layer while it is quantized."""
     model = source.model
     itemsize = torch.empty(0, dtype=model.dtype).element_size()
@@ -83,7 +83,8 @@ def _working_bytes(source: ModelFolder, recipe: Recipe, largest: tuple[int, ...]
     hidden = model.config.get_text_config().hidden_size
     widest = max(linear_weight(module).shape[1] for module in source.linears())
     replayed = tokens * (hidden + widest) * itemsize
-    stream = tokens * hidden * itemsize + (replayed if replayed <= REPLAYED_BYTES else 0)
+    replayed = min(replayed, int(REPLAY_SHARE * free_memory(device)))
+    stream = tokens * hidden * itemsize + replayed
     streams = stream * (2 if needs == Needs.CROSS else 1)
     embedding = sum(p.numel() for p in model.get_input_embeddings().parameters()) * itemsize
     return source.block_nbytes(itemsize) + layer + streams + max(embedding, 5 * 4 * widest**2)

@@ -112,7 +112,8 @@ class ModelFolder:
         """The walker's source of weights."""
         if self.whole:
             return LoadedWeights(self.model)
-        unused = {layer for layer in outer_linears(self.model) if layer not in plan}
+        head = self.model.get_output_embeddings()  # other layers outside the blocks may run in front of them
+        unused = {name for name, layer in outer_linears(self.model).items() if layer is head and name not in plan}
         return ShardedWeights(self.model, self.shards, self._mapping, self.model.dtype, unused)
 
     def dense(self, index: int, packed: set[str]) -> dict[str, Tensor]:

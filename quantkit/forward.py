@@ -6,7 +6,7 @@ stubs in their places. A pass stops as soon as what it was run for is known.
 
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -92,67 +92,104 @@ class Order:
     """How a block runs its planned layers.
 
     Attributes:
-        groups: layers in order of execution, those fed by the same tensor together.
-        tails: children of the block (attention, MLP) whose output is that of one of their planned layers, which is
-            the last that they run: child -> (layer, the form in which the child returns it).
+        groups: layers in order of their first call, those fed by the same tensor together.
+        steady: children of the block (attention, MLP) that are called once and whose output nobody changes, so that
+            it can stand for a later call.
+        tails: those of them whose output is that of one of their planned layers, which is called once and after the
+            others: child -> (layer, the form in which the child returns it).
     """
 
     groups: list[list[str]]
-    tails: dict[str, tuple[str, Wrap]]
+    steady: frozenset[str] = frozenset()
+    tails: dict[str, tuple[str, Wrap]] = field(default_factory=dict)
 
 
 def execution_order(block: nn.Module, plan: Plan, batches: list[Batch], index: int) -> Order:
     """Watches one batch run through the block."""
     if not batches:
-        return Order([[name] for name in plan], {})
-    inputs: list[tuple[Tensor, list[str]]] = []
-    outputs: dict[str, Tensor] = {}
-    returned: dict[str, list[Any]] = {child: [] for child, _ in block.named_children()}
+        return Order([[name] for name in plan])
+    groups: list[tuple[Tensor, list[str]]] = []
+    outputs: dict[str, list[tuple[Any, list[int]]]] = {}  # of layers and of children, with the tensors' versions
 
     def enter(name: str) -> Callable:
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            for known, group in inputs:
+            if any(name in group for _, group in groups):
+                return
+            for known, group in groups:
                 if known is x:
                     group.append(name)
                     return
-            inputs.append((x, [name]))
+            groups.append((x, [name]))
 
         return hook
 
     def leave(name: str) -> Callable:
-        return lambda _module, _args, output: outputs.__setitem__(name, output)
+        return lambda _module, _args, output: outputs.setdefault(name, []).append((output, _versions(output)))
 
-    def leave_child(child: str) -> Callable:
-        return lambda _module, _args, output: returned[child].append(output)
-
-    layers = [(name, block.get_submodule(name)) for name in plan]
-    handles = [layer.register_forward_pre_hook(enter(name), with_kwargs=True) for name, layer in layers]
-    handles += [layer.register_forward_hook(leave(name)) for name, layer in layers]
-    handles += [module.register_forward_hook(leave_child(child)) for child, module in block.named_children()]
+    children = {name: child for name, child in block.named_children() if not child._forward_hooks}
+    handles = [block.get_submodule(name).register_forward_pre_hook(enter(name), with_kwargs=True) for name in plan]
+    handles += [block.get_submodule(name).register_forward_hook(leave(name)) for name in {*plan, *children}]
     try:
-        run_block(block, batches[0].quantized, batches[0].calls[index])
+        with torch.inference_mode(False), torch.no_grad():  # versions are counted
+            run_block(block, batches[0].quantized, batches[0].calls[index])
     finally:
         for handle in handles:
             handle.remove()
-    groups = [group for _, group in inputs]
-    reached = {name for group in groups for name in group}
-    groups += [[name] for name in plan if name not in reached]
+    steady = frozenset(
+        child for child in children
+        if len(outputs.get(child, [])) == 1 and _versions(outputs[child][0][0]) == outputs[child][0][1]
+    )  # fmt: skip
+    ordered = [group for _, group in groups]
     tails = {}
-    for child, runs in returned.items():
-        last = [inside for group in groups if (inside := [name for name in group if name.startswith(f"{child}.")])][-1:]
-        for name in last[0] if last and len(runs) == 1 else []:
-            if name in outputs and (form := _form(runs[0], outputs[name])) is not None:
+    for child in steady:
+        last = [inside for group in ordered if (inside := [n for n in group if n.startswith(f"{child}.")])][-1:]
+        for name in last[0] if last else []:
+            form = _form(outputs[child][0], outputs[name][0]) if len(outputs.get(name, [])) == 1 else None
+            if form is not None:
                 tails[child] = (name, form)
-    return Order(groups, tails)
+    reached = {name for group in ordered for name in group}
+    return Order(ordered + [[name] for name in plan if name not in reached], steady, tails)
 
 
-def _form(returned: Any, output: Tensor) -> Wrap | None:
-    """How `returned` holds the very tensor `output`: bare, or first in a tuple of nothing else; None if it does not."""
-    if returned is output:
+def settings(block: nn.Module) -> list[tuple]:
+    """What the code of a block's modules can depend on, but for their place in the model: equal blocks run alike."""
+    simple = (bool, int, float, str, type(None))
+    return [
+        (
+            name,
+            type(module).__qualname__,
+            bool(module._forward_hooks or module._forward_pre_hooks),
+            sorted((k, v) for k, v in vars(module).items() if isinstance(v, simple) and k not in _PLACES),
+        )
+        for name, module in block.named_modules()
+        if not isinstance(module, nn.Linear)
+    ]
+
+
+_PLACES = {"layer_idx", "layer_id", "layer_number", "block_idx", "training"}
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors that a module returned, alone or in a tuple."""
+    return [part for part in (output if isinstance(output, tuple | list) else (output,)) if isinstance(part, Tensor)]
+
+
+def _versions(output: Any) -> list[int]:
+    """How often each returned tensor has been changed in place."""
+    return [tensor._version for tensor in _tensors(output)]
+
+
+def _form(returned: tuple[Any, list[int]], made: tuple[Any, list[int]]) -> Wrap | None:
+    """How a child's return holds a layer's very output, unchanged: bare, or first in a tuple of nothing else."""
+    output = made[0]
+    if returned[1][:1] != made[1]:
+        return None
+    if returned[0] is output:
         return bare
-    if isinstance(returned, tuple) and returned[0] is output and all(rest is None for rest in returned[1:]):
-        return lambda tensor: (tensor, *returned[1:])
+    if isinstance(returned[0], tuple) and returned[0][0] is output and all(rest is None for rest in returned[0][1:]):
+        rest = returned[0][1:]
+        return lambda tensor: (tensor, *rest)
     return None
 
 
@@ -160,34 +197,31 @@ class Replay:
     """What later passes through a block need not compute again, so that each part of it runs once per batch.
 
     True-sequential calibration stops a pass at the next layer whose input it wants. The pass after that begins
-    again, but answers for a child whose layers are all final with the child's former output; and a child that ends
-    in a layer whose input is known already runs that layer alone. A child that is called more than once in a pass
-    is left alone.
+    again, but answers for a steady child whose layers are all final with the child's former output; and a child that
+    ends in a layer whose input is known already runs that layer alone. What does not fit the budget is computed anew.
 
     Args:
         block: the block whose direct children are replayed.
         layers: names of the planned layers in the block.
-        tails: see `Order`.
-        enabled: False replays nothing, and keeps no memory.
+        order: how the block runs them.
+        budget: bytes that may be kept.
     """
 
-    def __init__(
-        self, block: nn.Module, layers: Iterable[str], tails: dict[str, tuple[str, Wrap]], enabled: bool
-    ) -> None:
+    def __init__(self, block: nn.Module, layers: Iterable[str], order: Order, budget: int) -> None:
         names = list(layers)
-        members = {
-            child: [name for name in names if name.startswith(f"{child}.")] for child, _ in block.named_children()
-        }
-        self._members = {child: inside for child, inside in members.items() if inside and enabled}
+        members = {child: [name for name in names if name.startswith(f"{child}.")] for child in sorted(order.steady)}
+        self._members = {child: inside for child, inside in members.items() if inside}
         self._block = block
-        self._tails = tails if enabled else {}
+        self._tails = order.tails
+        self._budget = budget
         self._inputs: dict[tuple[str, int], Tensor] = {}
         self._outputs: dict[tuple[str, int], Any] = {}
-        self._repeated: set[str] = set()
 
     def reached(self, batch: int, inputs: dict[str, Tensor]) -> None:
         """Takes the inputs at which a pass stopped; all that lies before them is final."""
-        self._inputs |= {(name, batch): inputs[name] for name, _ in self._tails.values() if name in inputs}
+        for name, _ in self._tails.values():
+            if name in inputs and self._fits(inputs[name]):
+                self._inputs[name, batch] = inputs[name]
 
     @contextmanager
     def running(self, batch: int, settled: Container[str], keep: bool) -> Iterator[None]:
@@ -199,19 +233,18 @@ class Replay:
             keep: whether a later pass may want this one's outputs.
         """
         answers: dict[str, Callable] = {}
-        final = []
+        handles = []
         for child, inside in self._members.items():
-            if child in self._repeated:
-                continue
             if (child, batch) in self._outputs:
                 answers[child] = _answer(self._outputs[child, batch])
                 continue
-            if child in self._tails and (self._tails[child][0], batch) in self._inputs:
-                name, form = self._tails[child]
-                answers[child] = _run_tail(self._block.get_submodule(name), self._inputs.pop((name, batch)), form)
-            if all(name in settled for name in inside):
-                final.append(child)
-        handles = [self._record(child, batch) for child in final if keep]
+            name, form = self._tails.get(child, ("", bare))
+            if (name, batch) in self._inputs:
+                x = self._inputs.pop((name, batch))
+                self._budget += x.nbytes
+                answers[child] = _run_tail(self._block.get_submodule(name), x, form)
+            if keep and all(name in settled for name in inside):
+                handles.append(self._record(child, batch))
         modules = nn.ModuleList([self._block.get_submodule(child) for child in answers])
         try:
             with patched_forwards(modules, list(answers.values())):
@@ -220,11 +253,17 @@ class Replay:
             for handle in handles:
                 handle.remove()
 
+    def _fits(self, output: Any) -> bool:
+        size = sum(tensor.nbytes for tensor in _tensors(output))
+        if size > self._budget:
+            return False
+        self._budget -= size
+        return True
+
     def _record(self, child: str, batch: int) -> Any:
         def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
-            if (child, batch) in self._outputs:
-                self._repeated.add(child)
-            self._outputs[child, batch] = output
+            if self._fits(output):
+                self._outputs[child, batch] = output
 
         return self._block.get_submodule(child).register_forward_hook(hook)
 

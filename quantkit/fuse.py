@@ -2,10 +2,13 @@
 
 A launch of a small weight cannot fill a GPU; of three it fills it once. Each layer keeps its place in the model and
 its tensors, which become views into the fused weight's: the first of them that is called computes all outputs, and
-the others hand theirs out. Moving, casting or saving the model takes the fusion apart.
+the others hand theirs out. Moving or casting the model takes the fusion apart; saving it does not.
+
+An input must not be changed in place between the calls of its layers where torch counts no versions (inference mode).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,20 +62,25 @@ class SharedInput:
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, sizes: list[int]) -> None:
         self.weight, self._bias, self._sizes = weight, bias, sizes
-        self._x: Tensor | None = None
-        self._version = 0
-        self._outputs: list[Tensor | None] = []
+        self._last: tuple[Tensor, int, list[Tensor | None]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files hold no activations."""
+        return self.__dict__ | {"_last": None}
 
     def output(self, slot: int, x: Tensor) -> Tensor:
         """The output of one of the layers; computes all where `x` is not the input seen last, or has changed."""
-        y = self._outputs[slot] if x is self._x and _version(x) == self._version else None
-        if y is None:
+        last = self._last  # one reading: another thread may put its own there
+        outputs = last[2] if last is not None and last[0] is x and last[1] == _version(x) else None
+        y = None if outputs is None else outputs[slot]
+        if outputs is None or y is None:
             outputs = list(self.weight.matmul(x, self._bias).split(self._sizes, dim=-1))
             y = outputs[slot]
-            self._outputs, self._x, self._version = list(outputs), x, _version(x)
-        self._outputs[slot] = None
-        if all(output is None for output in self._outputs):
-            self._x = None  # keeps no activation alive
+            self._last = x, _version(x), outputs
+        outputs[slot] = None
+        if all(output is None for output in outputs):
+            self._last = None  # keeps no activation alive
+        assert y is not None
         return y
 
 

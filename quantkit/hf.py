@@ -68,6 +68,7 @@ class QuantkitHfQuantizer(HfQuantizer):
             if isinstance(module, QuantizedLinear):
                 try:
                     module.packed.validate()
+                    module.packed.prepare()
                 except ValueError as error:
                     raise CheckpointError(f"{name}: {error}; the checkpoint is damaged") from error
 

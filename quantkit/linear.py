@@ -34,8 +34,8 @@ class _Payload(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # A cast of the model must not touch the payload, whose dtypes belong to the format; a move may.
         dtypes = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
-        originals = dict(self._buffers)
         self._forget()
+        originals = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, dtype in dtypes.items():
             moved, original = self._buffers[name], originals[name]
@@ -108,10 +108,20 @@ class QuantizedLinear(_Payload):
         self.unshare()
         self._cached = self._held = None
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As any module's; a layer that shares its launch takes its tensors back first, to save on their own."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        self.packed.prepare()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unshare()
-        return super().state_dict(*args, **kwargs)
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.shared is not None:  # views into a fused weight; files hold each layer's own
+            for name in self._buffers:
+                destination[prefix + name] = destination[prefix + name].clone(memory_format=torch.contiguous_format)
 
     def extra_repr(self) -> str:
         """Shape, format and measured bits per weight."""

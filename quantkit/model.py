@@ -1,6 +1,5 @@
 """Finds a transformers model's decoder blocks and linear layers, and replaces the latter."""
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -12,7 +11,13 @@ ROUTERS = ("gate", "router", "shared_expert_gate")
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies by a weight matrix that can be packed (Conv1D is GPT-2's linear)."""
+    if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+        return type(module).__name__ in _LINEAR_IN_OTHER_WORDS
     return isinstance(module, nn.Linear | Conv1D)
+
+
+_LINEAR_IN_OTHER_WORDS = {"FalconLinear"}
+"""Subclasses of nn.Linear whose own forward is x @ W^T + b all the same; others may do anything."""
 
 
 def linear_weight(module: nn.Module) -> Tensor:
@@ -96,7 +101,9 @@ def check_vocabulary(tokens: Tensor, model: nn.Module) -> None:
 def tensor_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and persistent buffers, shared ones once."""
     seen: dict[int, int] = {}
-    for tensor in model.state_dict(keep_vars=True).values():
-        if isinstance(tensor, torch.Tensor):
-            seen[id(tensor)] = tensor.numel() * tensor.element_size()
+    for module in model.modules():
+        stored = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for tensor in (*module._parameters.values(), *stored.values()):
+            if tensor is not None:
+                seen[id(tensor)] = tensor.numel() * tensor.element_size()
     return sum(seen.values())

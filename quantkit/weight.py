@@ -58,6 +58,9 @@ class QuantizedWeight(ABC):
         """The inverse of `side_by_side`: views of `sizes` outputs each."""
         raise NotImplementedError(f"{self.format} does not split")
 
+    def prepare(self) -> None:  # noqa: B027  (most formats have nothing to prepare)
+        """Called when the tensors have come to where they will be used."""
+
     def validate(self) -> None:  # noqa: B027  (a format without invariants needs none)
         """Raises ValueError unless shapes and ranges are such that no kernel can read out of bounds."""
 

@@ -143,8 +143,8 @@ def test_replaying_changes_no_bit_and_runs_attention_once(architecture, model_fo
         "scaled_dot_product_attention",
         lambda *args, **kwargs: attended.append(1) or original(*args, **kwargs),
     )
-    for limit in (0, 2**31):
-        monkeypatch.setattr(calibrate, "REPLAYED_BYTES", limit)
+    for share in (0, 1 / 8):
+        monkeypatch.setattr(calibrate, "REPLAY_SHARE", share)
         model = load(model_folder(architecture))
         attended.clear()
         quantkit.quantize(model, tokenizer, calibration=texts, num_samples=4, seqlen=128, bits=2, group_size=32)
@@ -246,3 +246,100 @@ def test_senseless_requests_are_refused(model_folder, tokenizer, texts):
 
 def test_every_config_of_the_zoo_is_used():
     assert set(CONFIGS) == {"llama", "llama_tied", "qwen2", "gpt2", "neox", "mixtral"}
+
+
+def odd_blocks(model, kind):
+    """A Llama whose blocks do what only replayed outputs would notice."""
+    block = model.model.layers[0]
+    attention, mlp = type(block.self_attn), type(block.mlp)
+
+    class ScalesInPlace(attention):
+        def forward(self, *args, **kwargs):
+            output, weights = super().forward(*args, **kwargs)
+            output *= 0.5
+            return output, weights
+
+    class OddOnesScale(attention):
+        def forward(self, *args, **kwargs):
+            output, weights = super().forward(*args, **kwargs)
+            return (output * 0.3 if self.odd else output), weights
+
+    class RunsTwice(mlp):
+        def forward(self, x):
+            return super().forward(super().forward(x))
+
+    for index, block in enumerate(model.model.layers):
+        if kind == "attention scales its output in place":
+            block.self_attn.__class__ = ScalesInPlace
+        elif kind == "odd blocks return something else":
+            block.self_attn.__class__ = OddOnesScale
+            block.self_attn.odd = index % 2
+        elif kind == "the mlp runs twice":
+            block.mlp.__class__ = RunsTwice
+        else:
+            block.self_attn.register_forward_hook(lambda _module, _args, output: (output[0] * 0.5, output[1]))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "attention scales its output in place",
+        "a hook changes the output",
+        "the mlp runs twice",
+        "odd blocks return something else",
+    ],
+)
+def test_replay_leaves_unusual_blocks_alone(kind, model_folder, tokenizer, texts, monkeypatch):
+    import quantkit.calibrate as calibrate
+
+    states = []
+    for share in (0, 1 / 8):
+        monkeypatch.setattr(calibrate, "REPLAY_SHARE", share)
+        model = load(model_folder("llama"))
+        odd_blocks(model, kind)
+        plan = dict.fromkeys(block_linears(model), TargetShift(GPTQ(2, 32), 0.7))
+        windows = Calibration(texts, 4, 128).windows(tokenizer, model)
+        walk(model, plan, windows, source=LoadedWeights(model), sink=Collector(), device=torch.device("cpu"))
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_replay_keeps_to_its_budget(model_folder, tokenizer, texts, monkeypatch):
+    """With room for some batches only, those are replayed and the others run anew; the bytes are the same."""
+    import quantkit.calibrate as calibrate
+
+    states = []
+    for memory in (0, 400_000, 2**40):
+        monkeypatch.setattr(calibrate, "free_memory", lambda device, memory=memory: memory)
+        model = load(model_folder("llama"))
+        plan = dict.fromkeys(block_linears(model), TargetShift(GPTQ(2, 32), 0.7))
+        windows = Calibration(texts, 6, 128).windows(tokenizer, model)
+        walk(
+            model, plan, windows, source=LoadedWeights(model), sink=Collector(), device=torch.device("cpu"),
+            batch_tokens=128,
+        )  # fmt: skip
+        states.append(model.state_dict())
+    for other in states[1:]:
+        assert all(torch.equal(states[0][name], other[name]) for name in other)
+
+
+def test_layers_in_front_of_the_blocks_are_read_from_disk(tokenizer, texts, tmp_path):
+    """OPT-350m's project_in runs before the first block and is no head."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=64, word_embed_proj_dim=32, ffn_dim=128, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=256, do_layer_norm_before=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    OPTForCausalLM(config).save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    recipe = Recipe(GPTQ(3, 32), calibration=Calibration(texts, 4, 128))
+    quantize_checkpoint(tmp_path / "source", recipe, tmp_path / "packed")
+    loaded = quantkit.load(tmp_path / "packed", dtype=torch.float32).eval()
+    model = quantkit.quantize(
+        load(tmp_path / "source"), tokenizer, method=recipe.quantizer, calibration=recipe.calibration
+    )
+    tokens = torch.randint(0, VOCABULARY, (2, 50))
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, loaded(tokens).logits)

@@ -1,5 +1,7 @@
 """Fused projections: the same outputs in fewer launches, and nothing lost when the model is saved or moved."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -63,7 +65,7 @@ def test_a_changed_input_is_computed_anew(model_folder):
     torch.testing.assert_close(attention.k_proj(x), expected)  # asked twice
 
 
-def test_saving_and_moving_take_the_fusion_apart(model_folder, tmp_path):
+def test_moving_takes_the_fusion_apart_and_saving_does_not(model_folder, tmp_path):
     model = packed(model_folder("llama"))
     tokens = torch.randint(0, VOCABULARY, (1, 20))
     with torch.no_grad():
@@ -71,8 +73,7 @@ def test_saving_and_moving_take_the_fusion_apart(model_folder, tmp_path):
         quantkit.fuse(model)
         model.save_pretrained(tmp_path / "saved")
         assert torch.equal(quantkit.load(tmp_path / "saved", dtype=torch.float32).eval()(tokens).logits, before)
-        assert torch.equal(model(tokens).logits, before)
-        quantkit.fuse(model)
+        assert quantkit.fuse(model) == 0, "still fused"
         model.to("cpu")
         layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
         assert all(layer.shared is None for layer in layers)
@@ -88,3 +89,24 @@ def test_a_fused_model_compiles_into_one_graph(model_folder):
         compiled = torch.compile(lambda ids: model(ids, use_cache=False).logits, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(tokens), before, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(compiled(tokens + 0), before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fused_model_can_be_cast_loaded_into_and_copied(model_folder):
+    model = packed(model_folder("llama"))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tokens = torch.randint(0, VOCABULARY, (1, 20))
+    with torch.no_grad():
+        before = model(tokens).logits
+        quantkit.fuse(model)
+        model.model.layers[0].self_attn.q_proj(torch.randn(1, 3, model.config.hidden_size))  # its siblings not
+        twin = copy.deepcopy(model)
+        torch.testing.assert_close(twin(tokens).logits, before, rtol=1e-4, atol=1e-5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("scales"):
+                buffer.zero_()
+        model.load_state_dict(state)
+        assert torch.equal(model(tokens).logits, before)
+        quantkit.fuse(model)
+        model.to(torch.bfloat16)
+        assert all(buffer.is_contiguous() for _, buffer in model.named_buffers())
+        assert model(tokens).logits.dtype == torch.bfloat16

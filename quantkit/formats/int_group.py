@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels.bitpack import pack, row_words
-from quantkit.kernels.int_group_matmul import dequantized, int_group_matmul
+from quantkit.kernels.int_group_matmul import dequantized, int_group_matmul, prepare
 from quantkit.weight import QuantizedWeight
 
 
@@ -86,6 +86,10 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         """(code - zero) * scale in fp32, then cast."""
         weight = dequantized(self.codes, self.scales, self.zeros, self.bits, self.group_size, self.in_features)
         return weight.to(dtype)
+
+    def prepare(self) -> None:
+        """Allocates what launches on the codes' GPU share."""
+        prepare(self.codes.device)
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Fused dequantize-and-multiply; see `quantkit.kernels.int_group_matmul`."""

@@ -48,7 +48,8 @@ def test_bench_measures_beside_the_original(packed, model_folder):
         assert line in result.stdout
     found = json.loads(run(*arguments, "--json", "--no-fuse").stdout)
     assert found["device"] == "CPU"
-    assert found[str(output)]["new_tokens"] == 4
+    assert found["model"]["new_tokens"] == 4
+    assert "the model itself" in run(*arguments, "--baseline", output).stderr
     refused = run(*arguments, "--autotune")
     assert refused.returncode == 2
     assert "there is no GPU here" in refused.stderr

@@ -179,6 +179,7 @@ def test_what_would_read_out_of_bounds_is_refused():
     codes, scales, zeros, bits, group_size = arguments(weight)
     up, down = torch.randn(16, 4), torch.randn(4, 128)
     for call, message in [
+        ((x[:, :0], codes[:, :0].contiguous(), scales[:0], zeros, bits, group_size), "no columns"),
         ((x[:, :60], codes, scales, zeros, bits, group_size), "codes are"),
         ((x, codes, scales, zeros, 4, group_size), "codes are"),
         ((x, codes.long(), scales, zeros, bits, group_size), "codes are"),
@@ -228,3 +229,54 @@ def test_the_rule_fills_a_gpu_and_names_launches_apart():
         assert K // 128 // config.split_k >= 1
         keys.add(problem.key())
     assert len(keys) == len(sizes) * 3  # 1 and 8 rows are one launch
+
+
+@pytest.mark.parametrize("rows", [3, 50, 200])
+def test_a_bias_may_have_a_wider_type_than_x(rows):
+    weight = weight_of(4, 40, 256, 128, True)
+    x, bias = torch.randn(rows, 256).half(), torch.randn(40)
+    exact = x.double() @ weight.dequantize(torch.float64).T + bias.double()
+    assert error(kernel.launch(x, *arguments(weight), bias), exact) < 3e-3
+
+
+def test_gradients_flow_through_the_packed_weight():
+    """To x, the bias and the low-rank correction, as through a dense linear of the same weight."""
+    weight = weight_of(3, 24, 128, 32, False)
+    x, bias, up, down = (torch.randn(*shape) for shape in ((2, 5, 128), (24,), (24, 4), (4, 128)))
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, bias, up, down)]
+    y = kernel.int_group_matmul(leaves[0], *arguments(weight), *leaves[1:])
+    twins = [tensor.clone().requires_grad_() for tensor in (x, bias, up, down)]
+    dense = torch.nn.functional.linear(twins[0], weight.dequantize(), twins[1]) + (twins[0] @ twins[3].T) @ twins[2].T
+    torch.testing.assert_close(y, dense, rtol=1e-4, atol=1e-3)
+    loss = torch.randn_like(y)
+    (y * loss).sum().backward()
+    (dense * loss).sum().backward()
+    for leaf, twin in zip(leaves, twins, strict=True):
+        torch.testing.assert_close(leaf.grad, twin.grad, rtol=1e-4, atol=1e-3)
+    alone = x.clone().requires_grad_()
+    kernel.int_group_matmul(alone, *arguments(weight)).sum().backward()
+    torch.testing.assert_close(alone.grad, weight.dequantize().sum(0).expand_as(x), rtol=1e-4, atol=1e-3)
+
+
+def test_autocast_does_not_reach_inside():
+    weight = weight_of(3, 24, 128, 32, False)
+    x = torch.randn(4, 128)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = weight.matmul(x)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, weight.matmul(x))
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90, 100, 103, 120])
+def test_sizes_respect_a_gpus_registers_and_memory(capability):
+    """What was found by compiling: Blackwell's own instructions want 64 rows of W, small GPUs fewer stages."""
+    for M, bits, group_size in itertools.product((1, 8, 16, 32), range(1, 9), (32, 64, 128)):
+        problem = kernel.Problem(M, 4096, 4096, bits, group_size, torch.bfloat16, capability)
+        config = kernel.rule(problem)
+        assert config.block_m >= M
+        if capability // 10 == 10 and M > 8:
+            assert config.block_n == 64
+        if capability in (86, 120) and bits == 8:
+            assert config.num_stages == 2
+    ragged = kernel.Problem(40, 4096, 4096, 4, 48, torch.bfloat16, capability)
+    assert kernel.gemm_rule(ragged).num_stages == 1
