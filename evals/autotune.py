@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantkit.errors import QuantkitError
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.kernels.int_group_matmul import Problem, launch, problem_of, rule
 from quantkit.kernels.timing import seconds_per_call
@@ -37,7 +38,10 @@ def autotune(model: nn.Module, progress: Callable[[int, int, str], None] = lambd
         progress(index, len(todo), key)
         file = cache_file(torch.cuda.get_device_name(weight.codes.device))
         candidates = variations(rule(problem), problem.K // 128)
-        tune(file, key, candidates, _timer(weight, problem))
+        try:
+            tune(file, key, candidates, _timer(weight, problem))
+        except ValueError as error:
+            raise QuantkitError(str(error)) from error
     progress(len(todo), len(todo), "")
     return len(todo)
 

@@ -385,15 +385,20 @@ def _fake(x, codes, scales, zeros, bits, group_size, bias=None, up=None, down=No
 
 
 def _on_cpu(x, *arguments):
-    with torch.autocast("cpu", enabled=False):
-        return reference(x, *arguments)
+    return _in_own_types(reference, x, *arguments)
 
 
 def _on_gpu(x, *arguments):
-    with torch.autocast("cuda", enabled=False):
-        if _properties(x.device)[0] < 80:  # the kernels' shared memory and instructions are those of sm_80
-            return reference(x, *arguments)
-        return launch(x, *arguments)
+    # The kernels' shared memory and instructions are those of sm_80 and newer.
+    return _in_own_types(launch if _properties(x.device)[0] >= 80 else reference, x, *arguments)
+
+
+def _in_own_types(function, x, *arguments):
+    """Keeps autocast, which knows torch's own products only, from changing types inside."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return function(x, *arguments)
+    with torch.autocast(x.device.type, enabled=False):
+        return function(x, *arguments)
 
 
 def _remember(ctx, inputs, output):
