@@ -1,6 +1,6 @@
 """Kernel speed on a GPU, after the kernels' correctness on that very GPU.
 
-    python -m quantkit.evals.kernel_speed --out FOLDER [--bits 2 3 4 8] [--rows 1 8 16 64 256] [--minutes 6]
+    python -m quantkit.evals.kernel_speed --out FOLDER [--bits 2 3 4 8] [--rows 1 8 16 64 256] [--minutes 5]
 
 First every regime is compared with fp64 products on the device; a failure ends the run, and no speed is reported.
 Then each launch is timed inside a CUDA graph over weights that no cache holds (8 at least, 256 MiB at least), beside
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16, 64, 256])
-    parser.add_argument("--minutes", type=float, default=6, help="of timing; no launch is begun after so long")
+    parser.add_argument("--minutes", type=float, default=5, help="of timing; no launch is begun after so long")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit(
