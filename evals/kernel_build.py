@@ -133,8 +133,7 @@ def compile_build(build: Build) -> tuple[Any, Config]:
     p, config = build.problem, build.config
     fn = getattr(kernels, f"{build.kernel}_kernel")
     machine = {"ASM": True, "INTERPRETED": False, "BLOCK_N": config.block_n}
-    zeros = True if build.zeros else None
-    constants: dict[str, Any] = {**flags(p.bits, zeros, p.K, p.group_size), **machine}
+    constants: dict[str, Any] = {**flags(p, build.zeros), **machine}
     if build.kernel != "dequantize":
         block_r = min(32, build.rank)
         constants |= {"HAS_BIAS": False, "BLOCK_R": block_r, "BLOCK_M": config.block_m, "PAIRS": pairs(p, config)}

@@ -107,6 +107,7 @@ class Problem:
         return f"int_group_matmul decode m{rows} n{self.N} k{self.K} b{self.bits} g{self.group_size} {self.dtype}"
 
 
+@lru_cache(maxsize=4096)  # asked at every launch
 def rule(problem: Problem) -> Config:
     """Sizes for a decode launch on a GPU that nobody has measured."""
     block_m = 8 if problem.M <= 8 else 16 if problem.M <= 16 else 32
@@ -145,11 +146,10 @@ def _fewest_rows() -> int:
     return 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 16
 
 
-def flags(bits: int, zeros: Any, K: int, group_size: int) -> dict[str, Any]:
+def flags(problem: Problem, has_zeros: bool) -> dict[str, Any]:
     """The compile-time arguments that `gemm_kernel` and `dequantize_kernel` share."""
-    tails = {f"TAIL_{width}": tail_words_per_lane(K, width) for width in (8, 4, 2, 1)}
-    whole_groups = group_size % TILE == 0 or group_size >= K
-    return {"BITS": bits, "HAS_ZEROS": zeros is not None, "WHOLE_GROUPS": whole_groups, **tails}
+    tails = {f"TAIL_{width}": tail_words_per_lane(problem.K, width) for width in (8, 4, 2, 1)}
+    return {"BITS": problem.bits, "HAS_ZEROS": has_zeros, "WHOLE_GROUPS": problem.whole_groups, **tails}
 
 
 def problem_of(x: Tensor, codes: Tensor, bits: int, group_size: int) -> Problem:
@@ -190,7 +190,7 @@ def launch(
     decode_rows, gemm_rows = CROSSOVERS.get(gpu, CROSSOVERS["default"])
     inner = None if up is None or down is None else rows @ down.T
     if problem.M > (gemm_rows if problem.tiled and problem.whole_groups else decode_rows) and config is None:
-        weight = _write_out(codes, scales, zeros, bits, group_size, K, x.dtype)
+        weight = _write_out(codes, scales, zeros, problem)
         y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
         y = y if inner is None or up is None else torch.addmm(y, inner, up.T)
     else:
@@ -232,22 +232,22 @@ def _gemm(rows, codes, scales, zeros, bias, up, inner, y, problem: Problem) -> N
     gemm_kernel[(-(-N // config.block_n), -(-M // config.block_m))](
         rows, codes, scales, _or(zeros, scales), _or(bias, y), _or(up, y), _or(inner, y), y,
         M, N, K, codes.shape[1], min(problem.group_size, K), rows.stride(0), 0 if up is None else up.shape[1],
-        **flags(problem.bits, zeros, K, problem.group_size), HAS_BIAS=bias is not None, BLOCK_R=_block_r(up),
+        **flags(problem, zeros is not None), HAS_BIAS=bias is not None, BLOCK_R=_block_r(up),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAIRS=pairs(problem, config), **_machine(y),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
-def _write_out(codes, scales, zeros, bits: int, group_size: int, K: int, dtype: torch.dtype) -> Tensor:
+def _write_out(codes, scales, zeros, problem: Problem) -> Tensor:
     """The dequantized weight [N, K], by the kernel."""
     from quantkit.kernels.int_group_matmul_triton import dequantize_kernel
 
-    N = codes.shape[0]
-    weight = torch.empty(N, K, dtype=dtype, device=codes.device)
+    N, K = problem.N, problem.K
+    weight = torch.empty(N, K, dtype=problem.dtype, device=codes.device)
     with torch.cuda.device_of(codes):
         dequantize_kernel[(-(-N // 64), -(-K // TILE))](
-            codes, scales, _or(zeros, scales), weight, N, K, codes.shape[1], min(group_size, K),
-            **flags(bits, zeros, K, group_size), BLOCK_N=64, **_machine(codes), num_warps=4,
+            codes, scales, _or(zeros, scales), weight, N, K, codes.shape[1], min(problem.group_size, K),
+            **flags(problem, zeros is not None), BLOCK_N=64, **_machine(codes), num_warps=4,
         )  # fmt: skip
     return weight
 

@@ -109,7 +109,7 @@ def execution_order(block: nn.Module, plan: Plan, batches: list[Batch], index: i
     if not batches:
         return Order([[name] for name in plan])
     groups: list[tuple[Tensor, list[str]]] = []
-    outputs: dict[str, list[tuple[Any, list[int]]]] = {}  # of layers and of children, with the tensors' versions
+    outputs: dict[str, list[tuple[Any, list[object]]]] = {}  # of layers and of children, with the tensors' versions
 
     def enter(name: str) -> Callable:
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -175,12 +175,12 @@ def _tensors(output: Any) -> list[Tensor]:
     return [part for part in (output if isinstance(output, tuple | list) else (output,)) if isinstance(part, Tensor)]
 
 
-def _versions(output: Any) -> list[int]:
-    """How often each returned tensor has been changed in place."""
-    return [tensor._version for tensor in _tensors(output)]
+def _versions(output: Any) -> list[object]:
+    """How often each returned tensor has been changed in place; equal to nothing where nobody counts."""
+    return [object() if tensor.is_inference() else tensor._version for tensor in _tensors(output)]
 
 
-def _form(returned: tuple[Any, list[int]], made: tuple[Any, list[int]]) -> Wrap | None:
+def _form(returned: tuple[Any, list[object]], made: tuple[Any, list[object]]) -> Wrap | None:
     """How a child's return holds a layer's very output, unchanged: bare, or first in a tuple of nothing else."""
     output = made[0]
     if returned[1][:1] != made[1]:

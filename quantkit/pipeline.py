@@ -78,10 +78,9 @@ def quantize(
         QuantkitError: bad input; the message says what would work.
     """
     where, start = _begin(device)
-    if isinstance(calibration, Path):
-        calibration = str(calibration)
     if not isinstance(calibration, Calibration):
-        calibration = Calibration(calibration, num_samples, seqlen, seed)
+        text = str(calibration) if isinstance(calibration, Path) else calibration
+        calibration = Calibration(text, num_samples, seqlen, seed)
     quantizer = make_quantizer(method, bits=bits, group_size=group_size, symmetric=symmetric)
     recipe = Recipe(quantizer, rules or {}, target_shift, calibration)
     refuse_quantized(model.config)
