@@ -23,11 +23,11 @@ def planes(bits: int) -> tuple[int, ...]:
     """Widths of the planes of a `bits`-bit code, lowest bits first: 3 -> (2, 1).
 
     Raises:
-        ValueError: bits is not in 1..8.
+        ValueError: bits is not in 1..16.
     """
-    if bits not in range(1, 9):
-        raise ValueError(f"bits={bits}: codes have 1 to 8 bits")
-    return tuple(width for width in (8, 4, 2, 1) if bits & width)
+    if bits not in range(1, 17):
+        raise ValueError(f"bits={bits}: codes have 1 to 16 bits")
+    return tuple(width for width in (16, 8, 4, 2, 1) if bits & width)
 
 
 def row_words(in_features: int, bits: int) -> int:
@@ -49,8 +49,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Packs codes into words.
 
     Args:
-        codes: uint8 [rows, in_features], each below 2^bits.
-        bits: 1..8.
+        codes: integers [rows, in_features], each in [0, 2^bits).
+        bits: 1..16.
 
     Returns:
         int32 [rows, row_words(in_features, bits)].
@@ -88,7 +88,7 @@ def unpack(words: Tensor, bits: int, in_features: int) -> Tensor:
         words: int32 [rows, row_words(in_features, bits)].
 
     Returns:
-        uint8 [rows, in_features].
+        uint8 [rows, in_features], or int32 where codes have more than 8 bits.
 
     Raises:
         ValueError: the row length does not fit in_features and bits.
@@ -98,18 +98,19 @@ def unpack(words: Tensor, bits: int, in_features: int) -> Tensor:
         raise ValueError(
             f"codes have {words.shape[1]} words a row; {in_features} columns of {bits} bits take {expected}"
         )
-    codes = torch.zeros(words.shape[0], in_features, dtype=torch.uint8, device=words.device)
+    dtype = torch.uint8 if bits <= 8 else torch.int32
+    codes = torch.zeros(words.shape[0], in_features, dtype=dtype, device=words.device)
     start = shift = 0
     for width in planes(bits):
         length = _plane_words(in_features, width)
-        codes |= _fields(words[:, start : start + length], width, in_features) << shift
+        codes |= _fields(words[:, start : start + length], width, in_features, dtype) << shift
         start += length
         shift += width
     return codes
 
 
-def _fields(plane: Tensor, width: int, in_features: int) -> Tensor:
-    """The fields of one plane in the order of columns, uint8 [rows, in_features]."""
+def _fields(plane: Tensor, width: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    """The fields of one plane in the order of columns, [rows, in_features]."""
     body = in_features // TILE * LANES * width
     bits = width * torch.arange(16 // width, dtype=torch.int32, device=plane.device)
     shifts = torch.stack([bits, bits + 16], dim=1)  # of field p in either half
@@ -117,6 +118,6 @@ def _fields(plane: Tensor, width: int, in_features: int) -> Tensor:
     for words, stride in ((plane[:, :body], width), (plane[:, body:], tail_words_per_lane(in_features, width))):
         if words.shape[1]:
             lanes = words.reshape(len(words), -1, LANES, stride, 1, 1)
-            fields = ((lanes >> shifts) & (2**width - 1)).to(torch.uint8)  # [rows, tiles, lane, r, p, half]
+            fields = ((lanes >> shifts) & (2**width - 1)).to(dtype)  # [rows, tiles, lane, r, p, half]
             parts.append(fields.permute(0, 1, 3, 4, 2, 5).flatten(1))
     return torch.cat(parts, dim=1)[:, :in_features] if len(parts) != 1 else parts[0][:, :in_features]

@@ -1,80 +1,23 @@
 """The Triton kernels behind `int_group_matmul`; that file has the layout, the equations and the regimes.
 
-Codes become tensor-core operands without leaving their lane: an int32 word holds pairs of codes whose halves lie 16
-bits apart, so that one mask and one OR with 0x4300 (bf16; 0x6400 in fp16) give two floats of 128 + code (1024 + code).
-The offset is taken off again in the accumulator.
+Codes are multiplied as floats of an offset + code (`tiles`); the offset is taken off again in the accumulator.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _rotate_right(words, BY: tl.constexpr):
-    unsigned = words.to(tl.uint32, bitcast=True)
-    return ((unsigned >> BY) | (unsigned << (32 - BY))).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _mask_or(words, MASK: tl.constexpr, other, ASM: tl.constexpr):
-    """(words & MASK) | other: one instruction, which ptxas does not find by itself when both operands are constant."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [words, MASK, other], dtype=tl.int32, is_pure=True, pack=1
-        )
-    return (words & MASK) | other
-
-
-@triton.jit
-def _spread(words, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
-    """Words [BLOCK_N, 4 * WIDTH] of one tile and plane -> [BLOCK_N, lane, o3, o2, o1, o0], the field of octet
-    o = 8 o3 + 4 o2 + 2 o1 + o0 rotated to the lowest bits of each half."""
-    if WIDTH == 8:
-        words = tl.reshape(words, (BLOCK_N, 4, 2, 2, 2))
-    if WIDTH == 4:
-        words = tl.reshape(words, (BLOCK_N, 4, 2, 2))
-    if WIDTH == 2:
-        words = tl.reshape(words, (BLOCK_N, 4, 2))
-    if WIDTH == 1:
-        words = tl.join(words, _rotate_right(words, 8 * WIDTH))
-    if WIDTH <= 2:
-        words = tl.join(words, _rotate_right(words, 4 * WIDTH))
-    if WIDTH <= 4:
-        words = tl.join(words, _rotate_right(words, 2 * WIDTH))
-    return tl.join(words, _rotate_right(words, WIDTH))
-
-
-@triton.jit
-def _plane(tile_ptr, pairs, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr, ASM: tl.constexpr):
-    """ORs a plane's fields, moved up by SHIFT bits, into `pairs`; tile_ptr [BLOCK_N, 1] points at a tile's words."""
-    words = tl.load(tile_ptr + tl.arange(0, 4 * WIDTH)[None, :])
-    if SHIFT > 0:
-        words = _rotate_right(words, 32 - SHIFT)
-    FIELD: tl.constexpr = ((1 << WIDTH) - 1) << SHIFT
-    return _mask_or(_spread(words, BLOCK_N, WIDTH), FIELD | (FIELD << 16), pairs, ASM)
-
-
-@triton.jit
-def _operand(pairs, dtype: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr):
-    """Pairs [BLOCK_N, lane, o3, o2, o1, o0] -> floats [BLOCK_N, 128] in the order of columns that `columns` gives."""
-    low = pairs.to(tl.int16).to(dtype, bitcast=True)
-    high = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
-    values = tl.join(low, high)
-    if PAIRS == 4:
-        values = tl.permute(values, (0, 2, 3, 4, 1, 5, 6))
-    else:
-        values = tl.permute(values, (0, 2, 3, 4, 5, 1, 6))
-    return tl.reshape(values, (BLOCK_N, 128))
-
-
-@triton.jit
-def _columns(PAIRS: tl.constexpr):
-    """The column of a tile at each of the 128 places: fragments of mma.sync want 4 neighbours a lane, wgmma's 2."""
-    place = tl.arange(0, 128)
-    if PAIRS == 4:
-        columns = place // 16 * 16 + place // 2 % 2 * 8 + place % 16 // 4 * 2 + place % 2
-        return tl.max_contiguous(tl.multiple_of(columns, 2), 2)
-    return place
+from quantkit.kernels.tiles import (
+    column_order,
+    dot,
+    finish,
+    mask_or,
+    operand,
+    or_plane,
+    ragged_plane,
+    rotate_right,
+    round_to,
+    spread,
+)
 
 
 @triton.jit
@@ -86,61 +29,22 @@ def _codes_tile(
     MAGIC: tl.constexpr = 0x43004300 if dtype == tl.bfloat16 else 0x64006400
     if BITS == 8:
         words = tl.load(row_ptr + tile * 32 + tl.arange(0, 32)[None, :])
-        words = _spread(words, BLOCK_N, 8)
-        low = _operand(_mask_or(words, 0x000F000F, MAGIC, ASM), dtype, BLOCK_N, PAIRS)
-        high = _operand(_mask_or(_rotate_right(words, 4), 0x000F000F, MAGIC, ASM), dtype, BLOCK_N, PAIRS)
+        words = spread(words, BLOCK_N, 8)
+        low = operand(mask_or(words, 0x000F000F, MAGIC, ASM), dtype, BLOCK_N, PAIRS)
+        high = operand(mask_or(rotate_right(words, 4), 0x000F000F, MAGIC, ASM), dtype, BLOCK_N, PAIRS)
     else:
         pairs = MAGIC
         if BITS & 4:
-            pairs = _plane(row_ptr + tile * 16, pairs, BLOCK_N, 4, 0, ASM)
+            pairs = or_plane(row_ptr + tile * 16, pairs, BLOCK_N, 4, 0, ASM)
             row_ptr += full_tiles * 16
         if BITS & 2:
-            pairs = _plane(row_ptr + tile * 8, pairs, BLOCK_N, 2, BITS & 4, ASM)
+            pairs = or_plane(row_ptr + tile * 8, pairs, BLOCK_N, 2, BITS & 4, ASM)
             row_ptr += full_tiles * 8
         if BITS & 1:
-            pairs = _plane(row_ptr + tile * 4, pairs, BLOCK_N, 1, BITS & 6, ASM)
-        low = _operand(pairs, dtype, BLOCK_N, PAIRS)
+            pairs = or_plane(row_ptr + tile * 4, pairs, BLOCK_N, 1, BITS & 6, ASM)
+        low = operand(pairs, dtype, BLOCK_N, PAIRS)
         high = low
     return low, high
-
-
-@triton.jit
-def _dot(a, b, accumulator, UPCAST: tl.constexpr):
-    if UPCAST:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
-    return tl.dot(a, b, accumulator)
-
-
-@triton.jit
-def _round(values, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """fp32 -> dtype, to nearest; the interpreter's own conversion to bf16 truncates."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = values.to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return values.to(dtype)
-
-
-@triton.jit
-def _finish(
-    accumulator, bias_ptr, up_ptr, inner_ptr, y_ptr, rows_n, rows_m, M, N, rank,
-    HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr, INTERPRETED: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """The epilogue: + up @ inner^T, + bias, rounded and stored. accumulator [n, m]; up [N, rank]; inner [M, rank]."""
-    in_n, in_m = rows_n < N, rows_m < M
-    if BLOCK_R > 0:
-        for start in range(0, rank, BLOCK_R):
-            r = start + tl.arange(0, BLOCK_R)
-            in_r = r < rank
-            up = tl.load(up_ptr + rows_n[:, None] * rank + r[None, :], mask=in_n[:, None] & in_r[None, :], other=0.0)
-            inner = tl.load(
-                inner_ptr + rows_m[None, :] * rank + r[:, None], mask=in_m[None, :] & in_r[:, None], other=0.0
-            )
-            accumulator = _dot(up, inner, accumulator, UPCAST)
-    if HAS_BIAS:
-        accumulator += tl.load(bias_ptr + rows_n, mask=in_n, other=0.0).to(tl.float32)[:, None]
-    y = _round(accumulator, y_ptr.dtype.element_ty, INTERPRETED)
-    tl.store(y_ptr + rows_m[None, :] * N + rows_n[:, None], y, mask=in_n[:, None] & in_m[None, :])
 
 
 @triton.jit
@@ -173,7 +77,7 @@ def decode_kernel(
     rows_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     words = tl.multiple_of(words, 4)
     row_ptr = codes_ptr + tl.minimum(rows_n, N - 1)[:, None] * words  # rows beyond the last are not stored
-    columns = _columns(PAIRS)
+    columns = column_order(PAIRS)
     x_row_ptr = x_ptr + tl.minimum(rows_m, M - 1)[None, :] * stride_xm + columns[:, None]
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     per_share = tl.cdiv(full_tiles, SPLIT_K)
@@ -190,9 +94,9 @@ def decode_kernel(
             x_part = x if GROUPS == 1 else tl.where((columns * GROUPS // 128 == part)[:, None], x, tl.zeros_like(x))
             x_sum = tl.sum(x_part.to(tl.float32), axis=0)[None, :]
             empty = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-            product = _dot(low, x_part, empty, INTERPRETED)
+            product = dot(low, x_part, empty, INTERPRETED)
             if BITS == 8:
-                product += _dot(high, x_part, empty, INTERPRETED) * 16
+                product += dot(high, x_part, empty, INTERPRETED) * 16
             product -= OFFSET * x_sum
             if HAS_ZEROS:
                 product -= zero.to(tl.float32)[:, None] * x_sum
@@ -209,22 +113,10 @@ def decode_kernel(
         accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         for other in range(SPLIT_K):
             accumulator += tl.load(partial_ptr + other * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
-    _finish(
+    finish(
         accumulator, bias_ptr, up_ptr, inner_ptr, y_ptr, rows_n, rows_m, M, N, rank,
         HAS_BIAS, BLOCK_R, INTERPRETED, INTERPRETED,
     )  # fmt: skip
-
-
-@triton.jit
-def _ragged_plane(row_ptr, k, in_k, tile, full_tiles, TAIL: tl.constexpr, WIDTH: tl.constexpr):
-    """Fields [rows, 128] of one plane of any tile, as int32; TAIL is the words a lane of the last, short tile."""
-    per_half: tl.constexpr = 16 // WIDTH
-    octet = k // 8
-    stride = tl.where(tile < full_tiles, WIDTH, TAIL)
-    word = tile * 4 * WIDTH + (k % 8 // 2) * stride + octet // per_half
-    words = tl.load(row_ptr + word[None, :], mask=in_k[None, :], other=0)
-    bit = WIDTH * (octet % per_half) + 16 * (k % 2)
-    return (words >> bit[None, :]) & ((1 << WIDTH) - 1)
 
 
 @triton.jit
@@ -237,11 +129,11 @@ def _weight_tile(
     """The dequantized weight [BLOCK_N, 128] of any tile: (code - zero) * scale in fp32, rounded to dtype.
 
     WHOLE_GROUPS: no group ends inside a tile. A short last tile (any TAIL) is read field by field. Columns stand in
-    the order of `_columns(PAIRS)`.
+    the order of `column_order(PAIRS)`.
     """
     ZERO: tl.constexpr = (2**BITS - 1) / 2
     full_tiles = K // 128
-    k = _columns(PAIRS)
+    k = column_order(PAIRS)
     column = tile * 128 + k
     in_k = column < K
     in_n = rows_n < N
@@ -257,16 +149,16 @@ def _weight_tile(
     else:
         fields = tl.zeros((BLOCK_N, 128), dtype=tl.int32)
         if BITS & 8:
-            fields = _ragged_plane(row_ptr, k, in_k, tile, full_tiles, TAIL_8, 8)
+            fields = ragged_plane(row_ptr, k, in_k, tile, full_tiles, TAIL_8, 8)
             row_ptr += 4 * (full_tiles * 8 + TAIL_8)
         if BITS & 4:
-            fields = _ragged_plane(row_ptr, k, in_k, tile, full_tiles, TAIL_4, 4)
+            fields = ragged_plane(row_ptr, k, in_k, tile, full_tiles, TAIL_4, 4)
             row_ptr += 4 * (full_tiles * 4 + TAIL_4)
         if BITS & 2:
-            fields |= _ragged_plane(row_ptr, k, in_k, tile, full_tiles, TAIL_2, 2) << (BITS & 4)
+            fields |= ragged_plane(row_ptr, k, in_k, tile, full_tiles, TAIL_2, 2) << (BITS & 4)
             row_ptr += 4 * (full_tiles * 2 + TAIL_2)
         if BITS & 1:
-            fields |= _ragged_plane(row_ptr, k, in_k, tile, full_tiles, TAIL_1, 1) << (BITS & 6)
+            fields |= ragged_plane(row_ptr, k, in_k, tile, full_tiles, TAIL_1, 1) << (BITS & 6)
         code = fields.to(tl.float32) - (0.0 if HAS_ZEROS else ZERO)
     if WHOLE_GROUPS:
         place = (tile * 128 // group_size).to(tl.int64) * N + rows_n[:, None]
@@ -277,7 +169,7 @@ def _weight_tile(
     scale = tl.load(scales_ptr + place, mask=inside, other=0.0).to(tl.float32)
     if HAS_ZEROS:
         code -= tl.load(zeros_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    return _round(code * scale, dtype, INTERPRETED)
+    return round_to(code * scale, dtype, INTERPRETED)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -296,7 +188,7 @@ def gemm_kernel(
     UPCAST: tl.constexpr = INTERPRETED or dtype == tl.float32
     rows_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = _columns(PAIRS)
+    k = column_order(PAIRS)
     x_row_ptr = x_ptr + tl.minimum(rows_m, M - 1)[None, :] * stride_xm + k[:, None]
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for tile in range(0, tl.cdiv(K, 128)):
@@ -308,8 +200,8 @@ def gemm_kernel(
             x = tl.load(x_row_ptr + tile * 128)
         else:
             x = tl.load(x_row_ptr + tile * 128, mask=(tile * 128 + k < K)[:, None], other=0.0)
-        accumulator = _dot(weight, x, accumulator, UPCAST)
-    _finish(
+        accumulator = dot(weight, x, accumulator, UPCAST)
+    finish(
         accumulator, bias_ptr, up_ptr, inner_ptr, y_ptr, rows_n, rows_m, M, N, rank,
         HAS_BIAS, BLOCK_R, INTERPRETED, UPCAST,
     )  # fmt: skip

@@ -1,0 +1,166 @@
+"""What the Triton kernels share: words of packed codes -> operands of the tensor core, rounding, and the epilogue.
+
+Codes become operands without leaving their lane: an int32 word holds pairs of codes whose halves lie 16 bits apart
+(`bitpack`), so that one mask and one OR with 0x4300 (bf16; 0x6400 in fp16) give two floats of 128 + code (1024 + code).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rotate_right(words, BY: tl.constexpr):
+    """int32 words rotated by BY bits."""
+    unsigned = words.to(tl.uint32, bitcast=True)
+    return ((unsigned >> BY) | (unsigned << (32 - BY))).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def mask_or(words, MASK: tl.constexpr, other, ASM: tl.constexpr):
+    """(words & MASK) | other: one instruction, which ptxas does not find by itself when both operands are constant."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [words, MASK, other], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return (words & MASK) | other
+
+
+@triton.jit
+def spread(words, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
+    """Words [BLOCK_N, 4 * WIDTH] of one tile and plane -> [BLOCK_N, lane, o3, o2, o1, o0], the field of octet
+    o = 8 o3 + 4 o2 + 2 o1 + o0 rotated to the lowest bits of each half."""
+    if WIDTH == 16:
+        words = tl.reshape(words, (BLOCK_N, 4, 2, 2, 2, 2))
+    if WIDTH == 8:
+        words = tl.reshape(words, (BLOCK_N, 4, 2, 2, 2))
+    if WIDTH == 4:
+        words = tl.reshape(words, (BLOCK_N, 4, 2, 2))
+    if WIDTH == 2:
+        words = tl.reshape(words, (BLOCK_N, 4, 2))
+    if WIDTH == 1:
+        words = tl.join(words, rotate_right(words, 8 * WIDTH))
+    if WIDTH <= 2:
+        words = tl.join(words, rotate_right(words, 4 * WIDTH))
+    if WIDTH <= 4:
+        words = tl.join(words, rotate_right(words, 2 * WIDTH))
+    if WIDTH <= 8:
+        words = tl.join(words, rotate_right(words, WIDTH))
+    return words
+
+
+@triton.jit
+def or_plane(tile_ptr, pairs, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr, ASM: tl.constexpr):
+    """ORs a plane's fields, moved up by SHIFT bits, into `pairs`; tile_ptr [BLOCK_N, 1] points at a tile's words."""
+    words = tl.load(tile_ptr + tl.arange(0, 4 * WIDTH)[None, :])
+    if SHIFT > 0:
+        words = rotate_right(words, 32 - SHIFT)
+    FIELD: tl.constexpr = ((1 << WIDTH) - 1) << SHIFT
+    return mask_or(spread(words, BLOCK_N, WIDTH), FIELD | (FIELD << 16), pairs, ASM)
+
+
+@triton.jit
+def operand(pairs, dtype: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr):
+    """Pairs [BLOCK_N, lane, o3, o2, o1, o0] -> floats [BLOCK_N, 128], columns as `column_order` gives them."""
+    low = pairs.to(tl.int16).to(dtype, bitcast=True)
+    high = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return in_columns(low, high, BLOCK_N, PAIRS)
+
+
+@triton.jit
+def in_columns(low, high, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr):
+    """The two members of each pair, both [BLOCK_N, lane, o3, o2, o1, o0] -> [BLOCK_N, 128], as `column_order`."""
+    values = tl.join(low, high)
+    if PAIRS == 4:
+        values = tl.permute(values, (0, 2, 3, 4, 1, 5, 6))
+    else:
+        values = tl.permute(values, (0, 2, 3, 4, 5, 1, 6))
+    return tl.reshape(values, (BLOCK_N, 128))
+
+
+@triton.jit
+def column_order(PAIRS: tl.constexpr):
+    """The column of a tile at each of the 128 places: fragments of mma.sync want 4 neighbours a lane, wgmma's 2."""
+    place = tl.arange(0, 128)
+    if PAIRS == 4:
+        columns = place // 16 * 16 + place // 2 % 2 * 8 + place % 16 // 4 * 2 + place % 2
+        return tl.max_contiguous(tl.multiple_of(columns, 2), 2)
+    return place
+
+
+@triton.jit
+def dot(a, b, accumulator, UPCAST: tl.constexpr):
+    """a @ b + accumulator, in fp32 throughout where UPCAST."""
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+    return tl.dot(a, b, accumulator)
+
+
+@triton.jit
+def round_to(values, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """fp32 -> dtype, to nearest; the interpreter's own conversion to bf16 truncates."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return values.to(dtype)
+
+
+@triton.jit
+def finish(
+    accumulator, bias_ptr, up_ptr, inner_ptr, y_ptr, rows_n, rows_m, M, N, rank,
+    HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr, INTERPRETED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The epilogue: + up @ inner^T, + bias, rounded and stored. accumulator [n, m]; up [N, rank]; inner [M, rank]."""
+    in_n, in_m = rows_n < N, rows_m < M
+    if BLOCK_R > 0:
+        for start in range(0, rank, BLOCK_R):
+            r = start + tl.arange(0, BLOCK_R)
+            in_r = r < rank
+            up = tl.load(up_ptr + rows_n[:, None] * rank + r[None, :], mask=in_n[:, None] & in_r[None, :], other=0.0)
+            inner = tl.load(
+                inner_ptr + rows_m[None, :] * rank + r[:, None], mask=in_m[None, :] & in_r[:, None], other=0.0
+            )
+            accumulator = dot(up, inner, accumulator, UPCAST)
+    if HAS_BIAS:
+        accumulator += tl.load(bias_ptr + rows_n, mask=in_n, other=0.0).to(tl.float32)[:, None]
+    y = round_to(accumulator, y_ptr.dtype.element_ty, INTERPRETED)
+    tl.store(y_ptr + rows_m[None, :] * N + rows_n[:, None], y, mask=in_n[:, None] & in_m[None, :])
+
+
+@triton.jit
+def ragged_plane(row_ptr, k, in_k, tile, full_tiles, TAIL: tl.constexpr, WIDTH: tl.constexpr):
+    """Fields [rows, 128] of one plane of any tile, as int32; TAIL is the words a lane of the last, short tile."""
+    per_half: tl.constexpr = 16 // WIDTH
+    octet = k // 8
+    stride = tl.where(tile < full_tiles, WIDTH, TAIL)
+    word = tile * 4 * WIDTH + (k % 8 // 2) * stride + octet // per_half
+    words = tl.load(row_ptr + word[None, :], mask=in_k[None, :], other=0)
+    bit = WIDTH * (octet % per_half) + 16 * (k % 2)
+    return (words >> bit[None, :]) & ((1 << WIDTH) - 1)
+
+
+@triton.jit
+def leave_share(
+    accumulator, partial_ptr, arrived_ptr, where, share,
+    SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Stores a share's partial sums of block `where`, and says whether other shares are still to come."""
+    place = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    partial_ptr += (where.to(tl.int64) * SPLIT_K + share) * (BLOCK_N * BLOCK_M)
+    tl.store(partial_ptr + place, accumulator)
+    tl.debug_barrier()  # all of this share is written before it is counted
+    return tl.atomic_add(arrived_ptr + where, 1, sem="acq_rel") != SPLIT_K - 1
+
+
+@triton.jit
+def sum_of_shares(
+    partial_ptr, arrived_ptr, where, SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """The shares of block `where` added in order, fp32 [BLOCK_N, BLOCK_M]; for the program that came last."""
+    tl.store(arrived_ptr + where, 0)  # ready for the next launch
+    place = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    partial_ptr += where.to(tl.int64) * (SPLIT_K * BLOCK_N * BLOCK_M) + place
+    total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for other in range(SPLIT_K):
+        total += tl.load(partial_ptr + other * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+    return total
