@@ -6,6 +6,7 @@ x is the layer's input in the full-precision model, x_q its input behind the qua
 convention everywhere: a mean, in fp32, without a factor 2.
 """
 
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +32,26 @@ class LayerStats:
     num_tokens: int = 0
     name: str = "layer"
     _factors: dict[tuple, tuple[Tensor, float]] = field(default_factory=dict, repr=False)
+    _changed: dict[Hashable, "LayerStats"] = field(default_factory=dict, repr=False)
+
+    def changed(self, key: Hashable, change: Callable[[Tensor], Tensor]) -> "LayerStats":
+        """The statistics of inputs R x, computed once a key.
+
+        Args:
+            key: names R.
+            change: R, applied over the last dimension.
+        """
+        if key not in self._changed:
+            hessian = change(change(self.hessian).T)
+            cross = None if self.cross is None else change(change(self.cross).T).T
+            self._changed[key] = LayerStats((hessian + hessian.T) / 2, cross, self.num_tokens, self.name)
+        return self._changed[key]
+
+    def scaled(self, scales: Tensor) -> "LayerStats":
+        """The statistics of inputs S x, for a diagonal S given as fp32 [in_features]; not remembered."""
+        scales = scales.to(self.hessian)
+        cross = None if self.cross is None else scales[:, None] * self.cross * scales
+        return LayerStats(scales[:, None] * self.hessian * scales, cross, self.num_tokens, self.name)
 
     def inverse_factor(self, damp: float, order: Tensor | None = None) -> Tensor:
         """Upper-triangular U with (H + damping)^-1 = U^T U, columns in `order`; computed once a (damp, order).
@@ -50,12 +71,18 @@ class LayerStats:
     @property
     def damping(self) -> float | None:
         """The largest damping that a factorisation of this Hessian has used so far."""
-        return max((used for _, used in self._factors.values()), default=None)
+        return max((used for _, used in self._all_factors()), default=None)
 
     @property
     def raised_damping(self) -> float | None:
         """The largest damping that had to exceed what was asked for, or None."""
-        return max((used for (asked, _), (_, used) in self._factors.items() if used > asked), default=None)
+        return max((used for asked, used in self._all_factors() if used > asked), default=None)
+
+    def _all_factors(self) -> Iterator[tuple[float, float]]:
+        """(damping asked for, damping used) of every factorisation, of changed statistics too."""
+        yield from ((asked, used) for (asked, _), (_, used) in self._factors.items())
+        for stats in self._changed.values():
+            yield from stats._all_factors()
 
 
 class StatsAccumulator:

@@ -1,0 +1,163 @@
+"""The Triton kernel behind `hadamard.rotate`; that file has the transform, and the rule for the sizes.
+
+A vector (one block of a row of x) is a matrix X [order of C, power of two], and Y = scale * C X S.
+
+C is a product on the tensor core with x as it is, which is exact for entries +-1 but for the fp32 sums; x in fp32 is
+taken in three bf16 parts. C is made in registers from Paley's formula: nothing but x and signs is read, and nothing
+has to be kept on the GPU.
+
+S is log2(power) stages of sums and differences in fp32, each between the two halves of a register pair: a stage takes
+the lowest bit of the column and makes it the highest, and Triton moves data between lanes only where the lowest bit is
+not in a register: two or three times, through shared memory. The other way, S as products of the tensor core with
+matrices of order sqrt(power), was compiled too: for 4096 and 14336 features in bf16 it takes 1.1 and 2.4 times the
+instructions on sm_80 and sm_90, and two to three times the registers, because its operands are made, split into bf16
+parts and kept; in stages of shuffles it is 2.5 times the instructions.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _core(i, j, ORDER: tl.constexpr, Q: tl.constexpr, ROOT: tl.constexpr, NEGATIVE: tl.constexpr):
+    """1 where entry (i, j) of `hadamard.paley(ORDER)` is -1, for i and j that broadcast. See `hadamard.Paley`."""
+    SECOND: tl.constexpr = ORDER == 2 * (Q + 1)
+    row, column = i, j
+    if SECOND:
+        row, column = i // 2, j // 2
+    if ROOT == Q:
+        difference = row - column
+        difference = tl.where(difference < 0, difference + Q, difference)
+    else:
+        # rows and columns 0 are the border, whose differences are not used but must not look beyond the table
+        a, b = tl.maximum(row - 1, 0), tl.maximum(column - 1, 0)
+        high, low = a // ROOT - b // ROOT, a % ROOT - b % ROOT
+        difference = tl.where(high < 0, high + ROOT, high) * ROOT + tl.where(low < 0, low + ROOT, low)
+    word = tl.full(difference.shape, NEGATIVE & 0xFFFFFFFF, tl.uint32)
+    for place in tl.static_range(1, (Q + 31) // 32):
+        other = tl.full(difference.shape, (NEGATIVE >> (32 * place)) & 0xFFFFFFFF, tl.uint32)
+        word = tl.where(difference >= 32 * place, other, word)
+    negative = (word >> (difference & 31).to(tl.uint32)).to(tl.int32) & 1
+    in_row, in_column = tl.minimum(row, 1), tl.minimum(column, 1)
+    if SECOND:
+        return tl.where(row == column, (i | j) & 1, (negative & in_row & in_column) ^ (i & j & 1))
+    return in_row & (negative | (1 - in_column))
+
+
+@triton.jit
+def _round(values, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """fp32 -> dtype, to nearest; the interpreter's own conversion to bf16 truncates."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return values.to(dtype)
+
+
+@triton.jit
+def _top(values):
+    """fp32 -> its 8 highest bits as bf16, and the rest."""
+    bits = values.to(tl.uint32, bitcast=True)
+    top = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return top, values - (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _dot(a, b, accumulator, UPCAST: tl.constexpr):
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+    return tl.dot(a, b, accumulator)
+
+
+@triton.jit
+def _flipped(values, signs_ptr, feature, inside, STEP: tl.constexpr):
+    """`values` [rows, columns], negated where the sign's bit is set.
+
+    feature, inside: [rows, columns / STEP], of the first of STEP neighbours that share a byte.
+    """
+    byte = tl.load(signs_ptr + (feature >> 3), mask=inside, other=0).to(tl.uint32)
+    WIDTH: tl.constexpr = values.dtype.primitive_bitwidth
+    place = (feature & 7)[:, :, None] + tl.arange(0, STEP)[None, None, :]
+    minus = (byte[:, :, None] << (WIDTH - 1 - place).to(tl.uint32)) & (1 << (WIDTH - 1))
+    minus = tl.reshape(minus, values.shape)
+    if WIDTH == 16:
+        minus = minus.to(tl.uint16)
+    return (values.to(minus.dtype, bitcast=True) ^ minus).to(values.dtype, bitcast=True)
+
+
+@triton.jit
+def _sylvester(values, STAGES: tl.constexpr):
+    """values [2^STAGES, rows] times a Sylvester matrix: each stage takes the lowest bit of the column for a sum and a
+    difference, and makes it the highest."""
+    COLUMNS: tl.constexpr = values.shape[0]
+    ROWS: tl.constexpr = values.shape[1]
+    for _ in tl.static_range(STAGES):
+        even, odd = tl.split(tl.permute(tl.reshape(values, (COLUMNS // 2, 2, ROWS)), (0, 2, 1)))
+        values = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (2, 0, 1)), (COLUMNS, ROWS))
+    return values
+
+
+@triton.jit(do_not_specialize=["vectors"])  # one binary for any number of rows
+def rotate_kernel(
+    x_ptr, signs_ptr, y_ptr, vectors, stride_x,
+    BLOCKS: tl.constexpr, CORE: tl.constexpr, Q: tl.constexpr, ROOT: tl.constexpr, NEGATIVE: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_V vectors: BLOCK_G rows of their results, of which a share of 2^STAGES columns.
+
+    The shares add and subtract all SPLIT of x's first, as S does: S = S of order SPLIT kron S of order 2^STAGES.
+    INVERSE: C is transposed, and signs are applied at the end instead of at the start.
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    narrow: tl.constexpr = tl.bfloat16 if dtype == tl.float32 else dtype
+    INNER: tl.constexpr = 2**STAGES
+    POWER: tl.constexpr = INNER * SPLIT
+    SIZE: tl.constexpr = CORE * POWER
+    COLUMNS: tl.constexpr = BLOCK_V * INNER
+    STEP: tl.constexpr = 8 if INNER >= 8 else INNER
+    TILES: tl.constexpr = (CORE + BLOCK_G - 1) // BLOCK_G
+    program = tl.program_id(0)
+    share, tile, first = program % SPLIT, program // SPLIT % TILES, program // (SPLIT * TILES) * BLOCK_V
+    column = tl.arange(0, COLUMNS)
+    vector, place = first + column // INNER, column % INNER
+    in_x = (vector < vectors)[None, :]
+    x_ptr += (vector // BLOCKS).to(tl.int64) * stride_x + vector % BLOCKS * SIZE + place
+    byte = tl.arange(0, COLUMNS // STEP) * STEP
+    in_signs = (first + byte // INNER < vectors)[None, :]
+    feature = ((first + byte // INNER) % BLOCKS * SIZE + byte % INNER)[None, :]
+    row = tile * BLOCK_G + tl.arange(0, BLOCK_G)[:, None]
+    values = tl.zeros((BLOCK_G, COLUMNS), dtype=tl.float32)
+    for other in range(SPLIT):
+        common = share & other
+        turned = (0x6996 >> ((common ^ (common >> 4)) & 15)) & 1  # whether S has -1 there: the parity of common bits
+        for start in range(0, CORE, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            at, in_k = k[:, None] * POWER + other * INNER, (k < CORE)[:, None]
+            x = tl.load(x_ptr[None, :] + at, mask=in_k & in_x, other=0.0)
+            if not INVERSE:
+                x = _flipped(x, signs_ptr, feature + at, in_k & in_signs, STEP)
+            if CORE == 1:
+                values += tl.where(turned != 0, -1.0, 1.0) * x.to(tl.float32)
+            else:
+                if INVERSE:
+                    minus = turned ^ _core(k[None, :], row, CORE, Q, ROOT, NEGATIVE)
+                else:
+                    minus = turned ^ _core(row, k[None, :], CORE, Q, ROOT, NEGATIVE)
+                matrix = tl.where(minus != 0, -1.0, 1.0).to(narrow)
+                if dtype == tl.float32:
+                    for _ in tl.static_range(2):
+                        top, x = _top(x)
+                        values = _dot(matrix, top, values, INTERPRETED)
+                    x = _round(x, narrow, INTERPRETED)
+                values = _dot(matrix, x, values, INTERPRETED)
+    # columns first: Triton then keeps their highest bits in registers, where the stages put them
+    values = tl.permute(tl.reshape(values, (BLOCK_G, BLOCK_V, INNER)), (2, 0, 1))
+    values = _sylvester(tl.reshape(values, (INNER, BLOCK_G * BLOCK_V)), STAGES)
+    values = tl.permute(tl.reshape(values, (INNER, BLOCK_G, BLOCK_V)), (1, 2, 0))
+    y = _round(tl.reshape(values, (BLOCK_G, COLUMNS)) * SCALE, dtype, INTERPRETED)
+    at = row * POWER + share * INNER
+    if INVERSE:
+        y = _flipped(y, signs_ptr, feature + at, (row < CORE) & in_signs, STEP)
+    y_ptr += vector.to(tl.int64) * SIZE + place
+    tl.store(y_ptr[None, :] + at, y, mask=(row < CORE) & in_x)

@@ -1,0 +1,109 @@
+"""rotated: any weight behind a random-sign Hadamard rotation of its inputs, and of its outputs if asked for.
+
+    W = R_out^T W' R_in        y = R_out^T (W' (R_in x))
+
+`base` stores W'. Both rotations are orthogonal, cost O(n log n) a row of x, and store one bit a feature
+(`quantkit.kernels.hadamard`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.kernels.hadamard import rotate
+from quantkit.weight import QuantizedWeight
+
+
+@dataclass(frozen=True, eq=False)
+class RotatedWeight(QuantizedWeight, format="rotated"):
+    """A weight in a rotated basis.
+
+    Attributes:
+        base: W', [out_features, in_features].
+        in_signs: uint8 [ceil(in_features / 8)].
+        out_signs: uint8 [ceil(out_features / 8)], or None where outputs are not rotated.
+        out_parts: output features of parts that are rotated each by itself, their signs one after the other; None for
+            one part.
+    """
+
+    base: QuantizedWeight
+    in_signs: Tensor
+    out_signs: Tensor | None = None
+    out_parts: list[int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.base.shape
+
+    def validate(self) -> None:
+        """Checks the base and that there is a sign for each feature."""
+        self.base.validate()
+        parts = self._parts()
+        if sum(parts) != self.shape[0]:
+            raise ValueError(f"out_parts={parts} do not add up to {self.shape[0]} output features")
+        wanted = {"in_signs": _sign_bytes(self.shape[1]), "out_signs": sum(map(_sign_bytes, parts))}
+        for name, signs in self.tensors().items():
+            if signs.dtype != torch.uint8 or tuple(signs.shape) != (wanted[name],):
+                raise ValueError(
+                    f"{name} are {signs.dtype} {tuple(signs.shape)}; this weight takes [{wanted[name]}] bytes"
+                )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """R_out^T W' R_in in fp32, then cast."""
+        weight = rotate(self.base.dequantize(), self.in_signs, True)
+        return self._outputs_back(weight.T).T.to(dtype)
+
+    def prepare(self) -> None:
+        """The base's."""
+        self.base.prepare()
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Rotates x, multiplies by the base, rotates back."""
+        x = rotate(x, self.in_signs, False)
+        if self.out_signs is None:
+            return self.base.matmul(x, bias)
+        y = self._outputs_back(self.base.matmul(x))
+        return y if bias is None else y + bias.to(y.dtype)
+
+    @classmethod
+    def concatenated(cls, weights: Sequence[QuantizedWeight]) -> RotatedWeight | None:
+        """One weight with the outputs of all, where their inputs are rotated alike and the bases go together."""
+        parts = [weight for weight in weights if isinstance(weight, RotatedWeight)]
+        first = parts[0]
+        base = QuantizedWeight.side_by_side([part.base for part in parts])
+        alike = all(torch.equal(part.in_signs, first.in_signs) for part in parts)
+        if base is None or not alike or len({part.out_signs is None for part in parts}) > 1:
+            return None
+        if first.out_signs is None:
+            return cls(base, first.in_signs)
+        signs = torch.cat([part.out_signs for part in parts if part.out_signs is not None])
+        return cls(base, first.in_signs, signs, [size for part in parts for size in part._parts()])
+
+    def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
+        """Views of `sizes` outputs each; the parts that were put side by side."""
+        bases = self.base.split(sizes)
+        if self.out_signs is None:
+            return [RotatedWeight(base, self.in_signs) for base in bases]
+        signs = self.out_signs.split([_sign_bytes(size) for size in sizes])
+        return [RotatedWeight(base, self.in_signs, own) for base, own in zip(bases, signs, strict=True)]
+
+    def _parts(self) -> list[int]:
+        return [self.shape[0]] if self.out_parts is None else self.out_parts
+
+    def _outputs_back(self, y: Tensor) -> Tensor:
+        """R_out^T y over the last dimension."""
+        if self.out_signs is None:
+            return y
+        parts = self._parts()
+        signs = self.out_signs.split([_sign_bytes(size) for size in parts])
+        back = [rotate(part, own, True) for part, own in zip(y.split(parts, dim=-1), signs, strict=True)]
+        return back[0] if len(back) == 1 else torch.cat(back, dim=-1)
+
+
+def _sign_bytes(features: int) -> int:
+    return -(-features // 8)
