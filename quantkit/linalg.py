@@ -56,3 +56,22 @@ def damped_inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
         if used >= 1.0:
             raise NotPositiveDefinite(f"the Hessian does not factor with any damping from {damp:g} to 1")
         used = min(max(4 * used, 1e-4), 1.0)
+
+
+def column_scales(target: Tensor, values: Tensor, hessian: Tensor, damp: float = 1e-3) -> Tensor:
+    """Factors s of the columns of V that minimise tr((W - V S) H (W - V S)^T), S = diag(s).
+
+    The normal equations are ((V^T V) o H) s = diag(V^T W H); a ridge pulls s towards 1, so that columns which hold
+    nothing keep their factor.
+
+    Args:
+        target: W, fp32 or fp64 [out_features, in_features].
+        values: V, the same shape.
+        hessian: H, [in_features, in_features].
+        damp: the ridge, as a share of the mean diagonal.
+    """
+    normal = (values.T @ values) * hessian
+    right = ((target @ hessian) * values).sum(0)
+    ridge = damp * normal.diagonal().mean().clamp_min(1e-30)
+    normal.diagonal().add_(ridge)
+    return torch.linalg.solve(normal, right + ridge)

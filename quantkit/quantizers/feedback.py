@@ -10,6 +10,9 @@ of all e^2. How a column is rounded is the caller's: a scalar grid, a codebook, 
 columns beyond a block of `block_size` are deferred to one matrix product; that changes the order of
 additions and nothing else, because a block ends early where a group of columns that is about to be
 opened would otherwise be seen without them.
+
+A code over several columns rounds them together, without feedback among them: with U_BB the diagonal
+block, q_B = round(w_B) and e_B = (w_B - q_B) U_BB^-1 (QuIP#, arXiv 2402.04396, block LDLQ).
 """
 
 from typing import Protocol
@@ -19,7 +22,9 @@ from torch import Tensor
 
 
 class Rounding(Protocol):
-    """Rounds one column after the other and keeps the codes it chose."""
+    """Rounds one column after the other, or `width` columns at a time, and keeps the codes it chose."""
+
+    width: int
 
     def group_size(self) -> int:
         """Columns that are opened together; the loop calls `open` at each multiple of it."""
@@ -30,7 +35,7 @@ class Rounding(Protocol):
         ...
 
     def round(self, index: int, column: Tensor) -> Tensor:
-        """The quantized value of column `index`, [out_features]."""
+        """The quantized value of column `index`, [out_features], or of `width` columns from there, [width, out]."""
         ...
 
 
@@ -41,7 +46,7 @@ def error_feedback(weight: Tensor, factor: Tensor, rounding: Rounding, block_siz
         weight: fp32 or fp64 [out_features, in_features], columns in the order of quantization.
         factor: U, upper triangular [in_features, in_features], in the same order.
         rounding: the rounding primitive; it keeps the codes.
-        block_size: columns between two deferred updates.
+        block_size: columns between two deferred updates; a multiple of the rounding's width.
 
     Returns:
         The loss of each row, [out_features]: its sum is tr((W - Q) H (W - Q)^T) for the damped H.
@@ -54,12 +59,19 @@ def error_feedback(weight: Tensor, factor: Tensor, rounding: Rounding, block_siz
         stop = _block_end(start, min(start + block_size, in_features), group, in_features)
         errors = torch.empty_like(columns[start:stop])
         diagonal = factor.diagonal()[start:stop].tolist()
-        for j in range(start, stop):
+        for j in range(start, stop, rounding.width):
             if j % group == 0:
                 rounding.open(j, columns[j : j + group])
-            error = columns[j].sub(rounding.round(j, columns[j])).div_(diagonal[j - start])
-            columns[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
-            errors[j - start] = error
+            if rounding.width == 1:
+                error = columns[j].sub(rounding.round(j, columns[j])).div_(diagonal[j - start])
+                columns[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
+                errors[j - start] = error
+            else:
+                end = min(j + rounding.width, in_features)
+                error = columns[j:end] - rounding.round(j, columns[j:end])
+                error = torch.linalg.solve_triangular(factor[j:end, j:end].T, error, upper=False)
+                columns[end:stop].addmm_(factor[j:end, end:stop].T, error, alpha=-1)
+                errors[j - start : end - start] = error
         columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
         loss += errors.square().sum(0)
         start = stop

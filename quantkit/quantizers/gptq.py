@@ -89,9 +89,11 @@ def _column_order(diagonal: Tensor, width: int, order: Order) -> Tensor | None:
 class _GroupGrids:
     """Rounds to the grid of each column's group; columns come in `order`."""
 
+    width = 1
+
     def __init__(self, settings: GPTQ, weight: Tensor, importance: Tensor, order: Tensor | None, width: int) -> None:
         out_features, in_features = weight.shape
-        self._settings, self._width = settings, width
+        self._settings, self._group = settings, width
         self._order = torch.arange(in_features, device=weight.device) if order is None else order
         self._sources = self._order.tolist()
         self._importance = importance.clamp_min(importance.mean() * 1e-4 + 1e-30)
@@ -103,16 +105,16 @@ class _GroupGrids:
                 self._fit(start // width, weight[:, start : start + width], self._importance[start : start + width])
 
     def group_size(self) -> int:
-        return self._width
+        return self._group
 
     def open(self, start: int, columns: Tensor) -> None:
         if not self._static:
-            importance = self._importance[self._order[start : start + self._width]]
-            self._fit(self._sources[start] // self._width, columns.T, importance)
+            importance = self._importance[self._order[start : start + self._group]]
+            self._fit(self._sources[start] // self._group, columns.T, importance)
 
     def round(self, index: int, column: Tensor) -> Tensor:
         source = self._sources[index]
-        grid = self._grids[source // self._width]
+        grid = self._grids[source // self._group]
         codes = grid.encode(column)
         self._codes[source] = codes
         return grid.decode(codes)
@@ -121,7 +123,7 @@ class _GroupGrids:
         grids = [self._grids[group] for group in range(len(self._grids))]
         scales = torch.stack([grid.scale for grid in grids]).half()
         zeros = None if self._settings.symmetric else torch.stack([grid.zero for grid in grids]).half()
-        return IntGroupWeight.pack(self._codes.T.contiguous(), scales, zeros, self._settings.bits, self._width)
+        return IntGroupWeight.pack(self._codes.T.contiguous(), scales, zeros, self._settings.bits, self._group)
 
     def _fit(self, group: int, columns: Tensor, importance: Tensor) -> None:
         settings = self._settings

@@ -13,8 +13,9 @@ from quantkit.quantizers.feedback import error_feedback
 class UniformGrid:
     """Rounds to multiples of `step`, within +-limit steps; the simplest rounding primitive."""
 
-    def __init__(self, step, limit=1e9, group=10**9):
+    def __init__(self, step, limit=1e9, group=10**9, width=1):
         self.step, self.limit, self.group, self.columns, self.opened = step, limit, group, {}, []
+        self.width = width
 
     def group_size(self):
         return self.group
@@ -23,8 +24,10 @@ class UniformGrid:
         self.opened.append((start, columns.clone()))
 
     def round(self, index, column):
-        self.columns[index] = (column / self.step).round().clamp(-self.limit, self.limit) * self.step
-        return self.columns[index]
+        rounded = (column / self.step).round().clamp(-self.limit, self.limit) * self.step
+        for offset, own in enumerate(rounded if self.width > 1 else [rounded]):
+            self.columns[index + offset] = own
+        return rounded
 
     def weight(self):
         return torch.stack([self.columns[i] for i in range(len(self.columns))], dim=1)
@@ -121,3 +124,21 @@ def test_gain_over_nearest_is_as_predicted():
     ratio = proxy_loss(weight - looped, hessian) / proxy_loss(weight - nearest, hessian)
     predicted = (factor.diagonal() ** -2).sum() / hessian.trace()
     assert abs(ratio / predicted.item() - 1) < 0.1
+
+
+@pytest.mark.parametrize("width", [4, 16])
+def test_columns_rounded_together_lose_only_the_feedback_among_them(width):
+    """The loss is exact for blocks too, the last of which may be short, and wider blocks lose more."""
+    weight, hessian = problem(in_features=50)
+    factor, _ = damped_inverse_factor(hessian, 0.01)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(50, dtype=torch.float64)
+    losses = {}
+    for step in (1, width, 50):
+        for block_size in (step, 3 * step):
+            grid = UniformGrid(0.3, group=step, width=step)
+            loss = error_feedback(weight, factor, grid, block_size)
+            assert float(loss.sum()) == pytest.approx(proxy_loss(weight - grid.weight(), damped), rel=1e-9)
+            losses.setdefault(step, float(loss.sum()))
+            assert float(loss.sum()) == pytest.approx(losses[step], rel=1e-9)
+    nearest = proxy_loss(weight - (weight / 0.3).round() * 0.3, damped)
+    assert losses[1] < losses[width] < losses[50] == pytest.approx(nearest)

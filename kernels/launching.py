@@ -1,0 +1,104 @@
+"""What all launches share: facts about the GPU, stand-ins for absent arguments, zeroed counters, autocast."""
+
+import threading
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def or_stand_in(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
+    """A pointer for an argument that the kernel was compiled not to read."""
+    return stand_in if tensor is None else tensor
+
+
+def block_r(up: Tensor | None) -> int:
+    """Columns of a low-rank correction [N, rank] that `tiles.finish` takes at once; 0 where there is none."""
+    return 0 if up is None else min(32, max(16, 1 << (up.shape[1] - 1).bit_length()))
+
+
+def machine(tensor: Tensor) -> dict[str, bool]:
+    """Inline assembly is NVIDIA's; a tensor in the CPU's memory means Triton's interpreter, whose bf16 is wrong."""
+    return {"ASM": tensor.is_cuda and torch.version.hip is None, "INTERPRETED": not tensor.is_cuda}
+
+
+@lru_cache
+def properties(device: torch.device) -> tuple[int, int, str]:
+    """(compute capability, multiprocessors, name) of a GPU; of no particular one for the interpreter."""
+    if device.type != "cuda":
+        return 80, 8, "default"
+    found = torch.cuda.get_device_properties(device)
+    return 10 * found.major + found.minor, found.multi_processor_count, found.name
+
+
+@lru_cache
+def fewest_rows() -> int:
+    """Rows from which Triton multiplies with the warp-group's instructions."""
+    import triton
+
+    return 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 16
+
+
+def pairs(capability: int, block_m: int) -> int:
+    """Neighbouring columns that a lane's fragment holds: 2 in the instructions of Hopper (90) and Blackwell (10x), 4 as
+    Triton uses mma.sync, which it does everywhere else and for blocks of few rows. The result is right with either."""
+    return 2 if capability // 10 in (9, 10) and block_m >= fewest_rows() else 4
+
+
+class _Counters:
+    """Zeros that split-K launches count their shares in, and leave zero: no launch has to clear them.
+
+    Launches of one stream use the same ones. A launch that is captured into a CUDA graph gets its own, because a
+    graph may be replayed beside anything.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._zeros = torch.zeros(2**20, dtype=torch.int32, device=device)
+        self._used = 0
+        self._of_stream: dict[int, Tensor] = {}
+        self._lock = threading.Lock()
+        torch.cuda.synchronize(device)  # other streams will use them
+
+    def take(self, count: int) -> Tensor:
+        """`count` zeros for a launch on the current stream."""
+        with self._lock:
+            if torch.cuda.is_current_stream_capturing():
+                return self._next(count)
+            stream = torch.cuda.current_stream(self._zeros.device).cuda_stream
+            if stream not in self._of_stream or len(self._of_stream[stream]) < count:
+                self._of_stream[stream] = self._next(max(count, 2048))
+            return self._of_stream[stream]
+
+    def _next(self, count: int) -> Tensor:
+        if self._used + count > len(self._zeros):
+            return torch.zeros(count, dtype=torch.int32, device=self._zeros.device)
+        self._used += count
+        return self._zeros[self._used - count : self._used]
+
+
+_PREPARED: dict[torch.device, _Counters] = {}
+
+
+def prepare(device: torch.device) -> None:
+    """Allocates what launches on a GPU share. Without it they are right but each clears its own counters.
+
+    Not done by a launch itself, which may run while a CUDA graph is recorded or warmed up, when what is allocated
+    belongs to the graph.
+    """
+    if device.type == "cuda" and device not in _PREPARED and not torch.cuda.is_current_stream_capturing():
+        _PREPARED[device] = _Counters(device)
+
+
+def counters(device: torch.device, count: int) -> Tensor:
+    """`count` int32 zeros on a device."""
+    prepared = _PREPARED.get(device)
+    return torch.zeros(count, dtype=torch.int32, device=device) if prepared is None else prepared.take(count)
+
+
+def in_own_types(function: Any, x: Tensor, *arguments: Any) -> Tensor:
+    """Calls `function`, and keeps autocast, which knows torch's own products only, from changing types inside."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return function(x, *arguments)
+    with torch.autocast(x.device.type, enabled=False):
+        return function(x, *arguments)

@@ -1,0 +1,273 @@
+"""pyramid: groups of D weights as a gain and a point of the pyramid codebook P(D, K).
+
+    group = factor * y,    factor = fp16(scale * (level[gain] / |y|_2)),    y in Z^D with |y|_1 = K
+
+Groups run along the output features (axis "out": D outputs of one input feature, a scale per input feature) or along
+the input features (axis "in": D inputs of one output feature, a scale per output feature). What does not fill a last
+group is padding. A field holds gain * 2^B + index, B = ceil(log2 N(D, K)); fields of more than 16 bits are packed in
+pieces of 16, lowest first, each like the codes of an integer format (`quantkit.kernels.bitpack`).
+
+Source: "Pyramid Vector Quantization for LLMs" (arXiv 2410.16926); the numbering is `quantkit.kernels.pyramid`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
+
+import torch
+from torch import Tensor
+
+from quantkit.kernels import launching, pyramid
+from quantkit.kernels.bitpack import pack, row_words, unpack
+from quantkit.kernels.int_group_matmul import int_group_matmul
+from quantkit.kernels.pyramid_matmul import (
+    gain_table,
+    inverse_norms,
+    lane_order,
+    point_table,
+    pyramid_matmul,
+    pyramid_table_matmul,
+    transcode,
+)
+from quantkit.weight import QuantizedWeight
+
+logger = logging.getLogger(__name__)
+
+PIECE = 16
+FIELDS_AT_ONCE = 2**22
+"""Groups that are decoded together: a limit to the memory that it takes."""
+
+
+@dataclass(frozen=True, eq=False)
+class PyramidWeight(QuantizedWeight, format="pyramid"):
+    """Pyramid vector quantized weight.
+
+    Attributes:
+        codes: int32 [lines, words]: a line per D features of the axis, a field per feature of the other one.
+        scales: fp16 [fields], one a feature of the other axis.
+        levels: fp16 [2^gain_bits], the gains.
+        dimension: D.
+        pulses: K.
+        axis: "out" or "in".
+        out_features, in_features: of the weight.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    levels: Tensor
+    dimension: int
+    pulses: int
+    axis: str
+    out_features: int
+    in_features: int
+
+    @classmethod
+    def pack(
+        cls, points: Tensor, gains: Tensor, scales: Tensor, levels: Tensor, pulses: int, axis: str, shape: tuple
+    ) -> PyramidWeight:
+        """Packs points and gains.
+
+        Args:
+            points: integers [lines, fields, D].
+            gains: integers [lines, fields], indices into `levels`.
+            scales, levels: see the class.
+            shape: (out_features, in_features).
+        """
+        dimension = points.shape[-1]
+        bits = pyramid.index_bits(dimension, pulses)
+        number = torch.nn.functional.pad(pyramid.encode(points, pulses), (0, 1))
+        limb, shift = divmod(bits, pyramid.LIMB)
+        field = gains.long() << shift  # may reach into the next limb
+        number[..., limb] |= field & (2**pyramid.LIMB - 1)
+        number[..., min(limb + 1, number.shape[-1] - 1)] |= field >> pyramid.LIMB
+        pieces = torch.stack([number & 0xFFFF, number >> PIECE & 0xFFFF], dim=-1).flatten(-2)
+        widths = _widths(bits + _gain_bits(levels))
+        words = [pack(pieces[..., i].int(), width) for i, width in enumerate(widths)]
+        return cls(torch.cat(words, dim=1), scales, levels, dimension, pulses, axis, *shape)
+
+    @classmethod
+    def layout(
+        cls, out_features: int, in_features: int, dimension: int, pulses: int, gain_bits: int, axis: str
+    ) -> PyramidWeight:
+        """A weight of this shape on the meta device."""
+        lines, fields = _lines_and_fields(out_features, in_features, dimension, axis)
+        words = sum(row_words(fields, w) for w in _widths(pyramid.index_bits(dimension, pulses) + gain_bits))
+        codes = torch.empty(lines, words, dtype=torch.int32, device="meta")
+        scales = torch.empty(fields, dtype=torch.float16, device="meta")
+        levels = torch.empty(2**gain_bits, dtype=torch.float16, device="meta")
+        return cls(codes, scales, levels, dimension, pulses, axis, out_features, in_features)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.out_features, self.in_features
+
+    def validate(self) -> None:
+        """Checks shapes, finite scales and levels, and that every index names a point."""
+        if self.axis not in ("out", "in") or self.dimension < 1 or self.pulses < 1:
+            raise ValueError(f"axis={self.axis!r}, dimension={self.dimension}, pulses={self.pulses}: damaged metadata")
+        gain_bits = _gain_bits(self.levels)
+        if self.levels.shape != (2**gain_bits,) or gain_bits > 8:
+            raise ValueError(f"levels are {tuple(self.levels.shape)}; there are 2^0 to 2^8 gains")
+        expected = type(self).layout(
+            self.out_features, self.in_features, self.dimension, self.pulses, gain_bits, self.axis
+        )
+        for name, tensor in self.tensors().items():
+            like = expected.tensors()[name]
+            if tensor.dtype != like.dtype or tensor.shape != like.shape:
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}; P({self.dimension}, {self.pulses}) along "
+                    f"{self.axis}puts takes {like.dtype} {tuple(like.shape)}"
+                )
+            if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{name} holds NaN or Inf")
+        if not self.codes.is_meta:
+            self.points()
+
+    def fields(self) -> tuple[Tensor, Tensor]:
+        """(gains int64 [lines, fields], numbers of points as limbs int64 [lines, fields, limbs])."""
+        _, fields = _lines_and_fields(*self.shape, self.dimension, self.axis)
+        bits = pyramid.index_bits(self.dimension, self.pulses)
+        size = pyramid.limbs(self.dimension, self.pulses)
+        pieces, start = [], 0
+        for width in _widths(bits + _gain_bits(self.levels)):
+            length = row_words(fields, width)
+            pieces.append(unpack(self.codes[:, start : start + length], width, fields).long())
+            start += length
+        pieces += [torch.zeros(len(self.codes), fields, dtype=torch.int64, device=self.codes.device)] * (
+            2 * size + 2 - len(pieces)
+        )
+        number = torch.stack([low | high << PIECE for low, high in zip(pieces[::2], pieces[1::2], strict=True)], dim=-1)
+        limb, shift = divmod(bits, pyramid.LIMB)
+        gains = number[..., limb] >> shift
+        if limb + 1 < number.shape[-1]:
+            gains |= number[..., limb + 1] << (pyramid.LIMB - shift)
+        number[..., limb] &= 2**shift - 1
+        return gains, number[..., :size]
+
+    def points(self) -> tuple[Tensor, Tensor]:
+        """(points int16 [lines, fields, D], gains int64 [lines, fields])."""
+        gains, numbers = self.fields()
+        return pyramid.decode(numbers, self.dimension, self.pulses), gains
+
+    def expanded(self) -> tuple[Tensor, Tensor]:
+        """(points int16 [lines, fields, D], factors fp16 [lines, fields]): all that a product needs."""
+        points, gains = self.points()
+        return points, factors(points, self.levels.float()[gains], self.scales.float())
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """factor * y in fp32, then cast."""
+        points, factor = self.expanded()
+        return _weight(points, factor, self.axis, self.shape, dtype)
+
+    def prepare(self) -> None:
+        """On a GPU: brings the weight into the form that its kernel takes, and allocates what launches share."""
+        if self.codes.device.type not in ("cpu", "meta"):
+            launching.prepare(self.codes.device)
+            self._product  # noqa: B018  (made and kept)
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Fused dequantize-and-multiply; see `quantkit.kernels.pyramid_matmul`. Never decodes a pyramid twice."""
+        return self._product(x, bias=bias)
+
+    @cached_property
+    def _product(self) -> Callable[..., Tensor]:
+        """The product of x [..., in_features] and bias with this weight, in the form that a kernel takes."""
+        with torch.inference_mode(False), torch.no_grad():  # it may be kept longer than the caller's mode
+            field_bits = pyramid.index_bits(self.dimension, self.pulses) + _gain_bits(self.levels)
+            if (self.axis, self.dimension) == ("out", 8) and self.pulses <= 6 and field_bits <= PIECE:
+                points = point_table(self.pulses, self.codes.device)
+                scales, gains = lane_order(self.scales), gain_table(self.levels)
+                tables = {"codes": self.codes, "scales": scales, "gains": gains, "points": points}
+                return partial(_by_table, **tables, bits=field_bits, out_features=self.out_features)
+            return self._transcoded()
+
+    def _transcoded(self) -> Callable[..., Tensor]:
+        points, factors = (torch.cat(parts) for parts in zip(*self._expanded_in_parts(), strict=True))
+        bits = max(2, int(points.abs().max()).bit_length() + 1)
+        if bits > 8:
+            stored = 16 + 16 / self.dimension
+            _tell(self.dimension, self.pulses, "integers of 16 bits, of which every product makes the weight", stored)
+            return partial(_by_points, points=points, factors=factors, axis=self.axis, shape=self.shape)
+        how = f"decoded at load to {bits}-bit integers"
+        if self.axis == "out":
+            _tell(self.dimension, self.pulses, how, bits + 16 / self.dimension)
+            codes, words = transcode(points, factors, bits, self.out_features)
+            return partial(_by_factors, codes=codes, factors=words, bits=bits, dimension=self.dimension)
+        _tell(self.dimension, self.pulses, how, bits + 32 / self.dimension)
+        along = (points.short() + 2 ** (bits - 1)).to(torch.uint8).transpose(0, 1).flatten(1)[:, : self.in_features]
+        zeros = torch.full_like(factors, 2 ** (bits - 1))
+        grid = {"codes": pack(along, bits), "scales": factors, "zeros": zeros}
+        return partial(_by_groups, **grid, bits=bits, group_size=self.dimension)
+
+    def _expanded_in_parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """`expanded`, some lines at a time; points as int8 where they fit."""
+        step = max(1, FIELDS_AT_ONCE // len(self.scales))
+        for start in range(0, len(self.codes), step):
+            codes = self.codes[start : start + step]
+            length = len(codes) * self.dimension
+            if self.axis == "out":
+                part = replace(self, codes=codes, out_features=length)
+            else:
+                part = replace(self, codes=codes, in_features=length)
+            points, factor = part.expanded()
+            yield points.to(torch.int8) if self.pulses < 128 else points, factor
+
+
+def factors(points: Tensor, levels: Tensor, scales: Tensor) -> Tensor:
+    """fp16(scale * (level / |y|)) as the kernels compute it: in fp32, by a table of 1 / |y|.
+
+    Args:
+        points: integers [..., D].
+        levels, scales: fp32, broadcastable to [...].
+    """
+    square = points.int().square().sum(-1)
+    inverse = inverse_norms(int(square.max()), points.device)
+    return (scales * (levels * inverse[square])).half()
+
+
+def _weight(points: Tensor, factors: Tensor, axis: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """factor * y in fp32, then cast, [out_features, in_features]."""
+    groups = (points.float() * factors.float().unsqueeze(-1)).to(dtype)
+    along = groups.transpose(1, 2).flatten(0, 1)
+    return along[: shape[0]] if axis == "out" else along[: shape[1]].T
+
+
+def _by_table(x: Tensor, bias: Tensor | None, codes, scales, gains, points, bits: int, out_features: int) -> Tensor:
+    return pyramid_table_matmul(x, codes, scales, gains, points, bits, out_features, bias)
+
+
+def _by_factors(x: Tensor, bias: Tensor | None, codes, factors, bits: int, dimension: int) -> Tensor:
+    return pyramid_matmul(x, codes, factors, bits, dimension, bias)
+
+
+def _by_groups(x: Tensor, bias: Tensor | None, codes, scales, zeros, bits: int, group_size: int) -> Tensor:
+    return int_group_matmul(x, codes, scales, zeros, bits, group_size, bias)
+
+
+def _by_points(x: Tensor, bias: Tensor | None, points, factors, axis: str, shape: tuple[int, int]) -> Tensor:
+    weight = _weight(points, factors, axis, shape, x.dtype)
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+@lru_cache  # once a process for each
+def _tell(dimension: int, pulses: int, how: str, bits: float) -> None:
+    message = "pyramid D=%d K=%d has no kernel of its own: %s, %.4g bits a weight in memory"
+    logger.info(message, dimension, pulses, how, bits)
+
+
+def _gain_bits(levels: Tensor) -> int:
+    return (len(levels) - 1).bit_length()
+
+
+def _widths(bits: int) -> list[int]:
+    """The pieces of a field of `bits` bits."""
+    return [PIECE] * (bits // PIECE) + ([bits % PIECE] if bits % PIECE else [])
+
+
+def _lines_and_fields(out_features: int, in_features: int, dimension: int, axis: str) -> tuple[int, int]:
+    grouped, other = (out_features, in_features) if axis == "out" else (in_features, out_features)
+    return -(-grouped // dimension), other
