@@ -1,0 +1,134 @@
+"""codebook: vectors of output features as indices into learnt codebooks.
+
+    W[g v + j, k] = scale[k] * (book[c(k)][code[g, k]]_j + residual_book[c(k)][residual_code[g, k]]_j)
+
+A vector is v outputs of one input feature, so every code belongs to a single column and any order of columns can be
+quantized. c(k) numbers equal ranges of columns that have books of their own. Columns may be stored in another order
+than the inputs come in (`order`); the first of them may be a nested weight with longer codes (`outliers`). What does
+not fill a last vector is padding. Codes are packed like an integer format's (`quantkit.kernels.bitpack`).
+
+Source: VPTQ (arXiv 2409.17066).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.kernels.bitpack import TILE, pack, row_words, unpack
+from quantkit.weight import QuantizedWeight
+
+LARGEST_BITS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class CodebookWeight(QuantizedWeight, format="codebook"):
+    """Vector-quantized weight.
+
+    Attributes:
+        codes: int32 [vectors, row_words(columns, bits)], vectors = ceil(out_features / v), columns = in_features
+            without those of `outliers`.
+        books: fp16 [ranges, 2^bits, v].
+        out_features, in_features: of the weight, outliers included.
+        residual_codes, residual_books: a second code that is added, like the first; or None.
+        scales: fp16 [in_features] factors of the columns, or None.
+        order: int16 or int32 [in_features], the input feature that each stored column belongs to; None for their own
+            order.
+        outliers: the first stored columns, or None.
+    """
+
+    codes: Tensor
+    books: Tensor
+    out_features: int
+    in_features: int
+    residual_codes: Tensor | None = None
+    residual_books: Tensor | None = None
+    scales: Tensor | None = None
+    order: Tensor | None = None
+    outliers: CodebookWeight | None = None
+
+    @classmethod
+    def pack(cls, codes: list[Tensor], books: list[Tensor], out_features: int) -> CodebookWeight:
+        """Packs one or two stages without scales, order and outliers.
+
+        Args:
+            codes: integers [vectors, columns], a stage each.
+            books: fp16 [ranges, 2^bits, v], a stage each.
+        """
+        words = [pack(code.int(), _bits(book)) for code, book in zip(codes, books, strict=True)]
+        second = (words[1], books[1]) if len(words) > 1 else (None, None)
+        return cls(words[0], books[0], out_features, codes[0].shape[1], *second)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.out_features, self.in_features
+
+    @property
+    def columns(self) -> int:
+        """Columns that this level's own codes stand for."""
+        return self.in_features - (0 if self.outliers is None else self.outliers.in_features)
+
+    def validate(self) -> None:
+        """Checks every shape that addresses follow from, that numbers are finite and the order is a permutation."""
+        if self.outliers is not None:
+            self.outliers.validate()
+            if self.outliers.out_features != self.out_features or self.columns < 1:
+                raise ValueError(f"outliers are {self.outliers.shape} in a weight of {self.shape}")
+        for codes, books in self.stages():
+            bits = _bits(books)
+            if books.dim() != 3 or books.dtype != torch.float16 or not 1 <= bits <= LARGEST_BITS or books.numel() == 0:
+                raise ValueError(f"books are {books.dtype} {tuple(books.shape)}; give fp16 [ranges, 2^bits, v]")
+            if books.shape[1] != 1 << bits or books.shape[2] != self.books.shape[2]:
+                raise ValueError(f"books are {tuple(books.shape)}; they hold a power of two of vectors of one length")
+            if len(books) != -(-self.columns // range_width(self.columns, len(books))):
+                raise ValueError(f"{len(books)} ranges do not divide {self.columns} columns")
+            expected = -(-self.out_features // books.shape[2]), row_words(self.columns, bits)
+            if codes.dtype != torch.int32 or tuple(codes.shape) != expected:
+                raise ValueError(f"codes are {codes.dtype} {tuple(codes.shape)}; this weight takes int32 {expected}")
+        for name in ("books", "residual_books", "scales"):
+            tensor = getattr(self, name)
+            if tensor is not None and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{name} hold NaN or Inf")
+        if self.scales is not None and (self.scales.dtype, self.scales.shape) != (torch.float16, (self.in_features,)):
+            raise ValueError(f"scales are {self.scales.dtype} {tuple(self.scales.shape)}; one fp16 an input feature")
+        if self.order is not None and not self.order.is_meta:
+            places = torch.arange(self.in_features, device=self.order.device)
+            if self.order.shape != places.shape or not torch.equal(self.order.long().sort().values, places):
+                raise ValueError(f"the order is no permutation of {self.in_features} input features")
+
+    def stages(self) -> list[tuple[Tensor, Tensor]]:
+        """(codes, books) of one or two stages."""
+        if self.residual_codes is None or self.residual_books is None:
+            return [(self.codes, self.books)]
+        return [(self.codes, self.books), (self.residual_codes, self.residual_books)]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The sum of the stages' vectors, in its places and scaled, in fp32, then cast."""
+        weight = self._stored()
+        if self.order is not None:
+            weight = torch.empty_like(weight).index_copy_(1, self.order.long(), weight)
+        return (weight if self.scales is None else weight * self.scales.float()).to(dtype)
+
+    def _stored(self) -> Tensor:
+        """fp32 [out_features, in_features] in the stored order, without scales."""
+        vectors = None
+        for codes, books in self.stages():
+            index = unpack(codes, _bits(books), self.columns).long()
+            place = torch.arange(self.columns, device=codes.device) // range_width(self.columns, len(books))
+            found = books.flatten(0, 1).float()[index + place * books.shape[1]]  # [vectors, columns, v]
+            vectors = found if vectors is None else vectors + found
+        assert vectors is not None
+        weight = vectors.transpose(1, 2).flatten(0, 1)[: self.out_features]
+        return weight if self.outliers is None else torch.cat([self.outliers._stored(), weight], dim=1)
+
+
+def range_width(columns: int, ranges: int) -> int:
+    """Columns of a range that has books of its own: all, or whole tiles of a kernel."""
+    return columns if ranges == 1 else -(-columns // (ranges * TILE)) * TILE
+
+
+def _bits(books: Tensor) -> int:
+    return (books.shape[1] - 1).bit_length()
