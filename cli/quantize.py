@@ -1,7 +1,7 @@
 """`quantkit quantize`: a model folder or hub id in, a packed checkpoint out."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -13,16 +13,24 @@ from quantkit.estimate import estimate
 from quantkit.folder import resolve_folder
 from quantkit.pipeline import quantize_checkpoint
 from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, make_quantizer
+from quantkit.rotate import Rotation
+
+_INTEGER, _PYRAMID, _VPTQ = "Integer grids (gptq, rtn)", "Pyramid codes (pyramid)", "Vector codebooks (vptq)"
 
 
 def quantize_command(
     model: Annotated[str, typer.Argument(help="Folder of a transformers model, or its id on the hub.")],
-    bits: Annotated[int, typer.Option(help="Bits of a code, 1 to 8.")] = 3,
-    method: Annotated[str, typer.Option(help="gptq (needs calibration text) or rtn.")] = "gptq",
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale; -1 for a whole row.")] = 128,
-    symmetric: Annotated[
-        bool, typer.Option("--sym/--asym", help="Grids centred on zero, or with a stored zero.")
-    ] = True,
+    bits: Annotated[
+        float, typer.Option(help="Bits per weight of the codes: 1 to 8; pyramid and vptq take fractions.")
+    ] = 3,
+    method: Annotated[str, typer.Option(help="gptq, pyramid, vptq (all need calibration text) or rtn.")] = "gptq",
+    hadamard: Annotated[
+        bool | None,
+        typer.Option("--hadamard/--no-hadamard", help="Rotate weights first; by default for pyramid and vptq."),
+    ] = None,
+    rotate_model: Annotated[
+        bool, typer.Option("--rotate-model", help="Rotate the whole model first, at no cost later (Llama's shape).")
+    ] = False,
     calibration: Annotated[
         str, typer.Option(help="wikitext2, c4, stdlib (offline), a .txt or .jsonl file, or a hub dataset id.")
     ] = "wikitext2",
@@ -33,6 +41,48 @@ def quantize_command(
         bool, typer.Option(help="Let each layer see its own block's earlier layers quantized; off is faster.")
     ] = True,
     ignore: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave dense; may be repeated.")] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Weights that share a scale, 128 by default; -1 for a whole row.", rich_help_panel=_INTEGER),
+    ] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option(
+            "--sym/--asym", help="Grids centred on zero (default), or a stored zero.", rich_help_panel=_INTEGER
+        ),
+    ] = None,
+    dimension: Annotated[
+        int | None,
+        typer.Option(help="Weights a group, 2 to 256; by default 8 up to 2 bits, else 32.", rich_help_panel=_PYRAMID),
+    ] = None,
+    axis: Annotated[
+        str | None,
+        typer.Option(
+            help="Groups of output features (out, the default) or input features (in).", rich_help_panel=_PYRAMID
+        ),
+    ] = None,
+    vector_length: Annotated[
+        int | None, typer.Option(help="Weights a vector, 1 to 16; by default by --book-share.", rich_help_panel=_VPTQ)
+    ] = None,
+    residual_bits: Annotated[
+        int | None, typer.Option(help="Bits of a second code a vector, out of --bits.", rich_help_panel=_VPTQ)
+    ] = None,
+    book_share: Annotated[
+        float | None, typer.Option(help="Most that codebooks may cost, as a share of --bits.", rich_help_panel=_VPTQ)
+    ] = None,
+    outliers: Annotated[
+        float | None, typer.Option(help="Share of input features with longer codes, 0 to 1.", rich_help_panel=_VPTQ)
+    ] = None,
+    outlier_bits: Annotated[
+        float | None, typer.Option(help="Bits per weight of those, 4 by default.", rich_help_panel=_VPTQ)
+    ] = None,
+    ranges: Annotated[
+        int | None, typer.Option(help="Ranges of input features with codebooks of their own.", rich_help_panel=_VPTQ)
+    ] = None,
+    scale_inputs: Annotated[
+        bool | None,
+        typer.Option("--scale-inputs", help="Store a scale per input feature.", rich_help_panel=_VPTQ),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to make; by default NAME-METHOD-Nbit.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
@@ -47,11 +97,15 @@ def quantize_command(
     An interrupted run continues with --resume and gives the same bytes. The report is printed and written to
     quantkit_report.json beside the checkpoint.
     """
-    quantizer = make_quantizer(method, bits=bits, group_size=group_size, symmetric=symmetric)
+    settings: dict[str, Any] = {"group_size": group_size, "symmetric": symmetric, "dimension": dimension, "axis": axis}
+    settings |= {"vector_length": vector_length, "residual_bits": residual_bits, "book_share": book_share}
+    settings |= {"outliers": outliers, "outlier_bits": outlier_bits, "ranges": ranges, "scale_inputs": scale_inputs}
+    quantizer = make_quantizer(method, hadamard, bits=bits, **settings)
     text = Calibration(calibration, num_samples, seqlen, seed)
-    recipe = Recipe(quantizer, dict.fromkeys(ignore or ()), target_shift, text, true_sequential)
+    rotation = Rotation() if rotate_model else None
+    recipe = Recipe(quantizer, dict.fromkeys(ignore or ()), target_shift, text, true_sequential, rotation)
     folder = resolve_folder(model)
-    output = output or Path(f"{Path(model).resolve().name}-{method.lower()}-{bits}bit")
+    output = output or Path(f"{Path(model).resolve().name}-{method.lower()}-{bits:g}bit")
     check_output(output, folder, resume=resume, overwrite=overwrite)
     if dry_run:
         expected = estimate(folder, recipe, device=device)

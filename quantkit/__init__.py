@@ -8,9 +8,28 @@ from quantkit.fuse import fuse
 from quantkit.hf import load
 from quantkit.pipeline import quantize, quantize_checkpoint
 from quantkit.quantizers.gptq import GPTQ
+from quantkit.quantizers.hadamard import Hadamard
+from quantkit.quantizers.pyramid import Pyramid
 from quantkit.quantizers.rtn import RTN
 from quantkit.quantizers.target_shift import TargetShift
+from quantkit.quantizers.vptq import VPTQ
 from quantkit.recipe import Calibration, Recipe
+from quantkit.rotate import Rotation, rotate_model
 
 __version__ = "0.1.0"
-__all__ = ["GPTQ", "RTN", "Calibration", "Recipe", "TargetShift", "fuse", "load", "quantize", "quantize_checkpoint"]
+__all__ = [
+    "GPTQ",
+    "RTN",
+    "VPTQ",
+    "Calibration",
+    "Hadamard",
+    "Pyramid",
+    "Recipe",
+    "Rotation",
+    "TargetShift",
+    "fuse",
+    "load",
+    "quantize",
+    "quantize_checkpoint",
+    "rotate_model",
+]

@@ -56,13 +56,17 @@ def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimat
     packed_bytes = sum(weight.nbytes for weight in packed.values())
     packed_weights = sum(out * inner for out, inner in shapes.values())
     before = source.nbytes()
+    if recipe.rotation is not None:
+        source.rotate(recipe.rotation)
+    dense_bytes = source.nbytes() - source.packed_nbytes(plan)
+    source.untie(plan)
     return Estimate(
         layers=len(plan),
         packed_weights=packed_weights,
         all_weights=sum(p.numel() for p in model.parameters()),
         bits_per_weight=8 * packed_bytes / packed_weights,
         bytes_before=before,
-        bytes_after=before - source.packed_nbytes(plan) + packed_bytes,
+        bytes_after=dense_bytes + packed_bytes,
         memory_bytes=peak_memory_bytes()
         + (before if source.whole else 0)
         + _working_bytes(source, recipe, max(shapes.values(), key=lambda s: s[0] * s[1]), where),

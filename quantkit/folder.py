@@ -13,9 +13,19 @@ from quantkit.checkpoint import read_config
 from quantkit.errors import QuantkitError, first_line
 from quantkit.forward import WeightSource
 from quantkit.hf import load
-from quantkit.model import block_linears, find_blocks, linear_weight, outer_linears
+from quantkit.model import block_linears, find_blocks, outer_linears
 from quantkit.plan import Plan
-from quantkit.shards import LoadedWeights, ShardedWeights, Shards, match_names, tied_names
+from quantkit.rotate import Rotation, find_structure, rotate_model, try_blocks
+from quantkit.shards import (
+    LoadedWeights,
+    ModelTensors,
+    ShardedWeights,
+    Shards,
+    belongs,
+    match_names,
+    tied_names,
+    untie,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +102,8 @@ class ModelFolder:
         self.model: PreTrainedModel = _meta_model(folder, dtype)
         self.prefix, self.blocks = find_blocks(self.model)
         self._mapping = match_names(self.model, self.shards) or {}
-        self.whole = not self._mapping
+        self._tensors = ModelTensors(self.shards, self._mapping)
+        self.whole, self._structure_only = not self._mapping, structure_only
         unused = sorted(set(self.shards.specs) - set(self._mapping.values()))
         if unused and not self.whole:
             logger.info("%d stored tensors belong to no part of the model, %s among them", len(unused), unused[0])
@@ -104,9 +115,25 @@ class ModelFolder:
             self.model = load(folder).eval()
             self.prefix, self.blocks = find_blocks(self.model)
 
-    def untie(self, plan: Plan) -> bool:
-        """Gives a planned layer that is tied to the embedding its own weight; says whether there was one."""
-        return untie(self.model, plan, self._mapping)
+    def untie(self, plan: Plan) -> None:
+        """Gives a planned layer that is tied to the embedding its own weight."""
+        untie(self.model, plan, self._mapping)
+
+    def rotate(self, rotation: Rotation) -> None:
+        """Turns the model: its tensors are turned ones from now on. A tied head gets a weight of its own.
+
+        Raises:
+            QuantkitError: the model has another shape.
+        """
+        if self.whole and not self._structure_only:
+            rotate_model(self.model, rotation.seed, rotation.heads)
+            return
+        structure = find_structure(self.model, rotation)
+        untie(self.model, {structure.head}, self._mapping)
+        if not self._structure_only:
+            try_blocks(self.model, structure)
+            gains = structure.gains(self._tensors.read)
+            self._tensors.change = lambda name, tensor: structure.turned(name, tensor, gains)
 
     def source(self, plan: Plan) -> WeightSource:
         """The walker's source of weights."""
@@ -114,16 +141,15 @@ class ModelFolder:
             return LoadedWeights(self.model)
         head = self.model.get_output_embeddings()  # other layers outside the blocks may run in front of them
         unused = {name for name, layer in outer_linears(self.model).items() if layer is head and name not in plan}
-        return ShardedWeights(self.model, self.shards, self._mapping, self.model.dtype, unused)
+        return ShardedWeights(self.model, self._tensors, self.model.dtype, unused)
 
     def dense(self, index: int, packed: set[str]) -> dict[str, Tensor]:
-        """Tensors of a block (-1: of all else) as stored, but for the weights of packed layers."""
-        names = [name for name in self._stored_names() if self._is_in(name, index) and not _belongs(name, packed)]
+        """Tensors of a block (-1: of all else) as stored, or turned, but for the weights of packed layers."""
+        names = [name for name in self._stored_names() if self._is_in(name, index) and not belongs(name, packed)]
         if self.whole:
             state = self.model.state_dict()
             return {name: state[name].contiguous() for name in names}
-        stored = {self._mapping[name]: name for name in names}
-        return {stored[key]: tensor for key, tensor in self.shards.read(stored)}
+        return dict(self._tensors.read(names))
 
     def nbytes(self) -> int:
         """Bytes of all stored tensors."""
@@ -131,7 +157,7 @@ class ModelFolder:
 
     def packed_nbytes(self, plan: Plan) -> int:
         """Bytes that the stored weights of the plan's layers take now."""
-        return sum(self._tensor_bytes(name) for name in self._stored_names() if _belongs(name, set(plan)))
+        return sum(self._tensor_bytes(name) for name in self._stored_names() if belongs(name, set(plan)))
 
     def linears(self) -> list[torch.nn.Module]:
         """All linear layers in the decoder blocks."""
@@ -157,26 +183,6 @@ class ModelFolder:
         return self.shards.tensor_nbytes(self._mapping[name])
 
 
-def _belongs(name: str, layers: set[str]) -> bool:
-    """Whether a tensor is the weight of one of the layers."""
-    return name.endswith(".weight") and name.removesuffix(".weight") in layers
-
-
-def untie(model: PreTrainedModel, plan: Plan, mapping: dict[str, str] | None = None) -> bool:
-    """Ends the tie of every planned layer, so that packing it leaves the embedding as it is."""
-    tied = tied_names(model)
-    ended = {name: origin for name, origin in tied.items() if _belongs(name, set(plan))}
-    for name, origin in ended.items():
-        tied.pop(name)
-        if mapping:
-            mapping.setdefault(name, mapping[origin])
-        layer = model.get_submodule(name.rpartition(".")[0])
-        layer.weight = torch.nn.Parameter(linear_weight(layer).detach(), requires_grad=False)
-    if ended:
-        model.config.tie_word_embeddings = False
-    return bool(ended)
-
-
 def _meta_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -187,4 +193,5 @@ def _meta_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         raise QuantkitError(
             f"{folder} is not a causal language model that transformers knows ({first_line(error)})"
         ) from error
+    model.tie_weights()
     return model.eval()

@@ -20,7 +20,7 @@ from quantkit.calibrate import LayerResult, walk
 from quantkit.checkpoint import CheckpointWriter, check_output
 from quantkit.device import compute_dtype, pick_device
 from quantkit.errors import QuantkitError
-from quantkit.folder import ModelFolder, load_tokenizer, refuse_quantized, untie
+from quantkit.folder import ModelFolder, load_tokenizer, refuse_quantized
 from quantkit.hf import attach
 from quantkit.linear import QuantizedLinear
 from quantkit.model import fused_expert_parameters, linear_weight, tensor_bytes
@@ -28,7 +28,9 @@ from quantkit.plan import Plan, Rules, plan_needs
 from quantkit.protocols import Needs, Quantizer
 from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, make_quantizer
 from quantkit.report import LayerReport, Report, model_card, peak_device_bytes, peak_memory_bytes
-from quantkit.shards import LoadedWeights
+from quantkit.rotate import Rotation
+from quantkit.rotate import rotate_model as turn
+from quantkit.shards import LoadedWeights, tied_names, untie
 from quantkit.weight import QuantizedWeight
 
 Progress = Callable[[int, int, str], None]
@@ -41,11 +43,13 @@ def _silent(_done: int, _total: int, _name: str) -> None:
 def quantize(
     model: PreTrainedModel,
     tokenizer: Any = None,
-    bits: int = 3,
+    bits: float = 3,
     *,
     method: str | Quantizer = "gptq",
-    group_size: int = 128,
-    symmetric: bool = True,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    hadamard: bool | None = None,
+    rotate_model: bool = False,
     rules: Rules | None = None,
     target_shift: float = TARGET_SHIFT,
     calibration: str | Path | list[str] | Calibration = "wikitext2",
@@ -60,8 +64,11 @@ def quantize(
     Args:
         model: a decoder-only transformers model.
         tokenizer: its tokenizer; methods that read no statistics do without.
-        bits, group_size, symmetric: settings of a method given by name.
-        method: "gptq", "rtn", another registered name, or a quantizer object.
+        bits: per weight, for a method given by name; vector formats take any fraction.
+        method: "gptq", "rtn", "pyramid", "vptq", another registered name, or a quantizer object.
+        group_size, symmetric: of the integer formats, for a method given by name; None for its defaults.
+        hadamard: quantize in a rotated basis, for a method given by name; None for what suits the method.
+        rotate_model: turn the model's residual stream first; see `quantkit.rotate`.
         rules: patterns over layer names -> quantizer, or None to leave layers dense; the last match decides, e.g.
             {"*.down_proj": GPTQ(bits=4), "model.layers.0.*": GPTQ(bits=8), "lm_head": None}.
         target_shift: 0 (off) to 1; see `quantizers.target_shift`.
@@ -81,8 +88,9 @@ def quantize(
     if not isinstance(calibration, Calibration):
         text = str(calibration) if isinstance(calibration, Path) else calibration
         calibration = Calibration(text, num_samples, seqlen, seed)
-    quantizer = make_quantizer(method, bits=bits, group_size=group_size, symmetric=symmetric)
-    recipe = Recipe(quantizer, rules or {}, target_shift, calibration)
+    quantizer = make_quantizer(method, hadamard, bits=bits, group_size=group_size, symmetric=symmetric)
+    rotation = Rotation() if rotate_model else None
+    recipe = Recipe(quantizer, rules or {}, target_shift, calibration, rotation=rotation)
     refuse_quantized(model.config)
     plan = recipe.plan(model)
     windows = None
@@ -90,9 +98,12 @@ def quantize(
         if tokenizer is None:
             raise QuantkitError("this method reads calibration text and needs the model's tokenizer; RTN works without")
         windows = calibration.windows(tokenizer, model)
-    before, weights = tensor_bytes(model), _count(model, plan)
-    notes = _notes(model, untie(model, plan))
-    run = _Run(start, where, before, weights, recipe.settings(plan, windows), notes)
+    before, ties = tensor_bytes(model), len(tied_names(model))
+    if rotation is not None:
+        turn(model, rotation.seed, rotation.heads)
+    untie(model, plan)
+    notes = _notes(model, ties > len(tied_names(model)), recipe)
+    run = _Run(start, where, before, _count(model, plan), recipe.settings(plan, windows), notes)
     sink = _MemorySink()
     was_training = model.training
     model.eval()
@@ -155,12 +166,16 @@ def quantize_checkpoint(
     source = ModelFolder(folder, dtype or compute_dtype(where))
     model = source.model
     plan = recipe.plan(model)
-    before, weights, replaced = source.nbytes(), _count(model, plan), source.packed_nbytes(plan)
-    untied = source.untie(plan)
+    before, ties = source.nbytes(), len(tied_names(model))
+    if recipe.rotation is not None:
+        source.rotate(recipe.rotation)
+    dense_bytes = source.nbytes() - source.packed_nbytes(plan)
+    source.untie(plan)
+    weights, untied = _count(model, plan), ties > len(tied_names(model))
     windows = None
     if plan_needs(plan) > Needs.NOTHING:
         windows = recipe.calibration.windows(load_tokenizer(folder), model)
-    run = _Run(start, where, before, weights, recipe.settings(plan, windows), _notes(model, untied))
+    run = _Run(start, where, before, weights, recipe.settings(plan, windows), _notes(model, untied, recipe))
     identity = run.settings | {"model": source.shards.fingerprint(), "device": where.type, "dtype": str(model.dtype)}
     writer = CheckpointWriter(output, len(source.blocks), source.dense, identity, resume=resume, overwrite=overwrite)
     walk(
@@ -176,7 +191,7 @@ def quantize_checkpoint(
     entries = writer.entries()
     results = {layer: _described(entries[layer]) for layer in plan}
     packed_bytes = sum(result.weight.nbytes for result in results.values())
-    report = run.report(name or folder.name, plan, results, before - replaced + packed_bytes)
+    report = run.report(name or folder.name, plan, results, dense_bytes + packed_bytes)
     files = {
         "quantkit_report.json": json.dumps(report.to_json(), indent=2) + "\n",
         "README.md": model_card(report),
@@ -262,10 +277,12 @@ def _count(model: nn.Module, plan: Plan) -> tuple[int, int]:
     return packed, sum(p.numel() for p in model.parameters())
 
 
-def _notes(model: nn.Module, untied: bool) -> tuple[str, ...]:
+def _notes(model: nn.Module, untied: bool, recipe: Recipe) -> tuple[str, ...]:
     notes = []
+    if recipe.rotation is not None:
+        notes.append("the residual stream is rotated: embedding, norms and head differ from the original model's")
     if untied:
-        notes.append("the head was tied to the embedding; it is packed on its own and the embedding stays dense")
+        notes.append("the head was tied to the embedding; each is stored by itself now")
     fused = fused_expert_parameters(model)
     if fused:
         share = 100 * sum(fused.values()) / sum(p.numel() for p in model.parameters())

@@ -12,8 +12,10 @@ from quantkit.errors import QuantkitError
 from quantkit.model import block_linears, check_vocabulary, context_length, linear_weight, outer_linears
 from quantkit.plan import Plan, Rules, make_plan
 from quantkit.protocols import Needs, Quantizer
+from quantkit.quantizers.hadamard import Hadamard
 from quantkit.quantizers.target_shift import TargetShift
 from quantkit.registry import resolve
+from quantkit.rotate import Rotation
 
 TARGET_SHIFT = 0.7
 """Default amount of the target shift; README has the sweep."""
@@ -65,8 +67,13 @@ def window_length(seqlen: int | None, context: int | None) -> int:
     return seqlen
 
 
-def make_quantizer(method: str | Quantizer, **settings: Any) -> Quantizer:
+def make_quantizer(method: str | Quantizer, hadamard: bool | None = None, **settings: Any) -> Quantizer:
     """A quantizer by its name in the registry and its settings, or the object itself.
+
+    Args:
+        method: the name, or an object, which is returned as it is.
+        hadamard: quantize in a rotated basis; None for what suits the method.
+        settings: of the method; those that are None are left to its defaults.
 
     Raises:
         UnknownName: no such method.
@@ -77,13 +84,26 @@ def make_quantizer(method: str | Quantizer, **settings: Any) -> Quantizer:
         return method
     kind = resolve("quantkit.quantizers", method)
     known = {entry.name for entry in dataclasses.fields(kind)}
-    unknown = sorted(settings.keys() - known)
+    given = {name: value for name, value in settings.items() if value is not None}
+    unknown = sorted(given.keys() - known)
     if unknown:
         raise QuantkitError(f"{method} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    if isinstance(given.get("bits"), float) and given["bits"].is_integer():
+        given["bits"] = int(given["bits"])
     try:
-        return kind(**settings)
+        quantizer = kind(**given)
     except ValueError as error:
         raise QuantkitError(str(error)) from error
+    if hadamard is None:
+        hadamard = getattr(kind, "wants_rotation", False)
+    return Hadamard(quantizer) if hadamard else quantizer
+
+
+def core(quantizer: Quantizer) -> Quantizer:
+    """The method inside all wrappers."""
+    while isinstance(quantizer, TargetShift | Hadamard):
+        quantizer = quantizer.inner
+    return quantizer
 
 
 def _check_quantizer(what: str, value: object) -> None:
@@ -102,6 +122,7 @@ class Recipe:
         target_shift: 0 to 1, for all quantizers that read statistics.
         calibration: the text behind the statistics.
         true_sequential: let each layer see its own block's earlier layers quantized.
+        rotation: turn the model's residual stream first; None to leave it as it is.
     """
 
     quantizer: Quantizer | None
@@ -109,6 +130,7 @@ class Recipe:
     target_shift: float = TARGET_SHIFT
     calibration: Calibration = Calibration()
     true_sequential: bool = True
+    rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.target_shift <= 1:
@@ -127,7 +149,7 @@ class Recipe:
         plan = make_plan(block_linears(model), outer_linears(model), self._shifted(self.quantizer), rules)
         widest: dict[Quantizer, int] = {}
         for name, quantizer in plan.items():
-            inner = quantizer.inner if isinstance(quantizer, TargetShift) else quantizer
+            inner = core(quantizer)
             in_features = linear_weight(model.get_submodule(name)).shape[1]
             widest[inner] = max(in_features, widest.get(inner, 0))
         for quantizer, in_features in widest.items():
@@ -149,6 +171,7 @@ class Recipe:
         return {
             "quantizers": {name: repr(quantizer) for name, quantizer in plan.items()},
             "true_sequential": self.true_sequential,
+            "rotation": self.rotation and dataclasses.asdict(self.rotation),
             "calibration": None
             if windows is None
             else {

@@ -9,9 +9,14 @@ _BUILT_IN = {
     "quantkit.formats": {
         "dense": "quantkit.formats.dense:DenseWeight",
         "int_group": "quantkit.formats.int_group:IntGroupWeight",
+        "codebook": "quantkit.formats.codebook:CodebookWeight",
+        "pyramid": "quantkit.formats.pyramid:PyramidWeight",
+        "rotated": "quantkit.formats.rotated:RotatedWeight",
     },
     "quantkit.quantizers": {
         "gptq": "quantkit.quantizers.gptq:GPTQ",
+        "pyramid": "quantkit.quantizers.pyramid:Pyramid",
+        "vptq": "quantkit.quantizers.vptq:VPTQ",
         "rtn": "quantkit.quantizers.rtn:RTN",
     },
 }

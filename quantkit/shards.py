@@ -5,17 +5,18 @@ import ctypes
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.linear import QuantizedLinear
-from quantkit.model import find_blocks
+from quantkit.model import find_blocks, linear_weight
 
 _SAMPLES, _SAMPLE_BYTES = 64, 2**14
 INDEX = "model.safetensors.index.json"
@@ -159,37 +160,83 @@ def match_names(model: nn.Module, shards: Shards) -> dict[str, str] | None:
     return mapping
 
 
+def belongs(name: str, layers: Collection[str]) -> bool:
+    """Whether a tensor is the weight of one of the layers."""
+    return name.endswith(".weight") and name.removesuffix(".weight") in layers
+
+
+def untie(model: PreTrainedModel, layers: Collection[str], mapping: dict[str, str] | None = None) -> None:
+    """Ends the tie of each of the layers, so that changing its weight leaves the embedding as it is.
+
+    Args:
+        model: changed in place, its config too.
+        layers: names of layers that may be tied.
+        mapping: see `match_names`; gets an entry for each weight that was not stored.
+    """
+    tied = tied_names(model)
+    ended = {name: origin for name, origin in tied.items() if belongs(name, layers)}
+    for name, origin in ended.items():
+        tied.pop(name)
+        if mapping:
+            mapping.setdefault(name, mapping[origin])
+        layer = model.get_submodule(name.rpartition(".")[0])
+        layer.weight = torch.nn.Parameter(linear_weight(layer).detach(), requires_grad=False)
+    if ended:
+        model.config.tie_word_embeddings = False
+
+
+class ModelTensors:
+    """A model's tensors in shards, under the model's names.
+
+    Args:
+        shards: where they are.
+        mapping: names of the model's tensors -> names in the shards.
+
+    Attributes:
+        mapping: the same.
+        change: what becomes of a tensor, given its name, once it is read.
+    """
+
+    def __init__(self, shards: Shards, mapping: dict[str, str]) -> None:
+        self._shards, self.mapping = shards, mapping
+        self.change: Callable[[str, Tensor], Tensor] = lambda _name, tensor: tensor
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yields (name, tensor) in the dtype in which it is stored."""
+        wanted: dict[str, list[str]] = {}
+        for name in names:
+            wanted.setdefault(self.mapping[name], []).append(name)  # two for a head once tied
+        for stored, tensor in self._shards.read(wanted):
+            for name in wanted[stored]:
+                yield name, self.change(name, tensor)
+
+
 class ShardedWeights:
     """A WeightSource that reads modules of a model on the meta device from shards and drops them after use.
 
     Args:
         model: on the meta device.
-        shards: the model's weights.
-        mapping: names of the model's tensors -> names in the shards.
+        tensors: the model's weights.
         dtype: floating-point tensors are cast to it when loaded.
         unused: modules outside the blocks that nothing will run (the head, where it stays dense).
     """
 
-    def __init__(
-        self, model: nn.Module, shards: Shards, mapping: dict[str, str], dtype: torch.dtype, unused: set[str]
-    ) -> None:
-        self._model, self._shards, self._mapping, self._dtype = model, shards, mapping, dtype
+    def __init__(self, model: nn.Module, tensors: ModelTensors, dtype: torch.dtype, unused: set[str]) -> None:
+        self._model, self._tensors, self._dtype = model, tensors, dtype
         self._blocks = find_blocks(model)[0] + "."
         self._unused = tuple(f"{name}." for name in unused)
 
     def _names(self, module_name: str) -> list[str]:
         if module_name:
-            return [name for name in self._mapping if name.startswith(f"{module_name}.")]
-        outer = (name for name in self._mapping if not name.startswith(self._blocks))
+            return [name for name in self._tensors.mapping if name.startswith(f"{module_name}.")]
+        outer = (name for name in self._tensors.mapping if not name.startswith(self._blocks))
         return [name for name in outer if not name.startswith(self._unused)]
 
     def load(self, name: str, module: nn.Module, device: torch.device) -> None:
         """Reads the tensors of a block, or ("") of everything outside the blocks."""
-        names = self._names(name)
-        for stored, tensor in self._shards.read(self._mapping[local] for local in names):
+        for local, tensor in self._tensors.read(self._names(name)):
             value = tensor.to(self._dtype) if tensor.is_floating_point() else tensor
-            for local in (local for local in names if self._mapping[local] == stored):  # two for a head once tied
-                set_module_tensor_to_device(self._model, local, device, value=value, dtype=value.dtype)
+            set_module_tensor_to_device(self._model, local, device, value=value, dtype=value.dtype)
         for buffer_name, buffer in module.named_buffers():
             if name and buffer.device != device and not buffer.is_meta:
                 set_module_tensor_to_device(module, buffer_name, device, value=buffer)

@@ -37,6 +37,8 @@ _ODD = {
 _SMALL = _ODD | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 CONFIGS = {
     "llama": LlamaConfig(**_ODD),
+    "llama_small": LlamaConfig(**_SMALL),
+    "gpt2_small": GPT2Config(vocab_size=VOCABULARY, n_embd=80, n_inner=136, n_layer=2, n_head=4, n_positions=256),
     "llama_tied": LlamaConfig(**_ODD, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**_ODD, tie_word_embeddings=True),
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=320, n_inner=704, n_layer=2, n_head=5, n_positions=256),

@@ -7,16 +7,21 @@ import pytest
 from .conftest import ROOT
 
 RANKS = [
-    ["kernels.int_group_matmul_triton", "kernels.bitpack", "kernels.tuning", "kernels.timing"],
+    ["kernels.tiles", "kernels.bitpack", "kernels.tuning", "kernels.timing", "kernels.codebook_table"],
+    [
+        *["kernels.codebook_matmul_triton", "kernels.hadamard_triton", "kernels.int_group_matmul_triton"],
+        *["kernels.pyramid_matmul_triton", "kernels.codebook_rule", "kernels.launching", "kernels.pyramid"],
+    ],
     ["kernels.*", "errors", "linalg", "metrics", "corpus"],
     ["registry", "device", "stats", "data"],
     ["weight"],
     ["protocols", "formats.*"],
-    ["quantizers.grid", "quantizers.feedback", "quantizers.target_shift"],
+    ["quantizers.grid", "quantizers.feedback", "quantizers.kmeans", "quantizers.target_shift"],
     ["quantizers.*"],
     ["linear", "model", "plan"],
     ["forward", "fuse"],
     ["calibrate", "shards"],
+    ["rotate"],
     ["checkpoint", "recipe", "report"],
     ["hf"],
     ["folder"],
@@ -54,7 +59,11 @@ def rank(name):
 def imported(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "quantkit":
-            yield node.module.partition(".")[2] or "__init__"
+            name = node.module.partition(".")[2]
+            if name and all(len(list((ROOT / folder / name).glob("*.py"))) == 0 for folder in (".", "quantkit")):
+                yield name
+            else:  # a package: what is imported from it is a module
+                yield from (f"{name}.{alias.name}" if name else "__init__" for alias in node.names)
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == "quantkit":

@@ -1,0 +1,207 @@
+"""What every method must do, the same for all: a new method is a row of METHODS."""
+
+import dataclasses
+import hashlib
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import quantkit
+from quantkit import GPTQ, RTN, VPTQ, Calibration, Hadamard, Pyramid, Recipe, TargetShift
+from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.metrics import proxy_loss
+from quantkit.pipeline import quantize_checkpoint
+from quantkit.protocols import Needs
+from quantkit.stats import LayerStats
+from quantkit.weight import QuantizedWeight
+
+from .conftest import VOCABULARY
+
+METHODS = {
+    "rtn": RTN(3, 64),
+    "gptq": GPTQ(3, 64, symmetric=False),
+    "pyramid": Pyramid(2.0, 8),
+    "pyramid-wide": Pyramid(2.5, 32),
+    "pyramid-in": Pyramid(3.0, 16, axis="in"),
+    "vptq": VPTQ(2.0, 3),
+    "vptq-residual": VPTQ(2.0, 4, residual_bits=4),
+    "vptq-outliers": VPTQ(1.5, 2, outliers=0.05, ranges=2, scale_inputs=True),
+    "hadamard-rtn": Hadamard(RTN(4, 64), outputs=False),
+    "hadamard-gptq": Hadamard(GPTQ(2, 64)),
+    "hadamard-pyramid": Hadamard(Pyramid(2.25, 16)),
+    "hadamard-vptq": Hadamard(VPTQ(2.5)),
+}
+SHAPES = [(128, 256), (100, 70), (33, 320), (5, 130)]
+each = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+
+
+def layer(rows, columns, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    x = torch.randn(400, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    return weight, LayerStats(x.T @ x / 400, num_tokens=400)
+
+
+@each
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_layout_state_and_validity(method, shape):
+    """The layout is exact, the state says everything, and what is written passes its own checks."""
+    weight, stats = layer(*shape)
+    packed = method.quantize(weight, stats)
+    packed.validate()
+    assert packed.shape == shape
+    assert method.layout(*shape).metadata() == packed.metadata()
+    assert method.layout(*shape).nbytes == packed.nbytes == sum(t.nbytes for t in packed.state().values())
+    metadata = json.loads(json.dumps(packed.metadata()))
+    again = QuantizedWeight.from_state(metadata, packed.state())
+    assert torch.equal(again.dequantize(), packed.dequantize())
+    assert packed.dequantize().dtype == torch.float32
+    assert packed.dequantize(torch.bfloat16).dtype == torch.bfloat16
+
+
+@each
+def test_matmul_is_the_dequantized_weights(method):
+    weight, stats = layer(100, 70)
+    packed = method.quantize(weight, stats)
+    x, bias = torch.randn(2, 3, 70), torch.randn(100)
+    expected = torch.nn.functional.linear(x, packed.dequantize(), bias)
+    torch.testing.assert_close(packed.matmul(x, bias), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(packed.matmul(torch.eye(70)), packed.dequantize().T, rtol=1e-5, atol=1e-6)
+    half = packed.matmul(x.half(), bias.half())
+    assert half.dtype == torch.float16
+    assert float((half.float() - expected).norm() / expected.norm()) < 4e-3
+
+
+@each
+def test_never_worse_than_nothing_and_pure(method):
+    """A layer's loss is far below that of dropping it; the inputs stay as they are; a second call gives the same."""
+    weight, stats = layer(128, 256)
+    before = weight.clone(), stats.hessian.clone()
+    first, second = method.quantize(weight, stats), method.quantize(weight, layer(128, 256)[1])
+    assert torch.equal(weight, before[0])
+    assert torch.equal(stats.hessian, before[1])
+    assert all(torch.equal(first.state()[name], second.state()[name]) for name in first.state())
+    assert proxy_loss(weight - first.dequantize(), stats.hessian) < 0.2 * proxy_loss(weight, stats.hessian)
+
+
+@each
+def test_degenerate_weights(method):
+    """All zeros, one huge weight, constant rows, tiny weights: finite, and not worse than dropping the layer."""
+    _, stats = layer(64, 96)
+    for weight in (torch.zeros(64, 96), torch.ones(64, 96), torch.randn(64, 96) * 1e-6):
+        packed = method.quantize(weight, stats)
+        packed.validate()
+        assert proxy_loss(packed.dequantize() - weight, stats.hessian) <= proxy_loss(weight, stats.hessian) + 1e-5
+    spike = torch.randn(64, 96)
+    spike[3, 5] = 1e4
+    assert torch.isfinite(method.quantize(spike, stats).dequantize()).all()
+
+
+@each
+def test_frozen_and_described(method):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.damp = 1
+    assert eval(repr(method)) == method, "the report's text makes the quantizer again"
+    assert hash(method) == hash(dataclasses.replace(method))
+
+
+@each
+def test_statistics_are_asked_for(method):
+    if method.needs > Needs.NOTHING:
+        with pytest.raises(ValueError, match="RTN works without"):
+            method.quantize(torch.randn(16, 32), None)
+
+
+@each
+def test_reads_the_shifted_target(method):
+    weight, stats = layer(64, 96)
+    stats = LayerStats(stats.hessian, stats.hessian * 1.05, 400)
+    shifted = TargetShift(method, 1.0)
+    assert float((shifted.quantize(weight, stats).dequantize() - 1.05 * weight).norm()) < 1.2 * float(
+        (method.quantize(weight, stats).dequantize() - weight).norm()
+    )
+
+
+@each
+@pytest.mark.parametrize("architecture", ["llama_small", "gpt2_small"])
+def test_disk_memory_resume_and_generation(method, architecture, model_folder, text_file, tmp_path):
+    """Disk path = memory path, an interrupted run = a whole one, a loaded model = the one that was saved."""
+    folder = model_folder(architecture)
+    recipe = Recipe(method, calibration=Calibration(str(text_file), 3, 128))
+    report = quantize_checkpoint(folder, recipe, tmp_path / "whole")
+    assert not [name for name in tmp_path.iterdir() if name.name.endswith(".partial")]
+
+    def stop(done, _total, _name):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(folder, recipe, tmp_path / "resumed", progress=stop)
+    quantize_checkpoint(folder, recipe, tmp_path / "resumed", resume=True)
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        other = tmp_path / "resumed" / path.name
+        assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(other.read_bytes()).digest()
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = quantkit.quantize(
+        model, AutoTokenizer.from_pretrained(folder), method=method, calibration=recipe.calibration
+    )
+    loaded = quantkit.load(tmp_path / "whole", dtype=torch.float32).eval()
+    tokens = torch.randint(0, VOCABULARY, (2, 40))
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, loaded(tokens).logits)
+    model.save_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(
+            quantkit.load(tmp_path / "saved", dtype=torch.float32).eval()(tokens).logits, model(tokens).logits
+        )
+    generated = loaded.generate(tokens[:, :8], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert generated.shape == (2, 12)
+    stored = 8 * sum(module.packed.nbytes for module in loaded.modules() if hasattr(module, "packed"))
+    assert report.bits_per_weight == pytest.approx(stored / report.packed_weights)
+
+
+@each
+def test_damaged_files_are_refused(method, model_folder, text_file, tmp_path):
+    """Codes of all ones, scales of NaN: an error or a finite model, never a wild read."""
+    weight, stats = layer(64, 96)
+    packed = method.quantize(weight, stats)
+    wild = packed.map(lambda t: torch.full_like(t, torch.nan) if t.is_floating_point() else t)
+    with pytest.raises((ValueError, CheckpointError), match="NaN"):
+        wild.validate()
+    short = packed.map(lambda t: t[:-1] if t.dtype == torch.int32 else t)
+    with pytest.raises(ValueError):
+        short.validate()
+    ones = packed.map(lambda t: torch.full_like(t, -1) if t.dtype == torch.int32 else t)
+    try:
+        ones.validate()
+    except ValueError:
+        return
+    assert torch.isfinite(ones.dequantize()).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "pyramid", "group_size": 64}, "pyramid has no setting 'group_size'"),
+        ({"method": "vptq", "symmetric": True}, "vptq has no setting 'symmetric'"),
+        ({"method": "gptq", "bits": 2.5}, "integer formats hold 1 to 8 bits"),
+        ({"method": "pyramid", "bits": 0.01}, "0.5 to 8"),
+    ],
+)
+def test_settings_of_another_method_are_refused(settings, message, model_folder):
+    model = AutoModelForCausalLM.from_pretrained(model_folder("llama"), dtype=torch.float32)
+    with pytest.raises(QuantkitError, match=message):
+        quantkit.quantize(model, None, **settings)
+
+
+def test_rotation_is_the_default_where_the_method_wants_it():
+    from quantkit.recipe import make_quantizer
+
+    assert make_quantizer("pyramid", bits=2.5) == Hadamard(Pyramid(2.5))
+    assert make_quantizer("pyramid", False, bits=2.0) == Pyramid(2)
+    assert make_quantizer("vptq", bits=2) == Hadamard(VPTQ(2))
+    assert make_quantizer("gptq", bits=2.0) == GPTQ(2)
+    assert make_quantizer("gptq", True, bits=2) == Hadamard(GPTQ(2))
