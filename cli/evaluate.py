@@ -1,8 +1,9 @@
-"""`quantkit eval`: perplexity, and with a baseline the KL to it."""
+"""`quantkit eval`: perplexity, and with a baseline the KL to it; with quantized activations if asked for."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,10 +11,14 @@ import quantkit
 from quantkit.cli.display import console, window_progress
 from quantkit.data import documents, evaluation_tokens
 from quantkit.device import compute_dtype, parse_dtype, pick_device
+from quantkit.errors import QuantkitError
+from quantkit.evals.activations import ActivationCode, Observed, activation_code, quantized_activations
 from quantkit.evals.perplexity import Quality, evaluate
 from quantkit.folder import load_tokenizer, resolve_folder
 from quantkit.model import check_vocabulary, context_length
 from quantkit.recipe import window_length
+
+_ACTIVATIONS = "Quantized activations"
 
 
 def evaluate_command(
@@ -29,9 +34,35 @@ def evaluate_command(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; by default float32 on a CPU.")
     ] = None,
+    activation_bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Bits per activation: what the decoder blocks' linear layers read, 2 to 8; pyramid takes 0.5 to 8.",
+            rich_help_panel=_ACTIVATIONS,
+        ),
+    ] = None,
+    activation_method: Annotated[
+        str | None,
+        typer.Option(help="pyramid (default), int, or int-fitted (least squares).", rich_help_panel=_ACTIVATIONS),
+    ] = None,
+    activation_dimension: Annotated[
+        int | None,
+        typer.Option(
+            help="Features a group of the pyramid code, 2 to 256; 32 by default.", rich_help_panel=_ACTIVATIONS
+        ),
+    ] = None,
+    activation_hadamard: Annotated[
+        bool | None,
+        typer.Option(
+            "--hadamard-activations/--no-hadamard-activations",
+            help="Rotate features before, and back after; by default for pyramid.",
+            rich_help_panel=_ACTIVATIONS,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure perplexity on held-out text; with --baseline also KL, top-1 agreement and flips."""
+    code = _activation_code(activation_bits, activation_method, activation_dimension, activation_hadamard)
     where = pick_device(device)
     kind = parse_dtype(dtype) or compute_dtype(where) or "auto"
     folder = resolve_folder(model)
@@ -43,22 +74,50 @@ def evaluate_command(
         if loaded is not None:
             check_vocabulary(tokens, loaded)
     length = window_length(seqlen, context_length(subject))
-    with window_progress() as progress:
+    coding = nullcontext() if code is None else quantized_activations(subject, code)
+    with coding as observed, window_progress() as progress:
         quality = evaluate(
             subject, tokens, bytes_per_token, length,
             stride=stride, baseline=reference, max_windows=max_windows, progress=progress,
         )  # fmt: skip
+    activations = None if observed is None else _figures(code, observed)
     if as_json:
-        print(
-            json.dumps(
-                {"model": model, "data": data, "seqlen": length, "baseline": baseline, **asdict(quality)}, indent=2
-            )
-        )
+        settings = {"model": model, "data": data, "seqlen": length, "baseline": baseline, "activations": activations}
+        print(json.dumps(settings | asdict(quality), indent=2))
     else:
-        _print(model, baseline, quality)
+        _print(model, baseline, quality, activations)
 
 
-def _print(model: str, baseline: str | None, quality: Quality) -> None:
+def _activation_code(
+    bits: float | None, method: str | None, dimension: int | None, hadamard: bool | None
+) -> ActivationCode | None:
+    """What the options ask for; None without --activation-bits.
+
+    Raises:
+        QuantkitError: options that say nothing without others.
+    """
+    if bits is None:
+        if (method, dimension, hadamard) != (None, None, None):
+            raise QuantkitError("options for activations say nothing without --activation-bits; add e.g. 4")
+        return None
+    method = method or "pyramid"
+    if dimension is not None and method != "pyramid":
+        raise QuantkitError(f"--activation-dimension belongs to pyramid; {method} has one scale a token and no groups")
+    rotated = method == "pyramid" if hadamard is None else hadamard
+    return activation_code(method, bits, 32 if dimension is None else dimension, rotated)
+
+
+def _figures(code: ActivationCode | None, observed: Observed) -> dict[str, Any]:
+    return {
+        "code": repr(code),
+        "bits_per_activation": observed.bits_per_activation,
+        "relative_error": observed.relative_error,
+        "layers": observed.layers,
+        "layers_reached": len(observed.reached),
+    }
+
+
+def _print(model: str, baseline: str | None, quality: Quality, activations: dict[str, Any] | None) -> None:
     console.print(f"[bold]{model}[/]")
     console.print(f"perplexity      {quality.perplexity:.4f} +- {quality.perplexity_se:.4f}")
     if baseline is not None:
@@ -69,3 +128,8 @@ def _print(model: str, baseline: str | None, quality: Quality) -> None:
         console.print(f"top-1 agreement {100 * (quality.top1_agreement or 0):.2f}%")
         console.print(f"flip rate       {100 * (quality.flip_rate or 0):.2f}%")
     console.print(f"over            {quality.tokens:,} tokens in {quality.windows} windows")
+    if activations is not None:
+        layers = f"{activations['layers_reached']} of {activations['layers']} layers"
+        bits = activations["bits_per_activation"]
+        console.print(f"activations     {bits:.3f} bits each, measured, into {layers}; {activations['code']}")
+        console.print(f"  lost          {100 * activations['relative_error']:.3f}% of their squared norm")
