@@ -19,7 +19,6 @@ All accumulate in fp32 and are deterministic; x = I gives exactly the dequantize
 `int_group_matmul_triton.py`, so that this file imports where there is no Triton.
 """
 
-import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -27,7 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.kernels import launching, operators
 from quantkit.kernels.bitpack import TILE, row_words, tail_words_per_lane, unpack
+from quantkit.kernels.launching import or_stand_in
 from quantkit.kernels.tuning import Config, chosen, shares
 
 CROSSOVERS = {"default": (32, 192)}
@@ -60,9 +61,8 @@ def reference(
     down: Tensor | None = None,
 ) -> Tensor:
     """The specification of the product, on any device: y [..., N] in x's dtype for x [..., K]."""
-    weight = dequantized(codes, scales, zeros, bits, group_size, x.shape[-1]).to(x.dtype)
-    y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    return y if up is None or down is None else y + (x @ down.T.to(x.dtype)) @ up.T.to(x.dtype)
+    weight = dequantized(codes, scales, zeros, bits, group_size, x.shape[-1])
+    return operators.product(x, weight, bias, up, down)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def rule(problem: Problem) -> Config:
     """Sizes for a decode launch on a GPU that nobody has measured."""
     block_m = 8 if problem.M <= 8 else 16 if problem.M <= 16 else 32
     # Triton's passes fail for sm_10x on 3 bits of 128 rows where they use its own instructions
-    own = problem.capability // 10 == 10 and block_m >= _fewest_rows()
+    own = problem.capability // 10 == 10 and block_m >= launching.fewest_rows()
     narrow = not problem.whole_groups  # each of a tile's groups takes registers
     many_registers = narrow and (problem.bits == 8 or problem.group_size == 32 or block_m == 32)
     block_n = 64 if problem.N <= 2048 or own or many_registers else 128
@@ -132,20 +132,6 @@ def gemm_rule(problem: Problem) -> Config:
     return Config(block_m, 128, num_warps=8 if block_m > 32 else 4, num_stages=2 if block_m == 128 else 3)
 
 
-def pairs(problem: Problem, config: Config) -> int:
-    """Neighbouring columns that a lane's fragment holds: 2 in the instructions of Hopper (90) and Blackwell (10x), 4 as
-    Triton uses mma.sync, which it does everywhere else and for blocks of few rows. The result is right with either."""
-    return 2 if problem.capability // 10 in (9, 10) and config.block_m >= _fewest_rows() else 4
-
-
-@lru_cache
-def _fewest_rows() -> int:
-    """Rows from which Triton multiplies with the warp-group's instructions."""
-    import triton
-
-    return 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 16
-
-
 def flags(problem: Problem, has_zeros: bool) -> dict[str, Any]:
     """The compile-time arguments that `gemm_kernel` and `dequantize_kernel` share."""
     tails = {f"TAIL_{width}": tail_words_per_lane(problem.K, width) for width in (8, 4, 2, 1)}
@@ -154,7 +140,7 @@ def flags(problem: Problem, has_zeros: bool) -> dict[str, Any]:
 
 def problem_of(x: Tensor, codes: Tensor, bits: int, group_size: int) -> Problem:
     """The problem that x [M, K] and a weight's codes pose on the GPU that holds the codes."""
-    capability, multiprocessors, _ = _properties(codes.device)
+    capability, multiprocessors, _ = launching.properties(codes.device)
     return Problem(len(x), len(codes), x.shape[1], bits, group_size, x.dtype, capability, multiprocessors)
 
 
@@ -186,13 +172,12 @@ def launch(
     if not (len(rows) and N):
         return x.new_empty(*x.shape[:-1], N)
     problem = problem_of(rows, codes, bits, group_size)
-    gpu = _properties(x.device)[2]
+    gpu = launching.properties(x.device)[2]
     decode_rows, gemm_rows = CROSSOVERS.get(gpu, CROSSOVERS["default"])
     inner = None if up is None or down is None else rows @ down.T
     if problem.M > (gemm_rows if problem.tiled and problem.whole_groups else decode_rows) and config is None:
         weight = _write_out(codes, scales, zeros, problem)
-        y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
-        y = y if inner is None or up is None else torch.addmm(y, inner, up.T)
+        y = operators.dense(rows, weight, bias, inner, up)
     else:
         y = torch.empty(problem.M, N, dtype=x.dtype, device=x.device)
         with torch.cuda.device_of(x):
@@ -213,14 +198,15 @@ def _decode(rows, codes, scales, zeros, bias, up, inner, y, problem: Problem, co
     if config.split_k > 1:
         size = tiles[0] * tiles[1] * config.split_k * config.block_n * config.block_m
         partial = torch.empty(size, dtype=torch.float32, device=y.device)
-        arrived = _counters(y.device, tiles[0] * tiles[1])
+        arrived = launching.counters(y.device, tiles[0] * tiles[1])
     decode_kernel[(*tiles, config.split_k)](
-        rows, codes, scales, _or(zeros, scales), _or(bias, y), _or(up, y), _or(inner, y), y, partial, arrived,
+        rows, codes, scales, or_stand_in(zeros, scales), *(or_stand_in(tensor, y) for tensor in (bias, up, inner)),
+        y, partial, arrived,
         M, N, K // TILE, codes.shape[1], min(problem.group_size, K), rows.stride(0), 0 if up is None else up.shape[1],
-        BITS=problem.bits, HAS_ZEROS=zeros is not None, HAS_BIAS=bias is not None, BLOCK_R=_block_r(up),
+        BITS=problem.bits, HAS_ZEROS=zeros is not None, HAS_BIAS=bias is not None, BLOCK_R=launching.block_r(up),
         GROUPS=TILE // problem.group_size if problem.group_size < min(TILE, K) else 1, SPLIT_K=config.split_k,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAIRS=pairs(problem, config), **_machine(y),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAIRS=launching.pairs(problem.capability, config.block_m),
+        **launching.machine(y), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
@@ -230,11 +216,11 @@ def _gemm(rows, codes, scales, zeros, bias, up, inner, y, problem: Problem) -> N
     M, N, K = problem.M, problem.N, problem.K
     config = gemm_rule(problem)
     gemm_kernel[(-(-N // config.block_n), -(-M // config.block_m))](
-        rows, codes, scales, _or(zeros, scales), _or(bias, y), _or(up, y), _or(inner, y), y,
+        rows, codes, scales, or_stand_in(zeros, scales), *(or_stand_in(tensor, y) for tensor in (bias, up, inner)), y,
         M, N, K, codes.shape[1], min(problem.group_size, K), rows.stride(0), 0 if up is None else up.shape[1],
-        **flags(problem, zeros is not None), HAS_BIAS=bias is not None, BLOCK_R=_block_r(up),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAIRS=pairs(problem, config), **_machine(y),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **flags(problem, zeros is not None), HAS_BIAS=bias is not None, BLOCK_R=launching.block_r(up),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAIRS=launching.pairs(problem.capability, config.block_m),
+        **launching.machine(y), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
@@ -246,82 +232,10 @@ def _write_out(codes, scales, zeros, problem: Problem) -> Tensor:
     weight = torch.empty(N, K, dtype=problem.dtype, device=codes.device)
     with torch.cuda.device_of(codes):
         dequantize_kernel[(-(-N // 64), -(-K // TILE))](
-            codes, scales, _or(zeros, scales), weight, N, K, codes.shape[1], min(problem.group_size, K),
-            **flags(problem, zeros is not None), BLOCK_N=64, **_machine(codes), num_warps=4,
+            codes, scales, or_stand_in(zeros, scales), weight, N, K, codes.shape[1], min(problem.group_size, K),
+            **flags(problem, zeros is not None), BLOCK_N=64, **launching.machine(codes), num_warps=4,
         )  # fmt: skip
     return weight
-
-
-def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A pointer for an argument that the kernel was compiled not to read."""
-    return stand_in if tensor is None else tensor
-
-
-def _block_r(up: Tensor | None) -> int:
-    return 0 if up is None else min(32, max(16, 1 << (up.shape[1] - 1).bit_length()))
-
-
-def _machine(tensor: Tensor) -> dict[str, bool]:
-    """Inline assembly is NVIDIA's; a tensor in the CPU's memory means Triton's interpreter, whose bf16 is wrong."""
-    return {"ASM": tensor.is_cuda and torch.version.hip is None, "INTERPRETED": not tensor.is_cuda}
-
-
-@lru_cache
-def _properties(device: torch.device) -> tuple[int, int, str]:
-    """(compute capability, multiprocessors, name) of a GPU; of no particular one for the interpreter."""
-    if device.type != "cuda":
-        return 80, 8, "default"
-    properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count, properties.name
-
-
-class _Counters:
-    """Zeros that split-K launches count their shares in, and leave zero: no launch has to clear them.
-
-    Launches of one stream use the same ones. A launch that is captured into a CUDA graph gets its own, because a
-    graph may be replayed beside anything.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._zeros = torch.zeros(2**20, dtype=torch.int32, device=device)
-        self._used = 0
-        self._of_stream: dict[int, Tensor] = {}
-        self._lock = threading.Lock()
-        torch.cuda.synchronize(device)  # other streams will use them
-
-    def take(self, count: int) -> Tensor:
-        """`count` zeros for a launch on the current stream."""
-        with self._lock:
-            if torch.cuda.is_current_stream_capturing():
-                return self._next(count)
-            stream = torch.cuda.current_stream(self._zeros.device).cuda_stream
-            if stream not in self._of_stream or len(self._of_stream[stream]) < count:
-                self._of_stream[stream] = self._next(max(count, 2048))
-            return self._of_stream[stream]
-
-    def _next(self, count: int) -> Tensor:
-        if self._used + count > len(self._zeros):
-            return torch.zeros(count, dtype=torch.int32, device=self._zeros.device)
-        self._used += count
-        return self._zeros[self._used - count : self._used]
-
-
-_PREPARED: dict[torch.device, _Counters] = {}
-
-
-def prepare(device: torch.device) -> None:
-    """Allocates what launches on a GPU share. Without it they are right but each clears its own counters.
-
-    Not done by a launch itself, which may run while a CUDA graph is recorded or warmed up, when what is allocated
-    belongs to the graph.
-    """
-    if device.type == "cuda" and device not in _PREPARED and not torch.cuda.is_current_stream_capturing():
-        _PREPARED[device] = _Counters(device)
-
-
-def _counters(device: torch.device, count: int) -> Tensor:
-    prepared = _PREPARED.get(device)
-    return torch.zeros(count, dtype=torch.int32, device=device) if prepared is None else prepared.take(count)
 
 
 def check(
@@ -336,99 +250,26 @@ def check(
     down: Tensor | None = None,
 ) -> None:
     """Raises ValueError unless every address that follows from the arguments lies inside the tensors."""
-    K = x.shape[-1]
-    if K == 0:
-        raise ValueError("x has no columns")
-    if bits not in range(1, 9) or group_size < 1:
-        raise ValueError(f"bits={bits}, group_size={group_size}: bits are 1 to 8 and groups hold at least one column")
-    if any(t is not None and t.device != x.device for t in (codes, scales, zeros, bias, up, down)):
-        raise ValueError(f"x is on {x.device}; all that it is multiplied by must be there too")
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"x is {x.dtype}; the kernel takes float16, bfloat16 or float32")
-    words = row_words(K, bits)
-    if codes.dtype != torch.int32 or codes.dim() != 2 or codes.shape[1] != words or not codes.is_contiguous():
+    if bits not in range(1, 9) or group_size < 1 or codes.dim() != 2:
         raise ValueError(
-            f"codes are {codes.dtype} {tuple(codes.shape)}; {K} columns of {bits} bits take "
-            f"contiguous int32 [N, {words}]"
+            f"bits={bits}, group_size={group_size}, codes {tuple(codes.shape)}: codes [N, words] are of 1 to 8 bits, "
+            "groups hold at least one column"
         )
-    N = codes.shape[0]
-    if (up is None) != (down is None):
-        raise ValueError("a low-rank correction has both up and down, or neither")
-    rank = 0 if up is None or up.dim() != 2 else up.shape[1]
+    N, K = len(codes), x.shape[-1]
+    groups = -(-K // group_size), N
     expected = {
-        "scales": (scales, torch.float16, (-(-K // group_size), N)),
-        "zeros": (zeros, torch.float16, (-(-K // group_size), N)),
-        "bias": (bias, None, (N,)),
-        "up": (up, x.dtype, (N, max(rank, 1))),
-        "down": (down, x.dtype, (max(rank, 1), K)),
+        "codes": (codes, torch.int32, (N, row_words(K, bits))),
+        "scales": (scales, torch.float16, groups),
+        "zeros": (zeros, torch.float16, groups),
     }
-    for name, (tensor, dtype, shape) in expected.items():
-        if tensor is None:
-            continue
-        wrong_type = not tensor.is_floating_point() if dtype is None else tensor.dtype != dtype
-        if wrong_type or tuple(tensor.shape) != shape or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} are {tensor.dtype} {tuple(tensor.shape)}; bits={bits}, group_size={group_size} and "
-                f"x {tuple(x.shape)} take contiguous {dtype or 'floating-point'} {shape}"
-            )
+    operators.check(x, N, expected, bias, up, down)
 
 
-_LIBRARY = torch.library.Library("quantkit", "FRAGMENT")
-_LIBRARY.define(
-    "int_group_matmul(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, int bits, int group_size, "
-    "Tensor? bias=None, Tensor? up=None, Tensor? down=None) -> Tensor"
+int_group_matmul = operators.register(
+    "int_group_matmul",
+    "Tensor codes, Tensor scales, Tensor? zeros, int bits, int group_size",
+    lambda codes, *others: codes.shape[0],
+    dequantized,
+    reference,
+    launch,
 )
-
-
-def _fake(x, codes, scales, zeros, bits, group_size, bias=None, up=None, down=None):
-    return x.new_empty(*x.shape[:-1], codes.shape[0])
-
-
-def _on_cpu(x, *arguments):
-    return _in_own_types(reference, x, *arguments)
-
-
-def _on_gpu(x, *arguments):
-    # The kernels' shared memory and instructions are those of sm_80 and newer.
-    return _in_own_types(launch if _properties(x.device)[0] >= 80 else reference, x, *arguments)
-
-
-def _in_own_types(function, x, *arguments):
-    """Keeps autocast, which knows torch's own products only, from changing types inside."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return function(x, *arguments)
-    with torch.autocast(x.device.type, enabled=False):
-        return function(x, *arguments)
-
-
-def _remember(ctx, inputs, output):
-    x, codes, scales, zeros, ctx.bits, ctx.group_size, bias, up, down = inputs
-    needed = x if up is not None and any(ctx.needs_input_grad[7:]) else None
-    ctx.shape, ctx.bias_dtype = x.shape, None if bias is None else bias.dtype
-    ctx.save_for_backward(codes, scales, zeros, needed, up, down)
-
-
-def _backward(ctx, grad):
-    """Through the packed weight to x, the bias and the low-rank correction; codes and scales are constants."""
-    codes, scales, zeros, x, up, down = ctx.saved_tensors
-    bits, group_size, K = ctx.bits, ctx.group_size, ctx.shape[-1]
-    rows = grad.reshape(-1, codes.shape[0])
-    grad_x = grad_bias = grad_up = grad_down = None
-    if ctx.needs_input_grad[0]:
-        grad_x = rows @ dequantized(codes, scales, zeros, bits, group_size, K).to(grad.dtype)
-        if up is not None:
-            grad_x = grad_x + (rows @ up) @ down
-        grad_x = grad_x.view(ctx.shape)
-    if any(ctx.needs_input_grad[6:7]):  # trailing arguments that were left out are not counted
-        grad_bias = rows.sum(0).to(ctx.bias_dtype)
-    if x is not None:
-        flat = x.reshape(-1, K)
-        grad_up, grad_down = rows.T @ (flat @ down.T), (rows @ up).T @ flat
-    return (grad_x, None, None, None, None, None, grad_bias, grad_up, grad_down)[: len(ctx.needs_input_grad)]
-
-
-torch.library.register_fake("quantkit::int_group_matmul", _fake, lib=_LIBRARY)
-_LIBRARY.impl("int_group_matmul", _on_cpu, "CompositeExplicitAutograd")
-_LIBRARY.impl("int_group_matmul", _on_gpu, "CUDA")
-torch.library.register_autograd("quantkit::int_group_matmul", _backward, setup_context=_remember, lib=_LIBRARY)
-int_group_matmul = torch.ops.quantkit.int_group_matmul.default

@@ -22,7 +22,6 @@ gives exactly the dequantized weight. The kernels stand in `pyramid_matmul_trito
 there is no Triton.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
@@ -31,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.kernels import launching, pyramid
+from quantkit.kernels import launching, operators, pyramid
 from quantkit.kernels.bitpack import LANES, TILE, pack, row_words, unpack
 from quantkit.kernels.launching import or_stand_in
 from quantkit.kernels.tuning import Config, chosen
@@ -120,21 +119,15 @@ def dequantized_table(
     return entries.mul_(factor.unsqueeze(1)).flatten(0, 1)[:out_features]
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor | None, down: Tensor | None) -> Tensor:
-    """The specification of the product, once the weight is known."""
-    y = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return y if up is None or down is None else y + (x @ down.T.to(x.dtype)) @ up.T.to(x.dtype)
-
-
 def reference(x, codes, factors, bits, dimension, bias=None, up=None, down=None) -> Tensor:
     """The specification of `pyramid_matmul`, on any device: y [..., N] in x's dtype for x [..., K]."""
-    return _linear(x, dequantized(codes, factors, bits, dimension, x.shape[-1]), bias, up, down)
+    return operators.product(x, dequantized(codes, factors, bits, dimension, x.shape[-1]), bias, up, down)
 
 
 def table_reference(x, codes, scales, gains, points, bits, out_features, bias=None, up=None, down=None) -> Tensor:
     """The specification of `pyramid_table_matmul`, on any device: y [..., N] in x's dtype for x [..., K]."""
     weight = dequantized_table(codes, scales, gains, points, bits, out_features, x.shape[-1])
-    return _linear(x, weight, bias, up, down)
+    return operators.product(x, weight, bias, up, down)
 
 
 @dataclass(frozen=True)
@@ -185,12 +178,15 @@ def rule(problem: Problem) -> Config:
         block_m, block_n, warps, stages = max(block_m, 16), 64, 8, 1
     elif problem.index_bits:  # little shared memory, so that the cache beside it holds the points
         block_m = min(block_m, 32 if hopper and not ragged else 16)
-        block_n, warps, stages = (128, 2, 2) if block_m == 8 else (256, 4, 2)
+        block_n, warps, stages = (128, 2, 2) if block_m == 8 or problem.capability < 90 else (256, 4, 2)
     else:
-        block_n, warps = (128, 4) if ragged or block_m == 32 else (128, 2)
-        if block_m == 32 and problem.capability // 10 == 10:  # its own instructions want W elsewhere than in registers
-            block_n, warps = 64, 2
+        blackwell = problem.capability // 10 == 10  # its own instructions want W elsewhere than in registers
+        narrow = problem.dimension % 4 != 0 or (block_m == 32 and blackwell)
+        if block_m == 16:
+            narrow |= problem.bits == 7 or (blackwell and problem.dtype == torch.float16)
+        block_n, warps = (64, 2) if narrow else (128, 4) if ragged or block_m == 32 else (128, 2)
         stages = 4 if problem.dimension % 4 == 0 and problem.bits < 8 else 3 if problem.dimension % 2 == 0 else 2
+        stages = 2 if block_m == 16 and blackwell else stages  # of 4 ptxas makes a program that spills
     programs = -(-problem.N // block_n) * -(-problem.M // block_m)
     tiles, split = -(-problem.K // TILE), 1
     while programs * split * warps < 8 * problem.multiprocessors and split < 16 and tiles // (2 * split) >= 2:
@@ -216,7 +212,7 @@ def pairs(problem: Problem, config: Config) -> int:
 
 def dequantize_config(problem: Problem) -> Config:
     """Sizes for the kernels that write W out."""
-    return Config(1, 128, num_warps=8, num_stages=2) if problem.index_bits else Config(1, 64, num_warps=4, num_stages=2)
+    return Config(1, 128, num_warps=8, num_stages=2) if problem.index_bits else Config(1, 64, num_warps=8, num_stages=2)
 
 
 def _multiply(x, weight, sizes, shape, bias, up, down, config) -> Tensor:
@@ -239,10 +235,7 @@ def _multiply(x, weight, sizes, shape, bias, up, down, config) -> Tensor:
     problem = Problem(len(rows), N, K, bits, dimension, index_bits, x.dtype, capability, multiprocessors)
     inner = None if up is None or down is None else rows @ down.T
     if problem.M > CROSSOVERS.get(gpu, CROSSOVERS["default"]) and config is None:
-        y = torch.nn.functional.linear(
-            rows, _write_out(weight, sizes, problem), None if bias is None else bias.to(x.dtype)
-        )
-        y = y if inner is None or up is None else torch.addmm(y, inner, up.T)
+        y = operators.dense(rows, _write_out(weight, sizes, problem), bias, inner, up)
     else:
         y = torch.empty(problem.M, N, dtype=x.dtype, device=x.device)
         if config is None:
@@ -301,7 +294,7 @@ def launch(x, codes, factors, bits, dimension, bias=None, up=None, down=None, co
         "codes": (codes, torch.int32, (N, row_words(columns, bits))),
         "factors": (factors, torch.int32, (-(-N // dimension), row_words(columns, 16))),
     }
-    _check(x, N, expected, bias, up, down)
+    operators.check(x, N, expected, bias, up, down)
     sizes = codes.shape[1], factors.shape[1], dimension
     return _multiply(x, (codes, factors), sizes, (N, bits, dimension, 0), bias, up, down, config)
 
@@ -326,7 +319,7 @@ def table_launch(
         "gains": (gains, torch.float32, (1 << (bits - index_bits), LARGEST_SQUARE)),
         "points": (points, torch.int32, (1 << index_bits,)),
     }
-    _check(x, out_features, expected, bias, up, down)
+    operators.check(x, out_features, expected, bias, up, down)
     shape = out_features, bits, 8, index_bits
     return _multiply(x, (codes, scales, gains, points), (codes.shape[1],), shape, bias, up, down, config)
 
@@ -335,102 +328,7 @@ def _index_bits(points: Tensor) -> int:
     return (len(points) - 1).bit_length()
 
 
-def _check(x: Tensor, N: int, expected: dict[str, tuple], bias, up, down) -> None:
-    """Raises ValueError unless every address that follows from the arguments lies inside the tensors.
-
-    Args:
-        expected: the weight's tensors by name, with the dtype and the shape that they must have.
-    """
-    K = x.shape[-1]
-    if K == 0 or N < 1:
-        raise ValueError(f"x has {K} columns and the weight {N} rows; both need one at least")
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"x is {x.dtype}; the kernel takes float16, bfloat16 or float32")
-    if (up is None) != (down is None):
-        raise ValueError("a low-rank correction has both up and down, or neither")
-    rank = 0 if up is None or up.dim() != 2 else up.shape[1]
-    expected = expected | {
-        "bias": (bias, None, (N,)),
-        "up": (up, x.dtype, (N, max(rank, 1))),
-        "down": (down, x.dtype, (max(rank, 1), K)),
-    }
-    for name, (tensor, dtype, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tensor.device != x.device:
-            raise ValueError(f"x is on {x.device}, {name} on {tensor.device}; all must be on one device")
-        wrong_type = not tensor.is_floating_point() if dtype is None else tensor.dtype != dtype
-        if wrong_type or tuple(tensor.shape) != shape or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} are {tensor.dtype} {tuple(tensor.shape)}; a weight of {N} x {K} and x {tuple(x.shape)} take "
-                f"contiguous {dtype or 'floating-point'} {shape}"
-            )
-
-
-_LIBRARY = torch.library.Library("quantkit", "FRAGMENT")
-
-
-def _register(
-    name: str,
-    arguments: str,
-    rows: Callable[..., int],
-    dequantize: Callable[..., Tensor],
-    reference: Callable[..., Tensor],
-    launch: Callable[..., Tensor],
-) -> Any:
-    """Makes the operator `name`(x, *weight, bias, up, down).
-
-    Args:
-        arguments: of the weight, as in a schema.
-        rows: the weight's rows, from its arguments.
-        dequantize: the weight in fp32, from its arguments and in_features.
-        reference, launch: the product on other devices than NVIDIA's GPUs since sm_80, and on those.
-    """
-    last = 1 + len(arguments.split(","))  # x and the weight; then bias, up and down
-    _LIBRARY.define(f"{name}(Tensor x, {arguments}, Tensor? bias=None, Tensor? up=None, Tensor? down=None) -> Tensor")
-
-    def fake(x, *others):
-        return x.new_empty(*x.shape[:-1], rows(*others[: last - 1]))
-
-    def on_gpu(x, *others):
-        new = launching.properties(x.device)[0] >= 80
-        return launching.in_own_types(launch if new else reference, x, *others)
-
-    def remember(ctx, inputs, output):
-        x, weight, (bias, up, down) = inputs[0], inputs[1:last], inputs[last:]
-        needed = x if up is not None and any(ctx.needs_input_grad[last + 1 :]) else None
-        ctx.shape, ctx.bias_dtype = x.shape, None if bias is None else bias.dtype
-        ctx.numbers = [None if isinstance(value, Tensor) else value for value in weight]
-        ctx.save_for_backward(needed, up, down, *(value for value in weight if isinstance(value, Tensor)))
-
-    def backward(ctx, grad):
-        """Through the packed weight to x, the bias and the low-rank correction; the weight is a constant."""
-        x, up, down, *tensors = ctx.saved_tensors
-        weight = [tensors.pop(0) if number is None else number for number in ctx.numbers]
-        flat_grad = grad.reshape(-1, grad.shape[-1])
-        found: list[Tensor | None] = [None] * (last + 3)
-        if ctx.needs_input_grad[0]:
-            grad_x = flat_grad @ dequantize(*weight, ctx.shape[-1]).to(grad.dtype)
-            grad_x = grad_x if up is None else grad_x + (flat_grad @ up) @ down
-            found[0] = grad_x.view(ctx.shape)
-        if any(ctx.needs_input_grad[last : last + 1]):  # trailing arguments that were left out are not counted
-            found[last] = flat_grad.sum(0).to(ctx.bias_dtype)
-        if x is not None:
-            flat = x.reshape(-1, ctx.shape[-1])
-            found[last + 1], found[last + 2] = flat_grad.T @ (flat @ down.T), (flat_grad @ up).T @ flat
-        return tuple(found[: len(ctx.needs_input_grad)])
-
-    def elsewhere(x, *others):
-        return launching.in_own_types(reference, x, *others)
-
-    torch.library.register_fake(f"quantkit::{name}", fake, lib=_LIBRARY)
-    _LIBRARY.impl(name, elsewhere, "CompositeExplicitAutograd")
-    _LIBRARY.impl(name, on_gpu, "CUDA")
-    torch.library.register_autograd(f"quantkit::{name}", backward, setup_context=remember, lib=_LIBRARY)
-    return getattr(torch.ops.quantkit, name).default
-
-
-pyramid_matmul = _register(
+pyramid_matmul = operators.register(
     "pyramid_matmul",
     "Tensor codes, Tensor factors, int bits, int dimension",
     lambda codes, *others: codes.shape[0],
@@ -438,7 +336,7 @@ pyramid_matmul = _register(
     reference,
     launch,
 )
-pyramid_table_matmul = _register(
+pyramid_table_matmul = operators.register(
     "pyramid_table_matmul",
     "Tensor codes, Tensor scales, Tensor gains, Tensor points, int bits, int out_features",
     lambda *arguments: arguments[-1],

@@ -12,6 +12,7 @@ RANKS = [
         *["kernels.codebook_matmul_triton", "kernels.hadamard_triton", "kernels.int_group_matmul_triton"],
         *["kernels.pyramid_matmul_triton", "kernels.codebook_rule", "kernels.launching", "kernels.pyramid"],
     ],
+    ["kernels.operators"],
     ["kernels.*", "errors", "linalg", "metrics", "corpus"],
     ["registry", "device", "stats", "data"],
     ["weight"],

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels.bitpack import pack, row_words
-from quantkit.kernels.int_group_matmul import dequantized, int_group_matmul, prepare
+from quantkit.kernels.int_group_matmul import dequantized, int_group_matmul
+from quantkit.kernels.launching import prepare
 from quantkit.weight import QuantizedWeight
 
 
