@@ -11,12 +11,12 @@ largest block that a known C allows is taken:
 Signs are stored as bits, feature i in bit i % 8 of byte i // 8.
 
 Bytes moved on a GPU, by `hadamard_triton.py` in one launch: 2 * n in, 2 * n out (16 bits) and n / 8 of signs a row. A
-program reads all of a block and makes some rows of its result, seen as a matrix [order of C, order of S]:
+program makes some rows of a block's result, seen as a matrix [order of C, order of S], from all of the block:
 
-    few blocks   16 rows, by many warps: one row of x takes several multiprocessors
-    many         as many rows as registers hold, which are all of them in most dimensions up to 16384
+    few blocks   16 rows, by as many warps as help
+    many         as many rows as registers hold: all of them up to 16384 features, but where C is of an order above 64
 
-fp16 and bf16 are rounded once, at the end.
+Results in fp16 and bf16 are rounded once.
 """
 
 import math
@@ -29,9 +29,9 @@ from torch import Tensor
 LARGEST_CORE = 256
 """The largest order of C that is used: C costs a dense product."""
 LARGEST_BLOCK = 2**17
-"""The largest block that the kernel takes: a program reads all of it."""
+"""The largest block that the kernel takes: each of its programs reads all of it."""
 FEW = 256
-"""Programs up to which there are few blocks: a model's guess, about two for each multiprocessor."""
+"""Programs up to which blocks count as few: a model's guess, about two for each multiprocessor."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -241,7 +241,7 @@ def constants(n: int, inverse: bool, chosen: Sizes) -> dict[str, Any]:
 def launch(x: Tensor, signs: Tensor, inverse: bool = False, chosen: Sizes | None = None) -> Tensor:
     """Runs the Triton kernel; arguments and result as in `reference`.
 
-    That takes what the kernel does not: fp64, blocks of one feature (odd n) or of more than LARGEST_BLOCK.
+    That takes what the kernel does not: fp64, and blocks of more than LARGEST_BLOCK.
 
     Args:
         chosen: sizes instead of those of `sizes`.
@@ -250,7 +250,7 @@ def launch(x: Tensor, signs: Tensor, inverse: bool = False, chosen: Sizes | None
     n = x.shape[-1]
     rows = x.reshape(-1, n)
     vectors = len(rows) * factors(n).blocks
-    if x.dtype == torch.float64 or not 1 < factors(n).size <= LARGEST_BLOCK or vectors > 2**30:
+    if x.dtype == torch.float64 or factors(n).size > LARGEST_BLOCK or vectors > 2**30:  # counted in 32 bits
         return reference(x, signs, inverse)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not vectors:

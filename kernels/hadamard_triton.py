@@ -1,17 +1,19 @@
 """The Triton kernel behind `hadamard.rotate`; that file has the transform, and the rule for the sizes.
 
-A vector (one block of a row of x) is a matrix X [order of C, power of two], and Y = scale * C X S.
+A block of x is a matrix X [order of C, power of two], and Y = scale * C X S.
 
-C is a product on the tensor core with x as it is, which is exact for entries +-1 but for the fp32 sums; x in fp32 is
-taken in three bf16 parts. C is made in registers from Paley's formula: nothing but x and signs is read, and nothing
-has to be kept on the GPU.
+C X is a product of the tensor core, which is exact for entries +-1 but for the fp32 sums: x in 16 bits as it is, in
+fp32 as three bf16 parts. C is made in registers from Paley's formula: nothing but x and signs is read, and nothing has
+to be kept on the GPU. Being the left operand with 16 or 32 rows, it takes the same instructions (mma.sync) on every
+GPU, but for the orders above 32.
 
-S is log2(power) stages of sums and differences in fp32, each between the two halves of a register pair: a stage takes
-the lowest bit of the column and makes it the highest, and Triton moves data between lanes only where the lowest bit is
-not in a register: two or three times, through shared memory. The other way, S as products of the tensor core with
-matrices of order sqrt(power), was compiled too: for 4096 and 14336 features in bf16 it takes 1.1 and 2.4 times the
-instructions on sm_80 and sm_90, and two to three times the registers, because its operands are made, split into bf16
-parts and kept; in stages of shuffles it is 2.5 times the instructions.
+S is applied in log2(power) stages of sums and differences in fp32. A stage takes the lowest bit of the column and makes
+it the highest, so that Triton renames registers and moves data between lanes only where the lowest bit is not in a
+register: two or three times in all, through shared memory.
+
+The other way, X S as tensor-core products with Sylvester matrices near sqrt(power), was compiled too. For 4096 and
+14336 features in bf16 it takes 1.1 and 2.6 times the instructions on sm_80, 1.0 and 2.1 times on sm_90, and up to three
+times the registers: its matrices have to be made, and fp32 sums to be split into bf16 parts.
 """
 
 import triton
@@ -104,9 +106,10 @@ def rotate_kernel(
     SPLIT: tl.constexpr, STAGES: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_V vectors: BLOCK_G rows of their results, of which a share of 2^STAGES columns.
+    """BLOCK_G rows of the results of BLOCK_V blocks of x ("vectors"), side by side, and of each 2^STAGES columns.
 
-    The shares add and subtract all SPLIT of x's first, as S does: S = S of order SPLIT kron S of order 2^STAGES.
+    Those are one of SPLIT shares, which first adds and subtracts all of x's, as S of order SPLIT does: S is that kron S
+    of order 2^STAGES.
     INVERSE: C is transposed, and signs are applied at the end instead of at the start.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty

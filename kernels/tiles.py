@@ -31,6 +31,15 @@ def spread(words, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
     o = 8 o3 + 4 o2 + 2 o1 + o0 rotated to the lowest bits of each half."""
     if WIDTH == 16:
         words = tl.reshape(words, (BLOCK_N, 4, 2, 2, 2, 2))
+    else:
+        words = spread_two(words, BLOCK_N, WIDTH)
+        words = tl.join(words, rotate_right(words, WIDTH))
+    return words
+
+
+@triton.jit
+def spread_two(words, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
+    """As `spread`, [BLOCK_N, lane, o3, o2, o1]: the fields of octets 2 i, low, and 2 i + 1 stand side by side."""
     if WIDTH == 8:
         words = tl.reshape(words, (BLOCK_N, 4, 2, 2, 2))
     if WIDTH == 4:
@@ -43,8 +52,6 @@ def spread(words, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
         words = tl.join(words, rotate_right(words, 4 * WIDTH))
     if WIDTH <= 4:
         words = tl.join(words, rotate_right(words, 2 * WIDTH))
-    if WIDTH <= 8:
-        words = tl.join(words, rotate_right(words, WIDTH))
     return words
 
 

@@ -12,14 +12,20 @@ Source: VPTQ (arXiv 2409.17066).
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from quantkit.kernels.bitpack import TILE, pack, row_words, unpack
+from quantkit.kernels import launching
+from quantkit.kernels.bitpack import pack, row_words
+from quantkit.kernels.codebook_matmul import codebook_matmul, dequantized
+from quantkit.kernels.codebook_rule import book_bytes, expected_speed, range_width, served_from
 from quantkit.weight import QuantizedWeight
 
+logger = logging.getLogger(__name__)
 LARGEST_BITS = 16
 
 
@@ -114,20 +120,48 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
 
     def _stored(self) -> Tensor:
         """fp32 [out_features, in_features] in the stored order, without scales."""
-        vectors = None
-        for codes, books in self.stages():
-            index = unpack(codes, _bits(books), self.columns).long()
-            place = torch.arange(self.columns, device=codes.device) // range_width(self.columns, len(books))
-            found = books.flatten(0, 1).float()[index + place * books.shape[1]]  # [vectors, columns, v]
-            vectors = found if vectors is None else vectors + found
-        assert vectors is not None
-        weight = vectors.transpose(1, 2).flatten(0, 1)[: self.out_features]
+        weight = dequantized(*self._stages, self.out_features, self.columns)
         return weight if self.outliers is None else torch.cat([self.outliers._stored(), weight], dim=1)
 
+    def prepare(self) -> None:
+        """Allocates what launches on the codes' GPU share; warns where books are too large to be fast there."""
+        for weight in (self, self.outliers):
+            if weight is not None and weight.codes.is_cuda:
+                launching.prepare(weight.codes.device)
+                residual_bits = 0 if weight.residual_books is None else _bits(weight.residual_books)
+                capability = launching.properties(weight.codes.device)[0]
+                _warn(weight.books.shape[2], _bits(weight.books), residual_bits, len(weight.books), capability)
 
-def range_width(columns: int, ranges: int) -> int:
-    """Columns of a range that has books of its own: all, or whole tiles of a kernel."""
-    return columns if ranges == 1 else -(-columns // (ranges * TILE)) * TILE
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Fused look-up-and-multiply; see `quantkit.kernels.codebook_matmul`. Scales multiply x, in its dtype."""
+        if self.scales is not None:
+            x = x * self.scales.to(x.dtype)
+        if self.order is not None:
+            x = x.index_select(-1, self.order.int())
+        return self._multiplied(x, bias)
+
+    def _multiplied(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x in the stored order."""
+        if self.outliers is None:
+            return codebook_matmul(x, *self._stages, self.out_features, bias)
+        first, rest = x.split([self.outliers.in_features, self.columns], dim=-1)
+        return codebook_matmul(rest, *self._stages, self.out_features, bias) + self.outliers._multiplied(first, None)
+
+    @property
+    def _stages(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.codes, self.books, self.residual_codes, self.residual_books
+
+
+@lru_cache  # once a process for each
+def _warn(v: int, bits: int, residual_bits: int, ranges: int, capability: int) -> None:
+    sizes = v, bits, residual_bits, ranges, capability
+    if served_from(*sizes) != "shared":
+        logger.warning(
+            "codebook v=%d, %s bits: its books of %.4g KiB do not fit a multiprocessor's shared memory and are read "
+            "through the %s cache; expect about %.2g times the speed of bf16 with few rows (a model's figure)",
+            *(v, f"{bits}+{residual_bits}" if residual_bits else bits, book_bytes(v, bits, residual_bits) / 1024),
+            *(served_from(*sizes).upper(), expected_speed(*sizes)),
+        )
 
 
 def _bits(books: Tensor) -> int:

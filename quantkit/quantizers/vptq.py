@@ -29,7 +29,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantkit.formats.codebook import LARGEST_BITS, CodebookWeight, range_width
+from quantkit.formats.codebook import LARGEST_BITS, CodebookWeight
+from quantkit.kernels.codebook_rule import range_width
 from quantkit.linalg import column_scales
 from quantkit.protocols import Needs
 from quantkit.quantizers import kmeans

@@ -1,8 +1,18 @@
-"""Runs the little PTX that kernels write as inline assembly, on numpy arrays: there is no GPU to run it on."""
+"""Runs the PTX that kernels write as inline assembly, on numpy arrays: there is no GPU to run it on.
+
+`run` executes one statement. `Machine` keeps registers and shared memory from one to the next and, installed into
+Triton's interpreter, makes whole kernels run with their assembly.
+"""
 
 import re
 
 import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+SHARED = 4096
+"""Where shared memory begins: no access below it is right."""
+_BYTES = {"u16": 2, "b32": 4, "u32": 4, "f32": 4, "v2.b32": 8, "v4.b32": 16}
 
 
 def run(text, inputs, outputs, tables):
@@ -12,34 +22,125 @@ def run(text, inputs, outputs, tables):
         text: of an asm statement; its operands are $0, $1, ...
         inputs: arrays for the operands that come after the outputs, uint32 or float32.
         outputs: how many operands are results.
-        tables: arrays by the name of the register that holds where they begin.
+        tables: arrays that may be read, by the name of the register that holds where they begin.
 
     Returns:
         The results, uint32 arrays.
     """
-    registers = {f"${outputs + i}": value for i, value in enumerate(inputs)}
+    machine = Machine()
+    for name, table in tables.items():
+        machine.registers[name] = np.uint64(table.ctypes.data)
+        machine.readable.append((table.ctypes.data, table.nbytes))
+    return machine.run(text, inputs, outputs)
 
-    def value(name):
-        return registers[name] if name in registers else np.uint32(int(name, 0))
 
-    for statement in text.strip(" {}").split(";"):
-        statement = re.sub(r"^[{}\s]+", "", statement).strip()
-        if not statement or statement.startswith(".reg"):
-            continue
+class Machine:
+    """What assembly declares and leaves behind, for all threads of a block.
+
+    Attributes:
+        registers: by name, a number for all threads or one for each lane of a warp.
+        readable: (address, bytes) of memory that may be read; empty for all.
+        shared: bytes of shared memory, NaN where nothing was written.
+        looked_up: what the wide loads from shared memory read, by bytes.
+    """
+
+    def __init__(self):
+        self.registers = {"%laneid": np.arange(32, dtype=np.uint32)}
+        self.readable = []
+        self.shared = np.zeros(0, np.uint8)
+        self.looked_up = {}
+
+    def install(self, monkeypatch):
+        """Lets Triton's interpreter run assembly here; its programs run one after another."""
+
+        def create_inline_asm(builder, text, constraints, values, types, is_pure, pack):
+            outputs = constraints.count("=")
+            shape = np.broadcast_shapes(*(value.data.shape for value in values))
+            inputs = [np.broadcast_to(value.data, shape).flatten() for value in values]
+            found = self.run(text, [i.view(np.uint32) if i.itemsize == 4 else i for i in inputs], outputs)
+            size = int(np.prod(shape))
+            return _Results(
+                [np.resize(np.asarray(word, np.uint32), size).view(np.int32).reshape(shape) for word in found]
+            )
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", create_inline_asm)
+
+    def run(self, text, inputs, outputs):
+        """As the module's `run`."""
+        self.registers |= {f"${outputs + i}": value for i, value in enumerate(inputs)}
+        self._threads = max((np.size(value) for value in inputs), default=1)
+        for statement in text.split(";"):
+            statement = re.sub(r"^[{}\s]+", "", statement).strip()
+            if statement and not statement.startswith(".reg"):
+                self._execute(statement)
+        return [self.registers[f"${i}"] for i in range(outputs)]
+
+    def _execute(self, statement):
+        if statement.startswith(".shared"):
+            name, size = re.fullmatch(r"\.shared \.align \d+ \.b8 (\w+)\[(\d+)\]", statement).groups()
+            self.registers[name], self.shared = np.uint32(SHARED), np.full(int(size), 0x7E, np.uint8)
+            return
         operation, rest = statement.split(" ", 1)
-        names = [name.strip(" {}") for name in rest.split(",")]
-        if operation == "mov.b32" and "{" in rest:  # apart into halves
-            registers[names[0]], registers[names[1]] = _halves(value(names[2]))
-        elif operation == "mad.wide.u32":
-            assert names[2] == "4"
-            registers[names[0]] = (names[3], value(names[1]))
-        elif operation.startswith("ld.global.nc"):
-            base, index = registers[names[1].strip("[]")]
-            assert index.max() < len(tables[base])
-            registers[names[0]] = tables[base][index]
+        operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest)
+        if operation.startswith("st.shared."):
+            values = np.stack([np.broadcast_to(v, self._threads) for v in map(self._value, _names(operands[1]))], -1)
+            places = self._places(operands[0], _BYTES[operation.removeprefix("st.shared.")])
+            self.shared[places] = np.ascontiguousarray(values.astype(np.uint32)).view(np.uint8).reshape(places.shape)
+        elif operation.startswith("ld."):
+            size = _BYTES[operation.removeprefix("ld.shared.").removeprefix("ld.global.nc.")]
+            if operation.startswith("ld.shared."):
+                found = self.shared[self._places(operands[1], size)]
+                self.looked_up[size] = self.looked_up.get(size, 0) + len(found)
+            else:
+                found = self._from_global(operands[1], size)
+            words = found.view(np.uint16 if size == 2 else np.uint32).astype(np.uint32)
+            self.registers |= {name: words[:, i] for i, name in enumerate(_names(operands[0]))}
+        elif operation == "mov.b32" and operands[0].startswith("{"):  # apart into halves
+            low, high = _names(operands[0])
+            self.registers[low], self.registers[high] = _halves(self._value(operands[1]))
+        elif operation == "mov.b32" and operands[1].startswith("{"):
+            self.registers[operands[0]] = _join(*map(self._value, _names(operands[1])))
         else:
-            registers[names[0]] = _OPERATIONS[operation](*(value(name) for name in names[1:]))
-    return [registers[f"${i}"] for i in range(outputs)]
+            self.registers[operands[0]] = _OPERATIONS[operation](*map(self._value, operands[1:]))
+
+    def _value(self, name):
+        if name not in self.registers:
+            return np.uint32(int(name, 0))
+        value = self.registers[name]
+        return value if np.size(value) in (1, self._threads) else np.resize(value, self._threads)  # one for each lane
+
+    def _address(self, operand):
+        name, _, offset = operand.strip("[]").partition("+")
+        return np.broadcast_to(np.asarray(self._value(name)).astype(np.int64) + int(offset or 0), self._threads)
+
+    def _places(self, operand, size):
+        address = self._address(operand)
+        assert (address % size == 0).all(), f"{operand}: not aligned to {size} bytes"
+        assert address.min() >= SHARED and address.max() + size <= SHARED + len(self.shared), (
+            f"{operand}: out of bounds"
+        )
+        return (address - SHARED)[:, None] + np.arange(size)
+
+    def _from_global(self, operand, size):
+        address = self._address(operand)
+        assert (address % size == 0).all(), f"{operand}: not aligned to {size} bytes"
+        if self.readable:
+            inside = [(start <= address) & (address + size <= start + length) for start, length in self.readable]
+            assert np.logical_or.reduce(inside).all(), f"{operand}: out of bounds"
+        places = (address[:, None] + np.arange(size)).astype(np.uint64)
+        everywhere = np.ones(places.shape, dtype=bool)
+        return interpreter._interpreter.load(places, everywhere, np.zeros(places.shape, np.uint8), np.dtype(np.uint8))
+
+
+class _Results:
+    """What the interpreter expects of an operation."""
+
+    def __init__(self, words):
+        self._words = words
+
+    def get_result(self, index):
+        """The tensor of an output."""
+        return interpreter.TensorHandle(self._words[index], tl.int32)
 
 
 def bf16(values):
@@ -53,6 +154,10 @@ def bf16(values):
 def fp16(values):
     """float64 -> the bits of the nearest fp16, in uint32."""
     return np.asarray(values, dtype=np.float64).astype(np.float16).view(np.uint16).astype(np.uint32)
+
+
+def _names(operand):
+    return [name.strip() for name in operand.strip("{}").split(",")]
 
 
 def _halves(words):
@@ -88,18 +193,28 @@ def _fma(a, b, c):
     return a * b + c  # float64 holds the product of two 11-bit numbers and what is added here exactly
 
 
+def _wide(a, b, c):
+    return np.asarray(a).astype(np.uint64) * np.uint64(b) + np.uint64(c)
+
+
 _OPERATIONS = {
-    "mov.b32": lambda a: a.view(np.float32) if isinstance(a, np.ndarray) else a,
+    "mov.b32": lambda a: a.view(np.float32) if isinstance(a, np.ndarray) and a.ndim else a,
+    "mov.u32": lambda a: a,
+    "mov.b64": lambda a: a,
     "and.b32": lambda a, b: np.asarray(a).view(np.uint32) & b,
     "shl.b32": lambda a, b: a << b,
     "shr.u32": lambda a, b: a >> b,
+    "add.u32": lambda a, b: a + b,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
+    "mad.wide.u32": _wide,
     "lop3.b32": lambda a, b, c, table: (a & b) | c if table == 0xEA else None,
     "prmt.b32": _permute_bytes,
     "fma.rn.bf16x2": _on_pairs(_fma, _of_bf16, bf16),
     "fma.rn.f16x2": _on_pairs(_fma, _of_fp16, fp16),
     "mul.rn.f16x2": _on_pairs(lambda a, b: a * b, _of_fp16, fp16),
     "sub.rn.f16x2": _on_pairs(lambda a, b: a - b, _of_fp16, fp16),
-    "mul.rn.f32": lambda a, b: a * b,
+    "mul.rn.f32": lambda a, b: a.view(np.float32) * b.view(np.float32),
+    "add.f32": lambda a, b: a.view(np.float32) + b.view(np.float32),
     "sub.f32": lambda a, b: a.view(np.float32) - b.view(np.float32),
     "cvt.f32.f16": lambda a: _of_fp16(a).astype(np.float32),
     "cvt.rn.f16x2.f32": lambda high, low: _join(fp16(low), fp16(high)),
