@@ -22,7 +22,8 @@ def test_the_kernels_build_for_all_gpus_without_spills(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     assert result.stdout.splitlines()[-1] == "spills: 0"
-    assert sum(line.startswith("decode") for line in result.stdout.splitlines()) == 16
+    for kernel, count in (("decode", 16), ("pyramid", 10), ("codebook", 31), ("rotate", 5)):
+        assert sum(line.startswith(kernel) for line in result.stdout.splitlines()) == count
 
 
 def test_the_interpreter_cannot_build():
@@ -36,7 +37,7 @@ def test_the_interpreter_cannot_build():
 
 def test_bars_and_regressions_are_told():
     build = next(kernel_build.builds([90], quick=True))
-    good = kernel_build.Figures(build.name(), 80, 0, 20000, 2.5)
+    good = kernel_build.Figures(build.name, 80, 0, 20000, 2.5)
     assert kernel_build.faults(build, good) == []
     for change, message in [({"spills": 8}, "8 bytes spilled"), ({"shared": 10**6}, "shared memory")]:
         (line,) = kernel_build.faults(build, kernel_build.Figures(**(vars(good) | change)))
@@ -84,9 +85,10 @@ def clock(calls):
 
 
 def test_launches_are_timed_beside_torch():
-    timings = list(kernel_speed.measure(torch.device("cpu"), [(128, 256)], [1, 8], [3, 4], clock, 1e10, group_size=128))
+    kinds = [kernel_speed.integers(3), kernel_speed.codebooks(4, 8)]
+    timings = list(kernel_speed.measure(torch.device("cpu"), [(128, 256)], [1, 8], kinds, clock, 1e10))
     assert [(t.what, t.M) for t in timings] == [
-        (what, M) for what in ("torch bf16", "int3 g128", "int4 g128") for M in (1, 8)
+        (what, M) for what in ("torch bf16", "int3 g128", "codebook v4 8 bits") for M in (1, 8)
     ]
     base = {t.M: t.microseconds for t in timings if t.what == "torch bf16"}
     for timing in timings:
@@ -114,6 +116,14 @@ def test_wrong_results_are_found(monkeypatch):
     assert "M=16: relative error" in first
 
 
+def test_what_is_checked_is_right_by_the_specification(monkeypatch):
+    """All kinds, on the CPU's reference: a fault that is found on a GPU is then the kernel's."""
+    monkeypatch.setattr(kernel_speed, "_CHECKED", [(kind, 77, 256) for kind, _, _ in kernel_speed._CHECKED[::2]])
+    assert list(kernel_speed.faults(torch.device("cpu"))) == []
+
+
 def test_the_deadline_ends_a_run():
-    timings = kernel_speed.measure(torch.device("cpu"), [(128, 256)], [1], [3], clock, 1e10, time.monotonic() - 1)
+    timings = kernel_speed.measure(
+        torch.device("cpu"), [(128, 256)], [1], [kernel_speed.integers(3)], clock, 1e10, time.monotonic() - 1
+    )
     assert [t.what for t in timings] == ["torch bf16"]

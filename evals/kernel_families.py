@@ -1,0 +1,251 @@
+"""What `kernel_build` compiles: the launches that each kernel's rules give, without a GPU and without tensors.
+
+A family is a function (compute capability, quick) -> builds; `quick` is a subset for continuous integration.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quantkit.kernels import codebook_rule, hadamard, int_group_matmul, pyramid_matmul
+from quantkit.kernels.bitpack import row_words
+from quantkit.kernels.launching import pairs
+from quantkit.kernels.tuning import Config
+
+INTEGER_BARS = {4: 3.2, 3: 4.2, 2: 3.3}
+"""Most instructions per weight on sm_90 with up to 8 rows of x in bf16, by bits."""
+PYRAMID_BARS = {("factored", 4, 32): 4.0, ("table", 16, 8): 5.6}
+"""The same, by form, bits and dimension."""
+CODEBOOK_BARS = {(4, 8, 0): 3.0, (6, 12, 0): 3.0}
+"""The same, by v, bits and residual bits."""
+NO_BAR = float("inf")
+HALF, BRAIN = torch.float16, torch.bfloat16
+_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_SIZE = 4096
+"""Rows and columns of the weights."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel as one launch would compile it.
+
+    Attributes:
+        name: of the build, in a table.
+        arch: compute capability.
+        kernel: the module and the function, "int_group_matmul_triton.decode_kernel".
+        types: of pointer arguments.
+        values: of integer arguments; what is a multiple of 16 is compiled as such. Those without one may be anything.
+        constants: compile-time arguments.
+        num_warps, num_stages: Triton's.
+        weights: that one pass through the inner loop multiplies.
+        static_shared: bytes of shared memory beside those that Triton knows of.
+        bar: most instructions a weight.
+        whole: whether all instructions count, instead of those of the inner loop.
+    """
+
+    name: str
+    arch: int
+    kernel: str
+    types: dict[str, str]
+    values: dict[str, int]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    weights: int
+    static_shared: int = 0
+    bar: float = NO_BAR
+    whole: bool = False
+
+
+def int_group(arch: int, quick: bool) -> Iterator[Build]:
+    """Builds of `int_group_matmul`."""
+
+    def build(kernel: str, M: int, bits: int, dtype: torch.dtype, zeros=False, rank=0, group=128, K=_SIZE) -> Build:
+        return _int_group(kernel, int_group_matmul.Problem(M, _SIZE, K, bits, group, dtype, arch), zeros, rank)
+
+    for bits in (2, 3, 4, 8):
+        for M in (8,) if quick else (8, 16, 32):
+            for dtype in (BRAIN,) if quick else (HALF, BRAIN):
+                yield build("decode", M, bits, dtype)
+                if not quick:
+                    yield build("decode", M, bits, dtype, zeros=True)
+    if quick and arch != 90:
+        return
+    for bits in (3,) if quick else (2, 3, 4, 8):
+        if not quick:
+            for M in (8, 16, 32):
+                yield build("decode", M, bits, BRAIN, M > 8, group=64)
+            yield build("decode", 16, bits, HALF, rank=64)
+            yield build("decode", 8, bits, HALF, True, 16, group=32)
+            yield build("gemm", 32, bits, HALF, K=4100)
+            yield build("gemm", 8, bits, BRAIN, True, K=4100, group=64)
+            yield build("gemm", 8, bits, BRAIN, True, group=48)
+            yield build("gemm", 32, bits, BRAIN, True, group=16)
+            yield build("dequantize", 256, bits, HALF)
+        for M in (64,) if quick else (64, 128):
+            yield build("gemm", M, bits, BRAIN, True)
+        yield build("dequantize", 256, bits, BRAIN, True)
+
+
+def _int_group(kernel: str, p: int_group_matmul.Problem, zeros: bool, rank: int) -> Build:
+    config = Config(1, 64, num_stages=3)
+    if kernel != "dequantize":
+        config = int_group_matmul.rule(p) if kernel == "decode" else int_group_matmul.gemm_rule(p)
+    constants = int_group_matmul.flags(p, zeros) | {"BLOCK_N": config.block_n}
+    if kernel != "dequantize":
+        constants |= {"BLOCK_M": config.block_m, "PAIRS": pairs(p.capability, config.block_m)}
+    if kernel == "decode":
+        constants = {k: v for k, v in constants.items() if not k.startswith(("TAIL", "WHOLE"))}
+        constants |= {"GROUPS": 128 // p.group_size if p.group_size < 128 else 1, "SPLIT_K": config.split_k}
+    types = {"codes_ptr": "*i32", "scales_ptr": "*fp16", "zeros_ptr": "*fp16"}
+    values = {"group_size": p.group_size, "full_tiles": p.K // 128, "words": row_words(p.K, p.bits)}
+    plain = kernel == "decode" and p.capability == 90 and p.M <= 8 and p.group_size == 128
+    name = f"{kernel} int{p.bits} g{p.group_size} M={p.M} {_NAMES[p.dtype]}{' zeros' if zeros else ''}"
+    name += (f" rank {rank}" if rank else "") + (f" K={p.K}" if p.K % 128 else "")
+    return _product(
+        name, f"int_group_matmul_triton.{kernel}_kernel", p, config, types, values, constants, rank,
+        bar=INTEGER_BARS.get(p.bits, NO_BAR) if plain else NO_BAR,
+    )  # fmt: skip
+
+
+def pyramid(arch: int, quick: bool) -> Iterator[Build]:
+    """Builds of `pyramid_matmul`: forms are (bits, dimension, bits of an index)."""
+
+    def build(kernel: str, M: int, form: tuple[int, int, int], dtype=BRAIN, rank=0, K=_SIZE) -> Build:
+        return _pyramid(kernel, pyramid_matmul.Problem(M, _SIZE, K, *form, dtype, arch), rank)
+
+    factored, table = (4, 32, 0), (16, 8, 15)
+    for form in (factored, table):
+        for M in (8,) if quick else (8, 16, 32):
+            yield build("", M, form)
+            if not quick:
+                yield build("", M, form, HALF)
+    if quick and arch != 90:
+        return
+    for form in (factored, table):
+        yield build("dequantize_", 256, form)
+        if not quick:
+            yield build("", 8, form, K=4100)
+            yield build("", 32, form, HALF, K=4100)
+            yield build("", 16, form, HALF, rank=64)
+            yield build("", 8, form, torch.float32)
+            yield build("dequantize_", 256, form, HALF)
+    if not quick:
+        for form in [*[(bits, 32, 0) for bits in (2, 3, 5, 6, 7, 8)], (4, 16, 0), (4, 64, 0), (5, 9, 0), (5, 6, 0)]:
+            for M in (8, 16, 32):
+                yield build("", M, form)
+        for form in ((12, 8, 12), (14, 8, 12), (10, 8, 4)):
+            yield build("", 8, form)
+
+
+def _pyramid(kernel: str, p: pyramid_matmul.Problem, rank: int) -> Build:
+    config = pyramid_matmul.dequantize_config(p) if kernel else pyramid_matmul.rule(p)
+    constants = pyramid_matmul.constants(p, config) | {"BLOCK_N": config.block_n}
+    if not kernel:
+        constants |= {"BLOCK_M": config.block_m, "PAIRS": pyramid_matmul.pairs(p, config), "SPLIT_K": config.split_k}
+        constants |= {} if p.index_bits else {"RAGGED": p.K % 128 != 0}
+    types = dict.fromkeys(("codes_ptr", "factors_ptr", "points_ptr"), "*i32")
+    types |= dict.fromkeys(("scales_ptr", "gains_ptr"), "*fp32")
+    columns = p.K if p.index_bits else pyramid_matmul.padded(p.K)
+    values = {"tiles": -(-p.K // 128), "words": row_words(columns, p.bits), "dimension": p.dimension}
+    values |= {"factor_words": row_words(columns, 16)}
+    name = f"pyramid {p.kernel} {kernel.replace('_', ' ')}D={p.dimension} {p.bits} bits M={p.M} {_NAMES[p.dtype]}"
+    name += (f" rank {rank}" if rank else "") + (f" K={p.K}" if p.K % 128 else "")
+    plain = not kernel and p.capability == 90 and p.M <= 8 and p.K % 128 == 0 and p.dtype == BRAIN
+    return _product(
+        name, f"pyramid_matmul_triton.{p.kernel}_{kernel}kernel", p, config, types, values, constants, rank,
+        bar=PYRAMID_BARS.get((p.kernel, p.bits, p.dimension), NO_BAR) if plain else NO_BAR,
+    )  # fmt: skip
+
+
+def codebook(arch: int, quick: bool) -> Iterator[Build]:
+    """Builds of `codebook_matmul`: forms are (v, bits, residual bits), first those of 2 bits, then of 3."""
+
+    def build(kernel: str, M: int, form: tuple[int, int, int], dtype=BRAIN, rank=0, K=_SIZE, ranges=1) -> Build:
+        more = ranges if form[2] else 0
+        return _codebook(kernel, codebook_rule.Problem(M, _SIZE, K, *form, ranges, more, dtype, arch), rank)
+
+    for form in ((2, 4, 0), (3, 6, 0), (4, 8, 0), (6, 12, 0), (8, 8, 8), (2, 6, 0), (4, 12, 0)):
+        for M in (8,) if quick else (8, 16, 32):
+            yield build("decode", M, form)
+        if not quick:
+            yield build("decode", 8, form, HALF)
+    if quick and arch != 90:
+        return
+    yield build("decode", 8, (8, 16, 0))
+    yield build("decode", 8, (4, 8, 0), K=4100)
+    yield build("dequantize", 256, (4, 8, 0))
+    if quick:
+        return
+    for form in ((1, 2, 0), (5, 9, 3), (7, 11, 0), (8, 8, 0), (12, 12, 0), (16, 16, 0)):
+        yield build("decode", 8, form)
+    for form in ((4, 8, 0), (6, 12, 0), (8, 8, 8)):
+        yield build("decode", 8, form, ranges=4)
+        yield build("decode", 8, form, HALF, rank=64)
+        yield build("decode", 32, form, HALF, K=4100)
+        yield build("dequantize", 256, form, HALF, ranges=4)
+
+
+def _codebook(kernel: str, p: codebook_rule.Problem, rank: int) -> Build:
+    config, weights, table = Config(1, 16, num_warps=8), 128 * 16 * p.v, 0
+    if kernel == "decode":
+        config = codebook_rule.rule(p)
+        found = codebook_rule.lookup(p, config)
+        weights, table = 128 * config.block_n * p.v // -(-p.v // found.window), found.table(p)
+    constants: dict[str, Any] = p.flags | {"BLOCK_N": config.block_n}
+    if kernel == "decode":
+        constants |= {"WINDOW": found.window, "SECTIONS": found.sections, "SOURCE": found.source}
+        constants |= {"COPIES": found.copies, "TWO": found.two, "BLOCK_M": config.block_m}
+        constants |= {"PAIRS": pairs(p.capability, config.block_m), "SPLIT_K": config.split_k}
+    types = dict.fromkeys(("codes_ptr", "more_codes_ptr"), "*i32")
+    types |= dict.fromkeys(("books_ptr", "more_books_ptr"), "*fp16")
+    values = {"words": row_words(p.K, p.bits), "more_words": row_words(p.K, p.residual_bits or p.bits)}
+    values["range_tiles"], values["more_range_tiles"] = p.range_tiles
+    bits = f"{p.bits}+{p.residual_bits}" if p.residual_bits else p.bits
+    name = f"codebook {kernel} v{p.v} {bits} bits M={p.M} {_NAMES[p.dtype]}"
+    name += (f" rank {rank}" if rank else "") + (f" K={p.K}" if p.K % 128 else "")
+    name += f" {p.ranges} ranges" if p.ranges > 1 else ""
+    plain = kernel == "decode" and p.capability == 90 and p.M <= 8 and p.K % 128 == 0 and p.dtype == BRAIN
+    return _product(
+        name, f"codebook_matmul_triton.{kernel}_kernel", p, config, types, values, constants, rank, weights, table,
+        bar=CODEBOOK_BARS.get((p.v, p.bits, p.residual_bits), NO_BAR) if plain else NO_BAR,
+    )  # fmt: skip
+
+
+def rotation(arch: int, quick: bool) -> Iterator[Build]:
+    """Builds of `rotate`: widths with and without a core, few rows and many."""
+    widths = (4096, 14336) if quick else (64, 896, 4096, 5120, 11008, 14336, 18944, 28672)
+    for n in widths if not quick or arch == 90 else (4096,):
+        for rows in (1,) if quick else (1, 2048):
+            for dtype in (BRAIN,) if quick else (BRAIN, torch.float32):
+                chosen = hadamard.sizes(rows, n, dtype)
+                constants: dict[str, Any] = hadamard.constants(n, False, chosen) | {"INTERPRETED": False}
+                pointer = f"*{_NAMES[dtype]}"
+                yield Build(
+                    f"rotate {n} M={rows} {_NAMES[dtype]} sm_{arch}", arch, "hadamard_triton.rotate_kernel",
+                    {"x_ptr": pointer, "y_ptr": pointer, "signs_ptr": "*u8"}, {"stride_x": n}, constants,
+                    chosen.num_warps, 1, chosen.inner * chosen.block_v * min(chosen.block_g, constants["CORE"]),
+                    whole=True,
+                )  # fmt: skip
+
+
+FAMILIES = (int_group, pyramid, codebook, rotation)
+
+
+def _product(
+    name: str, kernel: str, problem: Any, config: Config, types: dict[str, str], values: dict[str, int],
+    constants: dict[str, Any], rank: int, weights: int | None = None, static_shared: int = 0, bar: float = NO_BAR,
+) -> Build:  # fmt: skip
+    """What all kernels that multiply or dequantize have in common is added here."""
+    dense = dict.fromkeys(("x_ptr", "up_ptr", "inner_ptr", "bias_ptr", "y_ptr", "weight_ptr"))
+    types = dict.fromkeys(dense, f"*{_NAMES[problem.dtype]}") | {"partial_ptr": "*fp32", "arrived_ptr": "*i32"} | types
+    values = {"N": problem.N, "K": problem.K, "stride_xm": problem.K, "rank": rank} | values
+    constants = {"ASM": True, "INTERPRETED": False} | constants
+    if "BLOCK_M" in constants:
+        constants |= {"HAS_BIAS": False, "BLOCK_R": min(32, rank)}
+    return Build(
+        f"{name} sm_{problem.capability}", problem.capability, kernel, types, values, constants, config.num_warps,
+        config.num_stages, weights or 128 * config.block_n, static_shared, bar,
+    )  # fmt: skip
