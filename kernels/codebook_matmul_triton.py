@@ -94,7 +94,12 @@ def _looked_up(
     COPIES: tl.constexpr, SECTIONS: tl.constexpr, BITS: tl.constexpr, MORE_BITS: tl.constexpr, BLOCK_N: tl.constexpr,
     PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """WINDOW entries of the vectors of pairs of codes, each [BLOCK_N, 128], by inline assembly."""
+    """WINDOW entries of the vectors of pairs of codes, each [BLOCK_N, 128], by inline assembly.
+
+    To the compiler a lookup is a pure function of codes. What orders it behind the assembly that fills the tables and
+    points at a range is that codes come from memory, whose reads stay behind it, and are multiplied before the next
+    range begins. (An operand that said so took 1.5 instructions a weight.)
+    """
     TEXT: tl.constexpr = gather_text(STAGE, V, WIDE, COPIES, SECTIONS, BITS, MORE_BITS)
     HOW: tl.constexpr = constraints(STAGE, WIDE)
     if outputs(WIDE) == 2:

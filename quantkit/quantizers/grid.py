@@ -147,7 +147,7 @@ class GridSettings:
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or self.bits not in range(1, 9):
-            raise ValueError(f"bits={self.bits}: integer formats hold 1 to 8 bits")
+            raise ValueError(f"bits={self.bits}: integer formats hold 1 to 8 bits, whole ones")
         if not isinstance(self.group_size, int):
             raise ValueError(f"group_size={self.group_size}: a whole number of input features, or -1")
         if self.group_size != -1 and self.group_size < 8:

@@ -63,7 +63,7 @@ class VPTQ:
 
     Attributes:
         bits: per weight for codes, at most; any fraction. Books, scales and outliers come on top and are counted.
-        vector_length: v; None for the best that `book_share` allows.
+        vector_length: v, whatever its books cost up to 16 bits a weight; None for the best that `book_share` allows.
         residual_bits: of a second code per vector, out of the same bits; 0 for one stage.
         book_share: what books may cost, as a share of `bits`, where v is chosen.
         outliers: share of the input features that get longer codes.
@@ -97,7 +97,9 @@ class VPTQ:
         for name in ("bits", "outlier_bits"):
             if not 0.5 <= getattr(self, name) <= 8:
                 raise ValueError(f"{name}={getattr(self, name)}: codebooks take 0.5 to 8 bits a weight")
-        if self.vector_length is not None and self.vector_length not in range(1, LARGEST_VECTOR + 1):
+        if self.vector_length is not None and (
+            not isinstance(self.vector_length, int) or not 1 <= self.vector_length <= LARGEST_VECTOR
+        ):
             raise ValueError(f"vector_length={self.vector_length}: vectors hold 1 to {LARGEST_VECTOR} weights")
         if self.residual_bits not in range(LARGEST_BITS + 1):
             raise ValueError(f"residual_bits={self.residual_bits}: a code has at most {LARGEST_BITS} bits; 0 for none")
@@ -106,6 +108,8 @@ class VPTQ:
         for name in ("outliers", "damp", "book_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a share, from 0 to below 1")
+        if self.outliers and self.outlier_bits < self.bits:
+            raise ValueError(f"outlier_bits={self.outlier_bits}: outliers get at least the others' {self.bits}")
         _codes(self.bits, self.vector_length, self.residual_bits)  # raises where there is none
 
     @property
@@ -114,13 +118,20 @@ class VPTQ:
         return Needs.HESSIAN
 
     def code(self, out_features: int, in_features: int) -> VectorCode:
-        """The code for a shape: the given vector length, or the best whose books stay below their share."""
+        """The code for a shape: the given vector length, or the best whose books stay below their share.
+
+        That is also taken where the books of the given length would cost more than fp16 weights (tiny layers).
+        """
         possible = _codes(self.bits, self.vector_length, self.residual_bits)
-        limit = self.book_share * self.bits * out_features * in_features / self.ranges
-        affordable = [code for code in possible if code.book_bits <= limit]
-        if self.vector_length is not None or not affordable:
-            return min(possible, key=lambda code: code.book_bits)
-        return min(affordable, key=_predicted_error)
+        weights = out_features * in_features / self.ranges
+        affordable = [code for code in possible if code.book_bits <= self.book_share * self.bits * weights]
+        if self.vector_length is None and affordable:
+            return min(affordable, key=_predicted_error)
+        full = [code for code in possible if sum(code.bits) == int(self.bits * code.length + 1e-9)]
+        cheapest = min(full, key=lambda code: code.book_bits)
+        if self.vector_length is not None and cheapest.book_bits > 16 * weights:
+            return replace(self, vector_length=None, residual_bits=0).code(out_features, in_features)
+        return cheapest
 
     def layout(self, out_features: int, in_features: int) -> CodebookWeight:
         """The packed weight's layout for a shape, on the meta device."""
@@ -170,7 +181,7 @@ class VPTQ:
 
     def _sections(self, out_features: int, in_features: int) -> list["_Section"]:
         """Outliers, if any, and the ranges, over columns in the order of quantization."""
-        outliers = min(round(self.outliers * in_features), in_features - 1)
+        outliers = self._outlier_columns(in_features)
         columns = in_features - outliers
         code = self.code(out_features, columns)
         width = range_width(columns, min(self.ranges, columns))
@@ -183,13 +194,16 @@ class VPTQ:
         longer = replace(self, bits=self.outlier_bits, vector_length=None, residual_bits=0, ranges=1)
         return [_Section(longer.code(out_features, outliers), 0, outliers), *sections]
 
+    def _outlier_columns(self, in_features: int) -> int:
+        return min(round(self.outliers * in_features), in_features - 1)
+
     def _packed(
         self, sections: list["_Section"], codes: list[Tensor], out_features: int, order: Tensor, scales: Tensor | None
     ) -> CodebookWeight:
         """Packs what was found; columns keep the order of quantization only where outliers or ranges need it."""
         outliers = None
         in_features = len(order)
-        if sections[0].code is not sections[-1].code:
+        if self._outlier_columns(in_features):
             outliers = _packed_sections(sections[:1], codes[:1], out_features)
             sections, codes = sections[1:], codes[1:]
         stored = None
@@ -204,20 +218,23 @@ class VPTQ:
 
 @lru_cache
 def _codes(bits: float, vector_length: int | None, residual_bits: int) -> tuple[VectorCode, ...]:
-    """The codes of at most `bits` per weight.
+    """The codes of at most `bits` per weight; of exactly as many where the length is given.
 
     Raises:
         ValueError: there are none.
     """
+    longest = _CHOSEN_BITS if vector_length is None else LARGEST_BITS
     found = []
     for length in _CHOSEN_VECTORS if vector_length is None else (vector_length,):
-        main = int(bits * length + 1e-9) - residual_bits
-        if 1 <= main <= (_CHOSEN_BITS if vector_length is None else LARGEST_BITS):
-            found.append(VectorCode(length, (main, residual_bits) if residual_bits else (main,)))
-    if not found:
+        most = int(bits * length + 1e-9) - residual_bits
+        for main in range(1 if vector_length is None else most, most + 1):
+            if 1 <= main <= longest:
+                found.append(VectorCode(length, (main, residual_bits) if residual_bits else (main,)))
+    if not any(sum(code.bits) == int(bits * code.length + 1e-9) for code in found):
+        lengths = vector_length or f"1 to {_CHOSEN_VECTORS[-1]}"
         raise ValueError(
-            f"{bits} bits, vector_length={vector_length or 'any'}, residual_bits={residual_bits}: bits x vector_length "
-            f"- residual_bits must be 1 to {LARGEST_BITS} bits a code"
+            f"{bits:g} bits, vector_length={lengths}, residual_bits={residual_bits}: bits x vector_length - "
+            f"residual_bits must be 1 to {longest} bits a code"
         )
     return tuple(found)
 

@@ -8,7 +8,7 @@ import torch
 from quantkit.metrics import proxy_loss
 from quantkit.quantizers import kmeans
 from quantkit.quantizers.feedback import error_feedback
-from quantkit.quantizers.vptq import VPTQ, VectorCode
+from quantkit.quantizers.vptq import VPTQ, VectorCode, _predicted_error
 from quantkit.stats import LayerStats
 
 from .test_feedback import problem
@@ -188,7 +188,8 @@ def test_books_keep_to_their_share_of_the_bits():
         assert sum(code.bits) == 2 * code.length
     assert quantizer.code(4096, 4096) == VectorCode(6, (12,))
     assert quantizer.code(256, 256) == VectorCode(3, (6,))
-    assert VPTQ(2.0, vector_length=6).code(64, 64) == VectorCode(6, (12,)), "what the user fixes stays"
+    assert VPTQ(2.0, vector_length=6).code(256, 256) == VectorCode(6, (12,)), "what the user fixes stays"
+    assert VPTQ(2.0, vector_length=6).code(64, 64) == VPTQ(2.0).code(64, 64), "but for books dearer than the weights"
 
 
 def test_held_out_weights_are_coded_as_well_as_those_of_the_fit():
@@ -267,3 +268,34 @@ def test_damaged_weights_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(packed, **changes).validate()
+
+
+def test_outliers_with_the_code_of_the_rest_are_still_apart():
+    """Outliers are told by their number, not by their code, which may be the others' own."""
+    weight, hessian = problem(out_features=64, in_features=256)
+    for quantizer in (VPTQ(4, outliers=0.1), VPTQ(2, outliers=0.4, outlier_bits=2)):
+        packed = quantizer.quantize(weight, LayerStats(hessian))
+        assert packed.outliers is not None
+        assert len(packed.books) == 1
+        assert loss(quantizer, weight, hessian) < 1.1 * loss(
+            dataclasses.replace(quantizer, outliers=0), weight, hessian
+        )
+
+
+def test_more_bits_never_choose_a_worse_code():
+    for shape in ((256, 256), (768, 256), (4096, 4096), (11008, 4096)):
+        errors = [_predicted_error(VPTQ(bits / 8).code(*shape)) for bits in range(8, 65)]
+        assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 4, "outliers": 0.1, "outlier_bits": 2}, "outliers get at least"),
+        ({"vector_length": 4.0}, "vectors hold 1 to 16"),
+        ({"residual_bits": 16}, "must be 1 to 12 bits a code"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(ValueError, match=message):
+        VPTQ(**settings)
