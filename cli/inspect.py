@@ -47,7 +47,7 @@ def inspect_command(
 
 def _row(weight: QuantizedWeight) -> dict[str, Any]:
     return {
-        "format": weight.format,
+        "format": weight.label,
         "shape": list(weight.shape),
         "bits": getattr(weight, "bits", None),
         "bits_per_weight": weight.bits_per_weight,

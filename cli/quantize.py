@@ -1,7 +1,7 @@
 """`quantkit quantize`: a model folder or hub id in, a packed checkpoint out."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -21,12 +21,18 @@ _INTEGER, _PYRAMID, _VPTQ = "Integer grids (gptq, rtn)", "Pyramid codes (pyramid
 def quantize_command(
     model: Annotated[str, typer.Argument(help="Folder of a transformers model, or its id on the hub.")],
     bits: Annotated[
-        float, typer.Option(help="Bits per weight of the codes: 1 to 8; pyramid and vptq take fractions.")
+        float,
+        typer.Option(
+            help="Bits per weight of the codes: 1 to 8; pyramid and vptq take any fraction from 0.5, and use no more."
+        ),
     ] = 3,
     method: Annotated[str, typer.Option(help="gptq, pyramid, vptq (all need calibration text) or rtn.")] = "gptq",
     hadamard: Annotated[
         bool | None,
         typer.Option("--hadamard/--no-hadamard", help="Rotate weights first; by default for pyramid and vptq."),
+    ] = None,
+    low_rank: Annotated[
+        int | None, typer.Option(help="Rank of a correction of what rounding lost, beside --bits; none by default.")
     ] = None,
     rotate_model: Annotated[
         bool, typer.Option("--rotate-model", help="Rotate the whole model first, at no cost later (Llama's shape).")
@@ -56,28 +62,42 @@ def quantize_command(
         typer.Option(help="Weights a group, 2 to 256; by default 8 up to 2 bits, else 32.", rich_help_panel=_PYRAMID),
     ] = None,
     axis: Annotated[
-        str | None,
-        typer.Option(
-            help="Groups of output features (out, the default) or input features (in).", rich_help_panel=_PYRAMID
-        ),
+        Literal["out", "in"] | None,
+        typer.Option(help="Groups of output features (the default) or input features.", rich_help_panel=_PYRAMID),
     ] = None,
     vector_length: Annotated[
-        int | None, typer.Option(help="Weights a vector, 1 to 16; by default by --book-share.", rich_help_panel=_VPTQ)
+        int | None,
+        typer.Option(
+            help="Weights a vector, 1 to 16; by default the best that --book-share allows.", rich_help_panel=_VPTQ
+        ),
     ] = None,
     residual_bits: Annotated[
         int | None, typer.Option(help="Bits of a second code a vector, out of --bits.", rich_help_panel=_VPTQ)
     ] = None,
     book_share: Annotated[
-        float | None, typer.Option(help="Most that codebooks may cost, as a share of --bits.", rich_help_panel=_VPTQ)
+        float | None,
+        typer.Option(
+            help="Most that codebooks may cost, as a share of --bits, where --vector-length is free; 0.05 by default.",
+            rich_help_panel=_VPTQ,
+        ),
     ] = None,
     outliers: Annotated[
-        float | None, typer.Option(help="Share of input features with longer codes, 0 to 1.", rich_help_panel=_VPTQ)
+        float | None,
+        typer.Option(
+            help="Share of input features with longer codes, 0 to 1; of use with --no-hadamard.",
+            rich_help_panel=_VPTQ,
+        ),
     ] = None,
     outlier_bits: Annotated[
-        float | None, typer.Option(help="Bits per weight of those, 4 by default.", rich_help_panel=_VPTQ)
+        float | None,
+        typer.Option(help="Bits per weight of those, 4 by default; needs --outliers.", rich_help_panel=_VPTQ),
     ] = None,
     ranges: Annotated[
-        int | None, typer.Option(help="Ranges of input features with codebooks of their own.", rich_help_panel=_VPTQ)
+        int | None,
+        typer.Option(
+            help="Ranges of input features with codebooks of their own, at least 128 features each.",
+            rich_help_panel=_VPTQ,
+        ),
     ] = None,
     scale_inputs: Annotated[
         bool | None,
@@ -85,7 +105,7 @@ def quantize_command(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to make; by default NAME-METHOD-Nbit.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the choice of calibration windows; methods have fixed seeds.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing output or unfinished run.")
@@ -100,13 +120,14 @@ def quantize_command(
     settings: dict[str, Any] = {"group_size": group_size, "symmetric": symmetric, "dimension": dimension, "axis": axis}
     settings |= {"vector_length": vector_length, "residual_bits": residual_bits, "book_share": book_share}
     settings |= {"outliers": outliers, "outlier_bits": outlier_bits, "ranges": ranges, "scale_inputs": scale_inputs}
-    quantizer = make_quantizer(method, hadamard, bits=bits, **settings)
+    if outlier_bits is not None and not outliers:
+        raise QuantkitError("--outlier-bits is given without --outliers, the share of input features that get them")
+    quantizer = make_quantizer(method, hadamard, low_rank, bits=bits, **settings)
     text = Calibration(calibration, num_samples, seqlen, seed)
     rotation = Rotation() if rotate_model else None
     recipe = Recipe(quantizer, dict.fromkeys(ignore or ()), target_shift, text, true_sequential, rotation)
     folder = resolve_folder(model)
     output = output or Path(f"{Path(model).resolve().name}-{method.lower()}-{bits:g}bit")
-    check_output(output, folder, resume=resume, overwrite=overwrite)
     if dry_run:
         expected = estimate(folder, recipe, device=device)
         console.print(f"[bold]{model}[/] -> {output}")
@@ -117,6 +138,7 @@ def quantize_command(
         console.print(f"size               {size(expected.bytes_before)} -> {size(expected.bytes_after)}")
         console.print(f"memory of the run  about {size(expected.memory_bytes)} on {expected.device}")
         return
+    check_output(output, folder, resume=resume, overwrite=overwrite)
     try:
         with block_progress() as progress:
             report = quantize_checkpoint(

@@ -9,6 +9,7 @@ from quantkit.hf import load
 from quantkit.pipeline import quantize, quantize_checkpoint
 from quantkit.quantizers.gptq import GPTQ
 from quantkit.quantizers.hadamard import Hadamard
+from quantkit.quantizers.low_rank import LowRank
 from quantkit.quantizers.pyramid import Pyramid
 from quantkit.quantizers.rtn import RTN
 from quantkit.quantizers.target_shift import TargetShift
@@ -23,6 +24,7 @@ __all__ = [
     "VPTQ",
     "Calibration",
     "Hadamard",
+    "LowRank",
     "Pyramid",
     "Recipe",
     "Rotation",

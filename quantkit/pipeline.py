@@ -43,12 +43,13 @@ def _silent(_done: int, _total: int, _name: str) -> None:
 def quantize(
     model: PreTrainedModel,
     tokenizer: Any = None,
-    bits: float = 3,
+    bits: float | None = None,
     *,
     method: str | Quantizer = "gptq",
     group_size: int | None = None,
     symmetric: bool | None = None,
     hadamard: bool | None = None,
+    low_rank: int | None = None,
     rotate_model: bool = False,
     rules: Rules | None = None,
     target_shift: float = TARGET_SHIFT,
@@ -64,10 +65,12 @@ def quantize(
     Args:
         model: a decoder-only transformers model.
         tokenizer: its tokenizer; methods that read no statistics do without.
-        bits: per weight, for a method given by name; vector formats take any fraction.
-        method: "gptq", "rtn", "pyramid", "vptq", another registered name, or a quantizer object.
+        bits: per weight, for a method given by name, 3 by default; vector formats take any fraction, and use no more.
+        method: "gptq", "rtn", "pyramid", "vptq", another registered name, or a quantizer object, which holds all
+            settings: what the name "vptq" stands for is `Hadamard(VPTQ(bits=3))`.
         group_size, symmetric: of the integer formats, for a method given by name; None for its defaults.
         hadamard: quantize in a rotated basis, for a method given by name; None for what suits the method.
+        low_rank: rank of a correction of what rounding lost (see `quantizers.low_rank`), for a method given by name.
         rotate_model: turn the model's residual stream first; see `quantkit.rotate`.
         rules: patterns over layer names -> quantizer, or None to leave layers dense; the last match decides, e.g.
             {"*.down_proj": GPTQ(bits=4), "model.layers.0.*": GPTQ(bits=8), "lm_head": None}.
@@ -88,7 +91,8 @@ def quantize(
     if not isinstance(calibration, Calibration):
         text = str(calibration) if isinstance(calibration, Path) else calibration
         calibration = Calibration(text, num_samples, seqlen, seed)
-    quantizer = make_quantizer(method, hadamard, bits=bits, group_size=group_size, symmetric=symmetric)
+    bits = 3 if bits is None and isinstance(method, str) else bits
+    quantizer = make_quantizer(method, hadamard, low_rank, bits=bits, group_size=group_size, symmetric=symmetric)
     rotation = Rotation() if rotate_model else None
     recipe = Recipe(quantizer, rules or {}, target_shift, calibration, rotation=rotation)
     refuse_quantized(model.config)
@@ -223,7 +227,7 @@ class _Run:
     def report(self, model: str, plan: Plan, results: dict[str, LayerResult], bytes_after: int) -> Report:
         """The record of the finished run."""
         layers = tuple(
-            LayerReport(name, repr(plan[name]), r.weight.format, r.weight.bits_per_weight, r.relative_error, r.damping)
+            LayerReport(name, repr(plan[name]), r.weight.label, r.weight.bits_per_weight, r.relative_error, r.damping)
             for name, r in results.items()
         )
         packed, in_all = self.weights

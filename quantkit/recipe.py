@@ -13,6 +13,7 @@ from quantkit.model import block_linears, check_vocabulary, context_length, line
 from quantkit.plan import Plan, Rules, make_plan
 from quantkit.protocols import Needs, Quantizer
 from quantkit.quantizers.hadamard import Hadamard
+from quantkit.quantizers.low_rank import LowRank
 from quantkit.quantizers.target_shift import TargetShift
 from quantkit.registry import resolve
 from quantkit.rotate import Rotation
@@ -67,24 +68,36 @@ def window_length(seqlen: int | None, context: int | None) -> int:
     return seqlen
 
 
-def make_quantizer(method: str | Quantizer, hadamard: bool | None = None, **settings: Any) -> Quantizer:
+def make_quantizer(
+    method: str | Quantizer, hadamard: bool | None = None, low_rank: int | None = None, **settings: Any
+) -> Quantizer:
     """A quantizer by its name in the registry and its settings, or the object itself.
 
     Args:
-        method: the name, or an object, which is returned as it is.
+        method: the name, or an object, which is returned as it is and allows nothing beside.
         hadamard: quantize in a rotated basis; None for what suits the method.
+        low_rank: rank of a correction; None for none.
         settings: of the method; those that are None are left to its defaults.
 
     Raises:
         UnknownName: no such method.
         QuantkitError: a setting that the method does not have, or a value that it refuses.
     """
+    given = {name: value for name, value in settings.items() if value is not None}
     if not isinstance(method, str):
         _check_quantizer("method", method)
+        beside = [
+            *given,
+            *(name for name, value in (("hadamard", hadamard), ("low_rank", low_rank)) if value is not None),
+        ]
+        if beside:
+            raise QuantkitError(
+                f"{beside[0]} is given beside a quantizer object, which holds its own settings; write them there, such "
+                "as Hadamard(LowRank(VPTQ(bits=2), rank=8)), or give the method's name"
+            )
         return method
     kind = resolve("quantkit.quantizers", method)
     known = {entry.name for entry in dataclasses.fields(kind)}
-    given = {name: value for name, value in settings.items() if value is not None}
     unknown = sorted(given.keys() - known)
     if unknown:
         raise QuantkitError(f"{method} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
@@ -92,6 +105,7 @@ def make_quantizer(method: str | Quantizer, hadamard: bool | None = None, **sett
         given["bits"] = int(given["bits"])
     try:
         quantizer = kind(**given)
+        quantizer = quantizer if low_rank is None else LowRank(quantizer, low_rank)
     except ValueError as error:
         raise QuantkitError(str(error)) from error
     if hadamard is None:
@@ -101,8 +115,8 @@ def make_quantizer(method: str | Quantizer, hadamard: bool | None = None, **sett
 
 def core(quantizer: Quantizer) -> Quantizer:
     """The method inside all wrappers."""
-    while isinstance(quantizer, TargetShift | Hadamard):
-        quantizer = quantizer.inner
+    while isinstance(inner := getattr(quantizer, "inner", None), Quantizer):
+        quantizer = inner
     return quantizer
 
 

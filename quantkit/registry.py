@@ -10,6 +10,7 @@ _BUILT_IN = {
         "dense": "quantkit.formats.dense:DenseWeight",
         "int_group": "quantkit.formats.int_group:IntGroupWeight",
         "codebook": "quantkit.formats.codebook:CodebookWeight",
+        "low_rank": "quantkit.formats.low_rank:LowRankWeight",
         "pyramid": "quantkit.formats.pyramid:PyramidWeight",
         "rotated": "quantkit.formats.rotated:RotatedWeight",
     },

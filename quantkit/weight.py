@@ -36,13 +36,28 @@ class QuantizedWeight(ABC):
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
 
+    @property
+    def label(self) -> str:
+        """The format in few words, with what it wraps: "rotated(pyramid D=8 K=6)"."""
+        inner = ", ".join(weight.label for weight in self.nested().values())
+        return f"{self.format}({inner})" if inner else self.format
+
     @abstractmethod
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the payload stands for, [out_features, in_features]."""
 
-    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x @ weight^T + bias for x [..., in_features]; result [..., out_features] in x's dtype."""
-        return torch.nn.functional.linear(x, self.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+    def matmul(
+        self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
+    ) -> Tensor:
+        """x @ (weight + up @ down)^T + bias for x [..., in_features]; result [..., out_features] in x's dtype.
+
+        Args:
+            x: the inputs.
+            bias: [out_features].
+            up, down: a correction of low rank, [out_features, rank] and [rank, in_features] in x's dtype, or neither.
+        """
+        y = torch.nn.functional.linear(x, self.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+        return corrected(y, x, up, down)
 
     @staticmethod
     def side_by_side(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
@@ -149,6 +164,11 @@ class QuantizedWeight(ABC):
 
     def _fields(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def corrected(y: Tensor, x: Tensor, up: Tensor | None, down: Tensor | None) -> Tensor:
+    """y + (x @ down^T) @ up^T, for products whose kernel does not add the correction itself."""
+    return y if up is None or down is None else y + (x @ down.T) @ up.T
 
 
 def _check_metadata(metadata: Mapping[str, Any]) -> None:

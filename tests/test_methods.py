@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
-from quantkit import GPTQ, RTN, VPTQ, Calibration, Hadamard, Pyramid, Recipe, TargetShift
+from quantkit import GPTQ, RTN, VPTQ, Calibration, Hadamard, LowRank, Pyramid, Recipe, TargetShift
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.metrics import proxy_loss
 from quantkit.pipeline import quantize_checkpoint
@@ -32,6 +32,9 @@ METHODS = {
     "hadamard-gptq": Hadamard(GPTQ(2, 64)),
     "hadamard-pyramid": Hadamard(Pyramid(2.25, 16)),
     "hadamard-vptq": Hadamard(VPTQ(2.5)),
+    "low-rank-rtn": LowRank(RTN(3, 64), 3, metric="plain"),
+    "low-rank-gptq": LowRank(GPTQ(2, 64), 4, adapter_bits=8, alternations=1),
+    "hadamard-low-rank-pyramid": Hadamard(LowRank(Pyramid(2.0), 4)),
 }
 SHAPES = [(128, 256), (100, 70), (33, 320), (5, 130)]
 each = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
@@ -110,7 +113,7 @@ def test_frozen_and_described(method):
 @each
 def test_statistics_are_asked_for(method):
     if method.needs > Needs.NOTHING:
-        with pytest.raises(ValueError, match="RTN works without"):
+        with pytest.raises(ValueError, match="works without"):
             method.quantize(torch.randn(16, 32), None)
 
 
@@ -189,6 +192,8 @@ def test_damaged_files_are_refused(method, model_folder, text_file, tmp_path):
         ({"method": "vptq", "symmetric": True}, "vptq has no setting 'symmetric'"),
         ({"method": "gptq", "bits": 2.5}, "integer formats hold 1 to 8 bits"),
         ({"method": "pyramid", "bits": 0.01}, "0.5 to 8"),
+        ({"method": VPTQ(2), "bits": 3}, "bits is given beside a quantizer object"),
+        ({"method": VPTQ(2), "hadamard": True}, "hadamard is given beside a quantizer object"),
     ],
 )
 def test_settings_of_another_method_are_refused(settings, message, model_folder):

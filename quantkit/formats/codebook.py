@@ -23,7 +23,7 @@ from quantkit.kernels import launching
 from quantkit.kernels.bitpack import pack, row_words
 from quantkit.kernels.codebook_matmul import codebook_matmul, dequantized
 from quantkit.kernels.codebook_rule import book_bytes, expected_speed, range_width, served_from
-from quantkit.weight import QuantizedWeight
+from quantkit.weight import QuantizedWeight, corrected
 
 logger = logging.getLogger(__name__)
 LARGEST_BITS = 16
@@ -71,6 +71,13 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
         return self.out_features, self.in_features
+
+    @property
+    def label(self) -> str:
+        """Vector length, bits a stage, and what else there is."""
+        bits = "+".join(str(_bits(books)) for _, books in self.stages())
+        ranges = f", {len(self.books)} ranges" if len(self.books) > 1 else ""
+        return f"codebook v={self.books.shape[2]} {bits} bits{ranges}{'' if self.outliers is None else ', outliers'}"
 
     @property
     def columns(self) -> int:
@@ -132,13 +139,16 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
                 capability = launching.properties(weight.codes.device)[0]
                 _warn(weight.books.shape[2], _bits(weight.books), residual_bits, len(weight.books), capability)
 
-    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def matmul(
+        self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
+    ) -> Tensor:
         """Fused look-up-and-multiply; see `quantkit.kernels.codebook_matmul`. Scales multiply x, in its dtype."""
-        if self.scales is not None:
-            x = x * self.scales.to(x.dtype)
+        if self.scales is None and self.order is None and self.outliers is None:
+            return codebook_matmul(x, *self._stages, self.out_features, bias, up, down)
+        stored = x if self.scales is None else x * self.scales.to(x.dtype)
         if self.order is not None:
-            x = x.index_select(-1, self.order.int())
-        return self._multiplied(x, bias)
+            stored = stored.index_select(-1, self.order.int())
+        return corrected(self._multiplied(stored, bias), x, up, down)
 
     def _multiplied(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product with x in the stored order."""

@@ -92,9 +92,11 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         """Allocates what launches on the codes' GPU share."""
         prepare(self.codes.device)
 
-    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def matmul(
+        self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
+    ) -> Tensor:
         """Fused dequantize-and-multiply; see `quantkit.kernels.int_group_matmul`."""
-        return int_group_matmul(x, self.codes, self.scales, self.zeros, self.bits, self.group_size, bias)
+        return int_group_matmul(x, self.codes, self.scales, self.zeros, self.bits, self.group_size, bias, up, down)
 
     @classmethod
     def concatenated(cls, weights: Sequence[QuantizedWeight]) -> IntGroupWeight | None:

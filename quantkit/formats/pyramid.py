@@ -32,7 +32,7 @@ from quantkit.kernels.pyramid_matmul import (
     pyramid_table_matmul,
     transcode,
 )
-from quantkit.weight import QuantizedWeight
+from quantkit.weight import QuantizedWeight, corrected
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +105,11 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
         """(out_features, in_features)."""
         return self.out_features, self.in_features
 
+    @property
+    def label(self) -> str:
+        """Dimension, pulses and bits of a gain."""
+        return f"pyramid D={self.dimension} K={self.pulses} gain {_gain_bits(self.levels)} bits"
+
     def validate(self) -> None:
         """Checks shapes, finite scales and levels, and that every index names a point."""
         if self.axis not in ("out", "in") or self.dimension < 1 or self.pulses < 1:
@@ -169,13 +174,15 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
             launching.prepare(self.codes.device)
             self._product  # noqa: B018  (made and kept)
 
-    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def matmul(
+        self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
+    ) -> Tensor:
         """Fused dequantize-and-multiply; see `quantkit.kernels.pyramid_matmul`. Never decodes a pyramid twice."""
-        return self._product(x, bias=bias)
+        return self._product(x, bias=bias, up=up, down=down)
 
     @cached_property
     def _product(self) -> Callable[..., Tensor]:
-        """The product of x [..., in_features] and bias with this weight, in the form that a kernel takes."""
+        """(x [..., in_features], bias, up, down) -> the product, by the kernel that takes this weight."""
         with torch.inference_mode(False), torch.no_grad():  # it may be kept longer than the caller's mode
             field_bits = pyramid.index_bits(self.dimension, self.pulses) + _gain_bits(self.levels)
             if (self.axis, self.dimension) == ("out", 8) and self.pulses <= 6 and field_bits <= PIECE:
@@ -236,21 +243,21 @@ def _weight(points: Tensor, factors: Tensor, axis: str, shape: tuple[int, int], 
     return along[: shape[0]] if axis == "out" else along[: shape[1]].T
 
 
-def _by_table(x: Tensor, bias: Tensor | None, codes, scales, gains, points, bits: int, out_features: int) -> Tensor:
-    return pyramid_table_matmul(x, codes, scales, gains, points, bits, out_features, bias)
+def _by_table(x: Tensor, bias, up, down, codes, scales, gains, points, bits: int, out_features: int) -> Tensor:
+    return pyramid_table_matmul(x, codes, scales, gains, points, bits, out_features, bias, up, down)
 
 
-def _by_factors(x: Tensor, bias: Tensor | None, codes, factors, bits: int, dimension: int) -> Tensor:
-    return pyramid_matmul(x, codes, factors, bits, dimension, bias)
+def _by_factors(x: Tensor, bias, up, down, codes, factors, bits: int, dimension: int) -> Tensor:
+    return pyramid_matmul(x, codes, factors, bits, dimension, bias, up, down)
 
 
-def _by_groups(x: Tensor, bias: Tensor | None, codes, scales, zeros, bits: int, group_size: int) -> Tensor:
-    return int_group_matmul(x, codes, scales, zeros, bits, group_size, bias)
+def _by_groups(x: Tensor, bias, up, down, codes, scales, zeros, bits: int, group_size: int) -> Tensor:
+    return int_group_matmul(x, codes, scales, zeros, bits, group_size, bias, up, down)
 
 
-def _by_points(x: Tensor, bias: Tensor | None, points, factors, axis: str, shape: tuple[int, int]) -> Tensor:
+def _by_points(x: Tensor, bias, up, down, points, factors, axis: str, shape: tuple[int, int]) -> Tensor:
     weight = _weight(points, factors, axis, shape, x.dtype)
-    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return corrected(torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype)), x, up, down)
 
 
 @lru_cache  # once a process for each

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels.hadamard import rotate
-from quantkit.weight import QuantizedWeight
+from quantkit.weight import QuantizedWeight, corrected
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +62,15 @@ class RotatedWeight(QuantizedWeight, format="rotated"):
         """The base's."""
         self.base.prepare()
 
-    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def matmul(
+        self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
+    ) -> Tensor:
         """Rotates x, multiplies by the base, rotates back."""
-        x = rotate(x, self.in_signs, False)
+        rotated = rotate(x, self.in_signs, False)
         if self.out_signs is None:
-            return self.base.matmul(x, bias)
-        y = self._outputs_back(self.base.matmul(x))
-        return y if bias is None else y + bias.to(y.dtype)
+            return corrected(self.base.matmul(rotated, bias), x, up, down)
+        y = self._outputs_back(self.base.matmul(rotated))
+        return corrected(y if bias is None else y + bias.to(y.dtype), x, up, down)
 
     @classmethod
     def concatenated(cls, weights: Sequence[QuantizedWeight]) -> RotatedWeight | None:

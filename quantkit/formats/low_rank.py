@@ -1,0 +1,101 @@
+"""low_rank: any weight and a correction of low rank.
+
+    W = base + up down        y = base x + up (down x)
+
+Kernels add the correction in their epilogue (`quantkit.kernels.operators`). Factors are fp16, or integers of 8 bits
+with a scale a rank: up[:, i] down[i, :] scales[i].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from quantkit.weight import QuantizedWeight
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankWeight(QuantizedWeight, format="low_rank"):
+    """A weight with a correction.
+
+    Attributes:
+        base: [out_features, in_features].
+        up: fp16 or int8 [out_features, rank].
+        down: like up [rank, in_features].
+        scales: fp32 [rank] of int8 factors, else None.
+    """
+
+    base: QuantizedWeight
+    up: Tensor
+    down: Tensor
+    scales: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.base.shape
+
+    @property
+    def label(self) -> str:
+        """The base's, and the rank."""
+        return f"{self.base.label} + rank {self.rank}"
+
+    @property
+    def rank(self) -> int:
+        """Of the correction."""
+        return self.up.shape[1]
+
+    def validate(self) -> None:
+        """Checks the base and both factors."""
+        self.base.validate()
+        stored = torch.float16 if self.scales is None else torch.int8
+        out_features, in_features = self.shape
+        rank = self.up.shape[1] if self.up.dim() == 2 else 0
+        expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "up": (stored, (out_features, rank)),
+            "down": (stored, (rank, in_features)),
+            "scales": (torch.float32, (rank,)),
+        }
+        for name, tensor in self.tensors().items():
+            dtype, shape = expected[name]
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape or rank < 1:
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; this weight takes {dtype} {shape}")
+            if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{name} holds NaN or Inf")
+
+    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """(up [out_features, rank], down [rank, in_features]); scales belong to down."""
+        down = self.down.to(dtype)
+        return self.up.to(dtype), down if self.scales is None else down * self.scales.to(dtype).unsqueeze(1)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """base + up down in fp32, then cast."""
+        up, down = self.factors()
+        return (self.base.dequantize() + up @ down).to(dtype)
+
+    def prepare(self) -> None:
+        """The base's."""
+        self.base.prepare()
+
+    def matmul(
+        self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
+    ) -> Tensor:
+        """The base's product with this correction, and one more where it is given."""
+        own_up, own_down = self._factors_in(x.dtype)
+        if up is not None and down is not None:
+            own_up, own_down = torch.cat([own_up, up], dim=1), torch.cat([own_down, down])
+        return self.base.matmul(x, bias, own_up, own_down)
+
+    def _factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if dtype not in self._cast:
+            with torch.inference_mode(False):  # they may be kept longer than the caller's mode
+                self._cast[dtype] = self.factors(dtype)
+        return self._cast[dtype]
+
+    @cached_property
+    def _cast(self) -> dict[torch.dtype, tuple[Tensor, Tensor]]:
+        """Factors in the types of activations that were seen."""
+        return {}

@@ -1,0 +1,134 @@
+"""LowRank: what rounding lost, given back as a product of two thin matrices.
+
+With E = W - Q the correction B A of rank r that minimises tr((E - BA) H (E - BA)^T) keeps the leading eigenvectors U of
+E H E^T:
+
+    B = U_r,    A = U_r^T E,    and what is left is the sum of the other eigenvalues.
+
+That is the solution of QERA (arXiv 2410.06040, theorem 1) and EoRA (arXiv 2410.21271) without a root or an inverse of
+H. Other metrics put diag(H) or I in H's place (LQER's and ZeroQuant-V2's choice); the error that counts is the same.
+`alternations` repeats both steps, Q on W - BA and BA on W - Q, as LoftQ does (arXiv 2310.08659, algorithm 1), and keeps
+the best.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.formats.low_rank import LowRankWeight
+from quantkit.metrics import proxy_loss
+from quantkit.protocols import Needs, Quantizer
+from quantkit.stats import LayerStats
+from quantkit.weight import QuantizedWeight
+
+METRICS = ("exact", "diagonal", "plain")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Quantizes with `inner` and adds the best correction.
+
+    Attributes:
+        inner: any quantizer.
+        rank: of the correction; less in layers that have not so many features.
+        metric: "exact" (H), "diagonal" (its diagonal) or "plain" (I).
+        alternations: times that quantization is repeated on what the correction leaves.
+        adapter_bits: of the stored factors: 16 (fp16) or 8 (integers, a scale a rank).
+    """
+
+    inner: Quantizer
+    rank: int = 16
+    metric: str = "exact"
+    alternations: int = 0
+    adapter_bits: int = 16
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank}: a correction has a rank of at least 1")
+        if self.metric not in METRICS:
+            raise ValueError(f"metric={self.metric!r}: choose one of {', '.join(METRICS)}")
+        if self.alternations < 0:
+            raise ValueError(f"alternations={self.alternations}: give 0 or more")
+        if self.adapter_bits not in (8, 16):
+            raise ValueError(f"adapter_bits={self.adapter_bits}: factors are stored in 16 or 8 bits")
+
+    @property
+    def needs(self) -> Needs:
+        """The Hessian, unless the metric is plain."""
+        return max(self.inner.needs, Needs.NOTHING if self.metric == "plain" else Needs.HESSIAN)
+
+    def quantize(self, weight: Tensor, stats: LayerStats | None) -> LowRankWeight:
+        """Quantizes fp32 or fp64 [out_features, in_features]."""
+        if stats is None and self.needs > Needs.NOTHING:
+            raise ValueError(
+                "this correction reads the statistics of the inputs; metric='plain' with RTN works without"
+            )
+        best, least, correction = None, float("inf"), torch.zeros_like(weight)
+        for _ in range(self.alternations + 1):
+            base = self.inner.quantize(weight - correction, stats)
+            packed = self._corrected(base, weight - base.dequantize().to(weight), stats)
+            up, down = (factor.to(weight) for factor in packed.factors())
+            correction = up @ down
+            error = weight - base.dequantize().to(weight) - correction
+            lost = float(error.square().sum()) if stats is None else proxy_loss(error, stats.hessian)
+            if best is None or lost < least:
+                best, least = packed, lost
+        assert best is not None
+        return best
+
+    def layout(self, out_features: int, in_features: int) -> LowRankWeight:
+        """The inner method's layout, and both factors."""
+        rank = min(self.rank, out_features, in_features)
+        options: dict[str, Any] = {"device": "meta", "dtype": torch.float16 if self.adapter_bits == 16 else torch.int8}
+        scales = None if self.adapter_bits == 16 else torch.empty(rank, device="meta")
+        up, down = torch.empty(out_features, rank, **options), torch.empty(rank, in_features, **options)
+        return LowRankWeight(self.inner.layout(out_features, in_features), up, down, scales)
+
+    def _corrected(self, base: QuantizedWeight, error: Tensor, stats: LayerStats | None) -> LowRankWeight:
+        rank = min(self.rank, *error.shape)
+        error = error.double()
+        metric = None if stats is None or self.metric == "plain" else stats.hessian.double()
+        if metric is not None and self.metric == "diagonal":
+            metric = metric.diagonal().diag()
+        vectors = leading_vectors(error, metric, rank)
+        # `down` is the best for `up` as it is stored, whatever the metric
+        if self.adapter_bits == 16:
+            up = vectors.half()
+            down = torch.linalg.lstsq(up.double(), error).solution
+            size = down.abs().amax(1).clamp_min(1e-30)
+            balance = torch.exp2((size.log2() / 2).round())  # a power of two: `up` stays what it is
+            up, down = (up.double() * balance).half(), (down / balance.unsqueeze(1)).half()
+            return LowRankWeight(base, up.contiguous(), down.contiguous())
+        widest = vectors.abs().amax(0).clamp_min(1e-30)
+        up = (127 * vectors / widest).round().to(torch.int8)
+        down = torch.linalg.lstsq(up.double(), error).solution
+        scales = (down.abs().amax(1) / 127).float().clamp_min(1e-30)
+        codes = (down / scales.double().unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
+        return LowRankWeight(base, up.contiguous(), codes.contiguous(), scales)
+
+
+def leading_vectors(error: Tensor, metric: Tensor | None, rank: int) -> Tensor:
+    """The eigenvectors of E H E^T with the largest eigenvalues, fp64 [out_features, rank].
+
+    Args:
+        error: E, fp64 [out_features, in_features].
+        metric: H, fp64 [in_features, in_features]; None for I.
+        rank: how many.
+    """
+    weighted = error if metric is None else error @ metric
+    if error.shape[0] <= error.shape[1]:
+        gram = weighted @ error.T
+        return torch.linalg.eigh((gram + gram.T) / 2).eigenvectors[:, -rank:].flip(1)
+    # On the smaller side: with H = R R^T the vectors are E R V for the leading V of R^T E^T E R.
+    half = error if metric is None else error @ _root(metric)
+    gram = half.T @ half
+    right = torch.linalg.eigh((gram + gram.T) / 2).eigenvectors[:, -rank:].flip(1)
+    return torch.linalg.qr(half @ right).Q
+
+
+def _root(metric: Tensor) -> Tensor:
+    """R with H = R R^T, for any positive semidefinite H."""
+    values, vectors = torch.linalg.eigh(metric)
+    return vectors * values.clamp_min(0).sqrt()
