@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from quantkit.report import Report
+from quantkit.tuning.end_to_end import Progress as TuningProgress
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
@@ -54,6 +55,19 @@ def tuning_progress() -> Iterator[Callable[[int, int, str], None]]:
     with _bar() as bar:
         task = bar.add_task("tuning", total=None)
         yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name or "done")
+
+
+@contextmanager
+def step_progress() -> Iterator[Callable[[TuningProgress], None]]:
+    """A bar over tuning steps: yields a callback that takes a `tuning.end_to_end.Progress`."""
+    with _bar() as bar:
+        task = bar.add_task("teacher and student", total=None)
+
+        def update(now: TuningProgress) -> None:
+            text = f"loss {now.loss:.4f}, {now.changed:,} codes, held-out KL {now.kl:.4f} (best {now.best:.4f})"
+            bar.update(task, completed=now.step, total=now.steps, description=text)
+
+        yield update
 
 
 def report_table(report: Report) -> None:

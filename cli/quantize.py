@@ -129,14 +129,7 @@ def quantize_command(
     folder = resolve_folder(model)
     output = output or Path(f"{Path(model).resolve().name}-{method.lower()}-{bits:g}bit")
     if dry_run:
-        expected = estimate(folder, recipe, device=device)
-        console.print(f"[bold]{model}[/] -> {output}")
-        console.print(
-            f"layers to pack     {expected.layers}, {expected.packed_weights:,} of {expected.all_weights:,} weights"
-        )
-        console.print(f"bits per weight    {expected.bits_per_weight:.3f} in packed layers, every stored byte counted")
-        console.print(f"size               {size(expected.bytes_before)} -> {size(expected.bytes_after)}")
-        console.print(f"memory of the run  about {size(expected.memory_bytes)} on {expected.device}")
+        _say_estimate(model, folder, recipe, output, device)
         return
     check_output(output, folder, resume=resume, overwrite=overwrite)
     try:
@@ -145,12 +138,25 @@ def quantize_command(
                 folder, recipe, output, name=model, device=device, resume=resume, overwrite=overwrite, progress=progress
             )
     except KeyboardInterrupt:
-        kept = output.with_name(output.name + ".partial").exists()
-        what = (
-            "finished blocks are kept: repeat the command with --resume to continue" if kept else "nothing was written"
-        )
-        raise Interrupted(f"stopped; {what}") from None
+        raise _interrupted(output) from None
     except torch.OutOfMemoryError as error:
         raise QuantkitError("the GPU's memory is full; use --device cpu, or lower --num-samples or --seqlen") from error
     report_table(report)
     console.print(f"checkpoint: [bold]{output}[/]   load it with quantkit.load({str(output)!r})", soft_wrap=True)
+
+
+def _say_estimate(model: str, folder: Path, recipe: Recipe, output: Path, device: str) -> None:
+    expected = estimate(folder, recipe, device=device)
+    console.print(f"[bold]{model}[/] -> {output}")
+    console.print(
+        f"layers to pack     {expected.layers}, {expected.packed_weights:,} of {expected.all_weights:,} weights"
+    )
+    console.print(f"bits per weight    {expected.bits_per_weight:.3f} in packed layers, every stored byte counted")
+    console.print(f"size               {size(expected.bytes_before)} -> {size(expected.bytes_after)}")
+    console.print(f"memory of the run  about {size(expected.memory_bytes)} on {expected.device}")
+
+
+def _interrupted(output: Path) -> Interrupted:
+    kept = output.with_name(output.name + ".partial").exists()
+    how = "finished blocks are kept: repeat the command with --resume to continue" if kept else "nothing was written"
+    return Interrupted(f"stopped; {how}")

@@ -16,6 +16,8 @@ from quantkit.quantizers.target_shift import TargetShift
 from quantkit.quantizers.vptq import VPTQ
 from quantkit.recipe import Calibration, Recipe
 from quantkit.rotate import Rotation, rotate_model
+from quantkit.tuning.end_to_end import TuningSettings, tune
+from quantkit.tuning.pv import PVSettings
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,13 +27,16 @@ __all__ = [
     "Calibration",
     "Hadamard",
     "LowRank",
+    "PVSettings",
     "Pyramid",
     "Recipe",
     "Rotation",
     "TargetShift",
+    "TuningSettings",
     "fuse",
     "load",
     "quantize",
     "quantize_checkpoint",
     "rotate_model",
+    "tune",
 ]

@@ -138,7 +138,7 @@ class CheckpointWriter:
         write_json(sidecar, entries)
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         # Only one metadata key: safetensors writes several in random order, and bytes must repeat.
-        _durably(shard_path, lambda path: save_file(tensors, path, metadata={"format": "pt"}), needed)
+        write_durably(shard_path, lambda path: save_file(tensors, path, metadata={"format": "pt"}), needed)
 
     def entries(self) -> dict[str, Any]:
         """The sidecars' entries of all packed layers, in the order of the blocks."""
@@ -321,10 +321,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _write_bytes(path: Path, content: bytes) -> None:
-    _durably(path, lambda target: target.write_bytes(content), len(content))
+    write_durably(path, lambda target: target.write_bytes(content), len(content))
 
 
-def _durably(path: Path, write: Callable[[Path], Any], needed: int) -> None:
+def write_durably(path: Path, write: Callable[[Path], Any], needed: int) -> None:
+    """Writes a file so that it is either whole or not there: synced under a temporary name, then renamed.
+
+    Args:
+        path: the file.
+        write: writes it to the path that it is given.
+        needed: bytes, at least.
+
+    Raises:
+        QuantkitError: the disk is full, or does not take it.
+    """
     temporary = path.with_name(path.name + ".tmp")
     free = shutil.disk_usage(path.parent).free
     if free < needed:

@@ -1,0 +1,118 @@
+"""`quantkit tune`: a packed checkpoint and its teacher in, a better checkpoint of the same size out."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import quantkit
+from quantkit.checkpoint import check_output, write_json
+from quantkit.cli.display import console, step_progress
+from quantkit.device import compute_dtype, parse_dtype, pick_device
+from quantkit.errors import Interrupted, QuantkitError
+from quantkit.folder import load_tokenizer, resolve_folder
+from quantkit.recipe import Calibration
+from quantkit.tuning.end_to_end import TuningSettings, tune
+from quantkit.tuning.pv import PVSettings
+
+_STEP = "A step"
+
+
+def tune_command(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a packed checkpoint.")],
+    teacher: Annotated[str, typer.Option(help="Folder or hub id of the full-precision model.")],
+    output: Annotated[Path | None, typer.Option(help="Folder to make; by default NAME-tuned.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 200,
+    batch: Annotated[int, typer.Option(help="Windows a step.")] = 8,
+    micro_batch: Annotated[int, typer.Option(help="Windows in memory at a time.")] = 4,
+    calibration: Annotated[
+        str, typer.Option(help="wikitext2, c4, stdlib (offline), a .txt or .jsonl file, or a hub dataset id.")
+    ] = "wikitext2",
+    num_samples: Annotated[int, typer.Option(help="Windows of text, held-out ones included.")] = 512,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens a window; by default 2048 or the model's context.")] = None,
+    held_out: Annotated[int, typer.Option(help="Windows that are measured, and not tuned on.")] = 16,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between measurements.")] = 20,
+    patience: Annotated[int | None, typer.Option(help="End after so many measurements without a new best.")] = None,
+    norms: Annotated[bool, typer.Option(help="Tune the model's norms too.")] = True,
+    mode: Annotated[
+        str,
+        typer.Option(help="buffer, linearized, straight-through, or continuous (codes stay).", rich_help_panel=_STEP),
+    ] = PVSettings.mode,
+    lr: Annotated[
+        float, typer.Option(help="Of scales, books and gains, as a share of their size.", rich_help_panel=_STEP)
+    ] = PVSettings.lr,
+    code_lr: Annotated[
+        float, typer.Option(help="Of codes' targets, as a share of a layer's weights.", rich_help_panel=_STEP)
+    ] = PVSettings.code_lr,
+    share: Annotated[
+        float, typer.Option(help="Most of a layer's codes that change in a step.", rich_help_panel=_STEP)
+    ] = PVSettings.share,
+    trust: Annotated[
+        float, typer.Option(help="Most that codes change a layer's weights in a step.", rich_help_panel=_STEP)
+    ] = PVSettings.trust,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="Of the models' computation; by default float32 on a CPU.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice and the order of windows.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing output or unfinished run.")
+    ] = False,
+) -> None:
+    """Tune a packed checkpoint end to end: scales, books, norms and codes, by KL to the teacher's predictions.
+
+    The size stays the same. An interrupted run continues with --resume and ends in the same model.
+    """
+    folder, teacher_folder = resolve_folder(model), resolve_folder(teacher)
+    output = output or Path(f"{Path(model).resolve().name}-tuned")
+    partial = output.with_name(output.name + ".tuning")
+    check_output(output, folder, overwrite=overwrite)
+    check_output(output, teacher_folder, overwrite=overwrite)
+    if partial.exists() and not (resume or overwrite):
+        raise QuantkitError(f"{partial} holds an unfinished run; --resume continues it, --overwrite starts anew")
+    try:
+        pv = PVSettings(mode, lr, code_lr, share, trust)
+    except ValueError as error:
+        raise QuantkitError(str(error)) from error
+    settings = TuningSettings(
+        steps, batch, micro_batch, evaluate_every=evaluate_every, held_out=held_out, patience=patience, norms=norms,
+        seed=seed, pv=pv,
+    )  # fmt: skip
+    where = pick_device(device)
+    kind = parse_dtype(dtype) or compute_dtype(where) or "auto"
+    tokenizer = load_tokenizer(folder)
+    student: Any = quantkit.load(folder, dtype=kind, device=where)
+    reference = quantkit.load(teacher_folder, dtype=kind, device=where)
+    if partial.exists() and not resume:
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        with step_progress() as progress:
+            tune(
+                student,
+                reference,
+                tokenizer,
+                calibration=Calibration(calibration, num_samples, seqlen, seed),
+                settings=settings,
+                state=partial / "state.pt",
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; repeat the command with --resume to continue") from None
+    finished = partial / "checkpoint"
+    shutil.rmtree(finished, ignore_errors=True)
+    student.save_pretrained(finished)
+    tokenizer.save_pretrained(finished)
+    history = student.quantkit_tuning
+    write_json(
+        finished / "quantkit_tuning.json", {"teacher": teacher, "settings": asdict(settings), "history": history}
+    )
+    if output.exists():
+        shutil.rmtree(output)
+    finished.rename(output)
+    shutil.rmtree(partial)
+    first, best = history[0]["kl"], min(entry["kl"] for entry in history)
+    less = 100 * (1 - best / first)
+    console.print(f"held-out KL to the teacher  {first:.4f} -> {best:.4f} nats a token ({less:.0f}% less)")
+    console.print(f"checkpoint: [bold]{output}[/]   load it with quantkit.load({str(output)!r})", soft_wrap=True)

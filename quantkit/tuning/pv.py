@@ -1,0 +1,170 @@
+"""PV-Tuning's step: continuous parts by gradient descent, codes within a trusted subspace.
+
+Every step of a phi(Wq), Wq the dequantized weights, does both (arXiv 2405.14852, sections 3.2 and 3.3):
+
+    P    Adam moves scales, zeros, books, gains, corrections along the gradient that reaches them through Wq
+    V    Adam moves a target S of every weight along d phi / d Wq; the share of units with the largest |S - Wq| is coded
+         again, nearest to S; of those changes the largest are kept while |Wq' - Wq| <= trust * |Wq|, one at least
+
+A full V step would round back to where it came from: a step shorter than half a cell changes no code, unless it is
+taken for few weights at once. Modes say what S is:
+
+    "buffer"            S goes on from step to step and is pulled towards Wq by `decay` of their distance (the recipe of
+                        the paper's code, there with a decay of 0)
+    "linearized"        S starts at Wq in every step (a decay of 1): the V step of the paper
+    "straight-through"  as the buffer, but every unit is coded again in every step: the usual estimator, for comparison
+    "continuous"        codes stay
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.tuning.tunable import Coded, Tunable
+
+MODES = ("buffer", "linearized", "straight-through", "continuous")
+
+
+@dataclass(frozen=True)
+class PVSettings:
+    """How a step is taken.
+
+    Attributes:
+        mode: see the module.
+        lr: of continuous parts, in units of their size.
+        code_lr: of targets, in units of a layer's root mean square weight.
+        share: of a layer's units that may be coded again in a step.
+        trust: largest relative change of a layer's weights by codes in a step.
+        decay: pull of targets towards the weights, 0 to 1.
+        betas: Adam's.
+    """
+
+    mode: str = "buffer"
+    lr: float = 1e-2
+    code_lr: float = 3e-2
+    share: float = 0.1
+    trust: float = 0.1
+    decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode={self.mode!r}: choose one of {', '.join(MODES)}")
+        for name in ("lr", "code_lr"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: from 0 to below 1")
+        for name in ("share", "trust", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a share, from 0 to 1")
+
+
+class TunedLinear(nn.Module):
+    """A linear layer whose weight is taken apart; between `open` and `close` it multiplies by one dense copy.
+
+    Args:
+        weight: the parts.
+        bias: [out_features] or None; stays.
+    """
+
+    leaf: Tensor
+
+    def __init__(self, weight: Tunable, bias: Tensor | None) -> None:
+        super().__init__()
+        self.parts, self.bias = weight, bias
+        self._made: Tensor | None = None
+
+    def open(self) -> None:
+        """Makes the copy: the passes of one step all use it and add their gradients up in it."""
+        self._made = self.parts()
+        self.leaf = self._made.detach().requires_grad_()
+
+    def close(self) -> None:
+        """Hands the copy's gradient on to the parts."""
+        assert self._made is not None
+        if self.leaf.grad is not None and self._made.requires_grad:
+            self._made.backward(self.leaf.grad)
+        self._made = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        return nn.functional.linear(x, self.leaf.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class PVOptimizer:
+    """Adam on continuous parts and on targets, and the V step.
+
+    Args:
+        layers: what is tuned.
+        others: further parameters that move with the continuous parts (norms).
+        settings: see `PVSettings`.
+    """
+
+    def __init__(self, layers: list[TunedLinear], others: list[nn.Parameter], settings: PVSettings) -> None:
+        self.layers, self.settings = layers, settings
+        continuous = [parameter for layer in layers for parameter in layer.parts.parameters()]
+        self.coded = [] if settings.mode == "continuous" else [c for layer in layers for c in layer.parts.coded()]
+        self.targets: list[Tensor] = []
+        groups = [{"params": [*continuous, *others], "lr": settings.lr}]
+        for part in self.coded:
+            with torch.no_grad():
+                weight = part()
+            size = float(weight.square().mean().sqrt())
+            self.targets.append(nn.Parameter(weight.detach().clone()))
+            groups.append({"params": [self.targets[-1]], "lr": settings.code_lr * size})
+        self.adam = torch.optim.Adam(groups, betas=settings.betas)
+        for group in self.adam.param_groups:
+            group["initial_lr"] = group["lr"]
+
+    def open(self) -> None:
+        """Begins a step: clears gradients and makes the weights that passes use."""
+        self.adam.zero_grad(set_to_none=True)
+        for layer in self.layers:
+            layer.open()
+
+    def step(self, scale: float = 1.0) -> int:
+        """Ends a step: moves everything once.
+
+        Args:
+            scale: of the learning rates, from 0 to 1.
+
+        Returns:
+            How many units got another code.
+        """
+        for layer in self.layers:
+            layer.close()
+        for part, target in zip(self.coded, self.targets, strict=True):
+            target.grad = part.latest.grad
+        for group in self.adam.param_groups:
+            group["lr"] = scale * group["initial_lr"]
+        self.adam.step()
+        return sum(self._recode(part, target) for part, target in zip(self.coded, self.targets, strict=True))
+
+    @torch.no_grad()
+    def _recode(self, part: Coded, target: Tensor) -> int:
+        """The V step of a layer, with the continuous parts as they are by now."""
+        settings = self.settings
+        if settings.share == 0:
+            return 0
+        weight = part.decode()
+        present, wanted = part.units(weight), part.units(target)
+        if settings.mode == "straight-through":
+            chosen = torch.arange(len(present), device=weight.device)
+        else:
+            distance = (wanted - present).square().sum(1)
+            chosen = distance.topk(max(1, int(settings.share * len(distance)))).indices
+        codes, values = part.nearest(chosen, wanted[chosen])
+        moved = (values - present[chosen]).square().sum(1)
+        # no farther from the target than before: the search of a pyramid's point is not exhaustive
+        better = (values - wanted[chosen]).square().sum(1) < (present[chosen] - wanted[chosen]).square().sum(1)
+        keep = better & (moved > 0)
+        if settings.mode != "straight-through":
+            spent = torch.where(keep, moved, torch.zeros_like(moved)).cumsum(0)
+            within = spent <= (settings.trust * weight.norm()) ** 2
+            first = keep & (keep.cumsum(0) == 1)
+            keep &= within | first
+        part.assign(chosen[keep], codes[keep])
+        decay = 1.0 if settings.mode == "linearized" else settings.decay
+        if decay:
+            target.lerp_(part.decode(), decay)
+        return int(keep.sum())

@@ -1,0 +1,213 @@
+"""End-to-end tuning: it helps, it is exact to resume, and it refuses what cannot work."""
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import quantkit
+from quantkit import GPTQ, VPTQ, Calibration, Hadamard, LowRank, PVSettings, Pyramid, TuningSettings
+from quantkit.errors import QuantkitError
+from quantkit.linear import QuantizedLinear
+from quantkit.tuning.end_to_end import _Run
+
+SHORT = TuningSettings(
+    6, batch=4, micro_batch=4, evaluate_every=2, held_out=8, pv=PVSettings(lr=2e-3, code_lr=0.05, share=0.1, trust=0.1)
+)
+
+
+@pytest.fixture(scope="module")
+def quantized(reference):
+    """(packed model, teacher, tokenizer, text) of the reference model at 2 bits."""
+    teacher = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(reference)
+    text = Calibration("stdlib", 24, 64)
+    return (
+        quantkit.quantize(copy.deepcopy(teacher), tokenizer, method=GPTQ(2), calibration=text),
+        teacher,
+        tokenizer,
+        text,
+    )
+
+
+@pytest.fixture
+def models(quantized):
+    """The same, with a packed model that a test may change."""
+    model, *others = quantized
+    return copy.deepcopy(model), *others
+
+
+def states(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_tuning_helps_and_keeps_the_size(models):
+    model, teacher, tokenizer, text = models
+    before = states(model)
+    seen = []
+    tuned = quantkit.tune(
+        model, teacher, tokenizer, calibration=text, settings=SHORT, progress=lambda p: seen.append((p.step, p.kl))
+    )
+    assert tuned is model
+    assert [step for step, _ in seen] == [1, 2, 3, 4, 5, 6]
+    history = model.quantkit_tuning
+    assert [entry["step"] for entry in history] == [0, 2, 4, 6]
+    assert min(entry["kl"] for entry in history) < history[0]["kl"]
+    after = states(model)
+    assert {k: (v.shape, v.dtype) for k, v in before.items()} == {k: (v.shape, v.dtype) for k, v in after.items()}
+    assert any(not torch.equal(before[name], after[name]) for name in before if name.endswith("codes"))
+    assert all(
+        isinstance(model.get_submodule(n), QuantizedLinear) for n, m in model.named_modules() if hasattr(m, "packed")
+    )
+
+
+def test_what_is_kept_is_the_best_state(models):
+    """The kept model has, packed, the least KL of the history."""
+    model, teacher, tokenizer, text = models
+    wild = TuningSettings(
+        6, 2, 2, evaluate_every=1, held_out=2, pv=PVSettings(lr=0.3, code_lr=0.5, share=1.0, trust=1.0)
+    )
+    quantkit.tune(model, teacher, tokenizer, calibration=text, settings=wild)
+    best = min(entry["kl"] for entry in model.quantkit_tuning)
+    run = _Run(model, teacher, text.windows(tokenizer, model), wild)
+    assert run.history[0]["kl"] == pytest.approx(best, rel=1e-2)
+    run.finish()
+
+
+def test_an_interrupted_run_ends_in_the_same_model(models, tmp_path):
+    model, teacher, tokenizer, text = models
+    whole, broken = copy.deepcopy(model), copy.deepcopy(model)
+    quantkit.tune(whole, teacher, tokenizer, calibration=text, settings=SHORT)
+
+    def stop(now):
+        if now.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantkit.tune(
+            broken, teacher, tokenizer, calibration=text, settings=SHORT, state=tmp_path / "s.pt", progress=stop
+        )
+    again, steps = copy.deepcopy(model), []
+    quantkit.tune(
+        again, teacher, tokenizer, calibration=text, settings=SHORT, state=tmp_path / "s.pt",
+        progress=lambda now: steps.append(now.step),
+    )  # fmt: skip
+    assert steps == [5, 6]
+    assert again.quantkit_tuning == whole.quantkit_tuning
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in again.state_dict().items())
+    other = TuningSettings(7, 2, 1, evaluate_every=2, held_out=2)
+    with pytest.raises(QuantkitError, match="other settings"):
+        quantkit.tune(
+            copy.deepcopy(model), teacher, tokenizer, calibration=text, settings=other, state=tmp_path / "s.pt"
+        )
+    (tmp_path / "s.pt").write_bytes(b"damaged")
+    with pytest.raises(QuantkitError, match="not a tuning run's state"):
+        quantkit.tune(
+            copy.deepcopy(model), teacher, tokenizer, calibration=text, settings=SHORT, state=tmp_path / "s.pt"
+        )
+
+
+@pytest.mark.parametrize(
+    "method", [Hadamard(VPTQ(2.0, 2)), LowRank(Hadamard(Pyramid(2.0, 8)), 2)], ids=["vptq", "pyramid"]
+)
+def test_other_formats(models, method, tmp_path):
+    _, teacher, tokenizer, text = models
+    model = quantkit.quantize(copy.deepcopy(teacher), tokenizer, method=method, calibration=text)
+    quantkit.tune(model, teacher, tokenizer, calibration=text, settings=SHORT)
+    assert min(entry["kl"] for entry in model.quantkit_tuning) < model.quantkit_tuning[0]["kl"]
+    model.save_pretrained(tmp_path / "tuned")
+    tokens = torch.randint(0, 2048, (1, 20))
+    with torch.no_grad():
+        assert torch.equal(
+            quantkit.load(tmp_path / "tuned", dtype=torch.float32).eval()(tokens).logits, model(tokens).logits
+        )
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(models):
+    _, teacher, tokenizer, text = models
+    model = quantkit.quantize(copy.deepcopy(teacher), tokenizer, method=GPTQ(8), calibration=text)
+    same = copy.deepcopy(model)
+    run = _Run(model, same, text.windows(tokenizer, model), SHORT)
+    assert run.history[0]["kl"] == pytest.approx(0, abs=1e-6)
+    run.finish()
+
+
+def test_micro_batches_add_up(models):
+    model, teacher, tokenizer, text = models
+    found = []
+    for micro_batch in (1, 2):
+        settings = TuningSettings(2, 2, micro_batch, evaluate_every=2, held_out=2, pv=PVSettings("continuous", lr=1e-3))
+        other = copy.deepcopy(model)
+        quantkit.tune(other, teacher, tokenizer, calibration=text, settings=settings)
+        found.append(other.quantkit_tuning[-1]["kl"])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_the_best_state(models, caplog):
+    model, teacher, tokenizer, text = models
+    before = states(model)
+    broken = copy.deepcopy(teacher)
+
+    calls = []
+    forward = broken.forward
+
+    def poisoned(*args, **kwargs):
+        calls.append(1)
+        output = forward(*args, **kwargs)
+        if len(calls) > 2:  # after the first measurement
+            output.logits = output.logits * float("nan")
+        return output
+
+    broken.forward = poisoned
+    quantkit.tune(model, broken, tokenizer, calibration=text, settings=SHORT)
+    assert "the loss is nan" in caplog.text
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_bad_input(models):
+    model, teacher, tokenizer, text = models
+    with pytest.raises(QuantkitError, match="no packed layers"):
+        quantkit.tune(copy.deepcopy(teacher), teacher, tokenizer, calibration=text, settings=SHORT)
+    with pytest.raises(QuantkitError, match="held out: give more text"):
+        quantkit.tune(model, teacher, tokenizer, calibration=text, settings=TuningSettings(held_out=24))
+    other = copy.deepcopy(teacher)
+    other.config.vocab_size = 5
+    with pytest.raises(QuantkitError, match="the teacher predicts 5 tokens"):
+        quantkit.tune(model, other, tokenizer, calibration=text, settings=SHORT)
+    for setting in ("steps", "batch", "micro_batch", "evaluate_every", "held_out", "patience"):
+        with pytest.raises(QuantkitError, match=setting):
+            TuningSettings(**{setting: 0})
+
+
+def test_the_command(models, text_file, tmp_path):
+    from typer.testing import CliRunner
+
+    from quantkit.cli.main import app
+
+    model, teacher, tokenizer, _ = models
+    model.save_pretrained(tmp_path / "packed")
+    tokenizer.save_pretrained(tmp_path / "packed")
+    teacher.save_pretrained(tmp_path / "teacher")
+    command = [
+        "tune",
+        str(tmp_path / "packed"),
+        "--teacher",
+        str(tmp_path / "teacher"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    command += ["--steps", "4", "--batch", "2", "--calibration", str(text_file), "--num-samples", "8", "--seqlen", "64"]
+    command += ["--held-out", "2", "--evaluate-every", "2", "--lr", "2e-3", "--code-lr", "0.05"]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "held-out KL to the teacher" in result.output
+    assert not (tmp_path / "out.tuning").exists()
+    record = json.loads((tmp_path / "out" / "quantkit_tuning.json").read_text())
+    assert record["settings"]["steps"] == 4
+    loaded = quantkit.load(tmp_path / "out", dtype=torch.float32)
+    assert loaded.config.quantization_config is not None
+    AutoTokenizer.from_pretrained(tmp_path / "out")
+    with pytest.raises(QuantkitError, match="already exists"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
