@@ -18,6 +18,62 @@ from quantkit.rotate import Rotation
 _INTEGER, _PYRAMID, _VPTQ = "Integer grids (gptq, rtn)", "Pyramid codes (pyramid)", "Vector codebooks (vptq)"
 
 
+_GroupSize = Annotated[
+    int | None,
+    typer.Option(help="Weights that share a scale, 128 by default; -1 for a whole row.", rich_help_panel=_INTEGER),
+]
+_Symmetric = Annotated[
+    bool | None,
+    typer.Option("--sym/--asym", help="Grids centred on zero (default), or a stored zero.", rich_help_panel=_INTEGER),
+]
+_Dimension = Annotated[
+    int | None,
+    typer.Option(help="Weights a group, 2 to 256; by default 8 up to 2 bits, else 32.", rich_help_panel=_PYRAMID),
+]
+_Axis = Annotated[
+    Literal["out", "in"] | None,
+    typer.Option(help="Groups of output features (the default) or input features.", rich_help_panel=_PYRAMID),
+]
+_VectorLength = Annotated[
+    int | None,
+    typer.Option(
+        help="Weights a vector, 1 to 16; by default the best that --book-share allows.", rich_help_panel=_VPTQ
+    ),
+]
+_ResidualBits = Annotated[
+    int | None, typer.Option(help="Bits of a second code a vector, out of --bits.", rich_help_panel=_VPTQ)
+]
+_BookShare = Annotated[
+    float | None,
+    typer.Option(
+        help="Most that codebooks may cost, as a share of --bits, where --vector-length is free; 0.05 by default.",
+        rich_help_panel=_VPTQ,
+    ),
+]
+_Outliers = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of input features with longer codes, 0 to 1; of use with --no-hadamard.",
+        rich_help_panel=_VPTQ,
+    ),
+]
+_OutlierBits = Annotated[
+    float | None,
+    typer.Option(help="Bits per weight of those, 4 by default; needs --outliers.", rich_help_panel=_VPTQ),
+]
+_Ranges = Annotated[
+    int | None,
+    typer.Option(
+        help="Ranges of input features with codebooks of their own, at least 128 features each.",
+        rich_help_panel=_VPTQ,
+    ),
+]
+_ScaleInputs = Annotated[
+    bool | None,
+    typer.Option("--scale-inputs", help="Store a scale per input feature.", rich_help_panel=_VPTQ),
+]
+
+
 def quantize_command(
     model: Annotated[str, typer.Argument(help="Folder of a transformers model, or its id on the hub.")],
     bits: Annotated[
@@ -47,62 +103,17 @@ def quantize_command(
         bool, typer.Option(help="Let each layer see its own block's earlier layers quantized; off is faster.")
     ] = True,
     ignore: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave dense; may be repeated.")] = None,
-    group_size: Annotated[
-        int | None,
-        typer.Option(help="Weights that share a scale, 128 by default; -1 for a whole row.", rich_help_panel=_INTEGER),
-    ] = None,
-    symmetric: Annotated[
-        bool | None,
-        typer.Option(
-            "--sym/--asym", help="Grids centred on zero (default), or a stored zero.", rich_help_panel=_INTEGER
-        ),
-    ] = None,
-    dimension: Annotated[
-        int | None,
-        typer.Option(help="Weights a group, 2 to 256; by default 8 up to 2 bits, else 32.", rich_help_panel=_PYRAMID),
-    ] = None,
-    axis: Annotated[
-        Literal["out", "in"] | None,
-        typer.Option(help="Groups of output features (the default) or input features.", rich_help_panel=_PYRAMID),
-    ] = None,
-    vector_length: Annotated[
-        int | None,
-        typer.Option(
-            help="Weights a vector, 1 to 16; by default the best that --book-share allows.", rich_help_panel=_VPTQ
-        ),
-    ] = None,
-    residual_bits: Annotated[
-        int | None, typer.Option(help="Bits of a second code a vector, out of --bits.", rich_help_panel=_VPTQ)
-    ] = None,
-    book_share: Annotated[
-        float | None,
-        typer.Option(
-            help="Most that codebooks may cost, as a share of --bits, where --vector-length is free; 0.05 by default.",
-            rich_help_panel=_VPTQ,
-        ),
-    ] = None,
-    outliers: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of input features with longer codes, 0 to 1; of use with --no-hadamard.",
-            rich_help_panel=_VPTQ,
-        ),
-    ] = None,
-    outlier_bits: Annotated[
-        float | None,
-        typer.Option(help="Bits per weight of those, 4 by default; needs --outliers.", rich_help_panel=_VPTQ),
-    ] = None,
-    ranges: Annotated[
-        int | None,
-        typer.Option(
-            help="Ranges of input features with codebooks of their own, at least 128 features each.",
-            rich_help_panel=_VPTQ,
-        ),
-    ] = None,
-    scale_inputs: Annotated[
-        bool | None,
-        typer.Option("--scale-inputs", help="Store a scale per input feature.", rich_help_panel=_VPTQ),
-    ] = None,
+    group_size: _GroupSize = None,
+    symmetric: _Symmetric = None,
+    dimension: _Dimension = None,
+    axis: _Axis = None,
+    vector_length: _VectorLength = None,
+    residual_bits: _ResidualBits = None,
+    book_share: _BookShare = None,
+    outliers: _Outliers = None,
+    outlier_bits: _OutlierBits = None,
+    ranges: _Ranges = None,
+    scale_inputs: _ScaleInputs = None,
     output: Annotated[Path | None, typer.Option(help="Folder to make; by default NAME-METHOD-Nbit.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the choice of calibration windows; methods have fixed seeds.")] = 0,
