@@ -32,7 +32,7 @@ def test_senseless_rules_are_refused():
 def test_quantizers_by_name():
     assert make_quantizer("gptq", bits=3, group_size=64) == GPTQ(3, 64)
     own = RTN(5)
-    assert make_quantizer(own, bits=3) is own
+    assert make_quantizer(own) is own
     with pytest.raises(UnknownName, match="did you mean 'gptq'"):
         make_quantizer("gptk", bits=3)
     with pytest.raises(QuantkitError, match="has no setting 'bit'"):
