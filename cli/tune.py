@@ -54,7 +54,9 @@ def tune_command(
     ] = PVSettings.trust,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="Of the models' computation; by default float32 on a CPU.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice and the order of windows.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the windows; another than quantize's, so that held-out ones are new to the model.")
+    ] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing output or unfinished run.")

@@ -108,7 +108,8 @@ def tune(
         model: with packed layers, as `quantkit.load` or `quantkit.quantize` gives it.
         teacher: the full-precision model.
         tokenizer: of both.
-        calibration: the text; windows for tuning and held-out ones are drawn from it.
+        calibration: the text; windows for tuning and held-out ones are drawn from it. Give another seed than
+            quantization had (0 by default; here 1): what it was calibrated on it predicts too well to be held out.
         settings: of the run.
         state: a file to keep the run's state in; where it exists, the run goes on from it and ends in the same model.
         progress: called after each step.
@@ -120,7 +121,7 @@ def tune(
         QuantkitError: no packed layers, a format that cannot be tuned, another vocabulary, or too little text.
     """
     settings = settings or TuningSettings()
-    calibration = Calibration(calibration, 512) if isinstance(calibration, str) else calibration
+    calibration = Calibration(calibration, 512, seed=1) if isinstance(calibration, str) else calibration
     if model.config.vocab_size != teacher.config.vocab_size:
         raise QuantkitError(
             f"the teacher predicts {teacher.config.vocab_size} tokens and the model {model.config.vocab_size}; "
