@@ -64,7 +64,7 @@ def step_progress() -> Iterator[Callable[[TuningProgress], None]]:
         task = bar.add_task("teacher and student", total=None)
 
         def update(now: TuningProgress) -> None:
-            text = f"loss {now.loss:.4f}, {now.changed:,} codes, held-out KL {now.kl:.4f} (best {now.best:.4f})"
+            text = f"loss {now.loss:.3f}, {now.changed} codes, KL {now.kl:.4f}"
             bar.update(task, completed=now.step, total=now.steps, description=text)
 
         yield update
