@@ -127,7 +127,7 @@ def test_identity_gives_the_dequantized_weight_exactly(N, K, v, bits, residual_b
     assert torch.equal(kernel.launch(many, *arguments_of(weight))[:K].T, expected)
 
 
-@pytest.mark.parametrize("rows", range(1, 34))
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33])
 def test_any_number_of_rows(rows, machine):
     weight = weight_of(65, 128, 4, 8)
     x = torch.randn(rows, 128).half()

@@ -110,7 +110,7 @@ def test_an_interrupted_run_ends_in_the_same_model(models, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", [Hadamard(VPTQ(2.0, 2)), LowRank(Hadamard(Pyramid(2.0, 8)), 2)], ids=["vptq", "pyramid"]
+    "method", [Hadamard(VPTQ(2.0, 2, passes=1)), LowRank(Hadamard(Pyramid(2.0, 8)), 2)], ids=["vptq", "pyramid"]
 )
 def test_other_formats(models, method, tmp_path):
     _, teacher, tokenizer, text = models

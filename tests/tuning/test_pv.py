@@ -94,7 +94,7 @@ def step(layer, optimizer, weight, hessian):
     return float(loss.detach()), optimizer.step()
 
 
-@each
+@pytest.mark.parametrize("method", [METHODS["int-asymmetric"], METHODS["codebook"], METHODS["rotated"]])
 @pytest.mark.parametrize("mode", MODES)
 def test_no_rate_and_no_share_change_nothing(method, mode):
     weight, hessian = problem()
