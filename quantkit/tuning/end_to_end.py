@@ -133,9 +133,10 @@ def tune(
         raise QuantkitError(
             f"{len(windows)} windows of text, {settings.held_out} of them held out: give more text or --num-samples"
         )
-    was_training = model.training
+    was_training, teacher_was_training = model.training, teacher.training
     run = _Run(model.eval(), teacher.eval(), windows, settings)
     try:
+        run.begin()
         if state is not None and state.exists():
             run.restore(state)
         while run.step < settings.steps and not run.ended:
@@ -146,6 +147,7 @@ def tune(
     finally:
         run.finish()
         model.train(was_training)
+        teacher.train(teacher_was_training)
     model.quantkit_tuning = run.history  # type: ignore[assignment]
     return model
 
@@ -181,9 +183,16 @@ class _Run:
         self.optimizer = PVOptimizer(list(self.layers.values()), self._norms, settings.pv)
         self.step, self.ended, self.measured = 0, False, False
         self.history: list[dict[str, Any]] = []
-        self.best: list[Tensor] = []
+        self.best = [tensor.detach().clone() for tensor in self._tensors()]
+
+    def begin(self) -> None:
+        """Measures the model as it is.
+
+        Raises:
+            QuantkitError: it predicts NaN, or other logits than the teacher's.
+        """
         self._measure(None)
-        self.progress = Progress(0, settings.steps, math.nan, 0, self._kl, self._kl)
+        self.progress = Progress(0, self.settings.steps, math.nan, 0, self._kl, self._kl)
 
     @property
     def _kl(self) -> float:

@@ -28,9 +28,6 @@ from quantkit.quantizers import kmeans
 from quantkit.quantizers.pyramid import nearest_level, shape
 from quantkit.weight import QuantizedWeight
 
-SMALLEST = 2.0**-24
-"""The least scale that fp16 can store."""
-
 
 class Tunable(nn.Module, ABC):
     """A part of a packed weight; its parameters are fp32 and begin at the stored values."""
@@ -149,7 +146,8 @@ class TunableIntegers(Coded):
         scale = self._wide(self.scales()).reshape(-1)[index]
         zero = self._zero()
         zero = zero.reshape(-1)[index] if isinstance(zero, Tensor) else torch.full_like(scale, zero)
-        codes = (target[:, 0] / scale + zero).round().clamp_(0, 2**self._bits - 1)
+        # a scale of 0 divides to NaN, which no code may become: its bits would reach into the neighbours'
+        codes = (target[:, 0] / scale + zero).nan_to_num(0).round().clamp_(0, 2**self._bits - 1)
         return codes.to(torch.int16), ((codes - zero) * scale).unsqueeze(1)
 
     def assign(self, index: Tensor, codes: Tensor) -> None:
@@ -382,5 +380,5 @@ def _described(weight: Any) -> Any:
 
 
 def _storable(scales: Tensor) -> Tensor:
-    """fp16, and never 0: a scale of 0 could not be tuned again."""
+    """fp16, finite: what grows beyond stays at the largest."""
     return scales.clamp(-65504, 65504).half()

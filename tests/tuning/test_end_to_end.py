@@ -72,6 +72,7 @@ def test_what_is_kept_is_the_best_state(models):
     quantkit.tune(model, teacher, tokenizer, calibration=text, settings=wild)
     best = min(entry["kl"] for entry in model.quantkit_tuning)
     run = _Run(model, teacher, text.windows(tokenizer, model), wild)
+    run.begin()
     assert run.history[0]["kl"] == pytest.approx(best, rel=1e-2)
     run.finish()
 
@@ -130,6 +131,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(models):
     model = quantkit.quantize(copy.deepcopy(teacher), tokenizer, method=GPTQ(8), calibration=text)
     same = copy.deepcopy(model)
     run = _Run(model, same, text.windows(tokenizer, model), SHORT)
+    run.begin()
     assert run.history[0]["kl"] == pytest.approx(0, abs=1e-6)
     run.finish()
 
@@ -172,6 +174,13 @@ def test_bad_input(models):
         quantkit.tune(copy.deepcopy(teacher), teacher, tokenizer, calibration=text, settings=SHORT)
     with pytest.raises(QuantkitError, match="held out: give more text"):
         quantkit.tune(model, teacher, tokenizer, calibration=text, settings=TuningSettings(held_out=24))
+    before = states(model)
+    narrow = copy.deepcopy(teacher)
+    narrow.lm_head = torch.nn.Linear(narrow.config.hidden_size, 100, bias=False)  # its config says otherwise
+    with pytest.raises(QuantkitError, match="the teacher's logits are"):
+        quantkit.tune(model, narrow, tokenizer, calibration=text, settings=SHORT)
+    assert states(model).keys() == before.keys(), "the model is as it was"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in states(model).items())
     other = copy.deepcopy(teacher)
     other.config.vocab_size = 5
     with pytest.raises(QuantkitError, match="the teacher predicts 5 tokens"):

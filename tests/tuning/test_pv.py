@@ -1,6 +1,7 @@
 """PV-Tuning: formats taken apart and put together, and the invariants of a step."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -84,6 +85,15 @@ def test_nearest_codes_are_assigned(method):
 def test_formats_that_cannot_be_tuned_are_named():
     with pytest.raises(QuantkitError, match="'dense' cannot be tuned; int_group, codebook"):
         tunable(DenseWeight(torch.randn(3, 4)))
+
+
+def test_a_scale_of_zero_makes_no_wild_code():
+    packed = RTN(2, 64).quantize(torch.randn(8, 64), None)
+    parts = tunable(dataclasses.replace(packed, scales=torch.zeros_like(packed.scales)))
+    index = torch.arange(8 * 64)
+    codes, _ = parts.nearest(index, torch.randn(512, 1).masked_fill(index.unsqueeze(1) % 2 == 0, 0.0))
+    assert int(codes.min()) >= 0
+    assert int(codes.max()) <= 3
 
 
 def step(layer, optimizer, weight, hessian):
