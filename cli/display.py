@@ -74,11 +74,13 @@ def report_table(report: Report) -> None:
     """Prints a quantization report."""
     table = Table(title=f"{report.model}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", overflow="fold")
-    for heading in ("format", "bits/w", "error", "damping"):
+    tuned = any(layer.tuned for layer in report.layers)
+    for heading in ("format", "bits/w", "error", "damping", *(["block tuned"] if tuned else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in report.layers:
         damping = "" if layer.damping is None else f"{layer.damping:g}"
-        table.add_row(layer.name, layer.format, f"{layer.bits_per_weight:.3f}", f"{layer.relative_error:.2e}", damping)
+        cells = [layer.name, layer.format, f"{layer.bits_per_weight:.3f}", f"{layer.relative_error:.2e}", damping]
+        table.add_row(*cells, *(["{:.2e} -> {:.2e}".format(*layer.tuned)] if layer.tuned else []))
     console.print(table)
     share = 100 * report.packed_weights / report.all_weights
     console.print(

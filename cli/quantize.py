@@ -14,6 +14,7 @@ from quantkit.folder import resolve_folder
 from quantkit.pipeline import quantize_checkpoint
 from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, make_quantizer
 from quantkit.rotate import Rotation
+from quantkit.tuning.block import BlockTuning
 
 _INTEGER, _PYRAMID, _VPTQ = "Integer grids (gptq, rtn)", "Pyramid codes (pyramid)", "Vector codebooks (vptq)"
 
@@ -93,6 +94,12 @@ def quantize_command(
     rotate_model: Annotated[
         bool, typer.Option("--rotate-model", help="Rotate the whole model first, at no cost later (Llama's shape).")
     ] = False,
+    tune_blocks: Annotated[
+        int,
+        typer.Option(
+            metavar="STEPS", help="Tune each block's codes and scales against the full model's block; 200 is a good number."
+        ),
+    ] = 0,
     calibration: Annotated[
         str, typer.Option(help="wikitext2, c4, stdlib (offline), a .txt or .jsonl file, or a hub dataset id.")
     ] = "wikitext2",
@@ -136,7 +143,8 @@ def quantize_command(
     quantizer = make_quantizer(method, hadamard, low_rank, bits=bits, **settings)
     text = Calibration(calibration, num_samples, seqlen, seed)
     rotation = Rotation() if rotate_model else None
-    recipe = Recipe(quantizer, dict.fromkeys(ignore or ()), target_shift, text, true_sequential, rotation)
+    tuner = BlockTuning(tune_blocks) if tune_blocks else None
+    recipe = Recipe(quantizer, dict.fromkeys(ignore or ()), target_shift, text, true_sequential, rotation, tuner)
     folder = resolve_folder(model)
     output = output or Path(f"{Path(model).resolve().name}-{method.lower()}-{bits:g}bit")
     if dry_run:

@@ -16,6 +16,8 @@ from quantkit.quantizers.target_shift import TargetShift
 from quantkit.quantizers.vptq import VPTQ
 from quantkit.recipe import Calibration, Recipe
 from quantkit.rotate import Rotation, rotate_model
+from quantkit.tuning.adapters import finetune, finished, peft_config
+from quantkit.tuning.block import BlockTuning
 from quantkit.tuning.end_to_end import TuningSettings, tune
 from quantkit.tuning.pv import PVSettings
 
@@ -24,6 +26,7 @@ __all__ = [
     "GPTQ",
     "RTN",
     "VPTQ",
+    "BlockTuning",
     "Calibration",
     "Hadamard",
     "LowRank",
@@ -33,8 +36,11 @@ __all__ = [
     "Rotation",
     "TargetShift",
     "TuningSettings",
+    "finetune",
+    "finished",
     "fuse",
     "load",
+    "peft_config",
     "quantize",
     "quantize_checkpoint",
     "rotate_model",

@@ -13,7 +13,8 @@ of the untouched model, for quantizers that read both. Memory is one block plus 
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -59,11 +60,31 @@ class LayerResult:
         relative_error: E(Q) / E(0) with E the proxy loss tr((W - Q) H (W - Q)^T) against the quantizer's
             target; with H = I where no statistics were gathered.
         damping: the damping with which the Hessian factored, or None.
+        tuned: loss of the layer's block before and after it was tuned, or None; the other figures are from before.
     """
 
     weight: QuantizedWeight
     relative_error: float
     damping: float | None
+    tuned: tuple[float, float] | None = None
+
+
+class Tuner(Protocol):
+    """Improves a block once its layers are packed."""
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens that run through a block together."""
+
+    def __call__(
+        self,
+        block: nn.Module,
+        names: list[str],
+        batches: list[Batch],
+        index: int,
+        progress: Callable[[int, int], None],
+    ) -> tuple[float, float]:
+        """See `tuning.block.BlockTuning`."""
 
 
 class Sink(Protocol):
@@ -86,6 +107,7 @@ def walk(
     sink: Sink,
     device: torch.device,
     true_sequential: bool = True,
+    tuner: Tuner | None = None,
     batch_tokens: int = 8192,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> None:
@@ -100,6 +122,7 @@ def walk(
         device: where blocks run.
         true_sequential: let each layer see its own block's earlier layers quantized, at the price of a pass of the
             streams per group of layers instead of one per block.
+        tuner: improves every block that has packed layers; None for none.
         batch_tokens: tokens that run through a block together.
         progress: called with (blocks done, blocks in all, name of the block begun or "").
 
@@ -110,10 +133,11 @@ def walk(
     needs = plan_needs(plan)
     batches: list[Batch] = []
     wrap: Wrap = bare
-    if needs > Needs.NOTHING:
+    if needs > Needs.NOTHING or tuner is not None:
         if windows is None:
-            raise CalibrationError("these quantizers read statistics of the layers' inputs; give calibration text")
-        batches, wrap = capture(model, blocks, windows, source, device, batch_tokens)
+            raise CalibrationError("this run reads what flows through the layers; give calibration text")
+        size = batch_tokens if tuner is None else min(batch_tokens, tuner.batch_tokens)
+        batches, wrap = capture(model, blocks, windows, source, device, size)
     order: Order | None = None
     before: list[tuple] = []
     for index, block in enumerate(blocks):
@@ -121,12 +145,16 @@ def walk(
         progress(index, len(blocks), name)
         source.load(name, block, device)
         layers = {layer: quantizer for layer, quantizer in plan.items() if layer.startswith(f"{name}.")}
-        reference = _shared_copy(block) if needs >= Needs.CROSS else None
+        reference = _shared_copy(block) if needs >= Needs.CROSS or tuner is not None else None
         done = sink.finished(index)
         if done is None:
             order, before = order if settings(block) == before else None, settings(block)
+            tune = None
+            if tuner is not None:
+                told = partial(_tell, progress, index, len(blocks), name)
+                tune = partial(tuner, block, batches=batches, index=index, progress=told)
             results, order = _quantize_block(
-                block, reference, f"{name}.", layers, batches, index, true_sequential, order
+                block, reference, f"{name}.", layers, batches, index, true_sequential, order, tune
             )
             sink.write(index, name, results)
         else:
@@ -145,6 +173,10 @@ def walk(
     progress(len(blocks), len(blocks), "")
 
 
+def _tell(progress: Callable[[int, int, str], None], index: int, blocks: int, name: str, step: int, steps: int) -> None:
+    progress(index, blocks, f"{name}, tuning {step}/{steps}")
+
+
 def _quantize_block(
     block: nn.Module,
     reference: nn.Module | None,
@@ -154,10 +186,12 @@ def _quantize_block(
     index: int,
     true_sequential: bool,
     order: Order | None,
+    tune: Callable[[list[str]], tuple[float, float]] | None,
 ) -> tuple[dict[str, LayerResult], Order]:
     """Quantizes one block's layers in the order of their execution, and moves both streams past the block.
 
-    `order` is that of the block before, which is this block's too where it has the same layers.
+    `order` is that of the block before, which is this block's too where it has the same layers. `tune` improves the
+    named layers once all are packed, while the streams still stand before (quantized) and behind (full) the block.
     """
     local = {name.removeprefix(prefix): quantizer for name, quantizer in plan.items()}
     if order is None or {name for group in order.groups for name in group} != set(local):
@@ -180,11 +214,18 @@ def _quantize_block(
             for name in group:
                 _swap(block, name, results[prefix + name].weight)
                 quantized.settled.add(name)
+    if not order.groups:
+        _advance_full(reference, batches, index)
+    if tune is not None and results:
+        quantized.replay.clear()  # its outputs are of layers that are about to change
+        losses = tune([*local])
+        for name in local:
+            linear = block.get_submodule(name)
+            assert isinstance(linear, QuantizedLinear)
+            results[prefix + name] = replace(results[prefix + name], weight=linear.packed, tuned=losses)
     for number, batch in enumerate(batches):
         with quantized.replay.running(number, quantized.settled, keep=False):
             batch.quantized = run_block(block, batch.quantized, batch.calls[index])
-    if not order.groups:
-        _advance_full(reference, batches, index)
     return {name: results[name] for name in plan}, order
 
 

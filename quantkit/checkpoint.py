@@ -134,6 +134,7 @@ class CheckpointWriter:
                 "bits_per_weight": result.weight.bits_per_weight,
                 "relative_error": result.relative_error,
                 "damping": result.damping,
+                "tuned": result.tuned,
             }
         write_json(sidecar, entries)
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

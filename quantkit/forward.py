@@ -217,6 +217,13 @@ class Replay:
         self._inputs: dict[tuple[str, int], Tensor] = {}
         self._outputs: dict[tuple[str, int], Any] = {}
 
+    def clear(self) -> None:
+        """Forgets everything: settled layers have changed after all."""
+        self._budget += sum(tensor.nbytes for kept in self._inputs.values() for tensor in _tensors(kept))
+        self._budget += sum(tensor.nbytes for kept in self._outputs.values() for tensor in _tensors(kept))
+        self._inputs.clear()
+        self._outputs.clear()
+
     def reached(self, batch: int, inputs: dict[str, Tensor]) -> None:
         """Takes the inputs at which a pass stopped; all that lies before them is final."""
         for name, _ in self._tails.values():

@@ -40,6 +40,8 @@ class QuantkitHfQuantizer(HfQuantizer):
     """Puts QuantizedLinear modules in place before transformers loads tensors into them."""
 
     requires_calibration = True
+    is_qat_trainable = False
+    """Whether transformers' Trainer may train the model without adapters of peft's; `quantkit.finetune` sets it."""
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_kwargs: Any
@@ -78,8 +80,8 @@ class QuantkitHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Codes are integers."""
-        return False
+        """With adapters: gradients pass through packed layers, and codes stay."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
@@ -87,11 +89,19 @@ class QuantkitHfQuantizer(HfQuantizer):
         return True
 
 
-def attach(model: PreTrainedModel, layers: dict[str, Any]) -> None:
-    """Makes a model with packed layers save itself as a packed checkpoint."""
+def attach(model: PreTrainedModel, layers: dict[str, Any], trainable: bool = False) -> None:
+    """Makes a model with packed layers save itself as a packed checkpoint.
+
+    Args:
+        model: with the layers in place.
+        layers: their metadata.
+        trainable: whether some of their parts are parameters.
+    """
     config = QuantkitConfig(layers=layers)
+    quantizer = QuantkitHfQuantizer(config)
+    quantizer.is_qat_trainable = trainable
     attributes = {
-        "hf_quantizer": QuantkitHfQuantizer(config),
+        "hf_quantizer": quantizer,
         "is_quantized": True,
         "quantization_method": METHOD,
     }

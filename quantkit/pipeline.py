@@ -24,13 +24,14 @@ from quantkit.folder import ModelFolder, load_tokenizer, refuse_quantized
 from quantkit.hf import attach
 from quantkit.linear import QuantizedLinear
 from quantkit.model import fused_expert_parameters, linear_weight, tensor_bytes
-from quantkit.plan import Plan, Rules, plan_needs
-from quantkit.protocols import Needs, Quantizer
+from quantkit.plan import Plan, Rules
+from quantkit.protocols import Quantizer
 from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, make_quantizer
 from quantkit.report import LayerReport, Report, model_card, peak_device_bytes, peak_memory_bytes
 from quantkit.rotate import Rotation
 from quantkit.rotate import rotate_model as turn
 from quantkit.shards import LoadedWeights, tied_names, untie
+from quantkit.tuning.block import BlockTuning
 from quantkit.weight import QuantizedWeight
 
 Progress = Callable[[int, int, str], None]
@@ -51,6 +52,7 @@ def quantize(
     hadamard: bool | None = None,
     low_rank: int | None = None,
     rotate_model: bool = False,
+    tune_blocks: int | BlockTuning = 0,
     rules: Rules | None = None,
     target_shift: float = TARGET_SHIFT,
     calibration: str | Path | list[str] | Calibration = "wikitext2",
@@ -72,6 +74,8 @@ def quantize(
         hadamard: quantize in a rotated basis, for a method given by name; None for what suits the method.
         low_rank: rank of a correction of what rounding lost (see `quantizers.low_rank`), for a method given by name.
         rotate_model: turn the model's residual stream first; see `quantkit.rotate`.
+        tune_blocks: steps in which each block is tuned once it is quantized (see `tuning.block`), 0 for none; or the
+            settings of those steps.
         rules: patterns over layer names -> quantizer, or None to leave layers dense; the last match decides, e.g.
             {"*.down_proj": GPTQ(bits=4), "model.layers.0.*": GPTQ(bits=8), "lm_head": None}.
         target_shift: 0 (off) to 1; see `quantizers.target_shift`.
@@ -94,13 +98,14 @@ def quantize(
     bits = 3 if bits is None and isinstance(method, str) else bits
     quantizer = make_quantizer(method, hadamard, low_rank, bits=bits, group_size=group_size, symmetric=symmetric)
     rotation = Rotation() if rotate_model else None
-    recipe = Recipe(quantizer, rules or {}, target_shift, calibration, rotation=rotation)
+    tuner = BlockTuning(tune_blocks) if isinstance(tune_blocks, int) and tune_blocks else tune_blocks or None
+    recipe = Recipe(quantizer, rules or {}, target_shift, calibration, rotation=rotation, tuner=tuner)
     refuse_quantized(model.config)
     plan = recipe.plan(model)
     windows = None
-    if plan_needs(plan) > Needs.NOTHING:
+    if recipe.reads_text(plan):
         if tokenizer is None:
-            raise QuantkitError("this method reads calibration text and needs the model's tokenizer; RTN works without")
+            raise QuantkitError("this run reads calibration text and needs the model's tokenizer; RTN works without")
         windows = calibration.windows(tokenizer, model)
     before, ties = tensor_bytes(model), len(tied_names(model))
     if rotation is not None:
@@ -121,6 +126,7 @@ def quantize(
             device=where,
             progress=progress,
             true_sequential=recipe.true_sequential,
+            tuner=recipe.tuner,
         )
     except QuantkitError as error:
         if any(isinstance(module, QuantizedLinear) for module in model.modules()):
@@ -177,7 +183,7 @@ def quantize_checkpoint(
     source.untie(plan)
     weights, untied = _count(model, plan), ties > len(tied_names(model))
     windows = None
-    if plan_needs(plan) > Needs.NOTHING:
+    if recipe.reads_text(plan):
         windows = recipe.calibration.windows(load_tokenizer(folder), model)
     run = _Run(start, where, before, weights, recipe.settings(plan, windows), _notes(model, untied, recipe))
     identity = run.settings | {"model": source.shards.fingerprint(), "device": where.type, "dtype": str(model.dtype)}
@@ -191,6 +197,7 @@ def quantize_checkpoint(
         device=where,
         progress=progress,
         true_sequential=recipe.true_sequential,
+        tuner=recipe.tuner,
     )
     entries = writer.entries()
     results = {layer: _described(entries[layer]) for layer in plan}
@@ -227,7 +234,9 @@ class _Run:
     def report(self, model: str, plan: Plan, results: dict[str, LayerResult], bytes_after: int) -> Report:
         """The record of the finished run."""
         layers = tuple(
-            LayerReport(name, repr(plan[name]), r.weight.label, r.weight.bits_per_weight, r.relative_error, r.damping)
+            LayerReport(
+                name, repr(plan[name]), r.weight.label, r.weight.bits_per_weight, r.relative_error, r.damping, r.tuned
+            )
             for name, r in results.items()
         )
         packed, in_all = self.weights
@@ -272,7 +281,8 @@ class _MemorySink:
 
 def _described(entry: dict[str, Any]) -> LayerResult:
     """A layer as the checkpoint's sidecars describe it, without its tensors."""
-    return LayerResult(QuantizedWeight.empty(entry["metadata"]), entry["relative_error"], entry["damping"])
+    weight = QuantizedWeight.empty(entry["metadata"])
+    return LayerResult(weight, entry["relative_error"], entry["damping"], entry["tuned"] and tuple(entry["tuned"]))
 
 
 def _count(model: nn.Module, plan: Plan) -> tuple[int, int]:

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from quantkit.calibrate import Tuner
 from quantkit.data import calibration_windows, documents
 from quantkit.errors import QuantkitError
 from quantkit.model import block_linears, check_vocabulary, context_length, linear_weight, outer_linears
-from quantkit.plan import Plan, Rules, make_plan
+from quantkit.plan import Plan, Rules, make_plan, plan_needs
 from quantkit.protocols import Needs, Quantizer
 from quantkit.quantizers.hadamard import Hadamard
 from quantkit.quantizers.low_rank import LowRank
@@ -137,6 +138,7 @@ class Recipe:
         calibration: the text behind the statistics.
         true_sequential: let each layer see its own block's earlier layers quantized.
         rotation: turn the model's residual stream first; None to leave it as it is.
+        tuner: improves every block once it is quantized; None to leave it as it is.
     """
 
     quantizer: Quantizer | None
@@ -145,6 +147,7 @@ class Recipe:
     calibration: Calibration = Calibration()
     true_sequential: bool = True
     rotation: Rotation | None = None
+    tuner: Tuner | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.target_shift <= 1:
@@ -152,6 +155,10 @@ class Recipe:
         for pattern, quantizer in self.rules.items():
             if quantizer is not None:
                 _check_quantizer(f"the rule {pattern!r}", quantizer)
+
+    def reads_text(self, plan: Plan) -> bool:
+        """Whether a run needs calibration text."""
+        return self.tuner is not None or plan_needs(plan) > Needs.NOTHING
 
     def plan(self, model: nn.Module) -> Plan:
         """Each layer's quantizer, shifted where it reads statistics.
@@ -186,6 +193,7 @@ class Recipe:
             "quantizers": {name: repr(quantizer) for name, quantizer in plan.items()},
             "true_sequential": self.true_sequential,
             "rotation": self.rotation and dataclasses.asdict(self.rotation),
+            "tuner": self.tuner and repr(self.tuner),
             "calibration": None
             if windows is None
             else {

@@ -19,6 +19,8 @@ class LayerReport:
         bits_per_weight: measured.
         relative_error: relative proxy loss E(Q) / E(0).
         damping: with which the Hessian factored, or None.
+        tuned: relative output error of the layer's block before and after it was tuned, or None; `relative_error` is
+            from before.
     """
 
     name: str
@@ -27,6 +29,7 @@ class LayerReport:
     bits_per_weight: float
     relative_error: float
     damping: float | None
+    tuned: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """End-to-end tuning: a packed model learns to predict what its teacher predicts.
 
-    loss = mean over tokens of KL(teacher || student), on all logits
+    loss = mean over tokens of  kl KL(teacher || student) + ce CE(text, student) + hidden |h - h'|^2 / |h'|^2
 
-The teacher runs beside the student; nothing is cached. Held-out windows of the same text are measured from time to
-time, and the best state is the one that is kept. Tuned are the packed layers (`quantkit.tuning.pv`) and the model's
-norms.
+KL is over all logits, h and h' are what the heads read. Held-out windows of the same text are measured from time to
+time, by KL, and the best state is the one that is kept. Tuned are the packed layers (`quantkit.tuning.pv`) and the
+model's norms, or the layers' low-rank corrections alone (`quantkit.tuning.adapters`).
+
+Several processes (`accelerate launch`, torchrun) share the windows of every step. Each holds the whole model, adds up
+gradients with the others and takes the same step.
 """
 
 import hashlib
@@ -12,21 +15,29 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from quantkit.checkpoint import write_durably
 from quantkit.errors import QuantkitError
+from quantkit.formats.low_rank import LowRankWeight
+from quantkit.forward import patched_forwards
 from quantkit.linear import QuantizedLinear
-from quantkit.metrics import token_kl
 from quantkit.model import check_vocabulary
 from quantkit.recipe import Calibration
-from quantkit.tuning.pv import PVOptimizer, PVSettings, TunedLinear
+from quantkit.tuning.adapters import AdaptedLinear, packed_linears
+from quantkit.tuning.pv import PVOptimizer, PVSettings, TunedLinear, rate
+from quantkit.tuning.teacher import CachedTeacher, Teacher, predict
 from quantkit.tuning.tunable import tunable
 
 logger = logging.getLogger(__name__)
@@ -38,13 +49,19 @@ class TuningSettings:
 
     Attributes:
         steps: of the optimizer.
-        batch: windows a step.
+        batch: windows a step, over all processes.
         micro_batch: windows that run through the models together; gradients are summed up to a batch.
         warmup: share of the steps in which learning rates rise to their full size; then they fall linearly to a tenth.
         evaluate_every: steps between measurements of the held-out windows.
         held_out: windows that are measured, and not tuned on.
         patience: measurements without a new best after which the run ends; None to go on.
         norms: tune the model's norms too.
+        corrections: tune low-rank corrections alone (LREC): the packed weight stays as it is, and gradients and
+            optimizer are as small as the corrections.
+        kl, ce, hidden: weights of the loss's terms; see the module.
+        recompute: keep only the blocks' inputs for the backward pass and run each block once more; None for what suits:
+            with corrections alone, where activations are most of the memory.
+        top: most likely successors of each token that a cache of the teacher keeps.
         seed: of the order of windows.
         pv: of a step.
     """
@@ -57,20 +74,25 @@ class TuningSettings:
     held_out: int = 16
     patience: int | None = None
     norms: bool = True
+    corrections: bool = False
+    kl: float = 1.0
+    ce: float = 0.0
+    hidden: float = 0.0
+    recompute: bool | None = None
+    top: int = 64
     seed: int = 0
     pv: PVSettings = field(default_factory=PVSettings)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "micro_batch", "evaluate_every", "held_out"):
+        for name in ("steps", "batch", "micro_batch", "evaluate_every", "held_out", "top"):
             if getattr(self, name) < 1:
                 raise QuantkitError(f"{name}={getattr(self, name)}: give at least 1")
         if self.patience is not None and self.patience < 1:
             raise QuantkitError(f"patience={self.patience}: give at least 1, or none")
-
-    def rate(self, step: int) -> float:
-        """The share of the learning rates in step 0, 1, ..."""
-        rising = (step + 1) / max(1.0, self.warmup * self.steps)
-        return min(1.0, rising, max(0.1, 1 - step / self.steps))
+        weights = (self.kl, self.ce, self.hidden)
+        if min(weights) < 0 or max(weights) <= 0:
+            raise QuantkitError(f"the loss weighs kl {self.kl:g}, ce {self.ce:g}, hidden {self.hidden:g}: none may be "
+                                "negative, and one must be positive")  # fmt: skip
 
 
 @dataclass
@@ -79,7 +101,7 @@ class Progress:
 
     Attributes:
         step, steps: taken, and in all.
-        loss: KL on the step's windows, nats a token.
+        loss: on the step's windows, nats a token where it is the KL alone.
         changed: units that got another code in it.
         kl: held-out KL at the last measurement; best: the least of all.
     """
@@ -100,7 +122,9 @@ def tune(
     calibration: Calibration | str = "wikitext2",
     settings: TuningSettings | None = None,
     state: Path | None = None,
+    cache: Path | None = None,
     progress: Callable[[Progress], None] = lambda _progress: None,
+    caching: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> PreTrainedModel:
     """Tunes a packed model in place and returns it.
 
@@ -112,10 +136,13 @@ def tune(
             quantization had (0 by default; here 1): what it was calibrated on it predicts too well to be held out.
         settings: of the run.
         state: a file to keep the run's state in; where it exists, the run goes on from it and ends in the same model.
+        cache: a folder to keep the teacher's predictions in; they are made once, and read in every step.
         progress: called after each step.
+        caching: called with (windows done, windows in all) while the cache is filled.
 
     Returns:
-        The same model with the best state found; `model.quantkit_tuning` holds the held-out KL at each measurement.
+        The same model with the best state found; `model.quantkit_tuning` holds the held-out KL at each measurement, and
+        the first also the full one where the teacher was cached.
 
     Raises:
         QuantkitError: no packed layers, a format that cannot be tuned, another vocabulary, or too little text.
@@ -127,6 +154,8 @@ def tune(
             f"the teacher predicts {teacher.config.vocab_size} tokens and the model {model.config.vocab_size}; "
             "give the model that was quantized"
         )
+    if cache is not None and settings.hidden:
+        raise QuantkitError("a cached teacher has no hidden states; leave out the cache, or the loss on them")
     windows = calibration.windows(tokenizer, model)
     check_vocabulary(windows, teacher)
     if len(windows) <= settings.held_out:
@@ -134,14 +163,21 @@ def tune(
             f"{len(windows)} windows of text, {settings.held_out} of them held out: give more text or --num-samples"
         )
     was_training, teacher_was_training = model.training, teacher.training
-    run = _Run(model.eval(), teacher.eval(), windows, settings)
+    wanted: Teacher | CachedTeacher = Teacher(teacher.eval())
+    processes = PartialState()
+    run = _Run(model.eval(), wanted, windows, settings)
     try:
         run.begin()
+        if cache is not None:
+            with processes.main_process_first():
+                run.teacher = CachedTeacher.fill(cache, teacher, windows, settings.top, caching)
+            run.begin()
         if state is not None and state.exists():
             run.restore(state)
+        processes.wait_for_everyone()
         while run.step < settings.steps and not run.ended:
             run.advance()
-            if state is not None and (run.measured or run.step == settings.steps):
+            if state is not None and (run.measured or run.step == settings.steps) and processes.is_main_process:
                 run.save(state)
             progress(run.progress)
     finally:
@@ -156,28 +192,22 @@ class _Run:
     """A run between two steps."""
 
     def __init__(
-        self, model: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, settings: TuningSettings
+        self, model: PreTrainedModel, teacher: Teacher | CachedTeacher, windows: Tensor, settings: TuningSettings
     ) -> None:
-        self.model, self.teacher, self.settings = model, teacher, settings
-        self.windows, self.held_out = windows[settings.held_out :], windows[: settings.held_out]
-        packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-        if not packed:
-            raise QuantkitError("the model has no packed layers; quantize it first")
-        for module in packed.values():
-            module.unshare()
-        parts = {name: tunable(module.packed) for name, module in packed.items()}  # raises before anything changed
+        self.model, self.teacher, self.windows, self.settings = model, teacher, windows, settings
+        self._processes = PartialState()
+        self.layers = _layers(model, settings.corrections)  # raises before anything changed
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
         self._norms = [
             parameter
             for name, module in model.named_modules()
-            if settings.norms and "norm" in type(module).__name__.lower()
+            if settings.norms and not settings.corrections and "norm" in type(module).__name__.lower()
             for parameter in module.parameters(recurse=False)
         ]
         for parameter in self._norms:
             parameter.requires_grad_(True)
-        self.layers = {name: TunedLinear(parts[name], packed[name].bias) for name in packed}
         for name, layer in self.layers.items():
             model.set_submodule(name, layer)
         self.optimizer = PVOptimizer(list(self.layers.values()), self._norms, settings.pv)
@@ -186,12 +216,16 @@ class _Run:
         self.best = [tensor.detach().clone() for tensor in self._tensors()]
 
     def begin(self) -> None:
-        """Measures the model as it is.
+        """Measures the model as it is; once more where the teacher is replaced by a cache of it.
 
         Raises:
             QuantkitError: it predicts NaN, or other logits than the teacher's.
         """
+        exact = self.history
+        self.history = []
         self._measure(None)
+        if exact:
+            self.history[0]["full_kl"] = exact[0]["kl"]
         self.progress = Progress(0, self.settings.steps, math.nan, 0, self._kl, self._kl)
 
     @property
@@ -201,19 +235,23 @@ class _Run:
     def advance(self) -> None:
         """Takes a step; measures where it is time."""
         settings = self.settings
-        batch = self.windows[self._order(self.step)]
+        numbers = self._order(self.step)
         self.optimizer.open()
-        loss = 0.0
-        for tokens in batch.split(settings.micro_batch):
-            share = len(tokens) / len(batch)
-            kl = self._divergence(tokens).mean()
-            (share * kl).backward()
-            loss += share * float(kl.detach())
+        total = torch.zeros((), dtype=torch.float64)
+        for mine in self._own(numbers).split(settings.micro_batch):
+            with self._recomputing():
+                part = self._loss(mine).sum() / (len(numbers) * self.windows.shape[1])
+                part.backward()
+            total += part.detach().double().cpu()
+        loss = float(self._summed(total))
         if not math.isfinite(loss):
             logger.warning("step %d: the loss is %s; the best state so far is kept", self.step + 1, loss)
             self.ended = True
             return
-        changed = self.optimizer.step(settings.rate(self.step))
+        if self._processes.num_processes > 1:
+            for gradient in self._gradients():
+                gradient.copy_(self._summed(gradient))
+        changed = self.optimizer.step(rate(self.step, settings.steps, settings.warmup))
         self.step += 1
         self.measured = self.step % settings.evaluate_every == 0 or self.step == settings.steps
         if self.measured:
@@ -222,32 +260,70 @@ class _Run:
         self.progress = Progress(self.step, settings.steps, loss, changed, self._kl, best)
 
     def _order(self, step: int) -> Tensor:
-        """The windows of a step: every epoch in an order of its own."""
-        count = len(self.windows)
+        """The windows of a step by number: every epoch in an order of its own."""
+        count = len(self.windows) - self.settings.held_out
         chosen = []
         for place in range(step * self.settings.batch, (step + 1) * self.settings.batch):
             epoch, index = divmod(place, count)
             generator = torch.Generator().manual_seed(1_000_003 * self.settings.seed + epoch)
             chosen.append(torch.randperm(count, generator=generator)[index])
-        return torch.stack(chosen)
+        return torch.stack(chosen) + self.settings.held_out
 
-    def _divergence(self, tokens: Tensor) -> Tensor:
-        """KL of each token, [windows, length]."""
-        with torch.no_grad():
-            wanted = self.teacher(input_ids=tokens.to(self.teacher.device), use_cache=False).logits
-        found = self.model(input_ids=tokens.to(self.model.device), use_cache=False).logits
-        if found.shape != wanted.shape:
-            raise QuantkitError(f"the teacher's logits are {tuple(wanted.shape)}, the model's {tuple(found.shape)}")
-        return token_kl(wanted.to(found.device), found)
+    def _own(self, numbers: Tensor) -> Tensor:
+        """This process's share of some windows."""
+        return numbers[self._processes.process_index :: self._processes.num_processes]
+
+    def _summed(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self._processes.num_processes == 1:
+            return tensor
+        return reduce(tensor.to(self._processes.device), "sum").to(tensor.device)
+
+    def _gradients(self) -> Iterator[Tensor]:
+        for layer in self.layers.values():
+            yield from layer.gradients()
+        for norm in self._norms:
+            norm.grad = torch.zeros_like(norm) if norm.grad is None else norm.grad
+            yield norm.grad
+
+    def _recomputing(self) -> AbstractContextManager:
+        """A forward and backward pass that keeps only the blocks' inputs, where that is asked for."""
+        wanted = self.settings.corrections if self.settings.recompute is None else self.settings.recompute
+        if not wanted:
+            return nullcontext()
+        lists = [(name, module) for name, module in self.model.named_modules() if isinstance(module, nn.ModuleList)]
+        _, blocks = max(lists, key=lambda found: sum(name.startswith(f"{found[0]}.") for name in self.layers))
+        return patched_forwards(blocks, [partial(checkpoint, block.forward, use_reentrant=False) for block in blocks])
+
+    def _loss(self, numbers: Tensor) -> Tensor:
+        """Each token's, [windows, length]; the last token of a window has no successor, and no cross-entropy."""
+        settings = self.settings
+        tokens = self.windows[numbers]
+        found = predict(self.model, tokens)
+        kl, distance = self.teacher.divergence(tokens, numbers, found)
+        loss = settings.kl * kl
+        if settings.hidden:
+            if distance is None:
+                raise QuantkitError("the teacher's hidden states are of another size; tune without a loss on them")
+            loss = loss + settings.hidden * distance.to(kl.device)
+        if settings.ce:
+            successors = tokens[:, 1:].to(found.logits.device)
+            ce = torch.nn.functional.cross_entropy(
+                found.logits[:, :-1].float().flatten(0, 1), successors.flatten(), reduction="none"
+            )
+            loss = loss + settings.ce * torch.nn.functional.pad(ce.view(successors.shape), (0, 1)).to(loss.device)
+        return loss
 
     @torch.no_grad()
     def _measure(self, loss: float | None) -> None:
         for layer in self.layers.values():
             layer.open()
-        sums = [
-            float(self._divergence(tokens).double().sum()) for tokens in self.held_out.split(self.settings.micro_batch)
-        ]
-        kl = sum(sums) / self.held_out.numel()
+        total = torch.zeros((), dtype=torch.float64)
+        for mine in self._own(torch.arange(self.settings.held_out)).split(self.settings.micro_batch):
+            tokens = self.windows[mine]
+            each, _ = self.teacher.divergence(tokens, mine, predict(self.model, tokens))
+            total += each.double().sum().cpu()
+        kl = float(self._summed(total)) / (self.settings.held_out * self.windows.shape[1])
         if math.isfinite(kl) and kl < min((entry["kl"] for entry in self.history), default=math.inf):
             self.best = [tensor.detach().clone() for tensor in self._tensors()]
         if not math.isfinite(kl) and not self.history:
@@ -259,7 +335,7 @@ class _Run:
     def _tensors(self) -> Iterator[Tensor]:
         """Everything that tuning changes, in an order that does not change."""
         for layer in self.layers.values():
-            yield from layer.parts.state_dict().values()
+            yield from layer.state()
         yield from self._norms
 
     def finish(self) -> None:
@@ -268,7 +344,7 @@ class _Run:
             for tensor, best in zip(self._tensors(), self.best, strict=True):
                 tensor.copy_(best)
         for name, layer in self.layers.items():
-            self.model.set_submodule(name, QuantizedLinear(layer.parts.packed(), layer.bias))
+            self.model.set_submodule(name, QuantizedLinear(layer.packed, layer.bias))
         for parameter in self._norms:
             parameter.requires_grad_(False)
         for parameter in self._frozen:
@@ -315,6 +391,22 @@ class _Run:
         self.optimizer.adam.load_state_dict(content["adam"])
 
     def _identity(self) -> str:
-        layers = {name: str(layer.parts) for name, layer in self.layers.items()}
-        text = json.dumps([asdict(self.settings), layers, self.history[0]["kl"]])
+        layers = {name: str(layer) for name, layer in self.layers.items()}
+        text = json.dumps([asdict(self.settings), layers, f"{self.history[0]['kl']:.5g}"])
         return hashlib.sha256(text.encode() + self.windows.numpy().tobytes()).hexdigest()
+
+
+def _layers(model: PreTrainedModel, corrections: bool) -> dict[str, Any]:
+    """The packed layers as they will be tuned."""
+    packed = packed_linears(model)
+    if not corrections:
+        return {name: TunedLinear(tunable(linear.packed), linear.bias) for name, linear in packed.items()}
+    found = {name: linear.packed for name, linear in packed.items()}
+    adapted = {
+        name: AdaptedLinear(weight, packed[name].bias)
+        for name, weight in found.items()
+        if isinstance(weight, LowRankWeight)
+    }
+    if not adapted:
+        raise QuantkitError("the model's layers have no low-rank corrections; quantize it with --low-rank RANK first")
+    return adapted

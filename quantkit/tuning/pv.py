@@ -16,12 +16,15 @@ taken for few weights at once. Modes say what S is:
     "continuous"        codes stay
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.tuning.tunable import Coded, Tunable
+from quantkit.weight import QuantizedWeight
 
 MODES = ("buffer", "linearized", "straight-through", "continuous")
 
@@ -33,7 +36,7 @@ class PVSettings:
     Attributes:
         mode: see the module.
         lr: of continuous parts, in units of their size.
-        code_lr: of targets, in units of a layer's root mean square weight.
+        code_lr: of targets, in units of what a code can tell apart: a layer's root mean square weight / 2^bits.
         share: of a layer's units that may be coded again in a step.
         trust: largest relative change of a layer's weights by codes in a step.
         decay: pull of targets towards the weights, 0 to 1.
@@ -42,7 +45,7 @@ class PVSettings:
 
     mode: str = "buffer"
     lr: float = 1e-2
-    code_lr: float = 3e-2
+    code_lr: float = 0.12
     share: float = 0.1
     trust: float = 0.1
     decay: float = 0.0
@@ -57,6 +60,40 @@ class PVSettings:
         for name in ("share", "trust", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a share, from 0 to 1")
+
+
+def rate(step: int, steps: int, warmup: float = 0.05) -> float:
+    """The share of the learning rates in step 0, 1, ...: a linear rise, then a linear fall to a tenth."""
+    rising = (step + 1) / max(1.0, warmup * steps)
+    return min(1.0, rising, max(0.1, 1 - step / steps))
+
+
+class Tuned(Protocol):
+    """A layer while it is tuned: `open`, passes through the model, `close`, and a step of the optimizer."""
+
+    bias: Tensor | None
+
+    def open(self) -> None:
+        """Makes what the passes of one step use."""
+
+    def close(self) -> None:
+        """Brings the gradients to where the optimizer looks for them."""
+
+    def gradients(self) -> Iterator[Tensor]:
+        """What the passes of a step have added up, 0 where none came by; before `close`."""
+
+    def continuous(self) -> Iterator[tuple[nn.Parameter, float]]:
+        """What moves by gradient, each with the size that learning rates are relative to."""
+
+    def coded(self) -> Iterator[Coded]:
+        """The parts whose codes move."""
+
+    def state(self) -> Iterator[Tensor]:
+        """Everything that changes, in an order that does not."""
+
+    @property
+    def packed(self) -> QuantizedWeight:
+        """The weight as it is now, stored."""
 
 
 class TunedLinear(nn.Module):
@@ -86,6 +123,29 @@ class TunedLinear(nn.Module):
             self._made.backward(self.leaf.grad)
         self._made = None
 
+    def gradients(self) -> Iterator[Tensor]:
+        """See `Tuned`."""
+        if self.leaf.grad is None:
+            self.leaf.grad = torch.zeros_like(self.leaf)
+        yield self.leaf.grad
+
+    def continuous(self) -> Iterator[tuple[nn.Parameter, float]]:
+        """See `Tuned`; all are near 1."""
+        yield from ((parameter, 1.0) for parameter in self.parts.parameters())
+
+    def coded(self) -> Iterator[Coded]:
+        """See `Tuned`."""
+        yield from self.parts.coded()
+
+    def state(self) -> Iterator[Tensor]:
+        """See `Tuned`."""
+        yield from self.parts.state_dict().values()
+
+    @property
+    def packed(self) -> QuantizedWeight:
+        """See `Tuned`."""
+        return self.parts.packed()
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
         return nn.functional.linear(x, self.leaf.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -100,16 +160,17 @@ class PVOptimizer:
         settings: see `PVSettings`.
     """
 
-    def __init__(self, layers: list[TunedLinear], others: list[nn.Parameter], settings: PVSettings) -> None:
+    def __init__(self, layers: Sequence[Tuned], others: list[nn.Parameter], settings: PVSettings) -> None:
         self.layers, self.settings = layers, settings
-        continuous = [parameter for layer in layers for parameter in layer.parts.parameters()]
-        self.coded = [] if settings.mode == "continuous" else [c for layer in layers for c in layer.parts.coded()]
+        continuous = [pair for layer in layers for pair in layer.continuous()] + [(other, 1.0) for other in others]
+        self.coded = [] if settings.mode == "continuous" else [c for layer in layers for c in layer.coded()]
         self.targets: list[Tensor] = []
-        groups = [{"params": [*continuous, *others], "lr": settings.lr}]
+        sizes = sorted({size for _, size in continuous})
+        groups = [{"params": [p for p, s in continuous if s == size], "lr": settings.lr * size} for size in sizes]
         for part in self.coded:
             with torch.no_grad():
                 weight = part()
-            size = float(weight.square().mean().sqrt())
+            size = float(weight.square().mean().sqrt()) * 2.0**-part.bits
             self.targets.append(nn.Parameter(weight.detach().clone()))
             groups.append({"params": [self.targets[-1]], "lr": settings.code_lr * size})
         self.adam = torch.optim.Adam(groups, betas=settings.betas)

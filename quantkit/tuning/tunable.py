@@ -7,6 +7,7 @@ nearest to given weights; a unit is what one code stands for. Wrappers (rotation
 Continuous parts are stored as a reference times a parameter that begins at 1, so that one learning rate suits them all.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ from quantkit.formats.int_group import IntGroupWeight
 from quantkit.formats.low_rank import LowRankWeight
 from quantkit.formats.pyramid import PyramidWeight, factors
 from quantkit.formats.rotated import RotatedWeight
+from quantkit.kernels import pyramid
 from quantkit.kernels.bitpack import pack, unpack
 from quantkit.kernels.codebook_rule import range_width
 from quantkit.kernels.hadamard import rotate
@@ -49,6 +51,8 @@ class Coded(Tunable):
     """A part with codes of its own; `latest` is what the last call gave, with its gradient once there is one."""
 
     latest: Tensor
+    bits: float
+    """Of a weight's code."""
 
     def coded(self) -> Iterator["Coded"]:
         """Itself."""
@@ -120,6 +124,7 @@ class TunableIntegers(Coded):
 
     def __init__(self, weight: IntGroupWeight) -> None:
         super().__init__()
+        self.bits = weight.bits
         self._bits, self._group_size, self._shape = weight.bits, weight.group_size, weight.shape
         self.register_buffer("codes", unpack(weight.codes, weight.bits, weight.in_features).to(torch.int16))
         self.scales = Scaled(weight.scales, each=True)
@@ -175,6 +180,7 @@ class TunableCodebook(Coded):
         stages = weight.stages()
         bits = [(books.shape[1] - 1).bit_length() for _, books in stages]
         self._ranges = [len(books) for _, books in stages]
+        self.bits = sum(bits) / self._v
         found = [unpack(codes, width, weight.columns).long() for (codes, _), width in zip(stages, bits, strict=True)]
         self.register_buffer("codes", torch.stack(found, dim=-1))
         self.books = nn.ModuleList([Scaled(books) for _, books in stages])
@@ -257,6 +263,7 @@ class TunablePyramid(Coded):
     def __init__(self, weight: PyramidWeight) -> None:
         super().__init__()
         self._weight = _described(weight)
+        self.bits = math.log2(pyramid.count(weight.dimension, weight.pulses) * len(weight.levels)) / weight.dimension
         points, gains = weight.points()
         self.register_buffer("points", points)
         self.register_buffer("gains", gains)

@@ -12,9 +12,10 @@ from quantkit import GPTQ, VPTQ, Calibration, Hadamard, LowRank, PVSettings, Pyr
 from quantkit.errors import QuantkitError
 from quantkit.linear import QuantizedLinear
 from quantkit.tuning.end_to_end import _Run
+from quantkit.tuning.teacher import Teacher
 
 SHORT = TuningSettings(
-    6, batch=4, micro_batch=4, evaluate_every=2, held_out=8, pv=PVSettings(lr=2e-3, code_lr=0.05, share=0.1, trust=0.1)
+    6, batch=4, micro_batch=4, evaluate_every=2, held_out=8, pv=PVSettings(lr=2e-3, code_lr=0.2, share=0.1, trust=0.1)
 )
 
 
@@ -71,7 +72,7 @@ def test_what_is_kept_is_the_best_state(models):
     )
     quantkit.tune(model, teacher, tokenizer, calibration=text, settings=wild)
     best = min(entry["kl"] for entry in model.quantkit_tuning)
-    run = _Run(model, teacher, text.windows(tokenizer, model), wild)
+    run = _Run(model, Teacher(teacher), text.windows(tokenizer, model), wild)
     run.begin()
     assert run.history[0]["kl"] == pytest.approx(best, rel=1e-2)
     run.finish()
@@ -130,7 +131,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(models):
     _, teacher, tokenizer, text = models
     model = quantkit.quantize(copy.deepcopy(teacher), tokenizer, method=GPTQ(8), calibration=text)
     same = copy.deepcopy(model)
-    run = _Run(model, same, text.windows(tokenizer, model), SHORT)
+    run = _Run(model, Teacher(same), text.windows(tokenizer, model), SHORT)
     run.begin()
     assert run.history[0]["kl"] == pytest.approx(0, abs=1e-6)
     run.finish()

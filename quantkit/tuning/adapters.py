@@ -1,0 +1,181 @@
+"""Low-rank corrections that are trained while the packed weight stays as it is.
+
+Gradients reach the factors, and what lies before the layer, through the packed weight's own kernel, and an optimizer
+keeps state for the factors alone (INT2.1, arXiv 2306.08162: LoRA's adapters over packed weights).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quantkit.errors import QuantkitError
+from quantkit.formats.low_rank import LowRankWeight
+from quantkit.hf import attach
+from quantkit.linear import QuantizedLinear
+from quantkit.tuning.tunable import Coded
+from quantkit.weight import QuantizedWeight
+
+
+class AdaptedLinear(nn.Module):
+    """A packed linear layer with a trainable correction: y = x W^T + (x down^T) up^T + b.
+
+    In a state dict it is what it will be: a weight of format `low_rank`, its factors in fp16.
+
+    Args:
+        weight: whose correction is trained, on from its present value.
+        bias: [out_features] or None; stays.
+    """
+
+    def __init__(self, weight: LowRankWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.base = QuantizedLinear(weight.base)
+        up, down = weight.factors()
+        self.up, self.down = nn.Parameter(up.clone()), nn.Parameter(down.clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.out_features, self.in_features = weight.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features], in x's dtype."""
+        return self.base.packed.matmul(x, self.bias, self.up.to(x.dtype), self.down.to(x.dtype))
+
+    @property
+    def packed(self) -> LowRankWeight:
+        """The weight with its correction as it is now."""
+        return LowRankWeight(self.base.packed, _stored(self.up), _stored(self.down))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, fp32, for model code that looks at its linears; writing to it changes nothing."""
+        return self.packed.dequantize()
+
+    def open(self) -> None:
+        """See `Tuned`: the factors are used as they are."""
+
+    def close(self) -> None:
+        """See `Tuned`."""
+
+    def gradients(self) -> Iterator[Tensor]:
+        """See `Tuned`."""
+        for factor in (self.up, self.down):
+            if factor.grad is None:
+                factor.grad = torch.zeros_like(factor)
+            yield factor.grad
+
+    def continuous(self) -> Iterator[tuple[nn.Parameter, float]]:
+        """See `Tuned`; a factor of zeros counts as large as the other."""
+        sizes = [float(factor.detach().square().mean().sqrt()) for factor in (self.up, self.down)]
+        yield self.up, sizes[0] or sizes[1]
+        yield self.down, sizes[1] or sizes[0]
+
+    def coded(self) -> Iterator[Coded]:
+        """See `Tuned`: codes stay."""
+        yield from ()
+
+    def state(self) -> Iterator[Tensor]:
+        """See `Tuned`."""
+        yield from (self.up, self.down)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in ("up", "down"):
+            destination[prefix + name] = _stored(destination[prefix + name])
+
+    def extra_repr(self) -> str:
+        """Shape and rank."""
+        return f"{self.in_features}, {self.out_features}, rank={self.up.shape[1]}, bias={self.bias is not None}"
+
+
+def _stored(factor: Tensor) -> Tensor:
+    return factor.detach().clamp(-65504, 65504).half()
+
+
+def finetune(model: PreTrainedModel, rank: int = 16, *, seed: int = 0) -> PreTrainedModel:
+    """Makes a packed model trainable, in place: low-rank corrections learn, everything else is frozen.
+
+    Any training loop will do, transformers' Trainer among them. `save_pretrained`, and so Trainer's checkpoints, writes
+    a packed checkpoint with the corrections as they are then, which `quantkit.load` reads.
+
+    Args:
+        model: as `quantkit.load` or `quantkit.quantize` gives it.
+        rank: of the corrections of layers that have none; they begin at zero.
+        seed: of those corrections' random factor.
+
+    Returns:
+        The same model. `quantkit.finished` makes its layers ordinary packed ones again.
+
+    Raises:
+        QuantkitError: no packed layers, or a rank below 1.
+    """
+    if rank < 1:
+        raise QuantkitError(f"rank={rank}: a correction has a rank of at least 1")
+    packed = packed_linears(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, linear in packed.items():
+        model.set_submodule(name, AdaptedLinear(_with_correction(linear.packed, rank, generator), linear.bias))
+    attach(model, dict(_metadata(model)), trainable=True)
+    return model
+
+
+def finished(model: PreTrainedModel) -> PreTrainedModel:
+    """Ends `finetune`, in place: corrections become part of the packed weights."""
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, AdaptedLinear):
+            model.set_submodule(name, QuantizedLinear(module.packed, module.bias))
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    attach(model, dict(_metadata(model)))
+    return model
+
+
+def peft_config(config: Any) -> Any:
+    """Lets adapters of the peft library sit on packed layers.
+
+    Args:
+        config: peft's LoraConfig, with `target_modules` by name; changed in place.
+
+    Returns:
+        The same config, for `get_peft_model` or `PeftModel.from_pretrained`.
+    """
+    from peft.tuners import lora
+
+    config._register_custom_module({QuantizedLinear: lora.Linear})
+    return config
+
+
+def packed_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The packed layers by name, each with tensors of its own.
+
+    Raises:
+        QuantkitError: there is none, or they are being trained already.
+    """
+    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
+        raise QuantkitError("the model's corrections are being trained already; quantkit.finished(model) ends that")
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    if not packed:
+        raise QuantkitError("the model has no packed layers; quantize it first")
+    for module in packed.values():
+        module.unshare()
+    return packed
+
+
+def _with_correction(weight: QuantizedWeight, rank: int, generator: torch.Generator) -> LowRankWeight:
+    if isinstance(weight, LowRankWeight):
+        return weight
+    out_features, in_features = weight.shape
+    rank = min(rank, out_features, in_features)
+    device = next(iter(weight.state().values())).device
+    down = torch.randn(rank, in_features, generator=generator) / in_features**0.5
+    return LowRankWeight(weight, torch.zeros(out_features, rank, device=device).half(), down.half().to(device))
+
+
+def _metadata(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear | AdaptedLinear) and not name.startswith(inside):
+            yield name, module.packed.metadata()
+            inside = (*inside, f"{name}.")

@@ -1,0 +1,80 @@
+"""The teacher's predictions, asked for and cached."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import quantkit
+from quantkit import GPTQ, Calibration, PVSettings, TuningSettings
+from quantkit.errors import QuantkitError
+from quantkit.metrics import token_kl
+from quantkit.tuning.teacher import CachedTeacher, Predictions, predict
+
+TEXT = Calibration("stdlib", 70, 32)  # two files of a cache
+
+
+@pytest.fixture(scope="module")
+def teacher(reference):
+    return AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(reference):
+    return AutoTokenizer.from_pretrained(reference)
+
+
+@pytest.fixture(scope="module")
+def windows(teacher, tokenizer):
+    return TEXT.windows(tokenizer, teacher)
+
+
+def silent(_done, _total):
+    pass
+
+
+@torch.no_grad()
+def test_what_is_cached_understates_the_kl_and_less_with_more_successors(teacher, windows, tmp_path):
+    numbers = torch.tensor([0, 63, 64, 69])
+    wanted = predict(teacher, windows[numbers])
+    found = Predictions(wanted.logits + 0.5 * torch.randn_like(wanted.logits), wanted.hidden)
+    full = token_kl(wanted.logits, found.logits)
+    gaps = []
+    for top in (8, 256, 2048):
+        cache = CachedTeacher.fill(tmp_path / str(top), teacher, windows, top, silent)
+        kl, hidden = cache.divergence(windows[numbers], numbers, found)
+        assert hidden is None
+        gaps.append(float((full - kl).mean() / full.mean()))
+    assert gaps[0] > gaps[1] > abs(gaps[2])
+    assert gaps[0] > 0.05
+    assert abs(gaps[2]) < 0.02, "all successors, but for fp16"
+    kl, _ = cache.divergence(windows[numbers], numbers, wanted)
+    assert float(kl.abs().max()) < 2e-3
+
+
+def test_an_interrupted_cache_is_completed(teacher, windows, tmp_path):
+    seen = []
+    CachedTeacher.fill(tmp_path / "cache", teacher, windows, 4, lambda done, total: seen.append((done, total)))
+    assert seen == [(64, 70), (70, 70)]
+    files = sorted((tmp_path / "cache").glob("*.safetensors"))
+    first, second = (path.read_bytes() for path in files)
+    files[1].unlink()
+    CachedTeacher.fill(tmp_path / "cache", teacher, windows, 4, silent)
+    assert (files[0].read_bytes(), files[1].read_bytes()) == (first, second)
+    with pytest.raises(QuantkitError, match="a cache of another text"):
+        CachedTeacher.fill(tmp_path / "cache", teacher, windows, 5, silent)
+    with pytest.raises(QuantkitError, match="keep at least 1"):
+        CachedTeacher.fill(tmp_path / "other", teacher, windows, 0, silent)
+
+
+def test_tuning_by_a_cache(teacher, tokenizer, tmp_path):
+    model = quantkit.quantize(copy.deepcopy(teacher), tokenizer, method=GPTQ(2), calibration=TEXT)
+    settings = TuningSettings(6, 4, 4, evaluate_every=3, held_out=8, top=256, pv=PVSettings("continuous", lr=2e-3))
+    quantkit.tune(model, teacher, tokenizer, calibration=TEXT, settings=settings, cache=tmp_path / "cache")
+    first, *_, last = model.quantkit_tuning
+    assert 0.5 * first["full_kl"] < first["kl"] < first["full_kl"]
+    assert last["kl"] < first["kl"]
+    with pytest.raises(QuantkitError, match="no hidden states"):
+        hidden = TuningSettings(1, held_out=2, hidden=1.0)
+        quantkit.tune(model, teacher, tokenizer, calibration=TEXT, settings=hidden, cache=tmp_path / "cache")
