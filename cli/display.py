@@ -58,16 +58,19 @@ def tuning_progress() -> Iterator[Callable[[int, int, str], None]]:
 
 
 @contextmanager
-def step_progress() -> Iterator[Callable[[TuningProgress], None]]:
-    """A bar over tuning steps: yields a callback that takes a `tuning.end_to_end.Progress`."""
+def tuning_bars() -> Iterator[dict[str, Callable]]:
+    """A bar over the windows that are cached, then over tuning steps: yields `tune`'s callbacks by name."""
     with _bar() as bar:
         task = bar.add_task("teacher and student", total=None)
 
-        def update(now: TuningProgress) -> None:
+        def progress(now: TuningProgress) -> None:
             text = f"loss {now.loss:.3f}, {now.changed} codes, KL {now.kl:.4f}"
             bar.update(task, completed=now.step, total=now.steps, description=text)
 
-        yield update
+        def caching(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, description="teacher's predictions")
+
+        yield {"progress": progress, "caching": caching}
 
 
 def report_table(report: Report) -> None:

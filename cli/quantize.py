@@ -91,6 +91,9 @@ def quantize_command(
     low_rank: Annotated[
         int | None, typer.Option(help="Rank of a correction of what rounding lost, beside --bits; none by default.")
     ] = None,
+    low_rank_bits: Annotated[
+        float, typer.Option(help="Extra bits per weight for such corrections, shared out over layers by their gain.")
+    ] = 0,
     rotate_model: Annotated[
         bool, typer.Option("--rotate-model", help="Rotate the whole model first, at no cost later (Llama's shape).")
     ] = False,
@@ -140,11 +143,14 @@ def quantize_command(
     settings |= {"outliers": outliers, "outlier_bits": outlier_bits, "ranges": ranges, "scale_inputs": scale_inputs}
     if outlier_bits is not None and not outliers:
         raise QuantkitError("--outlier-bits is given without --outliers, the share of input features that get them")
+    if low_rank is not None and low_rank_bits:
+        raise QuantkitError("--low-rank gives every layer one rank, --low-rank-bits shares ranks out; give one of them")
+    low_rank = 1 if low_rank_bits else low_rank
     quantizer = make_quantizer(method, hadamard, low_rank, bits=bits, **settings)
     text = Calibration(calibration, num_samples, seqlen, seed)
     rotation = Rotation() if rotate_model else None
     tuner = BlockTuning(tune_blocks) if tune_blocks else None
-    recipe = Recipe(quantizer, dict.fromkeys(ignore or ()), target_shift, text, true_sequential, rotation, tuner)
+    recipe = Recipe(quantizer, dict.fromkeys(ignore or ()), target_shift, text, true_sequential, rotation, low_rank_bits, tuner)
     folder = resolve_folder(model)
     output = output or Path(f"{Path(model).resolve().name}-{method.lower()}-{bits:g}bit")
     if dry_run:

@@ -1,15 +1,17 @@
 """`quantkit tune`: a packed checkpoint and its teacher in, a better checkpoint of the same size out."""
 
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from accelerate import PartialState
 
 import quantkit
 from quantkit.checkpoint import check_output, write_json
-from quantkit.cli.display import console, step_progress
+from quantkit.cli.display import console, tuning_bars
 from quantkit.device import compute_dtype, parse_dtype, pick_device
 from quantkit.errors import Interrupted, QuantkitError
 from quantkit.folder import load_tokenizer, resolve_folder
@@ -17,7 +19,7 @@ from quantkit.recipe import Calibration
 from quantkit.tuning.end_to_end import TuningSettings, tune
 from quantkit.tuning.pv import PVSettings
 
-_STEP = "A step"
+_STEP, _LOSS = "A step", "The loss"
 
 
 def tune_command(
@@ -36,6 +38,21 @@ def tune_command(
     evaluate_every: Annotated[int, typer.Option(help="Steps between measurements.")] = 20,
     patience: Annotated[int | None, typer.Option(help="End after so many measurements without a new best.")] = None,
     norms: Annotated[bool, typer.Option(help="Tune the model's norms too.")] = True,
+    corrections: Annotated[
+        bool, typer.Option("--corrections", help="Tune low-rank corrections alone, in little memory.")
+    ] = False,
+    recompute: Annotated[
+        bool | None, typer.Option(help="Keep few activations, run blocks twice; by default with --corrections.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder for the teacher's predictions: made once, read in every step.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Successors of a token that the cache keeps.")] = 64,
+    kl: Annotated[float, typer.Option(help="Weight of KL to the teacher.", rich_help_panel=_LOSS)] = 1,
+    ce: Annotated[float, typer.Option(help="Weight of the text's cross-entropy.", rich_help_panel=_LOSS)] = 0,
+    hidden: Annotated[
+        float, typer.Option(help="Weight of the last hidden states' relative distance.", rich_help_panel=_LOSS)
+    ] = 0,
     mode: Annotated[
         str,
         typer.Option(help="buffer, linearized, straight-through, or continuous (codes stay).", rich_help_panel=_STEP),
@@ -64,7 +81,8 @@ def tune_command(
 ) -> None:
     """Tune a packed checkpoint end to end: scales, books, norms and codes, by KL to the teacher's predictions.
 
-    The size stays the same. An interrupted run continues with --resume and ends in the same model.
+    The size stays the same. An interrupted run continues with --resume and ends in the same model. Several processes
+    share the work: accelerate launch -m quantkit.cli tune ..., or torchrun.
     """
     folder, teacher_folder = resolve_folder(model), resolve_folder(teacher)
     output = output or Path(f"{Path(model).resolve().name}-tuned")
@@ -79,18 +97,23 @@ def tune_command(
         raise QuantkitError(str(error)) from error
     settings = TuningSettings(
         steps, batch, micro_batch, evaluate_every=evaluate_every, held_out=held_out, patience=patience, norms=norms,
-        seed=seed, pv=pv,
+        corrections=corrections, kl=kl, ce=ce, hidden=hidden, recompute=recompute, top=top, seed=seed, pv=pv,
     )  # fmt: skip
-    where = pick_device(device)
+    processes = PartialState(cpu=device == "cpu")
+    where = processes.device if processes.num_processes > 1 else pick_device(device)
     kind = parse_dtype(dtype) or compute_dtype(where) or "auto"
     tokenizer = load_tokenizer(folder)
     student: Any = quantkit.load(folder, dtype=kind, device=where)
     reference = quantkit.load(teacher_folder, dtype=kind, device=where)
-    if partial.exists() and not resume:
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
+    processes.wait_for_everyone()  # all have looked at what is there
+    if processes.is_main_process:
+        if partial.exists() and not resume:
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+    processes.wait_for_everyone()
+    shown: AbstractContextManager[dict[str, Any]] = tuning_bars() if processes.is_main_process else nullcontext({})
     try:
-        with step_progress() as progress:
+        with shown as bars:
             tune(
                 student,
                 reference,
@@ -98,23 +121,33 @@ def tune_command(
                 calibration=Calibration(calibration, num_samples, seqlen, seed),
                 settings=settings,
                 state=partial / "state.pt",
-                progress=progress,
+                cache=cache,
+                **bars,
             )
     except KeyboardInterrupt:
         raise Interrupted("stopped; repeat the command with --resume to continue") from None
+    if processes.is_main_process:
+        record = {"teacher": teacher, "settings": asdict(settings), "history": student.quantkit_tuning}
+        _publish(student, tokenizer, record, partial, output)
+    processes.wait_for_everyone()
+
+
+def _publish(student: Any, tokenizer: Any, record: dict[str, Any], partial: Path, output: Path) -> None:
+    """Makes the output, whole, of what was found."""
     finished = partial / "checkpoint"
     shutil.rmtree(finished, ignore_errors=True)
     student.save_pretrained(finished)
     tokenizer.save_pretrained(finished)
-    history = student.quantkit_tuning
-    write_json(
-        finished / "quantkit_tuning.json", {"teacher": teacher, "settings": asdict(settings), "history": history}
-    )
+    write_json(finished / "quantkit_tuning.json", record)
     if output.exists():
         shutil.rmtree(output)
     finished.rename(output)
     shutil.rmtree(partial)
-    first, best = history[0]["kl"], min(entry["kl"] for entry in history)
-    less = 100 * (1 - best / first)
-    console.print(f"held-out KL to the teacher  {first:.4f} -> {best:.4f} nats a token ({less:.0f}% less)")
+    first = record["history"][0]
+    best = min(entry["kl"] for entry in record["history"])
+    if "full_kl" in first:
+        missing = 100 * (1 - first["kl"] / first["full_kl"])
+        console.print(f"the cache understates KL by {missing:.1f}% ({first['full_kl']:.4f} in full before tuning)")
+    less = 100 * (1 - best / first["kl"])
+    console.print(f"held-out KL to the teacher  {first['kl']:.4f} -> {best:.4f} nats a token ({less:.0f}% less)")
     console.print(f"checkpoint: [bold]{output}[/]   load it with quantkit.load({str(output)!r})", soft_wrap=True)

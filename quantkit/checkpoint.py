@@ -347,7 +347,7 @@ def write_durably(path: Path, write: Callable[[Path], Any], needed: int) -> None
         temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
         temporary.replace(path)
         _sync_folder(path.parent)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: what torch.save makes of a full disk
         temporary.unlink(missing_ok=True)
         if "No space" in str(error) or "os error 28" in str(error):
             raise QuantkitError(_disk_full(path, needed, shutil.disk_usage(path.parent).free)) from error
@@ -357,7 +357,7 @@ def write_durably(path: Path, write: Callable[[Path], Any], needed: int) -> None
 def _disk_full(path: Path, needed: int, free: int) -> str:
     return (
         f"the disk is full: {path.name} takes {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free; "
-        "finished blocks are kept, so free some space and repeat with --resume"
+        "what was finished before is kept, so free some space and repeat with --resume"
     )
 
 

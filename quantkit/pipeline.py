@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quantkit.calibrate import LayerResult, walk
@@ -21,11 +21,13 @@ from quantkit.checkpoint import CheckpointWriter, check_output
 from quantkit.device import compute_dtype, pick_device
 from quantkit.errors import QuantkitError
 from quantkit.folder import ModelFolder, load_tokenizer, refuse_quantized
+from quantkit.forward import WeightSource
 from quantkit.hf import attach
 from quantkit.linear import QuantizedLinear
 from quantkit.model import fused_expert_parameters, linear_weight, tensor_bytes
 from quantkit.plan import Plan, Rules
 from quantkit.protocols import Quantizer
+from quantkit.ranks import share_ranks, summary, survey_plan, with_ranks
 from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, make_quantizer
 from quantkit.report import LayerReport, Report, model_card, peak_device_bytes, peak_memory_bytes
 from quantkit.rotate import Rotation
@@ -51,6 +53,7 @@ def quantize(
     symmetric: bool | None = None,
     hadamard: bool | None = None,
     low_rank: int | None = None,
+    low_rank_bits: float = 0,
     rotate_model: bool = False,
     tune_blocks: int | BlockTuning = 0,
     rules: Rules | None = None,
@@ -73,6 +76,8 @@ def quantize(
         group_size, symmetric: of the integer formats, for a method given by name; None for its defaults.
         hadamard: quantize in a rotated basis, for a method given by name; None for what suits the method.
         low_rank: rank of a correction of what rounding lost (see `quantizers.low_rank`), for a method given by name.
+        low_rank_bits: extra bits per weight for such corrections, shared out over the layers by what they gain (see
+            `quantkit.ranks`), instead of one rank for all.
         rotate_model: turn the model's residual stream first; see `quantkit.rotate`.
         tune_blocks: steps in which each block is tuned once it is quantized (see `tuning.block`), 0 for none; or the
             settings of those steps.
@@ -96,10 +101,13 @@ def quantize(
         text = str(calibration) if isinstance(calibration, Path) else calibration
         calibration = Calibration(text, num_samples, seqlen, seed)
     bits = 3 if bits is None and isinstance(method, str) else bits
+    low_rank = 1 if low_rank is None and low_rank_bits and isinstance(method, str) else low_rank
     quantizer = make_quantizer(method, hadamard, low_rank, bits=bits, group_size=group_size, symmetric=symmetric)
     rotation = Rotation() if rotate_model else None
     tuner = BlockTuning(tune_blocks) if isinstance(tune_blocks, int) and tune_blocks else tune_blocks or None
-    recipe = Recipe(quantizer, rules or {}, target_shift, calibration, rotation=rotation, tuner=tuner)
+    recipe = Recipe(
+        quantizer, rules or {}, target_shift, calibration, True, rotation, low_rank_bits=low_rank_bits, tuner=tuner
+    )
     refuse_quantized(model.config)
     plan = recipe.plan(model)
     windows = None
@@ -112,10 +120,16 @@ def quantize(
         turn(model, rotation.seed, rotation.heads)
     untie(model, plan)
     notes = _notes(model, ties > len(tied_names(model)), recipe)
-    run = _Run(start, where, before, _count(model, plan), recipe.settings(plan, windows), notes)
-    sink = _MemorySink()
     was_training = model.training
     model.eval()
+    if recipe.low_rank_bits:
+        originals = {name: (module := model.get_submodule(name), linear_weight(module).device) for name in plan}
+        plan, note = _shared_ranks(model, plan, windows, recipe, LoadedWeights(model), where, progress)
+        for name, (module, home) in originals.items():
+            model.set_submodule(name, module.to(home))
+        notes = (*notes, note)
+    run = _Run(start, where, before, _count(model, plan), recipe.settings(plan, windows), notes)
+    sink = _MemorySink()
     try:
         walk(
             model,
@@ -185,7 +199,15 @@ def quantize_checkpoint(
     windows = None
     if recipe.reads_text(plan):
         windows = recipe.calibration.windows(load_tokenizer(folder), model)
-    run = _Run(start, where, before, weights, recipe.settings(plan, windows), _notes(model, untied, recipe))
+    notes = _notes(model, untied, recipe)
+    if recipe.low_rank_bits:
+        plan, note = _shared_ranks(model, plan, windows, recipe, source.source(plan), where, progress)
+        source = ModelFolder(folder, dtype or compute_dtype(where))  # the first pass packed the other's layers
+        if recipe.rotation is not None:
+            source.rotate(recipe.rotation)
+        source.untie(plan)
+        model, notes = source.model, (*notes, note)
+    run = _Run(start, where, before, weights, recipe.settings(plan, windows), notes)
     identity = run.settings | {"model": source.shards.fingerprint(), "device": where.type, "dtype": str(model.dtype)}
     writer = CheckpointWriter(output, len(source.blocks), source.dense, identity, resume=resume, overwrite=overwrite)
     walk(
@@ -209,6 +231,31 @@ def quantize_checkpoint(
     }
     writer.finish(folder, source.config | ({"tie_word_embeddings": False} if untied else {}), files)
     return report
+
+
+def _shared_ranks(
+    model: nn.Module,
+    plan: Plan,
+    windows: Tensor | None,
+    recipe: Recipe,
+    source: WeightSource,
+    device: torch.device,
+    progress: Progress,
+) -> tuple[Plan, str]:
+    """The plan with the ranks that a first pass finds best, and a sentence about them; leaves the model packed."""
+    surveyed, spectra = survey_plan(plan)
+    walk(
+        model,
+        surveyed,
+        windows,
+        source=source,
+        sink=_MemorySink(),
+        device=device,
+        progress=lambda done, total, name: progress(done, total, f"ranks: {name}" if name else name),
+        true_sequential=recipe.true_sequential,
+    )
+    ranks = share_ranks(spectra, recipe.low_rank_bits)
+    return with_ranks(plan, ranks), summary(spectra, ranks, recipe.low_rank_bits)
 
 
 @dataclass(frozen=True)

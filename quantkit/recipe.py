@@ -138,6 +138,8 @@ class Recipe:
         calibration: the text behind the statistics.
         true_sequential: let each layer see its own block's earlier layers quantized.
         rotation: turn the model's residual stream first; None to leave it as it is.
+        low_rank_bits: bits per weight that low-rank corrections may cost, shared out over the layers (see
+            `quantkit.ranks`); 0 for the ranks that the quantizers have.
         tuner: improves every block once it is quantized; None to leave it as it is.
     """
 
@@ -147,18 +149,21 @@ class Recipe:
     calibration: Calibration = Calibration()
     true_sequential: bool = True
     rotation: Rotation | None = None
+    low_rank_bits: float = 0
     tuner: Tuner | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.target_shift <= 1:
             raise QuantkitError(f"target shift {self.target_shift}: use 0 (off) to 1 (least squares)")
+        if not 0 <= self.low_rank_bits <= 16:
+            raise QuantkitError(f"{self.low_rank_bits:g} extra bits for corrections: give 0 (off) to 16, such as 0.1")
         for pattern, quantizer in self.rules.items():
             if quantizer is not None:
                 _check_quantizer(f"the rule {pattern!r}", quantizer)
 
     def reads_text(self, plan: Plan) -> bool:
         """Whether a run needs calibration text."""
-        return self.tuner is not None or plan_needs(plan) > Needs.NOTHING
+        return self.tuner is not None or self.low_rank_bits > 0 or plan_needs(plan) > Needs.NOTHING
 
     def plan(self, model: nn.Module) -> Plan:
         """Each layer's quantizer, shifted where it reads statistics.

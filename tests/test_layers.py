@@ -24,6 +24,7 @@ RANKS = [
     ["calibrate", "shards"],
     ["rotate"],
     ["checkpoint", "recipe", "report"],
+    ["ranks"],
     ["tuning.tunable"],
     ["tuning.pv"],
     ["tuning.block"],

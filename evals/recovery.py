@@ -1,0 +1,166 @@
+"""What is recovered of the loss at few bits: by low-rank corrections, by their training, and by PV-Tuning.
+
+    python -m quantkit.evals.recovery MODEL --data stdlib --calibration stdlib
+
+One markdown row per variant: measured bits per weight, KL to the full-precision model with its standard error,
+perplexity, and the time it took beyond what it starts from. Variants that are compared see the same tokens in the same
+order. `--only` names some parts of the table, `--output` also writes the rows as JSON.
+"""
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+import quantkit
+from quantkit import GPTQ, VPTQ, BlockTuning, Hadamard, LowRank, PVSettings, TuningSettings
+from quantkit.data import documents, evaluation_tokens
+from quantkit.device import compute_dtype, pick_device
+from quantkit.evals.perplexity import evaluate
+from quantkit.folder import load_tokenizer, resolve_folder
+from quantkit.model import context_length
+from quantkit.recipe import Calibration, window_length
+from quantkit.report import Report
+
+PARTS = ("pv", "blocks", "vptq", "low-rank", "lrec")
+Row = tuple[str, Callable[[], PreTrainedModel]]
+
+
+class Table:
+    """The model, the texts and what was already made of them.
+
+    Args:
+        arguments: of the command line.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.device = pick_device(arguments.device)
+        folder = resolve_folder(arguments.model)
+        self.tokenizer = load_tokenizer(folder)
+        kind = compute_dtype(self.device) or "auto"
+        self.teacher = quantkit.load(folder, dtype=kind, device=self.device).eval()
+        self.tokens, self.bytes_per_token = evaluation_tokens(documents(arguments.data, "evaluation"), self.tokenizer)
+        self.length = window_length(arguments.seqlen, context_length(self.teacher))
+        self._made: dict[str, PreTrainedModel] = {}
+
+    def quantized(self, method: Any, tune_blocks: BlockTuning | int = 0) -> PreTrainedModel:
+        """A packed copy of the model; the same call gives a copy of the same one."""
+        key = f"{method} {tune_blocks}"
+        if key not in self._made:
+            text = Calibration(self.arguments.calibration, self.arguments.num_samples, self.arguments.seqlen)
+            self._made[key] = quantkit.quantize(
+                copy.deepcopy(self.teacher),
+                self.tokenizer,
+                method=method,
+                calibration=text,
+                device=self.device,
+                tune_blocks=tune_blocks,
+            )
+        return copy.deepcopy(self._made[key])
+
+    def tuned(self, method: Any, tune_blocks: BlockTuning | int = 0, **settings: Any) -> PreTrainedModel:
+        """A packed model after end-to-end tuning."""
+        arguments = self.arguments
+        text = Calibration(arguments.calibration, arguments.tuning_samples, arguments.seqlen, seed=1)
+        run = TuningSettings(arguments.steps, arguments.batch, arguments.micro_batch, evaluate_every=25)
+        model, run = self.quantized(method, tune_blocks), replace(run, **settings)
+        return quantkit.tune(model, self.teacher, self.tokenizer, calibration=text, settings=run)
+
+    def rows(self) -> Iterator[Row]:
+        """Label and maker of every variant, those that start from the same model beside each other."""
+        only = self.arguments.only
+        gptq, vptq = GPTQ(2), Hadamard(VPTQ(2.0))
+        yield "GPTQ", partial(self.quantized, gptq)
+        if "pv" in only:
+            for mode in ("continuous", "straight-through", "buffer"):
+                pv = PVSettings(mode)
+                label = "PV-Tuning" if mode == "buffer" else f"{mode}, same tokens"
+                yield f"GPTQ, {label}", partial(self.tuned, gptq, pv=pv)
+        if "blocks" in only:
+            blocks = BlockTuning(self.arguments.block_steps)
+            yield "GPTQ, blocks tuned", partial(self.quantized, gptq, blocks)
+            yield "GPTQ, blocks tuned, PV-Tuning", partial(self.tuned, gptq, blocks)
+        if "vptq" in only:
+            yield "VPTQ", partial(self.quantized, vptq)
+            yield "VPTQ, PV-Tuning", partial(self.tuned, vptq)
+        if "low-rank" in only:
+            for rank in self.arguments.ranks:
+                for metric in ("plain", "diagonal", "exact"):
+                    corrected = LowRank(gptq, rank, metric)
+                    yield f"GPTQ, rank {rank}, {metric}", partial(self.quantized, corrected)
+        if "lrec" in only:
+            corrected = LowRank(gptq, 1)
+            yield "GPTQ, rank 1, exact", partial(self.quantized, corrected)
+            yield "GPTQ, rank 1, trained (LREC)", partial(self.tuned, corrected, corrections=True)
+
+    def measured(self, label: str, make: Callable[[], PreTrainedModel]) -> dict[str, Any]:
+        """A row: makes the variant and evaluates it."""
+        start = time.monotonic()
+        model = make().eval()
+        seconds = time.monotonic() - start
+        quality = evaluate(
+            model,
+            self.tokens,
+            self.bytes_per_token,
+            self.length,
+            baseline=self.teacher,
+            max_windows=self.arguments.max_windows,
+        )
+        report = model.quantkit_report
+        assert isinstance(report, Report)
+        return {"label": label, "bits_per_weight": report.bits_per_weight, "seconds": seconds} | asdict(quality)
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows; each is printed as it is done."""
+    table = Table(arguments)
+    print("| variant | bits/weight | KL x 1000 | perplexity | seconds |")
+    print("|---|---|---|---|---|")
+    found = []
+    for label, make in table.rows():
+        row = table.measured(label, make)
+        found.append(row)
+        cells = [label, f"{row['bits_per_weight']:.3f}", f"{1000 * row['kl']:.1f} +- {1000 * row['kl_se']:.1f}"]
+        print("| " + " | ".join([*cells, f"{row['perplexity']:.3f}", f"{row['seconds']:.0f}"]) + " |", flush=True)
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("model")
+    made.add_argument("--data", default="wikitext2")
+    made.add_argument("--calibration", default="wikitext2")
+    made.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    made.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
+    made.add_argument("--num-samples", type=int, default=128, help="windows that quantization is calibrated on")
+    made.add_argument("--tuning-samples", type=int, default=2048, help="windows to tune on")
+    made.add_argument("--seqlen", type=int, default=512)
+    made.add_argument("--steps", type=int, default=400)
+    made.add_argument("--block-steps", type=int, default=100)
+    made.add_argument("--batch", type=int, default=8)
+    made.add_argument("--micro-batch", type=int, default=4)
+    made.add_argument("--max-windows", type=int, default=128)
+    made.add_argument("--device", default="auto")
+    made.add_argument("--output", type=Path)
+    return made
+
+
+def main() -> None:
+    """Parses the command line."""
+    arguments = parser().parse_args()
+    found = measure(arguments)
+    if arguments.output:
+        arguments.output.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
