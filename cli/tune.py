@@ -10,7 +10,7 @@ import typer
 from accelerate import PartialState
 
 import quantkit
-from quantkit.checkpoint import check_output, write_json
+from quantkit.checkpoint import check_output, read_config, write_json
 from quantkit.cli.display import console, tuning_bars
 from quantkit.device import compute_dtype, parse_dtype, pick_device
 from quantkit.errors import Interrupted, QuantkitError
@@ -38,6 +38,9 @@ def tune_command(
     evaluate_every: Annotated[int, typer.Option(help="Steps between measurements.")] = 20,
     patience: Annotated[int | None, typer.Option(help="End after so many measurements without a new best.")] = None,
     norms: Annotated[bool, typer.Option(help="Tune the model's norms too.")] = True,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Tune the embedding and the head too, where they are dense.")
+    ] = False,
     corrections: Annotated[
         bool, typer.Option("--corrections", help="Tune low-rank corrections alone, in little memory.")
     ] = False,
@@ -97,7 +100,7 @@ def tune_command(
         raise QuantkitError(str(error)) from error
     settings = TuningSettings(
         steps, batch, micro_batch, evaluate_every=evaluate_every, held_out=held_out, patience=patience, norms=norms,
-        corrections=corrections, kl=kl, ce=ce, hidden=hidden, recompute=recompute, top=top, seed=seed, pv=pv,
+        embeddings=embeddings, corrections=corrections, kl=kl, ce=ce, hidden=hidden, recompute=recompute, top=top, seed=seed, pv=pv,
     )  # fmt: skip
     processes = PartialState(cpu=device == "cpu")
     where = processes.device if processes.num_processes > 1 else pick_device(device)
@@ -128,7 +131,8 @@ def tune_command(
         raise Interrupted("stopped; repeat the command with --resume to continue") from None
     if processes.is_main_process:
         record = {"teacher": teacher, "settings": asdict(settings), "history": student.quantkit_tuning}
-        _publish(student, tokenizer, record, partial, output)
+        stored = parse_dtype(read_config(folder).get("dtype"))
+        _publish(student if stored is None else student.to(stored), tokenizer, record, partial, output)
     processes.wait_for_everyone()
 
 

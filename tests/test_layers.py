@@ -34,7 +34,7 @@ RANKS = [
     ["folder"],
     ["pipeline", "estimate"],
     ["__init__"],
-    ["evals.reference.recall", "evals.perplexity", "evals.decode", "evals.kernel_families"],
+    ["evals.reference.recall", "evals.perplexity", "evals.decode", "evals.kernel_families", "evals.memory"],
     ["evals.*"],
     ["cli.display"],
     ["cli.bench", "cli.evaluate", "cli.inspect", "cli.quantize", "cli.tune"],

@@ -75,7 +75,7 @@ class BlockTuning:
             parameter.requires_grad_(False)
         try:
             _place(block, layers)
-            self._run(block, PVOptimizer(list(layers.values()), [], self.pv), batches, index, progress)
+            self._run(block, PVOptimizer(list(layers.values()), self.pv), batches, index, progress)
             tuned = {name: QuantizedLinear(layer.packed, layer.bias) for name, layer in layers.items()}
             _place(block, tuned)
             for linear in tuned.values():

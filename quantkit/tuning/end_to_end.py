@@ -36,11 +36,14 @@ from quantkit.linear import QuantizedLinear
 from quantkit.model import check_vocabulary
 from quantkit.recipe import Calibration
 from quantkit.tuning.adapters import AdaptedLinear, packed_linears
-from quantkit.tuning.pv import PVOptimizer, PVSettings, TunedLinear, rate
+from quantkit.tuning.pv import PVOptimizer, PVSettings, TunedLinear, TunedTensor, rate
 from quantkit.tuning.teacher import CachedTeacher, Teacher, predict
 from quantkit.tuning.tunable import tunable
 
 logger = logging.getLogger(__name__)
+
+EMBEDDING_SHARE = 0.1
+"""Learning rate of embedding and head, beside that of scales."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class TuningSettings:
         held_out: windows that are measured, and not tuned on.
         patience: measurements without a new best after which the run ends; None to go on.
         norms: tune the model's norms too.
+        embeddings: tune the embedding and the head too, where they are dense; they stay of the model's dtype, and take
+            four times their size in fp32 meanwhile.
         corrections: tune low-rank corrections alone (LREC): the packed weight stays as it is, and gradients and
             optimizer are as small as the corrections.
         kl, ce, hidden: weights of the loss's terms; see the module.
@@ -74,6 +79,7 @@ class TuningSettings:
     held_out: int = 16
     patience: int | None = None
     norms: bool = True
+    embeddings: bool = False
     corrections: bool = False
     kl: float = 1.0
     ce: float = 0.0
@@ -149,11 +155,12 @@ def tune(
     """
     settings = settings or TuningSettings()
     calibration = Calibration(calibration, 512, seed=1) if isinstance(calibration, str) else calibration
-    if model.config.vocab_size != teacher.config.vocab_size:
-        raise QuantkitError(
-            f"the teacher predicts {teacher.config.vocab_size} tokens and the model {model.config.vocab_size}; "
-            "give the model that was quantized"
-        )
+    for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
+        theirs, ours = (getattr(one.config.get_text_config(), name, None) for one in (teacher, model))
+        if theirs != ours:
+            raise QuantkitError(
+                f"the teacher's {name} is {theirs} and the model's {ours}; give the model that was quantized"
+            )
     if cache is not None and settings.hidden:
         raise QuantkitError("a cached teacher has no hidden states; leave out the cache, or the loss on them")
     windows = calibration.windows(tokenizer, model)
@@ -200,17 +207,12 @@ class _Run:
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
-        self._norms = [
-            parameter
-            for name, module in model.named_modules()
-            if settings.norms and not settings.corrections and "norm" in type(module).__name__.lower()
-            for parameter in module.parameters(recurse=False)
-        ]
-        for parameter in self._norms:
-            parameter.requires_grad_(True)
+        self._dense = [] if settings.corrections else _dense(model, settings)
+        for tensor in self._dense:
+            tensor.parameter.requires_grad_(True)
         for name, layer in self.layers.items():
             model.set_submodule(name, layer)
-        self.optimizer = PVOptimizer(list(self.layers.values()), self._norms, settings.pv)
+        self.optimizer = PVOptimizer([*self.layers.values(), *self._dense], settings.pv)
         self.step, self.ended, self.measured = 0, False, False
         self.history: list[dict[str, Any]] = []
         self.best = [tensor.detach().clone() for tensor in self._tensors()]
@@ -280,11 +282,8 @@ class _Run:
         return reduce(tensor.to(self._processes.device), "sum").to(tensor.device)
 
     def _gradients(self) -> Iterator[Tensor]:
-        for layer in self.layers.values():
-            yield from layer.gradients()
-        for norm in self._norms:
-            norm.grad = torch.zeros_like(norm) if norm.grad is None else norm.grad
-            yield norm.grad
+        for part in self.optimizer.layers:
+            yield from part.gradients()
 
     def _recomputing(self) -> AbstractContextManager:
         """A forward and backward pass that keeps only the blocks' inputs, where that is asked for."""
@@ -316,8 +315,8 @@ class _Run:
 
     @torch.no_grad()
     def _measure(self, loss: float | None) -> None:
-        for layer in self.layers.values():
-            layer.open()
+        for part in self.optimizer.layers:
+            part.open()
         total = torch.zeros((), dtype=torch.float64)
         for mine in self._own(torch.arange(self.settings.held_out)).split(self.settings.micro_batch):
             tokens = self.windows[mine]
@@ -334,9 +333,8 @@ class _Run:
 
     def _tensors(self) -> Iterator[Tensor]:
         """Everything that tuning changes, in an order that does not change."""
-        for layer in self.layers.values():
-            yield from layer.state()
-        yield from self._norms
+        for part in self.optimizer.layers:
+            yield from part.state()
 
     def finish(self) -> None:
         """Puts the best state, packed, into the model."""
@@ -345,8 +343,9 @@ class _Run:
                 tensor.copy_(best)
         for name, layer in self.layers.items():
             self.model.set_submodule(name, QuantizedLinear(layer.packed, layer.bias))
-        for parameter in self._norms:
-            parameter.requires_grad_(False)
+        for dense in self._dense:
+            dense.open()
+            dense.parameter.requires_grad_(False)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
 
@@ -394,6 +393,19 @@ class _Run:
         layers = {name: str(layer) for name, layer in self.layers.items()}
         text = json.dumps([asdict(self.settings), layers, f"{self.history[0]['kl']:.5g}"])
         return hashlib.sha256(text.encode() + self.windows.numpy().tobytes()).hexdigest()
+
+
+def _dense(model: PreTrainedModel, settings: TuningSettings) -> list[TunedTensor]:
+    """The dense parameters that are tuned. Rows of an embedding move less than scales, which many weights share."""
+    norms = [
+        TunedTensor(parameter, 1.0)
+        for module in model.modules()
+        if settings.norms and "norm" in type(module).__name__.lower()
+        for parameter in module.parameters(recurse=False)
+    ]
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()] if settings.embeddings else []
+    tables = {id(p): p for module in ends if not isinstance(module, QuantizedLinear) for p in module.parameters()}
+    return norms + [TunedTensor(table, EMBEDDING_SHARE) for table in tables.values()]
 
 
 def _layers(model: PreTrainedModel, corrections: bool) -> dict[str, Any]:

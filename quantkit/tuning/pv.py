@@ -69,9 +69,7 @@ def rate(step: int, steps: int, warmup: float = 0.05) -> float:
 
 
 class Tuned(Protocol):
-    """A layer while it is tuned: `open`, passes through the model, `close`, and a step of the optimizer."""
-
-    bias: Tensor | None
+    """A part of a model while it is tuned: `open`, passes through the model, `close`, and a step of the optimizer."""
 
     def open(self) -> None:
         """Makes what the passes of one step use."""
@@ -91,9 +89,46 @@ class Tuned(Protocol):
     def state(self) -> Iterator[Tensor]:
         """Everything that changes, in an order that does not."""
 
-    @property
-    def packed(self) -> QuantizedWeight:
-        """The weight as it is now, stored."""
+
+class TunedTensor:
+    """A dense parameter of the model, whatever its dtype, and an fp32 copy that collects steps.
+
+    Args:
+        parameter: of the model.
+        share: of the learning rates.
+    """
+
+    def __init__(self, parameter: nn.Parameter, share: float) -> None:
+        self.parameter, self._share = parameter, share
+        self.copy = nn.Parameter(parameter.detach().float().clone())
+
+    @torch.no_grad()
+    def open(self) -> None:
+        """See `Tuned`."""
+        self.parameter.copy_(self.copy)
+
+    def close(self) -> None:
+        """See `Tuned`."""
+        self.copy.grad = None if self.parameter.grad is None else self.parameter.grad.float()
+        self.parameter.grad = None
+
+    def gradients(self) -> Iterator[Tensor]:
+        """See `Tuned`."""
+        if self.parameter.grad is None:
+            self.parameter.grad = torch.zeros_like(self.parameter)
+        yield self.parameter.grad
+
+    def continuous(self) -> Iterator[tuple[nn.Parameter, float]]:
+        """See `Tuned`."""
+        yield self.copy, self._share * float(self.copy.detach().square().mean().sqrt())
+
+    def coded(self) -> Iterator[Coded]:
+        """See `Tuned`."""
+        yield from ()
+
+    def state(self) -> Iterator[Tensor]:
+        """See `Tuned`."""
+        yield self.copy
 
 
 class TunedLinear(nn.Module):
@@ -143,7 +178,7 @@ class TunedLinear(nn.Module):
 
     @property
     def packed(self) -> QuantizedWeight:
-        """See `Tuned`."""
+        """The weight as it is now, stored."""
         return self.parts.packed()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,13 +191,12 @@ class PVOptimizer:
 
     Args:
         layers: what is tuned.
-        others: further parameters that move with the continuous parts (norms).
         settings: see `PVSettings`.
     """
 
-    def __init__(self, layers: Sequence[Tuned], others: list[nn.Parameter], settings: PVSettings) -> None:
+    def __init__(self, layers: Sequence[Tuned], settings: PVSettings) -> None:
         self.layers, self.settings = layers, settings
-        continuous = [pair for layer in layers for pair in layer.continuous()] + [(other, 1.0) for other in others]
+        continuous = [pair for layer in layers for pair in layer.continuous()]
         self.coded = [] if settings.mode == "continuous" else [c for layer in layers for c in layer.coded()]
         self.targets: list[Tensor] = []
         sizes = sorted({size for _, size in continuous})

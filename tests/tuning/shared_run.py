@@ -20,7 +20,7 @@ def main(packed, teacher, output):
         student,
         AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32),
         AutoTokenizer.from_pretrained(teacher),
-        calibration=Calibration("stdlib", 16, 64),
+        calibration=Calibration("stdlib", 16, 64, seed=1),
         settings=settings,
         state=Path(output) / "state.pt",
     )

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
-from quantkit import GPTQ, RTN, BlockTuning, Calibration, Hadamard, LowRank, PVSettings, Pyramid, Recipe
+from quantkit import GPTQ, RTN, BlockTuning, Calibration, Hadamard, LowRank, PVSettings, Recipe
 from quantkit.checkpoint import CheckpointWriter
 from quantkit.errors import QuantkitError
 from quantkit.formats.dense import DenseWeight
@@ -42,7 +42,7 @@ def distance(model, teacher, tokenizer):
     return float(quantkit.metrics.token_kl(teacher(windows).logits, model(windows).logits).mean())
 
 
-@pytest.mark.parametrize("method", [GPTQ(2), RTN(3), LowRank(Hadamard(Pyramid(2)), 4)], ids=repr)
+@pytest.mark.parametrize("method", [GPTQ(2), RTN(3), Hadamard(LowRank(RTN(2), 4))], ids=["gptq", "rtn", "wrapped"])
 def test_it_helps_at_the_same_size(method, teacher, tokenizer):
     plain = quantized(teacher, tokenizer, method)
     tuned = quantized(teacher, tokenizer, method, SHORT)

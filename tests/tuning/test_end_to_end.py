@@ -12,6 +12,7 @@ from quantkit import GPTQ, VPTQ, Calibration, Hadamard, LowRank, PVSettings, Pyr
 from quantkit.errors import QuantkitError
 from quantkit.linear import QuantizedLinear
 from quantkit.tuning.end_to_end import _Run
+from quantkit.tuning.pv import TunedLinear
 from quantkit.tuning.teacher import Teacher
 
 SHORT = TuningSettings(
@@ -184,11 +185,42 @@ def test_bad_input(models):
     assert all(torch.equal(tensor, before[name]) for name, tensor in states(model).items())
     other = copy.deepcopy(teacher)
     other.config.vocab_size = 5
-    with pytest.raises(QuantkitError, match="the teacher predicts 5 tokens"):
+    with pytest.raises(QuantkitError, match="the teacher's vocab_size is 5 and the model's 2048"):
+        quantkit.tune(model, other, tokenizer, calibration=text, settings=SHORT)
+    other.config.vocab_size, other.config.model_type = 2048, "gpt2"
+    with pytest.raises(QuantkitError, match="the teacher's model_type is gpt2 and the model's llama"):
         quantkit.tune(model, other, tokenizer, calibration=text, settings=SHORT)
     for setting in ("steps", "batch", "micro_batch", "evaluate_every", "held_out", "patience"):
         with pytest.raises(QuantkitError, match=setting):
             TuningSettings(**{setting: 0})
+
+
+def test_a_full_disk_is_said_and_the_model_keeps_its_best_state(models, tmp_path, monkeypatch):
+    model, teacher, tokenizer, text = models
+
+    def full(*_args, **_kwargs):
+        raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(QuantkitError, match="the disk is full"):
+        quantkit.tune(model, teacher, tokenizer, calibration=text, settings=SHORT, state=tmp_path / "state.pt")
+    assert not list(tmp_path.iterdir())
+    assert not any(isinstance(module, TunedLinear) for module in model.modules())
+
+
+def test_embeddings_and_norms_of_a_half_precision_model_move(models):
+    """bf16 has no room for small steps: they add up in fp32."""
+    model, teacher, tokenizer, text = models
+    model, teacher = model.bfloat16(), copy.deepcopy(teacher).bfloat16()
+    before = states(model)
+    settings = TuningSettings(
+        4, 4, 4, evaluate_every=2, held_out=8, embeddings=True, pv=PVSettings("continuous", lr=2e-3)
+    )
+    quantkit.tune(model, teacher, tokenizer, calibration=text, settings=settings)
+    after = model.state_dict()
+    assert after["lm_head.weight"].dtype == torch.bfloat16
+    for name in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"):
+        assert not torch.equal(before[name], after[name]), name
 
 
 def test_the_command(models, text_file, tmp_path):
@@ -197,7 +229,7 @@ def test_the_command(models, text_file, tmp_path):
     from quantkit.cli.main import app
 
     model, teacher, tokenizer, _ = models
-    model.save_pretrained(tmp_path / "packed")
+    model.bfloat16().save_pretrained(tmp_path / "packed")
     tokenizer.save_pretrained(tmp_path / "packed")
     teacher.save_pretrained(tmp_path / "teacher")
     command = [
@@ -209,7 +241,7 @@ def test_the_command(models, text_file, tmp_path):
         str(tmp_path / "out"),
     ]
     command += ["--steps", "4", "--batch", "2", "--calibration", str(text_file), "--num-samples", "8", "--seqlen", "64"]
-    command += ["--held-out", "2", "--evaluate-every", "2", "--lr", "2e-3", "--code-lr", "0.05"]
+    command += ["--held-out", "2", "--evaluate-every", "2", "--lr", "2e-3", "--code-lr", "0.2"]
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "held-out KL to the teacher" in result.output
@@ -217,6 +249,8 @@ def test_the_command(models, text_file, tmp_path):
     record = json.loads((tmp_path / "out" / "quantkit_tuning.json").read_text())
     assert record["settings"]["steps"] == 4
     loaded = quantkit.load(tmp_path / "out", dtype=torch.float32)
+    sizes = {name: sum(f.stat().st_size for f in (tmp_path / name).glob("*.safetensors")) for name in ("packed", "out")}
+    assert sizes["out"] == pytest.approx(sizes["packed"], abs=2000), "of the same types, whatever was computed in"
     assert loaded.config.quantization_config is not None
     AutoTokenizer.from_pretrained(tmp_path / "out")
     with pytest.raises(QuantkitError, match="already exists"):

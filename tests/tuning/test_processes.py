@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
-from quantkit import GPTQ, Calibration
+from quantkit import RTN
 
 
 def run(processes, packed, teacher, output):
@@ -29,7 +29,7 @@ def run(processes, packed, teacher, output):
 def test_two_processes_take_the_steps_of_one(reference, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(reference)
-    quantkit.quantize(model, tokenizer, method=GPTQ(2), calibration=Calibration("stdlib", 4, 64))
+    quantkit.quantize(model, tokenizer, method=RTN(2))
     model.save_pretrained(tmp_path / "packed")
     (alone,) = run(1, tmp_path / "packed", reference, tmp_path / "one")
     shared = run(2, tmp_path / "packed", reference, tmp_path / "two")

@@ -111,7 +111,7 @@ def test_no_rate_and_no_share_change_nothing(method, mode):
     packed = method.quantize(weight, LayerStats(hessian))
     layer = TunedLinear(tunable(packed), None)
     settings = PVSettings(mode, lr=0, code_lr=0, share=0)
-    optimizer = PVOptimizer([layer], [], settings)
+    optimizer = PVOptimizer([layer], settings)
     for _ in range(3):
         assert step(layer, optimizer, weight, hessian)[1] == 0
     again = layer.parts.packed()
@@ -122,7 +122,7 @@ def test_no_rate_and_no_share_change_nothing(method, mode):
 def test_codes_change_within_share_and_trust(method):
     weight, hessian = problem()
     layer = TunedLinear(tunable(method.quantize(weight, LayerStats(hessian))), None)
-    optimizer = PVOptimizer([layer], [], PVSettings(lr=0, code_lr=0.2, share=0.02, trust=0.05))
+    optimizer = PVOptimizer([layer], PVSettings(lr=0, code_lr=0.2, share=0.02, trust=0.05))
     (part,) = layer.parts.coded()
     counts = []
     for _ in range(12):
@@ -145,7 +145,7 @@ def test_codes_change_within_share_and_trust(method):
 def test_a_step_of_codes_never_leaves_the_target_farther(method):
     weight, hessian = problem()
     layer = TunedLinear(tunable(method.quantize(weight, LayerStats(hessian))), None)
-    optimizer = PVOptimizer([layer], [], PVSettings(lr=0, code_lr=0.3, share=0.5, trust=1.0))
+    optimizer = PVOptimizer([layer], PVSettings(lr=0, code_lr=0.3, share=0.5, trust=1.0))
     (part,) = layer.parts.coded()
     target = optimizer.targets[0]
     for _ in range(3):
@@ -165,7 +165,7 @@ def test_the_projected_step_descends_on_a_quadratic(method):
     lipschitz = 2 * float(torch.linalg.eigvalsh(hessian).max())
     layer = TunedLinear(tunable(method.quantize(weight, LayerStats(hessian))), None)
     settings = PVSettings("linearized", lr=0, code_lr=0, share=1.0, trust=1.0)
-    optimizer = PVOptimizer([layer], [], settings)
+    optimizer = PVOptimizer([layer], settings)
     (part,) = layer.parts.coded()
     losses = []
     for _ in range(10):
@@ -189,7 +189,7 @@ def test_continuous_parts_descend(method):
     with torch.no_grad():
         for parameter in layer.parts.parameters():
             parameter *= 1 + 0.1 * torch.randn(parameter.shape)
-    optimizer = PVOptimizer([layer], [], PVSettings("continuous", lr=1e-3))
+    optimizer = PVOptimizer([layer], PVSettings("continuous", lr=1e-3))
     losses = [step(layer, optimizer, weight, hessian)[0] for _ in range(20)]
     assert losses[-1] < losses[0]
     for before, part in zip(codes, layer.parts.coded(), strict=True):
