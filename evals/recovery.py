@@ -20,13 +20,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 import quantkit
-from quantkit import GPTQ, VPTQ, BlockTuning, Hadamard, LowRank, PVSettings, TuningSettings
+from quantkit import BlockTuning, LowRank, PVSettings, TuningSettings
 from quantkit.data import documents, evaluation_tokens
 from quantkit.device import compute_dtype, pick_device
 from quantkit.evals.perplexity import evaluate
 from quantkit.folder import load_tokenizer, resolve_folder
 from quantkit.model import context_length
-from quantkit.recipe import Calibration, window_length
+from quantkit.recipe import Calibration, make_quantizer, window_length
 from quantkit.report import Report
 
 PARTS = ("pv", "blocks", "vptq", "low-rank", "lrec")
@@ -70,36 +70,43 @@ class Table:
         """A packed model after end-to-end tuning."""
         arguments = self.arguments
         text = Calibration(arguments.calibration, arguments.tuning_samples, arguments.seqlen, seed=1)
-        run = TuningSettings(arguments.steps, arguments.batch, arguments.micro_batch, evaluate_every=25)
+        run = TuningSettings(
+            arguments.steps,
+            arguments.batch,
+            arguments.micro_batch,
+            evaluate_every=25,
+            pv=PVSettings(code_lr=arguments.code_lr),
+        )
         model, run = self.quantized(method, tune_blocks), replace(run, **settings)
         return quantkit.tune(model, self.teacher, self.tokenizer, calibration=text, settings=run)
 
     def rows(self) -> Iterator[Row]:
         """Label and maker of every variant, those that start from the same model beside each other."""
         only = self.arguments.only
-        gptq, vptq = GPTQ(2), Hadamard(VPTQ(2.0))
-        yield "GPTQ", partial(self.quantized, gptq)
+        start, vptq = make_quantizer(self.arguments.method, bits=2), make_quantizer("vptq", bits=2)
+        name = self.arguments.method.upper()
+        yield name, partial(self.quantized, start)
         if "pv" in only:
             for mode in ("continuous", "straight-through", "buffer"):
-                pv = PVSettings(mode)
+                pv = PVSettings(mode, code_lr=self.arguments.code_lr)
                 label = "PV-Tuning" if mode == "buffer" else f"{mode}, same tokens"
-                yield f"GPTQ, {label}", partial(self.tuned, gptq, pv=pv)
+                yield f"{name}, {label}", partial(self.tuned, start, pv=pv)
         if "blocks" in only:
             blocks = BlockTuning(self.arguments.block_steps)
-            yield "GPTQ, blocks tuned", partial(self.quantized, gptq, blocks)
-            yield "GPTQ, blocks tuned, PV-Tuning", partial(self.tuned, gptq, blocks)
+            yield f"{name}, blocks tuned", partial(self.quantized, start, blocks)
+            yield f"{name}, blocks tuned, PV-Tuning", partial(self.tuned, start, blocks)
         if "vptq" in only:
             yield "VPTQ", partial(self.quantized, vptq)
             yield "VPTQ, PV-Tuning", partial(self.tuned, vptq)
         if "low-rank" in only:
             for rank in self.arguments.ranks:
                 for metric in ("plain", "diagonal", "exact"):
-                    corrected = LowRank(gptq, rank, metric)
-                    yield f"GPTQ, rank {rank}, {metric}", partial(self.quantized, corrected)
+                    corrected = LowRank(start, rank, metric)
+                    yield f"{name}, rank {rank}, {metric}", partial(self.quantized, corrected)
         if "lrec" in only:
-            corrected = LowRank(gptq, 1)
-            yield "GPTQ, rank 1, exact", partial(self.quantized, corrected)
-            yield "GPTQ, rank 1, trained (LREC)", partial(self.tuned, corrected, corrections=True)
+            corrected = LowRank(start, 1)
+            yield f"{name}, rank 1, exact", partial(self.quantized, corrected)
+            yield f"{name}, rank 1, trained (LREC)", partial(self.tuned, corrected, corrections=True)
 
     def measured(self, label: str, make: Callable[[], PreTrainedModel]) -> dict[str, Any]:
         """A row: makes the variant and evaluates it."""
@@ -139,6 +146,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("model")
     made.add_argument("--data", default="wikitext2")
     made.add_argument("--calibration", default="wikitext2")
+    made.add_argument("--method", default="gptq", help="what all but the VPTQ rows start from, at 2 bits")
     made.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     made.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
     made.add_argument("--num-samples", type=int, default=128, help="windows that quantization is calibrated on")
@@ -146,6 +154,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seqlen", type=int, default=512)
     made.add_argument("--steps", type=int, default=400)
     made.add_argument("--block-steps", type=int, default=100)
+    made.add_argument("--code-lr", type=float, default=0.1, help="less for more steps")
     made.add_argument("--batch", type=int, default=8)
     made.add_argument("--micro-batch", type=int, default=4)
     made.add_argument("--max-windows", type=int, default=128)
