@@ -100,7 +100,7 @@ def quantize_command(
     tune_blocks: Annotated[
         int,
         typer.Option(
-            metavar="STEPS", help="Tune each block's codes and scales against the full model's block; 200 is a good number."
+            metavar="STEPS", help="Tune each block's codes and scales against the full model's block; 100 is a good number."
         ),
     ] = 0,
     calibration: Annotated[

@@ -64,7 +64,10 @@ def tune_command(
         float, typer.Option(help="Of scales, books and gains, as a share of their size.", rich_help_panel=_STEP)
     ] = PVSettings.lr,
     code_lr: Annotated[
-        float, typer.Option(help="Of codes' targets, as a share of a layer's weights.", rich_help_panel=_STEP)
+        float, typer.Option(
+            help="Of codes' targets, in units of what a code can tell apart; less for more steps.",
+            rich_help_panel=_STEP,
+        )
     ] = PVSettings.code_lr,
     share: Annotated[
         float, typer.Option(help="Most of a layer's codes that change in a step.", rich_help_panel=_STEP)

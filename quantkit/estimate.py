@@ -11,6 +11,7 @@ from quantkit.folder import ModelFolder
 from quantkit.model import context_length, linear_weight
 from quantkit.plan import plan_needs
 from quantkit.protocols import Needs
+from quantkit.ranks import with_ranks
 from quantkit.recipe import Recipe, window_length
 from quantkit.report import peak_memory_bytes
 
@@ -22,8 +23,9 @@ class Estimate:
     Attributes:
         layers: linear layers that would be packed.
         packed_weights, all_weights: weights in them, and in the model.
-        bits_per_weight: of the packed layers; exact, from the formats' layouts.
-        bytes_before, bytes_after: of all tensors; exact.
+        bits_per_weight: of the packed layers; exact, from the formats' layouts, but for ranks by budget, which may
+            spend less.
+        bytes_before, bytes_after: of all tensors; as exact.
         memory_bytes: peak of the process, roughly: torch itself, one block, the streams of activations and the
             largest layer's statistics and working copies.
         device: where the run would take place.
@@ -52,9 +54,10 @@ def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimat
     model = source.model
     plan = recipe.plan(model)
     shapes = {name: tuple(linear_weight(model.get_submodule(name)).shape) for name in plan}
-    packed = {name: quantizer.layout(*shapes[name]) for name, quantizer in plan.items()}
-    packed_bytes = sum(weight.nbytes for weight in packed.values())
     packed_weights = sum(out * inner for out, inner in shapes.values())
+    without = with_ranks(plan, dict.fromkeys(plan, 0)) if recipe.low_rank_bits else plan
+    packed_bytes = sum(quantizer.layout(*shapes[name]).nbytes for name, quantizer in without.items())
+    packed_bytes += int(recipe.low_rank_bits * packed_weights / 8)
     before = source.nbytes()
     if recipe.rotation is not None:
         source.rotate(recipe.rotation)
@@ -81,7 +84,7 @@ def _working_bytes(source: ModelFolder, recipe: Recipe, largest: tuple[int, ...]
     needs = plan_needs(recipe.plan(model))
     out_features, in_features = largest
     layer = 6 * 4 * out_features * in_features
-    if needs == Needs.NOTHING:
+    if not recipe.reads_text(recipe.plan(model)):
         return source.block_nbytes(itemsize) + layer
     tokens = recipe.calibration.num_samples * window_length(recipe.calibration.seqlen, context_length(model))
     hidden = model.config.get_text_config().hidden_size
@@ -89,6 +92,8 @@ def _working_bytes(source: ModelFolder, recipe: Recipe, largest: tuple[int, ...]
     replayed = tokens * (hidden + widest) * itemsize
     replayed = min(replayed, int(REPLAY_SHARE * free_memory(device)))
     stream = tokens * hidden * itemsize + replayed
-    streams = stream * (2 if needs == Needs.CROSS else 1)
+    streams = stream * (2 if needs == Needs.CROSS or recipe.tuner else 1)
+    if recipe.tuner:  # the weights, their targets, gradients and the optimizer's two moments, in fp32
+        layer = max(layer, 6 * source.block_nbytes(4))
     embedding = sum(p.numel() for p in model.get_input_embeddings().parameters()) * itemsize
     return source.block_nbytes(itemsize) + layer + streams + max(embedding, 5 * 4 * widest**2)

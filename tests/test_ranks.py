@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import quantkit
 from quantkit import GPTQ, RTN, Calibration, Hadamard, LowRank, Recipe
 from quantkit.errors import QuantkitError
+from quantkit.estimate import estimate
 from quantkit.pipeline import quantize_checkpoint
 from quantkit.quantizers.target_shift import TargetShift
 from quantkit.ranks import Spectrum, share_ranks, summary, survey_plan, with_ranks
@@ -82,13 +83,15 @@ def test_plans_get_their_ranks_wherever_the_correction_is():
 def test_a_model_gets_the_budget_in_memory_and_from_disk(reference, tmp_path):
     teacher = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(reference)
-    text = Calibration("stdlib", 8, 64)
+    text = Calibration("stdlib", 4, 64)
     plain = quantkit.quantize(copy.deepcopy(teacher), tokenizer, 2, method="rtn")
     model = quantkit.quantize(copy.deepcopy(teacher), tokenizer, 2, method="rtn", low_rank_bits=0.5, calibration=text)
     report = model.quantkit_report
     assert plain.quantkit_report.bits_per_weight < report.bits_per_weight <= plain.quantkit_report.bits_per_weight + 0.5
     assert any("of 0.5 extra bits a weight are spent" in note for note in report.notes)
     recipe = Recipe(LowRank(RTN(2), 1), calibration=text, low_rank_bits=0.5)
+    expected = estimate(reference, recipe).bits_per_weight
+    assert expected == pytest.approx(plain.quantkit_report.bits_per_weight + 0.5)
     seen = []
     other = quantize_checkpoint(
         reference, recipe, tmp_path / "packed", progress=lambda done, total, name: seen.append(name)

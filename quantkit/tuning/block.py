@@ -34,7 +34,7 @@ class BlockTuning:
         pv: of a step.
     """
 
-    steps: int = 200
+    steps: int = 100
     batch: int = 1
     batch_tokens: int = 2048
     pv: PVSettings = field(default_factory=PVSettings)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import quantkit
-from quantkit import RTN, Calibration, Hadamard, LowRank, PVSettings, Pyramid, TuningSettings
+from quantkit import RTN, Calibration, Hadamard, LowRank, PVSettings, TuningSettings
 from quantkit.errors import QuantkitError
 from quantkit.linear import QuantizedLinear
 from quantkit.tuning.adapters import AdaptedLinear
@@ -43,7 +43,7 @@ def train(model, folder, **settings):
 
 
 @pytest.mark.parametrize(
-    "method", [RTN(3), Hadamard(Pyramid(2)), LowRank(RTN(2), 4, "plain", adapter_bits=8)], ids=["int", "rotated", "low"]
+    "method", [RTN(3), Hadamard(RTN(2)), LowRank(RTN(2), 4, "plain", adapter_bits=8)], ids=["int", "rotated", "low"]
 )
 def test_a_packed_model_trains_saves_and_reloads(method, teacher, tokenizer, tmp_path):
     model = quantized(teacher, tokenizer, method)

@@ -1,6 +1,7 @@
 """End-to-end tuning: it helps, it is exact to resume, and it refuses what cannot work."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -118,7 +119,8 @@ def test_an_interrupted_run_ends_in_the_same_model(models, tmp_path):
 def test_other_formats(models, method, tmp_path):
     _, teacher, tokenizer, text = models
     model = quantkit.quantize(copy.deepcopy(teacher), tokenizer, method=method, calibration=text)
-    quantkit.tune(model, teacher, tokenizer, calibration=text, settings=SHORT)
+    brief = dataclasses.replace(SHORT, steps=3, evaluate_every=1)
+    quantkit.tune(model, teacher, tokenizer, calibration=text, settings=brief)
     assert min(entry["kl"] for entry in model.quantkit_tuning) < model.quantkit_tuning[0]["kl"]
     model.save_pretrained(tmp_path / "tuned")
     tokens = torch.randint(0, 2048, (1, 20))
