@@ -100,7 +100,8 @@ def quantize_command(
     tune_blocks: Annotated[
         int,
         typer.Option(
-            metavar="STEPS", help="Tune each block's codes and scales against the full model's block; 100 is a good number."
+            metavar="STEPS",
+            help="Tune each block's codes and scales against the full model's block; 100 is a good number.",
         ),
     ] = 0,
     calibration: Annotated[
@@ -150,7 +151,8 @@ def quantize_command(
     text = Calibration(calibration, num_samples, seqlen, seed)
     rotation = Rotation() if rotate_model else None
     tuner = BlockTuning(tune_blocks) if tune_blocks else None
-    recipe = Recipe(quantizer, dict.fromkeys(ignore or ()), target_shift, text, true_sequential, rotation, low_rank_bits, tuner)
+    left_out = dict.fromkeys(ignore or ())
+    recipe = Recipe(quantizer, left_out, target_shift, text, true_sequential, rotation, low_rank_bits, tuner)
     folder = resolve_folder(model)
     output = output or Path(f"{Path(model).resolve().name}-{method.lower()}-{bits:g}bit")
     if dry_run:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from accelerate import PartialState
 
@@ -64,10 +65,11 @@ def tune_command(
         float, typer.Option(help="Of scales, books and gains, as a share of their size.", rich_help_panel=_STEP)
     ] = PVSettings.lr,
     code_lr: Annotated[
-        float, typer.Option(
+        float,
+        typer.Option(
             help="Of codes' targets, in units of what a code can tell apart; less for more steps.",
             rich_help_panel=_STEP,
-        )
+        ),
     ] = PVSettings.code_lr,
     share: Annotated[
         float, typer.Option(help="Most of a layer's codes that change in a step.", rich_help_panel=_STEP)
@@ -103,9 +105,10 @@ def tune_command(
         raise QuantkitError(str(error)) from error
     settings = TuningSettings(
         steps, batch, micro_batch, evaluate_every=evaluate_every, held_out=held_out, patience=patience, norms=norms,
-        embeddings=embeddings, corrections=corrections, kl=kl, ce=ce, hidden=hidden, recompute=recompute, top=top, seed=seed, pv=pv,
+        embeddings=embeddings, corrections=corrections, kl=kl, ce=ce, hidden=hidden, recompute=recompute, top=top,
+        seed=seed, pv=pv,
     )  # fmt: skip
-    processes = PartialState(cpu=device == "cpu")
+    processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     where = processes.device if processes.num_processes > 1 else pick_device(device)
     kind = parse_dtype(dtype) or compute_dtype(where) or "auto"
     tokenizer = load_tokenizer(folder)

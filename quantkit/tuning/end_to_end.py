@@ -171,7 +171,7 @@ def tune(
         )
     was_training, teacher_was_training = model.training, teacher.training
     wanted: Teacher | CachedTeacher = Teacher(teacher.eval())
-    processes = PartialState()
+    processes = PartialState(cpu=model.device.type == "cpu")
     run = _Run(model.eval(), wanted, windows, settings)
     try:
         run.begin()

@@ -13,7 +13,6 @@ from quantkit import Calibration, PVSettings, TuningSettings
 
 
 def main(packed, teacher, output):
-    processes = PartialState(cpu=True)
     student = quantkit.load(packed, dtype=torch.float32)
     settings = TuningSettings(4, 4, 2, evaluate_every=2, held_out=4, pv=PVSettings(lr=2e-3, code_lr=0.2))
     quantkit.tune(
@@ -24,6 +23,7 @@ def main(packed, teacher, output):
         settings=settings,
         state=Path(output) / "state.pt",
     )
+    processes = PartialState()
     codes = [int(tensor.long().sum()) for tensor in student.state_dict().values() if tensor.dtype == torch.int32]
     record = {"history": student.quantkit_tuning, "codes": codes, "processes": processes.num_processes}
     Path(output, f"{processes.process_index}.json").write_text(json.dumps(record))
