@@ -17,7 +17,7 @@ from quantkit.metrics import proxy_loss
 from quantkit.model import block_linears, linear_weight
 from quantkit.shards import LoadedWeights
 
-WINDOWS, SEQLEN = 24, 512
+WINDOWS, SEQLEN = 14, 512
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_recall_documents_say_where_their_answers_are():
         assert f"\n{key} = {document.text[start:end]}\n" in document.text
 
 
-@pytest.mark.parametrize(("method", "bits"), [("pyramid", 2), ("pyramid", 3), ("vptq", 2)])  # vptq at 3: README
+@pytest.mark.parametrize(("method", "bits"), [("pyramid", 2), ("vptq", 2)])  # at 3 bits: README's table
 def test_vector_formats_beat_integers_at_fewer_bits(quality, method, bits):
     """All codebooks, gains, scales and signs counted; README has the figures, over more text."""
     assert quality.report(method, bits).bits_per_weight < quality.report("gptq", bits).bits_per_weight
