@@ -104,9 +104,15 @@ def quantize(
     low_rank = 1 if low_rank is None and low_rank_bits and isinstance(method, str) else low_rank
     quantizer = make_quantizer(method, hadamard, low_rank, bits=bits, group_size=group_size, symmetric=symmetric)
     rotation = Rotation() if rotate_model else None
-    tuner = BlockTuning(tune_blocks) if isinstance(tune_blocks, int) and tune_blocks else tune_blocks or None
+    tuner = tune_blocks if isinstance(tune_blocks, BlockTuning) else BlockTuning(tune_blocks) if tune_blocks else None
     recipe = Recipe(
-        quantizer, rules or {}, target_shift, calibration, True, rotation, low_rank_bits=low_rank_bits, tuner=tuner
+        quantizer,
+        rules or {},
+        target_shift,
+        calibration,
+        rotation=rotation,
+        low_rank_bits=low_rank_bits,
+        tuner=tuner,
     )
     refuse_quantized(model.config)
     plan = recipe.plan(model)
@@ -122,15 +128,15 @@ def quantize(
     notes = _notes(model, ties > len(tied_names(model)), recipe)
     was_training = model.training
     model.eval()
-    if recipe.low_rank_bits:
-        originals = {name: (module := model.get_submodule(name), linear_weight(module).device) for name in plan}
-        plan, note = _shared_ranks(model, plan, windows, recipe, LoadedWeights(model), where, progress)
-        for name, (module, home) in originals.items():
-            model.set_submodule(name, module.to(home))
-        notes = (*notes, note)
-    run = _Run(start, where, before, _count(model, plan), recipe.settings(plan, windows), notes)
-    sink = _MemorySink()
+    counts, sink = _count(model, plan), _MemorySink()
     try:
+        if recipe.low_rank_bits:
+            home, originals = model.device, {name: model.get_submodule(name) for name in plan}
+            plan, note = _shared_ranks(model, plan, windows, recipe, LoadedWeights(model), where, progress)
+            for layer, module in originals.items():
+                model.set_submodule(layer, module.to(home))
+            notes = (*notes, note)
+        run = _Run(start, where, before, counts, recipe.settings(plan, windows), notes)
         walk(
             model,
             plan,
@@ -328,8 +334,8 @@ class _MemorySink:
 
 def _described(entry: dict[str, Any]) -> LayerResult:
     """A layer as the checkpoint's sidecars describe it, without its tensors."""
-    weight = QuantizedWeight.empty(entry["metadata"])
-    return LayerResult(weight, entry["relative_error"], entry["damping"], entry["tuned"] and tuple(entry["tuned"]))
+    weight, tuned = QuantizedWeight.empty(entry["metadata"]), entry.get("tuned")
+    return LayerResult(weight, entry["relative_error"], entry["damping"], tuple(tuned) if tuned else None)
 
 
 def _count(model: nn.Module, plan: Plan) -> tuple[int, int]:

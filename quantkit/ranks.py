@@ -21,7 +21,7 @@ from quantkit.errors import QuantkitError
 from quantkit.metrics import proxy_loss
 from quantkit.plan import Plan
 from quantkit.protocols import Needs, Quantizer
-from quantkit.quantizers.low_rank import LowRank
+from quantkit.quantizers.low_rank import LowRank, smaller_gram
 from quantkit.stats import LayerStats
 from quantkit.weight import QuantizedWeight
 
@@ -69,7 +69,7 @@ class Survey:
         error = (weight - packed.dequantize().to(weight)).double()
         hessian = stats.hessian.double()
         size = max(proxy_loss(weight.double(), hessian), 1e-30)
-        values = torch.linalg.eigvalsh(_smaller_gram(error, hessian)).flip(0).clamp_min(0) / size
+        values = torch.linalg.eigvalsh(smaller_gram(error, hessian)[0]).flip(0).clamp_min(0) / size
         rank_bits = sum(weight.shape) * self.adapter_bits + (32 if self.adapter_bits == 8 else 0)
         self.found[stats.name] = Spectrum(values.cpu(), (weight.shape[0], weight.shape[1]), rank_bits)
         return packed
@@ -77,17 +77,6 @@ class Survey:
     def layout(self, out_features: int, in_features: int) -> QuantizedWeight:
         """The inner method's layout."""
         return self.inner.layout(out_features, in_features)
-
-
-def _smaller_gram(error: Tensor, hessian: Tensor) -> Tensor:
-    """E H E^T, or where that is the larger one R^T E^T E R with H = R R^T; their eigenvalues are the same."""
-    if error.shape[0] <= error.shape[1]:
-        gram = error @ hessian @ error.T
-    else:
-        values, vectors = torch.linalg.eigh(hessian)
-        half = error @ (vectors * values.clamp_min(0).sqrt())
-        gram = half.T @ half
-    return (gram + gram.T) / 2
 
 
 def survey_plan(plan: Plan) -> tuple[Plan, dict[str, Spectrum]]:

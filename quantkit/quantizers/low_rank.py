@@ -117,15 +117,29 @@ def leading_vectors(error: Tensor, metric: Tensor | None, rank: int) -> Tensor:
         metric: H, fp64 [in_features, in_features]; None for I.
         rank: how many.
     """
-    weighted = error if metric is None else error @ metric
+    gram, half = smaller_gram(error, metric)
+    vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
+    return vectors if half is None else torch.linalg.qr(half @ vectors).Q
+
+
+def smaller_gram(error: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The smaller of two symmetric matrices with the same nonzero eigenvalues.
+
+    Args:
+        error: E, fp64 [out_features, in_features].
+        metric: H, fp64 [in_features, in_features]; None for I.
+
+    Returns:
+        (E H E^T, None), or where that is the larger one, with H = R R^T, (R^T E^T E R, E R): leading eigenvectors V of
+        the one are E R V, normalised, of the other.
+    """
+    half = None
     if error.shape[0] <= error.shape[1]:
-        gram = weighted @ error.T
-        return torch.linalg.eigh((gram + gram.T) / 2).eigenvectors[:, -rank:].flip(1)
-    # On the smaller side: with H = R R^T the vectors are E R V for the leading V of R^T E^T E R.
-    half = error if metric is None else error @ _root(metric)
-    gram = half.T @ half
-    right = torch.linalg.eigh((gram + gram.T) / 2).eigenvectors[:, -rank:].flip(1)
-    return torch.linalg.qr(half @ right).Q
+        gram = (error if metric is None else error @ metric) @ error.T
+    else:
+        half = error if metric is None else error @ _root(metric)
+        gram = half.T @ half
+    return (gram + gram.T) / 2, half
 
 
 def _root(metric: Tensor) -> Tensor:

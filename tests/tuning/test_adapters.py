@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import quantkit
 from quantkit import RTN, Calibration, Hadamard, LowRank, PVSettings, TuningSettings
@@ -13,16 +13,6 @@ from quantkit.linear import QuantizedLinear
 from quantkit.tuning.adapters import AdaptedLinear
 
 TOKENS = torch.arange(40).view(2, 20) * 37 % 2048
-
-
-@pytest.fixture(scope="module")
-def teacher(reference):
-    return AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(reference):
-    return AutoTokenizer.from_pretrained(reference)
 
 
 def quantized(teacher, tokenizer, method, text=Calibration("stdlib", 4, 64)):  # noqa: B008

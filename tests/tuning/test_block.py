@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
 from quantkit import GPTQ, RTN, BlockTuning, Calibration, Hadamard, LowRank, PVSettings, Recipe
@@ -15,16 +14,6 @@ from quantkit.pipeline import quantize_checkpoint
 
 SHORT = BlockTuning(12, batch_tokens=512, pv=PVSettings(lr=5e-3))
 TEXT = Calibration("stdlib", 32, 64)
-
-
-@pytest.fixture(scope="module")
-def teacher(reference):
-    return AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(reference):
-    return AutoTokenizer.from_pretrained(reference)
 
 
 def quantized(teacher, tokenizer, method, tune_blocks=0, **settings):

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
 from quantkit import GPTQ, Calibration, PVSettings, TuningSettings
@@ -13,16 +12,6 @@ from quantkit.metrics import token_kl
 from quantkit.tuning.teacher import CachedTeacher, Predictions, predict
 
 TEXT = Calibration("stdlib", 70, 32)  # two files of a cache
-
-
-@pytest.fixture(scope="module")
-def teacher(reference):
-    return AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(reference):
-    return AutoTokenizer.from_pretrained(reference)
 
 
 @pytest.fixture(scope="module")
