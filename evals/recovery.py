@@ -4,7 +4,8 @@
 
 One markdown row per variant: measured bits per weight, KL to the full-precision model with its standard error,
 perplexity, and the time it took beyond what it starts from. Variants that are compared see the same tokens in the same
-order. `--only` names some parts of the table, `--output` also writes the rows as JSON.
+order, for `--steps`; what tuning can reach is shown by the rows that take `--long-steps`. `--only` names some parts of
+the table, `--output` also writes the rows as JSON.
 """
 
 import argparse
@@ -66,38 +67,44 @@ class Table:
             )
         return copy.deepcopy(self._made[key])
 
-    def tuned(self, method: Any, tune_blocks: BlockTuning | int = 0, **settings: Any) -> PreTrainedModel:
-        """A packed model after end-to-end tuning."""
+    def tuned(
+        self, method: Any, tune_blocks: BlockTuning | int = 0, long: bool = False, **settings: Any
+    ) -> PreTrainedModel:
+        """A packed model after end-to-end tuning.
+
+        Args:
+            method, tune_blocks: see `quantized`.
+            long: for `--long-steps`, else for `--steps`.
+            settings: other than the usual ones.
+        """
         arguments = self.arguments
         text = Calibration(arguments.calibration, arguments.tuning_samples, arguments.seqlen, seed=1)
+        steps = arguments.long_steps if long else arguments.steps
+        code_lr = arguments.long_code_lr if long else arguments.code_lr
         run = TuningSettings(
-            arguments.steps,
-            arguments.batch,
-            arguments.micro_batch,
-            evaluate_every=25,
-            pv=PVSettings(code_lr=arguments.code_lr),
+            steps, arguments.batch, arguments.micro_batch, evaluate_every=50, pv=PVSettings(code_lr=code_lr)
         )
         model, run = self.quantized(method, tune_blocks), replace(run, **settings)
         return quantkit.tune(model, self.teacher, self.tokenizer, calibration=text, settings=run)
 
     def rows(self) -> Iterator[Row]:
         """Label and maker of every variant, those that start from the same model beside each other."""
-        only = self.arguments.only
+        only, code_lr = self.arguments.only, self.arguments.code_lr
         start, vptq = make_quantizer(self.arguments.method, bits=2), make_quantizer("vptq", bits=2)
         name = self.arguments.method.upper()
         yield name, partial(self.quantized, start)
         if "pv" in only:
             for mode in ("continuous", "straight-through", "buffer"):
-                pv = PVSettings(mode, code_lr=self.arguments.code_lr)
                 label = "PV-Tuning" if mode == "buffer" else f"{mode}, same tokens"
+                pv = PVSettings(mode, code_lr=code_lr)
                 yield f"{name}, {label}", partial(self.tuned, start, pv=pv)
         if "blocks" in only:
             blocks = BlockTuning(self.arguments.block_steps)
             yield f"{name}, blocks tuned", partial(self.quantized, start, blocks)
-            yield f"{name}, blocks tuned, PV-Tuning", partial(self.tuned, start, blocks)
+            yield f"{name}, blocks tuned, PV-Tuning", partial(self.tuned, start, blocks, long=True)
         if "vptq" in only:
             yield "VPTQ", partial(self.quantized, vptq)
-            yield "VPTQ, PV-Tuning", partial(self.tuned, vptq)
+            yield "VPTQ, PV-Tuning", partial(self.tuned, vptq, long=True)
         if "low-rank" in only:
             for rank in self.arguments.ranks:
                 for metric in ("plain", "diagonal", "exact"):
@@ -150,12 +157,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     made.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
     made.add_argument("--num-samples", type=int, default=128, help="windows that quantization is calibrated on")
-    made.add_argument("--tuning-samples", type=int, default=2048, help="windows to tune on")
+    made.add_argument("--tuning-samples", type=int, default=4096, help="windows to tune on")
     made.add_argument("--seqlen", type=int, default=512)
-    made.add_argument("--steps", type=int, default=400)
+    made.add_argument("--steps", type=int, default=300)
+    made.add_argument("--long-steps", type=int, default=1500)
     made.add_argument("--block-steps", type=int, default=100)
-    made.add_argument("--code-lr", type=float, default=0.1, help="less for more steps")
-    made.add_argument("--batch", type=int, default=8)
+    made.add_argument("--code-lr", type=float, default=0.1, help="of runs of --steps")
+    made.add_argument("--long-code-lr", type=float, default=0.06, help="of runs of --long-steps")
+    made.add_argument("--batch", type=int, default=4)
     made.add_argument("--micro-batch", type=int, default=4)
     made.add_argument("--max-windows", type=int, default=128)
     made.add_argument("--device", default="auto")

@@ -32,6 +32,16 @@ def compute_dtype(device: torch.device) -> torch.dtype | None:
     return torch.float32 if device.type == "cpu" else None
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether this is a CPU with instructions for products of bf16, which are several times faster there than fp32."""
+    if device.type != "cpu":
+        return False
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.11
+        return False
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
 def parse_dtype(name: str | None) -> torch.dtype | None:
     """A floating-point type by its name; None for None.
 

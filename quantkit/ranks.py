@@ -51,8 +51,12 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Survey:
-    """Quantizes with `inner` and notes the spectrum of what was lost under the layer's name."""
+    """Quantizes the layer `name` with `inner` and notes the spectrum of what was lost.
 
+    The name is its own: layers that are fed by the same tensor share their statistics, and the name in them.
+    """
+
+    name: str
     inner: Quantizer
     adapter_bits: int
     found: dict[str, Spectrum] = field(repr=False, compare=False)
@@ -71,7 +75,7 @@ class Survey:
         size = max(proxy_loss(weight.double(), hessian), 1e-30)
         values = torch.linalg.eigvalsh(smaller_gram(error, hessian)[0]).flip(0).clamp_min(0) / size
         rank_bits = sum(weight.shape) * self.adapter_bits + (32 if self.adapter_bits == 8 else 0)
-        self.found[stats.name] = Spectrum(values.cpu(), (weight.shape[0], weight.shape[1]), rank_bits)
+        self.found[self.name] = Spectrum(values.cpu(), (weight.shape[0], weight.shape[1]), rank_bits)
         return packed
 
     def layout(self, out_features: int, in_features: int) -> QuantizedWeight:
@@ -86,10 +90,11 @@ def survey_plan(plan: Plan) -> tuple[Plan, dict[str, Spectrum]]:
         QuantkitError: no quantizer of the plan has a correction.
     """
     found: dict[str, Spectrum] = {}
-    changed = {
-        name: _at_correction(quantizer, lambda low: Survey(low.inner, low.adapter_bits, found))
-        for name, quantizer in plan.items()
-    }
+
+    def survey(name: str) -> Callable[[LowRank], Quantizer]:
+        return lambda low: Survey(name, low.inner, low.adapter_bits, found)
+
+    changed = {name: _at_correction(quantizer, survey(name)) for name, quantizer in plan.items()}
     if changed == plan:
         raise QuantkitError("ranks are shared out over layers with a low-rank correction, and the plan has none")
     return changed, found

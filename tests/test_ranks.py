@@ -88,7 +88,7 @@ def test_a_model_gets_the_budget_in_memory_and_from_disk(reference, tmp_path):
     model = quantkit.quantize(copy.deepcopy(teacher), tokenizer, 2, method="rtn", low_rank_bits=0.5, calibration=text)
     report = model.quantkit_report
     assert plain.quantkit_report.bits_per_weight < report.bits_per_weight <= plain.quantkit_report.bits_per_weight + 0.5
-    assert any("of 0.5 extra bits a weight are spent" in note for note in report.notes)
+    assert any("of 0.5 extra bits a weight are spent" in note and "of 42 layers" in note for note in report.notes)
     recipe = Recipe(LowRank(RTN(2), 1), calibration=text, low_rank_bits=0.5)
     expected = estimate(reference, recipe).bits_per_weight
     assert expected == pytest.approx(plain.quantkit_report.bits_per_weight + 0.5)

@@ -40,13 +40,20 @@ class Predictions:
     hidden: Tensor
 
 
-def predict(model: PreTrainedModel, tokens: Tensor) -> Predictions:
-    """A forward pass of int64 [windows, length]."""
+def predict(model: PreTrainedModel, tokens: Tensor, mixed: bool = False) -> Predictions:
+    """A forward pass of int64 [windows, length].
+
+    Args:
+        model: student or teacher.
+        tokens: of the text.
+        mixed: multiply in bf16 and add up in fp32, by torch's autocast.
+    """
     hidden: list[Tensor] = []
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda _module, args: hidden.append(args[0]))
     try:
-        logits = model(input_ids=tokens.to(model.device), use_cache=False).logits
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+            logits = model(input_ids=tokens.to(model.device), use_cache=False).logits
     finally:
         handle.remove()
     return Predictions(logits, hidden[-1])
@@ -57,10 +64,11 @@ class Teacher:
 
     Args:
         model: in evaluation mode.
+        mixed: see `predict`.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, mixed: bool = False) -> None:
+        self.model, self.mixed = model, mixed
 
     def divergence(self, tokens: Tensor, numbers: Tensor, found: Predictions) -> tuple[Tensor, Tensor | None]:
         """How far a student is from the teacher.
@@ -78,7 +86,7 @@ class Teacher:
             QuantkitError: logits of another shape.
         """
         with torch.no_grad():
-            wanted = predict(self.model, tokens)
+            wanted = predict(self.model, tokens, self.mixed)
         logits, hidden = wanted.logits.to(found.logits.device), wanted.hidden.to(found.hidden.device).float()
         if logits.shape != found.logits.shape:
             raise QuantkitError(
@@ -104,7 +112,12 @@ class CachedTeacher:
 
     @staticmethod
     def fill(
-        folder: Path, model: PreTrainedModel, windows: Tensor, top: int, progress: Callable[[int, int], None]
+        folder: Path,
+        model: PreTrainedModel,
+        windows: Tensor,
+        top: int,
+        progress: Callable[[int, int], None],
+        mixed: bool = False,
     ) -> "CachedTeacher":
         """Makes what is not there yet.
 
@@ -114,6 +127,7 @@ class CachedTeacher:
             windows: int64 [windows, length].
             top: how many successors are kept, k.
             progress: called with (windows done, windows in all).
+            mixed: see `predict`.
 
         Raises:
             QuantkitError: the folder holds a cache of another text, another k or another teacher.
@@ -136,7 +150,9 @@ class CachedTeacher:
         for first in range(0, len(windows), FILE_WINDOWS):
             path = _file(folder, first // FILE_WINDOWS)
             if not path.exists():
-                kept = [_successors(model, tokens, top) for tokens in windows[first : first + FILE_WINDOWS].split(4)]
+                kept = [
+                    _successors(model, tokens, top, mixed) for tokens in windows[first : first + FILE_WINDOWS].split(4)
+                ]
                 tensors = {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
                 needed = sum(tensor.nbytes for tensor in tensors.values())
                 write_durably(path, partial(save_file, tensors), needed)
@@ -159,9 +175,9 @@ class CachedTeacher:
         return {name: self._files[file].get_slice(name)[row] for name in ("logs", "tokens")}
 
 
-def _successors(model: PreTrainedModel, tokens: Tensor, top: int) -> dict[str, Tensor]:
+def _successors(model: PreTrainedModel, tokens: Tensor, top: int, mixed: bool) -> dict[str, Tensor]:
     with torch.no_grad():
-        logs = torch.log_softmax(predict(model, tokens).logits.float(), -1)
+        logs = torch.log_softmax(predict(model, tokens, mixed).logits.float(), -1)
     values, kept = logs.topk(top)
     return {"logs": values.half().cpu().contiguous(), "tokens": kept.int().cpu().contiguous()}
 

@@ -14,7 +14,7 @@ from quantkit import Calibration, PVSettings, TuningSettings
 
 def main(packed, teacher, output):
     student = quantkit.load(packed, dtype=torch.float32)
-    settings = TuningSettings(4, 4, 2, evaluate_every=2, held_out=4, pv=PVSettings(lr=2e-3, code_lr=0.2))
+    settings = TuningSettings(4, 4, 2, evaluate_every=2, held_out=4, mixed=False, pv=PVSettings(lr=2e-3, code_lr=0.2))
     quantkit.tune(
         student,
         AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32),

@@ -144,7 +144,8 @@ def test_micro_batches_add_up(models):
     model, teacher, tokenizer, text = models
     found = []
     for micro_batch in (1, 2):
-        settings = TuningSettings(2, 2, micro_batch, evaluate_every=2, held_out=2, pv=PVSettings("continuous", lr=1e-3))
+        pv = PVSettings("continuous", lr=1e-3)
+        settings = TuningSettings(2, 2, micro_batch, evaluate_every=2, held_out=2, mixed=False, pv=pv)
         other = copy.deepcopy(model)
         quantkit.tune(other, teacher, tokenizer, calibration=text, settings=settings)
         found.append(other.quantkit_tuning[-1]["kl"])

@@ -1,0 +1,19 @@
+"""Runs a script in one process, or in several that share its work."""
+
+import json
+import os
+import subprocess
+import sys
+
+from .conftest import ROOT
+
+
+def run(script, processes, output, *arguments):
+    """The records that each process wrote to `output`, after `python script ARGUMENTS... output`."""
+    output.mkdir()
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launch, str(script), *map(str, arguments), str(output)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((output / f"{number}.json").read_text()) for number in range(processes)]
