@@ -73,6 +73,29 @@ def tuning_bars() -> Iterator[dict[str, Callable]]:
         yield {"progress": progress, "caching": caching}
 
 
+@contextmanager
+def search_progress(shown: bool, generations: int) -> Iterator[tuple[Callable, Callable]]:
+    """A bar over what comes before a search, and one over its generations.
+
+    Yields:
+        callbacks (done, in all, of what) and (generations done, fitness, share of the budget); silent unless `shown`.
+    """
+    if not shown:
+        yield lambda *_: None, lambda *_: None
+        return
+    with _bar() as bar:
+        before, after = bar.add_task("candidates", total=None), bar.add_task("generations", total=generations)
+
+        def told(done: int, total: int, name: str) -> None:
+            bar.update(before, completed=done, total=total, description=name or "candidates")
+
+        def progress(done: int, fitness: float, share: float) -> None:
+            text = f"fitness {fitness:.4f}, {100 * share:.2f}% of the budget"
+            bar.update(after, completed=done, description=text)
+
+        yield told, progress
+
+
 def report_table(report: Report) -> None:
     """Prints a quantization report."""
     table = Table(title=f"{report.model}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)

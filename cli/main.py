@@ -11,17 +11,19 @@ from quantkit.cli.bench import bench_command
 from quantkit.cli.evaluate import evaluate_command
 from quantkit.cli.inspect import inspect_command
 from quantkit.cli.quantize import quantize_command
+from quantkit.cli.search import search_command
 from quantkit.cli.tune import tune_command
 from quantkit.errors import QuantkitError
 
 app = typer.Typer(
     name="quantkit",
-    help="Post-training quantization of language models: quantize, tune, evaluate, inspect, bench.",
+    help="Post-training quantization of language models: quantize, search, tune, evaluate, inspect, bench.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command("quantize")(quantize_command)
+app.command("search")(search_command)
 app.command("tune")(tune_command)
 app.command("eval")(evaluate_command)
 app.command("inspect")(inspect_command)

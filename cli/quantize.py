@@ -12,7 +12,8 @@ from quantkit.errors import Interrupted, QuantkitError
 from quantkit.estimate import estimate
 from quantkit.folder import resolve_folder
 from quantkit.pipeline import quantize_checkpoint
-from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, make_quantizer
+from quantkit.protocols import Quantizer
+from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, make_quantizer, read_plan
 from quantkit.rotate import Rotation
 from quantkit.tuning.block import BlockTuning
 
@@ -113,6 +114,10 @@ def quantize_command(
     true_sequential: Annotated[
         bool, typer.Option(help="Let each layer see its own block's earlier layers quantized; off is faster.")
     ] = True,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="quantkit_plan.json of a search: each layer's own method and bits, instead of --bits."),
+    ] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave dense; may be repeated.")] = None,
     group_size: _GroupSize = None,
     symmetric: _Symmetric = None,
@@ -151,8 +156,11 @@ def quantize_command(
     text = Calibration(calibration, num_samples, seqlen, seed)
     rotation = Rotation() if rotate_model else None
     tuner = BlockTuning(tune_blocks) if tune_blocks else None
-    left_out = dict.fromkeys(ignore or ())
-    recipe = Recipe(quantizer, left_out, target_shift, text, true_sequential, rotation, low_rank_bits, tuner)
+    rules: dict[str, Quantizer | None] = {**read_plan(plan)} if plan else {}
+    rules |= dict.fromkeys(ignore or ())
+    recipe = Recipe(
+        None if plan else quantizer, rules, target_shift, text, true_sequential, rotation, low_rank_bits, tuner
+    )
     folder = resolve_folder(model)
     output = output or Path(f"{Path(model).resolve().name}-{method.lower()}-{bits:g}bit")
     if dry_run:

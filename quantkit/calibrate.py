@@ -308,14 +308,17 @@ def quantize_layer(module: nn.Module, quantizer: Quantizer, stats: LayerStats | 
     if isinstance(quantizer, TargetShift) and stats is not None:
         target, quantizer = quantizer.target(weight, stats), quantizer.inner
     packed = quantizer.quantize(target, stats)
-    error = target - packed.dequantize()
-    if stats is None:
-        relative = float(error.square().sum() / target.square().sum().clamp_min(1e-30))
-    else:
-        relative = proxy_loss(error, stats.hessian) / max(proxy_loss(target, stats.hessian), 1e-30)
     if stats is not None and stats.raised_damping is not None:
         logger.warning("%s: the Hessian factored only with damping raised to %g", name, stats.raised_damping)
-    return LayerResult(packed, relative, None if stats is None else stats.damping)
+    return LayerResult(packed, relative_error(target, packed, stats), None if stats is None else stats.damping)
+
+
+def relative_error(target: Tensor, packed: QuantizedWeight, stats: LayerStats | None) -> float:
+    """E(Q) / E(0) with E the proxy loss; see `LayerResult`."""
+    error = target - packed.dequantize()
+    if stats is None:
+        return float(error.square().sum() / target.square().sum().clamp_min(1e-30))
+    return proxy_loss(error, stats.hessian) / max(proxy_loss(target, stats.hessian), 1e-30)
 
 
 def _quantize_outer(

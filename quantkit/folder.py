@@ -1,6 +1,7 @@
 """A model on disk, opened without its weights: structure on the meta device, tensors read when needed."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +156,10 @@ class ModelFolder:
         """Bytes of all stored tensors."""
         return sum(self._tensor_bytes(name) for name in self._stored_names())
 
-    def packed_nbytes(self, plan: Plan) -> int:
-        """Bytes that the stored weights of the plan's layers take now."""
-        return sum(self._tensor_bytes(name) for name in self._stored_names() if belongs(name, set(plan)))
+    def packed_nbytes(self, layers: Iterable[str]) -> int:
+        """Bytes that the stored weights of these layers take now."""
+        packed = set(layers)
+        return sum(self._tensor_bytes(name) for name in self._stored_names() if belongs(name, packed))
 
     def linears(self) -> list[torch.nn.Module]:
         """All linear layers in the decoder blocks."""

@@ -7,7 +7,7 @@ quantize_checkpoint(folder, recipe, out)    from disk to disk, one block in memo
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,51 @@ Progress = Callable[[int, int, str], None]
 
 def _silent(_done: int, _total: int, _name: str) -> None:
     """The progress of a run that nobody watches."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a report says of a run, beyond what came out.
+
+    Attributes:
+        start: time.monotonic() at its beginning.
+        device: where it takes place.
+        bytes_before: all tensors of the model.
+        weights: (weights in the plan's layers, weights of the model).
+        settings: everything that the result depends on.
+        notes: what a user should know.
+    """
+
+    start: float
+    device: torch.device
+    bytes_before: int
+    weights: tuple[int, int]
+    settings: dict[str, Any]
+    notes: tuple[str, ...]
+
+    def report(self, model: str, plan: Plan, results: dict[str, LayerResult], bytes_after: int) -> Report:
+        """The record of the finished run."""
+        layers = tuple(
+            LayerReport(
+                name, repr(plan[name]), r.weight.label, r.weight.bits_per_weight, r.relative_error, r.damping, r.tuned
+            )
+            for name, r in results.items()
+        )
+        packed, in_all = self.weights
+        return Report(
+            model=model,
+            layers=layers,
+            bits_per_weight=8 * sum(result.weight.nbytes for result in results.values()) / packed,
+            bytes_before=self.bytes_before,
+            bytes_after=bytes_after,
+            packed_weights=packed,
+            all_weights=in_all,
+            seconds=time.monotonic() - self.start,
+            peak_memory_bytes=peak_memory_bytes(),
+            peak_device_bytes=peak_device_bytes(self.device),
+            settings=self.settings,
+            notes=self.notes,
+        )
 
 
 def quantize(
@@ -96,7 +141,7 @@ def quantize(
     Raises:
         QuantkitError: bad input; the message says what would work.
     """
-    where, start = _begin(device)
+    where, start = begin(device)
     if not isinstance(calibration, Calibration):
         text = str(calibration) if isinstance(calibration, Path) else calibration
         calibration = Calibration(text, num_samples, seqlen, seed)
@@ -128,7 +173,7 @@ def quantize(
     notes = _notes(model, ties > len(tied_names(model)), recipe)
     was_training = model.training
     model.eval()
-    counts, sink = _count(model, plan), _MemorySink()
+    counts, sink = count_weights(model, plan), _MemorySink()
     try:
         if recipe.low_rank_bits:
             home, originals = model.device, {name: model.get_submodule(name) for name in plan}
@@ -136,7 +181,7 @@ def quantize(
             for layer, module in originals.items():
                 model.set_submodule(layer, module.to(home))
             notes = (*notes, note)
-        run = _Run(start, where, before, counts, recipe.settings(plan, windows), notes)
+        run = Run(start, where, before, counts, recipe.settings(plan, windows), notes)
         walk(
             model,
             plan,
@@ -192,7 +237,7 @@ def quantize_checkpoint(
         QuantkitError: bad input; the message says what would work.
     """
     check_output(output, folder, resume=resume, overwrite=overwrite)
-    where, start = _begin(device)
+    where, start = begin(device)
     source = ModelFolder(folder, dtype or compute_dtype(where))
     model = source.model
     plan = recipe.plan(model)
@@ -201,7 +246,7 @@ def quantize_checkpoint(
         source.rotate(recipe.rotation)
     dense_bytes = source.nbytes() - source.packed_nbytes(plan)
     source.untie(plan)
-    weights, untied = _count(model, plan), ties > len(tied_names(model))
+    weights, untied = count_weights(model, plan), ties > len(tied_names(model))
     windows = None
     if recipe.reads_text(plan):
         windows = recipe.calibration.windows(load_tokenizer(folder), model)
@@ -213,7 +258,7 @@ def quantize_checkpoint(
             source.rotate(recipe.rotation)
         source.untie(plan)
         model, notes = source.model, (*notes, note)
-    run = _Run(start, where, before, weights, recipe.settings(plan, windows), notes)
+    run = Run(start, where, before, weights, recipe.settings(plan, windows), notes)
     identity = run.settings | {"model": source.shards.fingerprint(), "device": where.type, "dtype": str(model.dtype)}
     writer = CheckpointWriter(output, len(source.blocks), source.dense, identity, resume=resume, overwrite=overwrite)
     walk(
@@ -227,15 +272,41 @@ def quantize_checkpoint(
         true_sequential=recipe.true_sequential,
         tuner=recipe.tuner,
     )
+    return publish(writer, source, plan, run, name or folder.name, dense_bytes, untied)
+
+
+def publish(
+    writer: CheckpointWriter,
+    source: ModelFolder,
+    plan: Plan,
+    run: Run,
+    name: str,
+    dense_bytes: int,
+    untied: bool,
+    files: Mapping[str, str] | None = None,
+) -> Report:
+    """Makes a checkpoint of finished blocks, with its report beside it.
+
+    Args:
+        writer: has all blocks.
+        source: the full-precision model.
+        plan: what each packed layer was quantized with.
+        run: what the report says of the run.
+        name: of the model, for reports.
+        dense_bytes: of all tensors outside the plan.
+        untied: the head has got a weight of its own.
+        files: further text files by name.
+    """
     entries = writer.entries()
     results = {layer: _described(entries[layer]) for layer in plan}
     packed_bytes = sum(result.weight.nbytes for result in results.values())
-    report = run.report(name or folder.name, plan, results, dense_bytes + packed_bytes)
-    files = {
+    report = run.report(name, plan, results, dense_bytes + packed_bytes)
+    texts = {
         "quantkit_report.json": json.dumps(report.to_json(), indent=2) + "\n",
         "README.md": model_card(report),
+        **(files or {}),
     }
-    writer.finish(folder, source.config | ({"tie_word_embeddings": False} if untied else {}), files)
+    writer.finish(source.folder, source.config | ({"tie_word_embeddings": False} if untied else {}), texts)
     return report
 
 
@@ -264,52 +335,7 @@ def _shared_ranks(
     return with_ranks(plan, ranks), summary(spectra, ranks, recipe.low_rank_bits)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What a report says of a run, beyond what came out.
-
-    Attributes:
-        start: time.monotonic() at its beginning.
-        device: where it takes place.
-        bytes_before: all tensors of the model.
-        weights: (weights in the plan's layers, weights of the model).
-        settings: everything that the result depends on.
-        notes: what a user should know.
-    """
-
-    start: float
-    device: torch.device
-    bytes_before: int
-    weights: tuple[int, int]
-    settings: dict[str, Any]
-    notes: tuple[str, ...]
-
-    def report(self, model: str, plan: Plan, results: dict[str, LayerResult], bytes_after: int) -> Report:
-        """The record of the finished run."""
-        layers = tuple(
-            LayerReport(
-                name, repr(plan[name]), r.weight.label, r.weight.bits_per_weight, r.relative_error, r.damping, r.tuned
-            )
-            for name, r in results.items()
-        )
-        packed, in_all = self.weights
-        return Report(
-            model=model,
-            layers=layers,
-            bits_per_weight=8 * sum(result.weight.nbytes for result in results.values()) / packed,
-            bytes_before=self.bytes_before,
-            bytes_after=bytes_after,
-            packed_weights=packed,
-            all_weights=in_all,
-            seconds=time.monotonic() - self.start,
-            peak_memory_bytes=peak_memory_bytes(),
-            peak_device_bytes=peak_device_bytes(self.device),
-            settings=self.settings,
-            notes=self.notes,
-        )
-
-
-def _begin(device: str | torch.device | None) -> tuple[torch.device, float]:
+def begin(device: str | torch.device | None) -> tuple[torch.device, float]:
     """(the run's device, with its peak memory counted from now; the time)."""
     where = pick_device(device)
     if where.type == "cuda":
@@ -338,7 +364,7 @@ def _described(entry: dict[str, Any]) -> LayerResult:
     return LayerResult(weight, entry["relative_error"], entry["damping"], tuple(tuned) if tuned else None)
 
 
-def _count(model: nn.Module, plan: Plan) -> tuple[int, int]:
+def count_weights(model: nn.Module, plan: Plan) -> tuple[int, int]:
     """(weights in the plan's layers, weights of the model)."""
     packed = sum(linear_weight(model.get_submodule(name)).numel() for name in plan)
     return packed, sum(p.numel() for p in model.parameters())

@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -104,6 +106,10 @@ def make_quantizer(
         raise QuantkitError(f"{method} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
     if isinstance(given.get("bits"), float) and given["bits"].is_integer():
         given["bits"] = int(given["bits"])
+    needed = [entry.name for entry in dataclasses.fields(kind) if entry.default is dataclasses.MISSING]
+    missing = [name for name in needed if name not in given]
+    if missing:
+        raise QuantkitError(f"{method} needs {missing[0]}")
     try:
         quantizer = kind(**given)
         quantizer = quantizer if low_rank is None else LowRank(quantizer, low_rank)
@@ -112,6 +118,43 @@ def make_quantizer(
     if hadamard is None:
         hadamard = getattr(kind, "wants_rotation", False)
     return Hadamard(quantizer) if hadamard else quantizer
+
+
+def parse_quantizer(text: str) -> Quantizer:
+    """A quantizer in words, "METHOD:BITS" with settings behind: "gptq:3", "gptq:4:group_size=64", "vptq:2:hadamard=no".
+
+    Raises:
+        QuantkitError: it says no method, or settings that the method does not have or lacks.
+    """
+    method, *rest = text.strip().split(":")
+    if rest and "=" not in rest[0]:
+        rest[0] = f"bits={rest[0]}"
+    try:
+        settings = dict(part.split("=") for part in rest)
+        values = {key: _WORDS[value] if value in _WORDS else json.loads(value) for key, value in settings.items()}
+    except ValueError as error:
+        raise QuantkitError(
+            f"{text!r} is no quantizer; write METHOD:BITS, such as gptq:3, pyramid:2.5 or gptq:4:group_size=64"
+        ) from error
+    return make_quantizer(method, values.pop("hadamard", None), values.pop("low_rank", None), **values)
+
+
+def read_plan(path: Path) -> dict[str, Quantizer]:
+    """Quantizers by layer from a plan: JSON {"layers": {layer: what `parse_quantizer` reads}}.
+
+    Raises:
+        QuantkitError: the file is no plan.
+    """
+    try:
+        layers = json.loads(path.read_text())["layers"]
+        return {str(layer): parse_quantizer(str(text)) for layer, text in layers.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise QuantkitError(
+            f'{path} is no plan ({error}); it holds {{"layers": {{"LAYER": "gptq:3", ...}}}}'
+        ) from error
+
+
+_WORDS = {"yes": True, "no": False}
 
 
 def core(quantizer: Quantizer) -> Quantizer:

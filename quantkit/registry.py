@@ -19,6 +19,7 @@ _BUILT_IN = {
         "pyramid": "quantkit.quantizers.pyramid:Pyramid",
         "vptq": "quantkit.quantizers.vptq:VPTQ",
         "rtn": "quantkit.quantizers.rtn:RTN",
+        "sparse": "quantkit.quantizers.sparse:Sparse",
     },
 }
 

@@ -14,6 +14,7 @@ from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.metrics import proxy_loss
 from quantkit.pipeline import quantize_checkpoint
 from quantkit.protocols import Needs
+from quantkit.quantizers.sparse import Sparse
 from quantkit.stats import LayerStats
 from quantkit.weight import QuantizedWeight
 
@@ -34,6 +35,7 @@ METHODS = {
     "hadamard-vptq": Hadamard(VPTQ(2.5)),
     "low-rank-rtn": LowRank(RTN(3, 64), 3, metric="plain"),
     "low-rank-gptq": LowRank(GPTQ(2, 64), 4, adapter_bits=8, alternations=1),
+    "sparse": Sparse(0.5),
     "hadamard-low-rank-pyramid": Hadamard(LowRank(Pyramid(2.0), 4)),
 }
 SHAPES = [(128, 256), (100, 70), (33, 320), (5, 130)]

@@ -19,6 +19,11 @@ class DenseWeight(QuantizedWeight, format="dense"):
         """(out_features, in_features)."""
         return self.weight.shape[0], self.weight.shape[1]
 
+    def validate(self) -> None:
+        """Checks that the weight is finite."""
+        if not self.weight.is_meta and not bool(torch.isfinite(self.weight).all()):
+            raise ValueError("weight holds NaN or Inf")
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight itself."""
         return self.weight.to(dtype)

@@ -1,0 +1,321 @@
+"""`quantkit search`: the best candidate of every layer under a budget, as a packed checkpoint."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from accelerate import PartialState
+from rich import box
+from rich.table import Table
+from transformers import AutoConfig
+
+from quantkit.checkpoint import check_output, read_config
+from quantkit.cli.display import console, report_table, search_progress, size
+from quantkit.device import parse_dtype, pick_device
+from quantkit.errors import Interrupted, QuantkitError
+from quantkit.folder import load_tokenizer, resolve_folder
+from quantkit.protocols import Quantizer
+from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, parse_quantizer
+from quantkit.search.budget import Budget, activation_bytes, kv_cache_bytes, parse_size, read_timings
+from quantkit.search.build import Database, build
+from quantkit.search.evolve import Evolution, State
+from quantkit.search.picture import draw
+from quantkit.search.session import Outcome, SearchSettings, Session, assemble
+from quantkit.search.spaces import BlockSpace, CandidateSpace, Space
+
+_BUDGET, _SEARCH, _CANDIDATES = "The budget", "The search", "Candidates"
+CANDIDATES = "gptq:2,gptq:3,gptq:4,gptq:5,gptq:6,gptq:8"
+SPARSITY_STEPS = (-0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3)
+
+
+def search_command(
+    model: Annotated[str, typer.Argument(help="Folder of a transformers model, or its id on the hub.")],
+    avg_bits: Annotated[
+        float | None,
+        typer.Option(help="Bits per weight of the packed layers, every stored byte counted.", rich_help_panel=_BUDGET),
+    ] = None,
+    total: Annotated[
+        str | None,
+        typer.Option("--size", help="Of the whole checkpoint: 4GB, 3.5GiB, 800MB.", rich_help_panel=_BUDGET),
+    ] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory that the model, its KV cache and its activations share at --context tokens.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    latency_ms: Annotated[
+        float | None,
+        typer.Option(help="Of all packed layers' kernels for one token, by --timings.", rich_help_panel=_BUDGET),
+    ] = None,
+    timings: Annotated[
+        Path | None, typer.Option(help="Measured kernels, for --latency-ms; JSON.", rich_help_panel=_BUDGET)
+    ] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Prune instead: share of the layers' weights that become zero.", rich_help_panel=_BUDGET),
+    ] = None,
+    drop_blocks: Annotated[
+        int | None, typer.Option(help="Prune instead: leave out so many decoder blocks.", rich_help_panel=_BUDGET)
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens, for --fit.", rich_help_panel=_BUDGET)] = None,
+    batch: Annotated[int, typer.Option(help="Sequences, for --fit.", rich_help_panel=_BUDGET)] = 1,
+    kv_bits: Annotated[float, typer.Option(help="Bits of a cached number, for --fit.", rich_help_panel=_BUDGET)] = 16,
+    candidates: Annotated[
+        str | None,
+        typer.Option(
+            show_default=CANDIDATES,
+            help="Ways to pack a layer, METHOD:BITS[:SETTING=VALUE]..., e.g. gptq:3,pyramid:2.5,gptq:2:low_rank=4.",
+            rich_help_panel=_CANDIDATES,
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="The candidate that packs the layers in front, while a layer is calibrated; gptq:3 by default.",
+            rich_help_panel=_CANDIDATES,
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Pattern of layers outside the blocks to pack too, e.g. lm_head.", rich_help_panel=_CANDIDATES
+        ),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Pattern of layers to leave dense.", rich_help_panel=_CANDIDATES)
+    ] = None,
+    database: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the candidates, NAME-candidates by default: made once, used by all searches."),
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(help="wikitext2, c4, stdlib (offline), a .txt or .jsonl file, or a hub dataset id.")
+    ] = "wikitext2",
+    num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens a window; by default 2048 or the model's context.")] = None,
+    target_shift: Annotated[float, typer.Option(help="0 (off) to 1: aim at the full-precision output.")] = TARGET_SHIFT,
+    search_samples: Annotated[
+        int, typer.Option(help="Windows of other text that the search measures on.", rich_help_panel=_SEARCH)
+    ] = 256,
+    held_out: Annotated[
+        int, typer.Option(help="So many of them only for the comparison at the end.", rich_help_panel=_SEARCH)
+    ] = 32,
+    generations: Annotated[int, typer.Option(help="Of the search.", rich_help_panel=_SEARCH)] = Evolution.generations,
+    offspring: Annotated[int, typer.Option(help="In each.", rich_help_panel=_SEARCH)] = Evolution.offspring,
+    measure: Annotated[
+        Literal["kl", "perplexity"], typer.Option(help="kl (to the full model) or perplexity.", rich_help_panel=_SEARCH)
+    ] = "kl",
+    start: Annotated[
+        Literal["best", "uniform"],
+        typer.Option(help="best (of uniform, greedy and knapsack) or uniform.", rich_help_panel=_SEARCH),
+    ] = "best",
+    top: Annotated[
+        int, typer.Option(help="Successors of a token that are kept of the full model.", rich_help_panel=_SEARCH)
+    ] = 512,
+    output: Annotated[Path | None, typer.Option(help="Folder to make; by default NAME-searched.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the search and of its text.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted search.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing output or unfinished search.")
+    ] = False,
+) -> None:
+    """Search the best bits for every layer: candidates are made once, then an evolution chooses among them.
+
+    Beside the checkpoint lie quantkit_plan.json, which `quantkit quantize --plan` takes, quantkit_search.json and a
+    picture. An interrupted search continues with --resume. Several processes share the work under torchrun.
+    """
+    folder = resolve_folder(model)
+    output = output or Path(f"{Path(model).resolve().name}-searched")
+    unfinished = output.with_name(output.name + ".search")
+    check_output(output, folder, resume=resume, overwrite=overwrite)
+    if unfinished.exists() and not (resume or overwrite):
+        raise QuantkitError(f"{unfinished} holds an unfinished search; --resume continues it, --overwrite starts anew")
+    budget = _budget(folder, avg_bits, total, fit, context, batch, kv_bits, latency_ms, timings, sparsity, drop_blocks)
+    settings = SearchSettings(Evolution(generations, offspring), measure, start, held_out, top, seed=seed)
+    text = Calibration(calibration, search_samples, seqlen, seed=1_000_003 + seed)
+    offers, first = _candidates(candidates, base, sparsity)
+    rules: dict[str, Quantizer | None] = dict.fromkeys(include or (), first)
+    rules |= dict.fromkeys(ignore or ())
+    recipe = Recipe(first, rules, target_shift, Calibration(calibration, num_samples, seqlen))
+    processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    where = processes.device if processes.num_processes > 1 else pick_device(device)
+    place = database or Path(f"{Path(model).resolve().name}-candidates")
+    main = processes.is_main_process
+    if main and unfinished.exists() and not resume:
+        shutil.rmtree(unfinished)
+    try:
+        with search_progress(main, generations) as (told, progress):
+            made: Database | None = None
+            if drop_blocks is None:
+                with processes.main_process_first():
+                    made = build(folder, recipe, tuple(offers.values()), place, device=where, progress=told)
+            make_space: Callable[..., Space] = BlockSpace
+            if made is not None:
+                make_space = partial(CandidateSpace, database=made, cost=budget.cost)
+            session = Session(folder, make_space, place, text, settings, where, told)
+            names = session.space.names
+            allowed = len(names) - drop_blocks if drop_blocks else budget.units(made.source, names) if made else 0
+            session.space.index.check_budget(allowed)
+            unfinished.mkdir(parents=True, exist_ok=True)
+
+            def show(now: State) -> None:
+                progress(len(now.history), now.history[-1].fitness, now.history[-1].cost / allowed)
+
+            outcome = session.search(allowed, unfinished / "search.json", show)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; repeat the command with --resume to continue") from None
+    if main and made is None:
+        _publish_pruned(folder, session, outcome, output)
+    elif main and made is not None:
+        texts = {quantizer: text for text, quantizer in offers.items()}
+        _publish(model, folder, session, made, outcome, texts, output, where, overwrite)
+    if main:
+        _say_outcome(session, outcome, output)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    processes.wait_for_everyone()
+
+
+def _candidates(
+    candidates: str | None, base: str | None, sparsity: float | None
+) -> tuple[dict[str, Quantizer], Quantizer]:
+    """(all candidates, by the text that names them in a plan; the base)."""
+    if sparsity is not None and candidates is None:
+        levels = sorted({round(max(0.0, min(0.95, sparsity + step)), 3) for step in SPARSITY_STEPS})
+        texts = [f"sparse:sparsity={level:g}" for level in levels]
+        base = base or f"sparse:sparsity={sparsity:g}"
+    else:
+        texts = [text for text in (candidates or CANDIDATES).split(",") if text.strip()]
+    if not texts:
+        raise QuantkitError(f"--candidates {candidates!r} names none; give some such as {CANDIDATES}")
+    base = base or ("gptq:3" if "gptq:3" in texts else texts[0])
+    offers = {text: parse_quantizer(text) for text in dict.fromkeys((*texts, base))}
+    return offers, offers[base]
+
+
+def _budget(
+    folder: Path,
+    avg_bits: float | None,
+    total: str | None,
+    fit: str | None,
+    context: int | None,
+    batch: int,
+    kv_bits: float,
+    latency_ms: float | None,
+    timings: Path | None,
+    sparsity: float | None,
+    drop_blocks: int | None,
+) -> Budget:
+    """The one budget that was given."""
+    options = {
+        "--avg-bits": avg_bits, "--size": total, "--fit": fit, "--latency-ms": latency_ms, "--sparsity": sparsity,
+        "--drop-blocks": drop_blocks,
+    }  # fmt: skip
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) != 1:
+        what = "none is given" if not given else f"{' and '.join(given)} are given"
+        raise QuantkitError(f"give one budget, such as --avg-bits 3, --size 4GB or --fit 12GB; {what}")
+    if avg_bits is not None:
+        if not 0 < avg_bits <= 16:
+            raise QuantkitError(f"--avg-bits {avg_bits:g}: give bits per weight, such as 3")
+        return Budget(avg_bits, "bits")
+    if total is not None:
+        return Budget(parse_size(total), "bytes")
+    if sparsity is not None:
+        if not 0 < sparsity < 1:
+            raise QuantkitError(f"--sparsity {sparsity:g}: give a share between 0 and 1, such as 0.5")
+        return Budget(1 - sparsity, "weights")
+    if drop_blocks is not None:
+        if drop_blocks < 1:
+            raise QuantkitError(f"--drop-blocks {drop_blocks}: give at least 1")
+        return Budget(drop_blocks, "weights")
+    if latency_ms is not None:
+        if timings is None or latency_ms <= 0:
+            raise QuantkitError("--latency-ms needs a positive time, and --timings, a table of measured kernels")
+        return Budget(latency_ms, "latency", read_timings(timings))
+    assert fit is not None
+    if context is None or context < 1 or batch < 1:
+        raise QuantkitError("--fit needs --context, the tokens that the KV cache is to hold, and --batch of at least 1")
+    config = AutoConfig.from_pretrained(folder)
+    cache, activations = kv_cache_bytes(config, context, batch, kv_bits), activation_bytes(config, context, batch)
+    left = parse_size(fit) - cache - activations
+    console.print(
+        f"{fit} at {context:,} tokens x {batch}: {size(cache)} of KV cache, {size(activations)} of activations, "
+        f"{size(max(left, 0))} for the model"
+    )
+    if left <= 0:
+        raise QuantkitError(f"--fit {fit}: cache and activations alone take {size(cache + activations)}")
+    return Budget(left, "bytes")
+
+
+def _publish(
+    model: str,
+    folder: Path,
+    session: Session,
+    database: Database,
+    outcome: Outcome,
+    texts: dict[Quantizer, str],
+    output: Path,
+    device: torch.device,
+    overwrite: bool,
+) -> None:
+    """Makes a checkpoint of candidates, with its plan, its record and its picture."""
+    space = session.space
+    assert isinstance(space, CandidateSpace)
+    chosen = space.chosen(outcome.assignment)
+    plan = {layer: texts[database.quantizers[key]] for layer, key in chosen.items()}
+    files = {
+        "quantkit_plan.json": json.dumps({"layers": plan}, indent=2) + "\n",
+        "quantkit_search.json": _record(session, outcome, plan),
+    }
+    settings = {"search": asdict(session.settings), "budget": outcome.budget}
+    report = assemble(
+        folder, database, chosen, output, name=model, settings=settings, files=files, device=device,
+        overwrite=overwrite,
+    )  # fmt: skip
+    report_table(report)
+    bits = {layer.name: layer.bits_per_weight for layer in report.layers}
+    try:
+        draw(outcome, bits, session.settings.measure, output / "quantkit_search.png")
+    except ImportError:
+        console.print("no picture: matplotlib is not installed (pip install matplotlib)")
+
+
+def _publish_pruned(folder: Path, session: Session, outcome: Outcome, output: Path) -> None:
+    """Makes a dense checkpoint of the blocks that stay."""
+    space = session.space
+    assert isinstance(space, BlockSpace)
+    kept = {name: bool(level) for name, level in zip(space.names, outcome.assignment, strict=True)}
+    if output.exists():
+        shutil.rmtree(output)
+    stored = parse_dtype(read_config(folder).get("dtype"))
+    pruned: Any = space.pruned(outcome.assignment)
+    (pruned if stored is None else pruned.to(stored)).save_pretrained(output)
+    load_tokenizer(folder).save_pretrained(output)
+    (output / "quantkit_search.json").write_text(_record(session, outcome, kept))
+    left_out = ", ".join(name for name, stays in kept.items() if not stays)
+    console.print(f"left out: {left_out}")
+
+
+def _record(session: Session, outcome: Outcome, layers: Mapping[str, Any]) -> str:
+    record = asdict(outcome) | {"measure": session.settings.measure, "layers": layers}
+    return json.dumps(record, indent=2) + "\n"
+
+
+def _say_outcome(session: Session, outcome: Outcome, output: Path) -> None:
+    table = Table(title="on held-out text", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("assignment")
+    table.add_column("KL" if session.settings.measure == "kl" else "log-likelihood", justify="right")
+    for name, figure in outcome.held_out.items():
+        table.add_row(name, f"{figure:.4f}")
+    console.print(table)
+    console.print(f"budget           {outcome.spent:,} of {outcome.budget:,} spent")
+    console.print(f"checkpoint: [bold]{output}[/]   load it with quantkit.load({str(output)!r})", soft_wrap=True)

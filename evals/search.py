@@ -1,0 +1,142 @@
+"""What a search is worth: held-out KL at equal bytes, beside uniform levels and what else costs less than a search.
+
+    python -m quantkit.evals.search MODEL --data stdlib --png bits.png
+
+One markdown row per budget, in measured bits per weight of the packed layers; every column keeps to the same bytes.
+Held-out windows are of the evaluation part of `--data`; fitness reads the calibration part. All rows use one database.
+"""
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.data import documents, evaluation_tokens
+from quantkit.device import pick_device
+from quantkit.folder import load_tokenizer, resolve_folder
+from quantkit.metrics import token_kl
+from quantkit.model import context_length
+from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, parse_quantizer, window_length
+from quantkit.search.baselines import best_of_random
+from quantkit.search.budget import Budget
+from quantkit.search.build import build
+from quantkit.search.evolve import Assignment, Evolution
+from quantkit.search.session import SearchSettings, Session
+from quantkit.search.spaces import CandidateSpace
+
+
+class Judge:
+    """Held-out KL of assignments to the full model, on text that no search sees.
+
+    Args:
+        session: of the searches.
+        folder: the full-precision model.
+        data: name of the text.
+        windows, seqlen: of the text.
+    """
+
+    def __init__(self, session: Session, folder: Path, data: str, windows: int, seqlen: int | None) -> None:
+        import quantkit
+
+        self.session = session
+        self.teacher = quantkit.load(folder, dtype=torch.float32, device=session.space.model.device).eval()
+        tokens, _ = evaluation_tokens(documents(data, "evaluation"), load_tokenizer(folder))
+        length = window_length(seqlen, context_length(self.teacher))
+        self.windows = tokens[: len(tokens) // length * length].view(-1, length)[:windows]
+        self._found: dict[Assignment, tuple[float, float]] = {}
+
+    @torch.no_grad()
+    def __call__(self, assignment: Assignment) -> tuple[float, float]:
+        """(KL, its standard error over windows), in nats a token."""
+        if assignment not in self._found:
+            model = self.session.space.model
+            self.session.space.apply(assignment)
+            each = torch.cat(
+                [
+                    token_kl(self.teacher(part).logits, model(part).logits).double().mean(1)
+                    for part in self.windows.to(model.device).split(4)
+                ]
+            )
+            self._found[assignment] = float(each.mean()), float(each.std() / len(each) ** 0.5)
+        return self._found[assignment]
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows; each is printed as it is done."""
+    folder, device = resolve_folder(arguments.model), pick_device(arguments.device)
+    candidates = [parse_quantizer(text) for text in arguments.candidates.split(",")]
+    recipe = Recipe(
+        parse_quantizer(arguments.base),
+        target_shift=TARGET_SHIFT,
+        calibration=Calibration(arguments.data, arguments.num_samples, arguments.seqlen),
+    )
+    evolution = Evolution(arguments.generations, arguments.offspring, rule=arguments.rule)
+    settings = SearchSettings(evolution, start=arguments.start, seed=arguments.seed)
+    text = Calibration(arguments.data, arguments.search_samples, arguments.seqlen, seed=1)
+    begun = time.monotonic()
+    database = build(folder, recipe, tuple(candidates), arguments.database, device=device)
+    session = Session(folder, partial(CandidateSpace, database=database), arguments.database, text, settings, device)
+    judge = Judge(session, folder, arguments.data, arguments.max_windows, arguments.seqlen)
+    if arguments.start == "best":
+        session.sensitivities()
+    print(f"candidates, predictions and sensitivities: {time.monotonic() - begun:.0f} s")
+    names = ["uniform", "random, best of 32", "greedy", "knapsack", "greedy, measured", "knapsack, measured", "search"]
+    print("| bits/weight | " + " | ".join(names) + " | generations' seconds |")
+    print("|---" * (len(names) + 2) + "|")
+    rows = []
+    for bits in arguments.bits:
+        budget = Budget(bits, "bits").units(database.source, session.space.names)
+        begun = time.monotonic()
+        outcome = session.search(budget)
+        seconds = time.monotonic() - begun
+        random = best_of_random(
+            session.space.index, session.fitness, budget, torch.Generator().manual_seed(arguments.seed),
+            tokens=evolution.stages[-1][1],
+        )  # fmt: skip
+        found = {"search": outcome.assignment, "random, best of 32": random} | session.starts(budget)
+        row: dict[str, Any] = {"bits": bits, "seconds": seconds, "generations": len(outcome.history)}
+        row["kl"] = {name: judge(found[name]) for name in names}
+        row["levels"] = dict(zip(session.space.names, outcome.assignment, strict=True))
+        rows.append(row)
+        cells = [f"{1000 * kl:.1f} +- {1000 * se:.1f}" for kl, se in row["kl"].values()]
+        print(f"| {bits:g} | " + " | ".join(cells) + f" | {seconds:.0f} |", flush=True)
+    return rows
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("model")
+    made.add_argument("--data", default="wikitext2")
+    made.add_argument("--bits", type=float, nargs="+", default=[2.375, 2.625, 3.125, 4.125])
+    made.add_argument("--candidates", default="gptq:2,gptq:3,gptq:4,gptq:5,gptq:6,gptq:8")
+    made.add_argument("--base", default="gptq:3")
+    made.add_argument("--database", type=Path, default=Path("search-candidates"))
+    made.add_argument("--num-samples", type=int, default=128, help="windows that candidates are calibrated on")
+    made.add_argument("--search-samples", type=int, default=256, help="windows that fitness is measured on")
+    made.add_argument("--max-windows", type=int, default=128, help="windows that decide in the end")
+    made.add_argument("--seqlen", type=int, default=512)
+    made.add_argument("--generations", type=int, default=Evolution.generations)
+    made.add_argument("--offspring", type=int, default=Evolution.offspring)
+    made.add_argument("--rule", choices=("any", "size"), default="any")
+    made.add_argument("--start", choices=("best", "uniform"), default="best")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--device", default="auto")
+    made.add_argument("--output", type=Path)
+    return made
+
+
+def main() -> None:
+    """Parses the command line."""
+    arguments = parser().parse_args()
+    found = measure(arguments)
+    if arguments.output:
+        arguments.output.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

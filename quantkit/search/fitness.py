@@ -1,0 +1,76 @@
+"""How good an assignment is: KL of the compressed model's predictions to the full model's, on some of the text."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor
+
+from quantkit.metrics import token_nll
+from quantkit.search.evolve import Assignment
+from quantkit.search.spaces import Space
+from quantkit.tuning.teacher import CachedTeacher, Teacher, predict
+
+Measure = Literal["kl", "perplexity"]
+
+
+class ModelFitness:
+    """Measures assignments on a model; several processes share them out.
+
+    An assignment is measured by one process as a whole, so that figures do not depend on their number.
+
+    Args:
+        space: the model and what assignments mean.
+        teacher: the full model's predictions of `windows`.
+        windows: int64 [windows, length].
+        held_out: so many of the first windows are never drawn; `on` measures them.
+        measure: "kl", or "perplexity", the mean negative log-likelihood of the text.
+        mixed: see `tuning.teacher.predict`.
+        micro_batch: windows that run through the model together.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        teacher: CachedTeacher | Teacher,
+        windows: Tensor,
+        held_out: int = 0,
+        measure: Measure = "kl",
+        mixed: bool = False,
+        micro_batch: int = 4,
+    ) -> None:
+        self.space, self.windows, self._held_out = space, windows, held_out
+        self._teacher, self._measure, self._mixed, self._micro_batch = teacher, measure, mixed, micro_batch
+        self._processes = PartialState()
+
+    def __call__(self, assignments: Sequence[Assignment], tokens: int, draw: int) -> list[float]:
+        """See `evolve.Fitness`."""
+        drawn = len(self.windows) - self._held_out
+        count = max(1, min(drawn, round(tokens / self.windows.shape[1])))
+        generator = torch.Generator().manual_seed(7_368_787 + draw)
+        return self.on(assignments, self._held_out + torch.randperm(drawn, generator=generator)[:count])
+
+    def on(self, assignments: Sequence[Assignment], numbers: Tensor) -> list[float]:
+        """Each assignment's figure on the windows with these numbers."""
+        found = torch.zeros(len(assignments), dtype=torch.float64)
+        processes = self._processes
+        for place in range(processes.process_index, len(assignments), processes.num_processes):
+            found[place] = self.each(assignments[place], numbers).mean()
+        if processes.num_processes > 1:
+            found = reduce(found.to(processes.device), "sum").cpu()
+        return found.tolist()
+
+    @torch.no_grad()
+    def each(self, assignment: Assignment, numbers: Tensor) -> Tensor:
+        """An assignment's figure on each window, fp64 [len(numbers)]."""
+        self.space.apply(assignment)
+        return torch.cat([self._loss(part).double().mean(1).cpu() for part in numbers.split(self._micro_batch)])
+
+    def _loss(self, numbers: Tensor) -> Tensor:
+        tokens = self.windows[numbers]
+        predictions = predict(self.space.model, tokens, self._mixed)
+        if self._measure == "kl":
+            return self._teacher.divergence(tokens, numbers, predictions)[0]
+        return token_nll(predictions.logits[:, :-1], tokens[:, 1:].to(predictions.logits.device))

@@ -1,0 +1,274 @@
+"""A whole search: candidates, the full model's predictions, starts, evolution, and the checkpoint that comes of it."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel
+
+import quantkit.hf
+from quantkit.calibrate import LayerResult
+from quantkit.checkpoint import CheckpointWriter, write_json
+from quantkit.device import compute_dtype, multiplies_bf16
+from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.folder import load_tokenizer
+from quantkit.pipeline import Run, begin, count_weights, publish
+from quantkit.recipe import Calibration
+from quantkit.report import Report
+from quantkit.search.baselines import greedy, knapsack, uniform
+from quantkit.search.build import Database
+from quantkit.search.evolve import Assignment, Evolution, Generation, State, evolve
+from quantkit.search.fitness import Measure, ModelFitness
+from quantkit.search.spaces import Space
+from quantkit.tuning.teacher import CachedTeacher
+
+Told = Callable[[int, int, str], None]
+START_DRAW = -1
+"""The text that sensitivities and starts are measured on; generations draw from 0 on."""
+
+
+def _silent(_done: int, _total: int, _what: str) -> None:
+    """The progress of a search that nobody watches."""
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """A search.
+
+    Attributes:
+        evolution: see there.
+        measure: what is least in the end: "kl" to the full model, or the text's "perplexity".
+        start: "uniform" levels, or the "best" of all `starts`.
+        held_out: so many windows of the text are kept for the comparison at the end.
+        top: likeliest successors of each token that are kept of the full model's predictions.
+        sensitivity_tokens: on which each layer's sensitivity is measured.
+        seed: of the search.
+    """
+
+    evolution: Evolution = field(default_factory=Evolution)
+    measure: Measure = "kl"
+    start: Literal["best", "uniform"] = "best"
+    held_out: int = 32
+    top: int = 512
+    sensitivity_tokens: int = 8192
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("held_out", "top", "sensitivity_tokens"):
+            if getattr(self, name) < 1:
+                raise QuantkitError(f"{name}={getattr(self, name)}: give at least 1")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished search.
+
+    Attributes:
+        assignment: what was found.
+        starts: what it was measured against, by name.
+        held_out: figure of each of them, and of "search", on text that the search did not see.
+        history: of the generations.
+        budget: that the items were allowed; spent: what they take.
+    """
+
+    assignment: Assignment
+    starts: dict[str, Assignment]
+    held_out: dict[str, float]
+    history: tuple[Generation, ...]
+    budget: int
+    spent: int
+
+
+class Session:
+    """A model, what can be chosen for it, and a measure of assignments: one for any number of searches.
+
+    Args:
+        folder: the full-precision model.
+        make_space: makes the search space of the loaded model, given the dtype of unpacked weights.
+        predictions: folder for the full model's predictions; made where there is none, else reused.
+        text: that assignments are measured on.
+        settings: of the searches.
+        device: where the model runs.
+        told: called with (done, in all, of what).
+
+    Raises:
+        QuantkitError: bad input.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        make_space: Callable[[PreTrainedModel, torch.dtype], Space],
+        predictions: Path,
+        text: Calibration,
+        settings: SearchSettings,
+        device: torch.device,
+        told: Told = _silent,
+    ) -> None:
+        self.settings, self._told, self._processes = settings, told, PartialState()
+        model = quantkit.hf.load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
+        windows = text.windows(load_tokenizer(folder), model)
+        if len(windows) <= settings.held_out:
+            raise QuantkitError(
+                f"{len(windows)} windows of text, {settings.held_out} of them held out: give more of them"
+            )
+        mixed = multiplies_bf16(device)
+        self.text_digest = hashlib.sha256(f"{settings.top} ".encode() + windows.numpy().tobytes()).hexdigest()[:12]
+        with self._processes.main_process_first():
+            teacher = CachedTeacher.fill(
+                predictions / f"teacher-{self.text_digest}",
+                model,
+                windows,
+                settings.top,
+                lambda done, total: told(done, total, "the full model's predictions"),
+                mixed,
+            )
+        self.space = make_space(model, torch.bfloat16 if mixed else model.dtype)
+        self.fitness = ModelFitness(self.space, teacher, windows, settings.held_out, settings.measure, mixed)
+        self._sensitivities: list[tuple[float, ...]] | None = None
+
+    def sensitivities(self) -> list[tuple[float, ...]]:
+        """What each layer's candidates alone cost the model, as small losses add up (HIGGS, arXiv 2411.17525).
+
+        A layer at its lowest level among others at their highest is measured; its other levels count in proportion to
+        their relative errors.
+        """
+        if self._sensitivities is None:
+            top = tuple(len(costs) - 1 for costs in self.space.index.costs)
+            worst = [(*top[:item], 0, *top[item + 1 :]) for item in range(len(top))]
+            figures: list[float] = []
+            for first in range(0, len(worst), 16):
+                self._told(first, len(worst), "each layer's sensitivity")
+                part = [top, *worst[first : first + 16]]
+                best, *found = self.fitness(part, self.settings.sensitivity_tokens, START_DRAW)
+                figures += [max(figure - best, 0.0) for figure in found]
+            self._told(len(worst), len(worst), "each layer's sensitivity")
+            self._sensitivities = [
+                tuple(figure * loss / losses[0] for loss in losses)
+                for figure, losses in zip(figures, self.space.losses, strict=True)
+            ]
+        return self._sensitivities
+
+    def starts(self, budget: int) -> dict[str, Assignment]:
+        """Assignments that cost no search: uniform; greedy and knapsack on relative errors and on sensitivities."""
+        index, plain, measured = self.space.index, self.space.losses, self.sensitivities()
+        return {
+            "uniform": uniform(index, budget),
+            "greedy": greedy(index, plain, budget),
+            "knapsack": knapsack(index, plain, budget),
+            "greedy, measured": greedy(index, measured, budget),
+            "knapsack, measured": knapsack(index, measured, budget),
+        }
+
+    def search(
+        self, budget: int, state_file: Path | None = None, progress: Callable[[State], None] = lambda _state: None
+    ) -> Outcome:
+        """Searches under a budget.
+
+        Args:
+            budget: most that an assignment may cost.
+            state_file: to keep the search's state in; where it exists, the search goes on from it.
+            progress: called after each generation.
+
+        Raises:
+            QuantkitError: an impossible budget, or the state of another search.
+        """
+        settings, index = self.settings, self.space.index
+        index.check_budget(budget)
+        identity = json.loads(json.dumps([asdict(settings), self.space.names, index.costs, budget, self.text_digest]))
+        record = None if state_file is None else _read(state_file, identity)
+        if record is None:
+            starts = {"uniform": uniform(index, budget)} if settings.start == "uniform" else self.starts(budget)
+            figures = self.fitness([*starts.values()], settings.evolution.stages[-1][1], START_DRAW)
+            state = State([*starts.values()][min(range(len(figures)), key=lambda i: figures[i])])
+        else:
+            starts, state = record
+
+        def told(now: State) -> None:
+            if state_file is not None and self._processes.is_main_process:
+                _write(state_file, identity, starts, now)
+            progress(now)
+
+        if record is None and state_file is not None and self._processes.is_main_process:
+            _write(state_file, identity, starts, state)
+        generator = torch.Generator().manual_seed(settings.seed)
+        state = evolve(index, self.fitness, budget, generator, state, settings.evolution, told)
+        compared = starts | {"search": state.parent}
+        figures = self.fitness.on([*compared.values()], torch.arange(settings.held_out))
+        held_out = dict(zip(compared, figures, strict=True))
+        return Outcome(state.parent, starts, held_out, state.history, budget, index.cost(state.parent))
+
+
+def _write(path: Path, identity: Any, starts: Mapping[str, Assignment], state: State) -> None:
+    history = [[line.fitness, line.former, line.cost, line.switched] for line in state.history]
+    search = {"parent": state.parent, "history": history, "random": state.random.hex()}
+    write_json(path, {"identity": identity, "starts": starts, "state": search})
+
+
+def _read(path: Path, identity: Any) -> tuple[dict[str, Assignment], State] | None:
+    """The starts and the state of an unfinished search; None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        starts = {name: tuple(levels) for name, levels in found["starts"].items()}
+        search = found["state"]
+        history = tuple(Generation(*line) for line in search["history"])
+        state = State(tuple(search["parent"]), history, bytes.fromhex(search["random"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a search's state ({error}); remove it") from error
+    if found["identity"] != identity:
+        raise QuantkitError(f"{path} is the state of a search with other settings; repeat them, or --overwrite it")
+    return starts, state
+
+
+def assemble(
+    folder: Path,
+    database: Database,
+    chosen: Mapping[str, str],
+    output: Path,
+    *,
+    name: str = "",
+    settings: Mapping[str, Any],
+    files: Mapping[str, str],
+    device: torch.device,
+    overwrite: bool = False,
+) -> Report:
+    """Makes a checkpoint of candidates.
+
+    Args:
+        folder: the full-precision model.
+        database: of the candidates.
+        chosen: each layer's candidate, by key.
+        output: the folder to make.
+        name: of the model, for reports.
+        settings: what the report says of the search.
+        files: further text files by name.
+        device: where the search ran.
+        overwrite: replace `output`.
+    """
+    where, start = begin(device)
+    source, store = database.source, database.store
+    plan = {layer: database.quantizers[key] for layer, key in chosen.items()}
+    dense_bytes = source.nbytes() - source.packed_nbytes(plan)
+    run = Run(
+        start, where, database.bytes_before, count_weights(source.model, plan), {**database.settings, **settings}, ()
+    )
+    identity = {**settings, "chosen": dict(chosen), "model": source.shards.fingerprint()}
+    writer = CheckpointWriter(
+        output, len(source.blocks), source.dense, identity, resume=not overwrite, overwrite=overwrite
+    )
+    for index in (*range(len(source.blocks)), -1):
+        layers = {layer: key for layer, key in chosen.items() if database.blocks[layer] == index}
+        results = {}
+        for layer, key in layers.items():
+            candidate = store.candidates(index, key)[layer]
+            weight = store.load(index, key, [layer])[layer]
+            results[layer] = LayerResult(weight, candidate.relative_error, candidate.damping)
+        writer.write(index, f"{source.prefix}.{index}" if index >= 0 else "", results)
+    return publish(writer, source, plan, run, name or folder.name, dense_bytes, database.untied, files)

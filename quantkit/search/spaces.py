@@ -1,0 +1,185 @@
+"""What an assignment means on a model in memory: which candidate each layer has, or which blocks are left out."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quantkit.device import free_memory
+from quantkit.forward import Wrap, bare
+from quantkit.linear import QuantizedLinear, new_linear
+from quantkit.model import find_blocks
+from quantkit.protocols import Quantizer
+from quantkit.search.build import Database
+from quantkit.search.evolve import Assignment, Index
+from quantkit.search.store import Candidate
+
+CACHE_SHARE = 1 / 4
+"""Share of the free memory that unpacked candidates may take."""
+
+
+class Space(Protocol):
+    """A search space over a model.
+
+    Attributes:
+        model: in memory; changes with each `apply`.
+        index: what can be chosen.
+        names: of the items.
+        losses: relative error of each item's levels, as the index has them.
+    """
+
+    model: PreTrainedModel
+    index: Index
+    names: list[str]
+    losses: list[tuple[float, ...]]
+
+    def apply(self, assignment: Assignment) -> None:
+        """Makes the model that the assignment describes."""
+
+
+Cost = Callable[[Candidate, Quantizer], int]
+"""What a candidate costs, in the budget's units."""
+
+
+def _nbytes(candidate: Candidate, _quantizer: Quantizer) -> int:
+    return candidate.nbytes
+
+
+class CandidateSpace:
+    """Layers that take one of their candidates. Only layers that changed are touched.
+
+    A layer's level is its candidate by cost; one that costs no less than another with less error is left out.
+
+    Args:
+        model: the full-precision model, on its device; its layers are replaced.
+        database: of its candidates.
+        dtype: of unpacked weights.
+        cost: of a candidate; by default its bytes.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, database: Database, cost: Cost = _nbytes) -> None:
+        self.model, self._dtype, self.database = model, dtype, database
+        self.names = list(database.blocks)
+        self.keys: list[tuple[str, ...]] = []
+        self.losses = []
+        costs = []
+        for name in self.names:
+            offers = [
+                (cost(candidate, quantizer), candidate.relative_error, key)
+                for key, quantizer in database.quantizers.items()
+                for candidate in [database.store.candidates(database.blocks[name], key)[name]]
+            ]
+            kept: list[tuple[int, float, str]] = []
+            for offer in sorted(offers):
+                if not kept or (offer[0] > kept[-1][0] and offer[1] < kept[-1][1]):
+                    kept.append(offer)
+            costs.append(tuple(price for price, _, _ in kept))
+            self.losses.append(tuple(loss for _, loss, _ in kept))
+            self.keys.append(tuple(key for _, _, key in kept))
+        self.index = Index(tuple(costs))
+        self._present: list[str | None] = [None] * len(self.names)
+        self._linears: OrderedDict[tuple[str, str], QuantizedLinear] = OrderedDict()
+        self._budget = int(CACHE_SHARE * free_memory(model.device))
+
+    def chosen(self, assignment: Assignment) -> dict[str, str]:
+        """Each layer's candidate."""
+        return {name: keys[level] for name, keys, level in zip(self.names, self.keys, assignment, strict=True)}
+
+    def apply(self, assignment: Assignment) -> None:
+        """See `Space`."""
+        for item, (name, key) in enumerate(self.chosen(assignment).items()):
+            if self._present[item] != key:
+                self.model.set_submodule(name, self._linear(name, key))
+                self._present[item] = key
+
+    def _linear(self, name: str, key: str) -> QuantizedLinear:
+        """A layer with one of its candidates, unpacked as long as there is room."""
+        if (name, key) not in self._linears:
+            (weight,) = self.database.store.load(self.database.blocks[name], key, [name]).values()
+            weight = weight.map(lambda tensor: tensor.to(self.model.device))
+            linear = new_linear(weight, self.model.get_submodule(name))
+            linear.packed.prepare()
+            linear.hold(self._dtype)
+            self._linears[name, key] = linear
+            size = sum(_held_bytes(held, self._dtype) for held in self._linears.values())
+            while size > self._budget and len(self._linears) > 1:
+                _, dropped = self._linears.popitem(last=False)
+                size -= _held_bytes(dropped, self._dtype)
+                dropped.release()
+        self._linears.move_to_end((name, key))
+        return self._linears[name, key]
+
+
+def _held_bytes(linear: QuantizedLinear, dtype: torch.dtype) -> int:
+    return linear.in_features * linear.out_features * dtype.itemsize
+
+
+class BlockSpace:
+    """Blocks that stay (level 1) or are left out (level 0): depth pruning. The budget counts blocks.
+
+    Args:
+        model: on its device.
+        _dtype: of unpacked weights, of which there are none.
+    """
+
+    def __init__(self, model: PreTrainedModel, _dtype: torch.dtype = torch.float32) -> None:
+        self.model = model
+        prefix, self._list = find_blocks(model)
+        self._blocks = list(self._list)
+        self.names = [f"{prefix}.{index}" for index in range(len(self._blocks))]
+        self.index = Index(((0, 1),) * len(self._blocks))
+        self.losses: list[tuple[float, ...]] = [(1.0, 0.0)] * len(self._blocks)
+        self._wrap = _returned_form(model, self._blocks[0])
+
+    def apply(self, assignment: Assignment) -> None:
+        """See `Space`; a block that is left out hands its input on."""
+        for number, (block, level) in enumerate(zip(self._blocks, assignment, strict=True)):
+            self._list[number] = block if level else _Skipped(block, self._wrap)
+
+    def pruned(self, assignment: Sequence[int]) -> PreTrainedModel:
+        """The model without the blocks that are left out, as one that can be saved."""
+        kept = [number for number, level in enumerate(assignment) if level]
+        prefix = self.names[0].rsplit(".", 1)[0]
+        self.model.set_submodule(prefix, nn.ModuleList(self._blocks[number] for number in kept))
+        config = self.model.config.get_text_config()
+        count = len(self._blocks)
+        for key, value in list(config.to_dict().items()):
+            if isinstance(value, list) and len(value) == count:  # layer_types and their like
+                setattr(config, key, [value[number] for number in kept])
+        config.num_hidden_layers = len(kept)
+        for place, number in enumerate(kept):
+            for module in self._blocks[number].modules():
+                if isinstance(getattr(module, "layer_idx", None), int):
+                    module.layer_idx = place  # type: ignore[assignment]  # caches go by it
+        return self.model
+
+
+class _Skipped(nn.Module):
+    """In a block's place: its input is its output, in the form in which the block returns it."""
+
+    def __init__(self, block: nn.Module, wrap: Wrap) -> None:
+        super().__init__()
+        self._wrap = wrap
+        for name in ("attention_type", "layer_type"):  # models choose masks by it
+            if hasattr(block, name):
+                setattr(self, name, getattr(block, name))
+
+    def forward(self, hidden: Tensor, *_args: object, **_kwargs: object) -> Any:
+        """The input."""
+        return self._wrap(hidden)
+
+
+@torch.no_grad()
+def _returned_form(model: PreTrainedModel, block: nn.Module) -> Wrap:
+    """How blocks return hidden states: as they are, or as the first of several."""
+    outputs: list[Any] = []
+    handle = block.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    try:
+        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+    finally:
+        handle.remove()
+    rest = outputs[0][1:] if isinstance(outputs[0], tuple) else None
+    return bare if rest is None else lambda hidden: (hidden, *rest)

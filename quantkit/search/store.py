@@ -1,0 +1,173 @@
+"""The database of candidates: every layer, packed in several ways, with what each costs and loses.
+
+    FOLDER/database.json                    whose candidates these are: model, calibration, the prefix they were fed by
+    FOLDER/block-00001/KEY.safetensors      one way to pack a block's layers, tensors named as in a checkpoint
+    FOLDER/block-00001/KEY.json             its quantizer, and each layer's metadata, relative error and damping
+
+A file appears whole, and its presence says that it is done, so that a build which was killed goes on where it stopped,
+another set of candidates adds what is missing, and several searches may read one database. Candidates that are equal
+have equal keys, hence one file.
+"""
+
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quantkit.calibrate import LayerResult
+from quantkit.checkpoint import write_durably, write_json
+from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.protocols import Quantizer
+from quantkit.shards import open_shard
+from quantkit.weight import QuantizedWeight
+
+VERSION = 1
+_RECORD = "database.json"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to pack one layer.
+
+    Attributes:
+        nbytes: of its tensors.
+        relative_error: proxy loss over that of an empty weight.
+        damping: with which the Hessian factored, or None.
+        metadata: see `QuantizedWeight.metadata`.
+    """
+
+    nbytes: int
+    relative_error: float
+    damping: float | None
+    metadata: dict[str, Any]
+
+
+def candidate_key(quantizer: Quantizer) -> str:
+    """The name of a quantizer's files: equal for equal settings."""
+    text = repr(quantizer)
+    words = re.findall(r"[A-Za-z]+(?=\()|bits=[\d.]+", text)
+    name = "-".join(word.lower().replace("bits=", "") for word in words)
+    return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+class Store:
+    """A database on disk.
+
+    Args:
+        folder: where it is, or will be.
+        identity: JSON of all that candidates depend on but for their own settings.
+        num_blocks: decoder blocks of the model; layers outside them count as one more.
+
+    Raises:
+        QuantkitError: the folder holds something else, or candidates of another model or calibration.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], num_blocks: int) -> None:
+        self.folder, self.num_blocks = folder, num_blocks
+        self._sidecars: dict[Path, dict[str, Any]] = {}
+        wanted = json.loads(json.dumps({"version": VERSION, "identity": identity}))
+        record = folder / _RECORD
+        if record.is_file():
+            try:
+                found = json.loads(record.read_text())
+                former = found["identity"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(
+                    f"{record} is unreadable ({error}); remove the database and build it anew"
+                ) from error
+            differing = sorted(k for k in former.keys() | wanted["identity"].keys() if former.get(k) != identity.get(k))
+            differing = [k for k in differing if json.dumps(former.get(k)) != json.dumps(wanted["identity"].get(k))]
+            if found.get("version") != VERSION or differing:
+                what = ", ".join(differing) or "version"
+                raise QuantkitError(
+                    f"{folder} holds candidates of another run ({what} differ); give another --database, or remove it"
+                )
+        elif folder.exists() and any(folder.iterdir()):
+            raise QuantkitError(f"{folder} exists and is no database of candidates; give another --database")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(record, wanted)
+
+    def has(self, index: int, key: str) -> bool:
+        """Whether a block's candidates of one kind are there."""
+        return self._path(index, key).is_file()
+
+    def write(self, index: int, key: str, quantizer: Quantizer, layers: Mapping[str, LayerResult]) -> None:
+        """Makes a block's candidates of one kind durable; what is there stays."""
+        path = self._path(index, key)
+        if path.is_file():
+            return
+        tensors = {
+            f"{layer}.{name}": tensor.cpu().contiguous()
+            for layer, result in layers.items()
+            for name, tensor in result.weight.state().items()
+        }
+        entries = {
+            layer: {
+                "nbytes": result.weight.nbytes,
+                "relative_error": result.relative_error,
+                "damping": result.damping,
+                "metadata": result.weight.metadata(),
+            }
+            for layer, result in layers.items()
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
+        write_json(path.with_suffix(".json"), {"quantizer": repr(quantizer), "layers": entries, "checksums": checksums})
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        write_durably(path, partial(save_file, tensors, metadata={"format": "pt"}), needed)
+
+    def candidates(self, index: int, key: str) -> dict[str, Candidate]:
+        """A block's candidates of one kind, by layer.
+
+        Raises:
+            CheckpointError: they are missing or damaged.
+        """
+        return {layer: Candidate(**entry) for layer, entry in self._sidecar(index, key)["layers"].items()}
+
+    def load(self, index: int, key: str, layers: Iterable[str]) -> dict[str, QuantizedWeight]:
+        """Some layers' packed weights.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        path, sidecar = self._path(index, key), self._sidecar(index, key)
+        weights = {}
+        with open_shard(path) as shard:
+            present = set(shard.keys())
+            for layer in layers:
+                state = {}
+                for name in (name for name in sidecar["checksums"] if name.startswith(f"{layer}.")):
+                    tensor = shard.get_tensor(name) if name in present else None
+                    if tensor is None or _checksum(tensor) != sidecar["checksums"][name]:
+                        raise CheckpointError(f"{path} is damaged at {name}; remove it, and the next run makes it anew")
+                    state[name.removeprefix(f"{layer}.")] = tensor
+                weights[layer] = QuantizedWeight.from_state(sidecar["layers"][layer]["metadata"], state)
+        return weights
+
+    def _path(self, index: int, key: str) -> Path:
+        number = self.num_blocks + 1 if index < 0 else index + 1
+        return self.folder / f"block-{number:05d}" / f"{key}.safetensors"
+
+    def _sidecar(self, index: int, key: str) -> dict[str, Any]:
+        path = self._path(index, key).with_suffix(".json")
+        if path not in self._sidecars:
+            try:
+                found = json.loads(path.read_text())
+                self._sidecars[path] = {"layers": found["layers"], "checksums": found["checksums"]}
+            except (OSError, ValueError, KeyError) as error:
+                raise CheckpointError(f"{path} is damaged ({error}); remove it and the file beside it") from error
+        return self._sidecars[path]
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,172 @@
+"""A search over a model: its figures are the model's, it resumes exactly, and what it makes is a checkpoint."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import quantkit
+from quantkit import GPTQ
+from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.metrics import token_kl
+from quantkit.recipe import Recipe, read_plan
+from quantkit.search.budget import Budget
+from quantkit.search.evolve import Evolution
+from quantkit.search.session import assemble
+from quantkit.search.spaces import BlockSpace
+
+from .conftest import SHORT, TEXT, make_session
+
+
+@pytest.fixture(scope="module")
+def budget(session, database):
+    return Budget(3.0, "bits").units(database.source, session.space.names)
+
+
+def test_levels_are_sorted_and_what_is_dominated_is_left_out(session):
+    assert all(len(costs) == 3 for costs in session.space.index.costs), "RTN is as large as GPTQ, and worse"
+    assert all(a > b > c for a, b, c in session.space.losses)
+
+
+def test_fitness_is_the_models_kl(session, reference):
+    """Full vocabulary kept, so that the cache loses next to nothing; the model runs in mixed precision."""
+    assignment = tuple(item % 3 for item in range(42))
+    (found,) = session.fitness.on([assignment], torch.arange(4))
+    teacher = quantkit.load(reference, dtype=torch.float32).eval()
+    session.space.apply(assignment)
+    windows = session.fitness.windows[:4]
+    with torch.no_grad():
+        wanted = token_kl(teacher(windows).logits, session.space.model(windows).logits).mean()
+    assert found == pytest.approx(float(wanted), rel=0.03)
+
+
+def test_figures_do_not_depend_on_what_was_measured_before(session):
+    low, high = (0,) * 42, (2,) * 42
+    first = session.fitness([low, high], 512, 3)
+    again = [session.fitness([a], 512, 3)[0] for a in (high, low)]
+    assert first == again[::-1]
+    assert first[0] > first[1]
+    assert session.fitness([low], 512, 4) != session.fitness([low], 512, 3)
+
+
+def test_sensitivities_tell_layers_apart(session):
+    found = session.sensitivities()
+    assert all(levels[0] >= levels[1] >= levels[2] >= 0 for levels in found)
+    assert max(levels[0] for levels in found) > 2 * min(levels[0] for levels in found)
+
+
+def test_a_search_keeps_its_budget_and_is_no_worse_than_its_starts(session, budget):
+    states = []
+    outcome = session.search(budget, progress=states.append)
+    assert len(outcome.history) == len(states) == 3
+    assert outcome.spent <= budget and all(line.cost <= budget for line in outcome.history)
+    assert outcome.spent > 0.999 * budget
+    assert set(outcome.starts) | {"search"} == set(outcome.held_out)
+    assert all(session.space.index.cost(start) <= budget for start in outcome.starts.values())
+    assert outcome.held_out["search"] < outcome.held_out["uniform"]
+
+
+def test_an_interrupted_search_ends_in_the_same_assignment(session, budget, tmp_path):
+    whole = session.search(budget)
+
+    def stop(now):
+        if len(now.history) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        session.search(budget, tmp_path / "s.json", stop)
+    rest = []
+    again = session.search(budget, tmp_path / "s.json", rest.append)
+    assert len(rest) == 1
+    assert again == whole
+    with pytest.raises(QuantkitError, match="other settings"):
+        session.search(budget - 1, tmp_path / "s.json")
+    (tmp_path / "s.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not a search's state"):
+        session.search(budget, tmp_path / "s.json")
+
+
+def test_the_checkpoint_is_the_model_that_was_measured(session, database, reference, budget, tmp_path):
+    outcome = session.search(budget)
+    chosen = session.space.chosen(outcome.assignment)
+    texts = {quantizer: f"gptq:{quantizer.bits}" for quantizer in database.quantizers.values()}
+    plan = {"layers": {layer: texts[database.quantizers[key]] for layer, key in chosen.items()}}
+    report = assemble(
+        reference, database, chosen, tmp_path / "found", settings={"budget": budget},
+        files={"quantkit_plan.json": json.dumps(plan)}, device=torch.device("cpu"),
+    )  # fmt: skip
+    assert report.bits_per_weight <= 3.0
+    assert report.bits_per_weight == pytest.approx(8 * outcome.spent / report.packed_weights)
+    loaded = quantkit.load(tmp_path / "found", dtype=torch.float32).eval()
+    session.space.apply(outcome.assignment)
+    for linear in session.space.model.modules():
+        if hasattr(linear, "release"):
+            linear.release()
+    tokens = session.fitness.windows[:1, :40]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, session.space.model(tokens).logits, rtol=1e-4, atol=1e-4)
+        assert loaded.generate(tokens, max_new_tokens=4, do_sample=False).shape == (1, 44)
+    rules = read_plan(tmp_path / "found" / "quantkit_plan.json")
+    assert list(Recipe(None, rules).plan(quantkit.load(reference))) == list(chosen)
+    again = Recipe(None, {**rules, "*.mlp.*": None}).plan(quantkit.load(reference))
+    assert len(again) == 24
+
+
+def test_a_size_counts_every_byte_of_the_files(session, database, reference, tmp_path):
+    source, names = database.source, session.space.names
+    asked = int(0.35 * source.nbytes())
+    allowed = Budget(asked, "bytes").units(source, names)
+    outcome = session.search(allowed)
+    assemble(
+        reference, database, session.space.chosen(outcome.assignment), tmp_path / "found", settings={}, files={},
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    size = sum(path.stat().st_size for path in (tmp_path / "found").glob("*.safetensors"))
+    assert 0.98 * asked < size <= asked
+
+
+def test_impossible_budgets_say_what_is_possible(session):
+    least = session.space.index.cost((0,) * 42)
+    with pytest.raises(QuantkitError, match=f"the least is {least:,}"):
+        session.search(least - 1)
+
+
+def test_perplexity_is_a_measure_too(reference, database, place, budget):
+    session = make_session(reference, database, place, measure="perplexity", start="uniform")
+    low, high = session.fitness([(0,) * 42, (2,) * 42], 512, 0)
+    assert 2 < high < low < 4
+    assert set(session.search(budget).held_out) == {"uniform", "search"}
+
+
+def test_blocks_are_left_out(reference, tmp_path):
+    settings = dataclasses.replace(SHORT, evolution=Evolution(2, 4, ((1, 512),)))
+    session = quantkit.search.session.Session(reference, BlockSpace, tmp_path, TEXT, settings, torch.device("cpu"))
+    outcome = session.search(4)
+    assert sum(outcome.assignment) == 4
+    figures = session.fitness([(1,) * 6, outcome.assignment, (0, 0, 1, 1, 1, 1)], 512, 0)
+    assert figures[0] == pytest.approx(0, abs=2e-3) and figures[1] < figures[2]
+    session.space.apply(outcome.assignment)
+    tokens = session.fitness.windows[:1, :40]
+    with torch.no_grad():
+        wanted = session.space.model(tokens, use_cache=False).logits
+        pruned = session.space.pruned(outcome.assignment)
+        assert pruned.config.num_hidden_layers == 4
+        pruned.save_pretrained(tmp_path / "pruned")
+        loaded = quantkit.load(tmp_path / "pruned", dtype=torch.float32).eval()
+        torch.testing.assert_close(loaded(tokens).logits, wanted, rtol=1e-4, atol=1e-4)
+        assert loaded.generate(tokens, max_new_tokens=4, do_sample=False).shape == (1, 44)
+
+
+def test_candidates_in_words():
+    from quantkit.quantizers.sparse import Sparse
+    from quantkit.recipe import parse_quantizer
+
+    assert parse_quantizer("gptq:3") == GPTQ(3)
+    assert parse_quantizer("gptq:4:group_size=64:symmetric=no") == GPTQ(4, 64, symmetric=False)
+    assert parse_quantizer("pyramid:2.5:hadamard=no") == quantkit.Pyramid(2.5)
+    assert parse_quantizer("gptq:2:low_rank=4") == quantkit.LowRank(GPTQ(2), 4)
+    assert parse_quantizer("sparse:sparsity=0.5") == Sparse(0.5)
+    for text in ("gptq", "gptq:x", "gptq:3:group", "nothing:3", "gptq:3:colour=2", ""):
+        with pytest.raises(QuantkitError):
+            parse_quantizer(text)
