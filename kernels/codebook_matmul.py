@@ -91,9 +91,7 @@ def launch(
         ValueError: shapes or dtypes that the kernels' addresses do not allow.
     """
     check(x, codes, books, residual_codes, residual_books, out_features, bias, up, down)
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows = launching.rows_of(x)
     if not len(rows):
         return x.new_empty(*x.shape[:-1], out_features)
     problem = problem_of(rows, books, residual_books, out_features)

@@ -14,7 +14,6 @@ SOURCE says where vectors come from: "plain" is loads that Triton places; "share
 import triton
 import triton.language as tl
 
-from quantkit.kernels import bitpack
 from quantkit.kernels.codebook_table import (
     constraints,
     field,
@@ -30,14 +29,12 @@ from quantkit.kernels.tiles import (
     finish,
     in_columns,
     operand,
-    or_plane,
-    ragged_plane,
+    pairs_of_codes,
+    ragged_codes,
     round_to,
     spread,
     spread_two,
 )
-
-_tail_words = triton.constexpr_function(bitpack.tail_words_per_lane)
 
 
 @triton.jit
@@ -53,39 +50,8 @@ def _code_pairs(
     elif BITS & (BITS - 1) == 0:
         pairs = spread(tl.load(row_ptr + tile * (4 * BITS) + tl.arange(0, 4 * BITS)[None, :]), BLOCK_N, BITS)
     else:
-        pairs = 0
-        if BITS & 8:
-            pairs = or_plane(row_ptr + tile * 32, pairs, BLOCK_N, 8, 0, ASM)
-            row_ptr += full_tiles * 32
-        if BITS & 4:
-            pairs = or_plane(row_ptr + tile * 16, pairs, BLOCK_N, 4, BITS & 8, ASM)
-            row_ptr += full_tiles * 16
-        if BITS & 2:
-            pairs = or_plane(row_ptr + tile * 8, pairs, BLOCK_N, 2, BITS & 12, ASM)
-            row_ptr += full_tiles * 8
-        if BITS & 1:
-            pairs = or_plane(row_ptr + tile * 4, pairs, BLOCK_N, 1, BITS & 14, ASM)
+        pairs = pairs_of_codes(row_ptr, tile, full_tiles, 0, BITS, BLOCK_N, ASM)
     return pairs
-
-
-@triton.jit
-def _any_codes(row_ptr, k, in_k, tile, full_tiles, BITS: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Codes [BLOCK_N, 128] of any tile, field by field; 0 beyond the last column. TAIL columns are in a short tile."""
-    codes = tl.zeros((BLOCK_N, 128), dtype=tl.int32)
-    if BITS & 16:
-        codes |= ragged_plane(row_ptr, k, in_k, tile, full_tiles, _tail_words(TAIL, 16), 16)
-    if BITS & 8:
-        codes |= ragged_plane(row_ptr, k, in_k, tile, full_tiles, _tail_words(TAIL, 8), 8)
-        row_ptr += 4 * (full_tiles * 8 + _tail_words(TAIL, 8))
-    if BITS & 4:
-        codes |= ragged_plane(row_ptr, k, in_k, tile, full_tiles, _tail_words(TAIL, 4), 4) << (BITS & 8)
-        row_ptr += 4 * (full_tiles * 4 + _tail_words(TAIL, 4))
-    if BITS & 2:
-        codes |= ragged_plane(row_ptr, k, in_k, tile, full_tiles, _tail_words(TAIL, 2), 2) << (BITS & 12)
-        row_ptr += 4 * (full_tiles * 2 + _tail_words(TAIL, 2))
-    if BITS & 1:
-        codes |= ragged_plane(row_ptr, k, in_k, tile, full_tiles, _tail_words(TAIL, 1), 1) << (BITS & 14)
-    return codes
 
 
 @triton.jit
@@ -122,13 +88,13 @@ def _looked_up(
 
 @triton.jit
 def _loaded(
-    row_ptr, book_ptr, k, in_k, tile, full_tiles, left, BITS: tl.constexpr, TILED: tl.constexpr, TAIL: tl.constexpr,
-    V: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr, ASM: tl.constexpr,
+    row_ptr, book_ptr, k, tile, K, left, BITS: tl.constexpr, TILED: tl.constexpr, TAIL: tl.constexpr, V: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """WINDOW entries of each code's vector, each [BLOCK_N, 128], by loads; from the `left`-th on they are 0."""
     entries = ()
     if TILED:
-        pairs = _code_pairs(row_ptr, tile, full_tiles, BITS, False, BLOCK_N, ASM)
+        pairs = _code_pairs(row_ptr, tile, K // 128, BITS, False, BLOCK_N, ASM)
         low = (pairs & ((1 << BITS) - 1)) * V
         high = ((pairs >> 16) & ((1 << BITS) - 1)) * V
         for j in tl.static_range(WINDOW):
@@ -136,7 +102,7 @@ def _loaded(
             odd = tl.load(book_ptr + high + j, mask=j < left, other=0.0)
             entries += (in_columns(even, odd, BLOCK_N, PAIRS),)
     else:
-        place = _any_codes(row_ptr, k, in_k, tile, full_tiles, BITS, TAIL, BLOCK_N) * V
+        place = ragged_codes(row_ptr, k, tile, K, BITS, TAIL) * V
         for j in tl.static_range(WINDOW):
             entries += (tl.load(book_ptr + place + j, mask=j < left, other=0.0),)
     return entries
@@ -318,21 +284,20 @@ def decode_kernel(
         begin = first if SECTIONS == 1 else tl.maximum(first, (origin + section) * range_tiles)
         end = last if SECTIONS == 1 else tl.minimum(last, (origin + section + 1) * range_tiles)
         for tile in range(begin, end):
-            in_k = tile * 128 + k < K
             if TILED:
                 x = tl.load(x_row_ptr + tile * 128)
             else:
-                x = tl.load(x_row_ptr + tile * 128, mask=in_k[:, None], other=0.0)
+                x = tl.load(x_row_ptr + tile * 128, mask=(tile * 128 + k < K)[:, None], other=0.0)
             if PLAIN:
                 entries = _loaded(
-                    row_ptr, books_ptr + tile // range_tiles * (V << BITS), k, in_k, tile, full_tiles, left,
-                    BITS, TILED, TAIL, V, WINDOW, BLOCK_N, PAIRS, ASM,
+                    row_ptr, books_ptr + tile // range_tiles * (V << BITS), k, tile, K, left, BITS, TILED, TAIL, V,
+                    WINDOW, BLOCK_N, PAIRS, ASM,
                 )  # fmt: skip
                 more = entries
                 if MORE_BITS > 0:
                     more = _loaded(
-                        more_row_ptr, more_books_ptr + tile // more_range_tiles * (V << MORE_BITS), k, in_k, tile,
-                        full_tiles, left, MORE_BITS, TILED, TAIL, V, WINDOW, BLOCK_N, PAIRS, ASM,
+                        more_row_ptr, more_books_ptr + tile // more_range_tiles * (V << MORE_BITS), k, tile, K, left,
+                        MORE_BITS, TILED, TAIL, V, WINDOW, BLOCK_N, PAIRS, ASM,
                     )  # fmt: skip
             else:
                 pairs = _code_pairs(row_ptr, tile, full_tiles, BITS, TWO, BLOCK_N, ASM)
@@ -387,15 +352,15 @@ def dequantize_kernel(
     row = tl.minimum(vectors, tl.cdiv(N, V) - 1)[:, None]
     book_ptr = books_ptr + tile // range_tiles * (V << BITS)
     entries = _loaded(
-        codes_ptr + row * tl.multiple_of(words, 4), book_ptr, tl.arange(0, 128), column < K, tile, K // 128, V,
-        BITS, TILED, TAIL, V, V, BLOCK_N, 2, ASM,
+        codes_ptr + row * tl.multiple_of(words, 4), book_ptr, tl.arange(0, 128), tile, K, V, BITS, TILED,
+        TAIL, V, V, BLOCK_N, 2, ASM,
     )  # fmt: skip
     more = entries
     if MORE_BITS > 0:
         book_ptr = more_books_ptr + tile // more_range_tiles * (V << MORE_BITS)
         more = _loaded(
-            more_codes_ptr + row * tl.multiple_of(more_words, 4), book_ptr, tl.arange(0, 128), column < K, tile,
-            K // 128, V, MORE_BITS, TILED, TAIL, V, V, BLOCK_N, 2, ASM,
+            more_codes_ptr + row * tl.multiple_of(more_words, 4), book_ptr, tl.arange(0, 128), tile, K, V,
+            MORE_BITS, TILED, TAIL, V, V, BLOCK_N, 2, ASM,
         )  # fmt: skip
     for j in tl.static_range(V):
         weight = entries[j].to(tl.float32)

@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from quantkit.kernels import launching
+
 LARGEST_CORE = 256
 """The largest order of C that is used: C costs a dense product."""
 LARGEST_BLOCK = 2**17
@@ -248,15 +250,13 @@ def launch(x: Tensor, signs: Tensor, inverse: bool = False, chosen: Sizes | None
     """
     check(x, signs)
     n = x.shape[-1]
-    rows = x.reshape(-1, n)
-    vectors = len(rows) * factors(n).blocks
+    vectors = x.numel() // n * factors(n).blocks
     if x.dtype == torch.float64 or factors(n).size > LARGEST_BLOCK or vectors > 2**30:  # counted in 32 bits
         return reference(x, signs, inverse)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not vectors:
         return y
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows = launching.rows_of(x)
     from quantkit.kernels.hadamard_triton import rotate_kernel  # Triton exists on Linux alone
 
     chosen = chosen or sizes(len(rows), n, x.dtype)
@@ -293,27 +293,14 @@ def _fake(x, signs, inverse):
 
 
 def _on_cpu(x, signs, inverse):
-    return _in_own_types(reference, x, signs, inverse)
+    return launching.in_own_types(reference, x, signs, inverse)
 
 
 def _on_gpu(x, signs, inverse):
     check(x, signs)  # either may be elsewhere
     # The kernel's shared memory and instructions are those of sm_80 and newer.
-    return _in_own_types(launch if _capability(x.device) >= 80 else reference, x, signs, inverse)
-
-
-@lru_cache
-def _capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def _in_own_types(function, x, *arguments):
-    """Keeps autocast from changing the types of the reference's products."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return function(x, *arguments)
-    with torch.autocast(x.device.type, enabled=False):
-        return function(x, *arguments)
+    new = launching.properties(x.device)[0] >= 80
+    return launching.in_own_types(launch if new else reference, x, signs, inverse)
 
 
 def _remember(ctx, inputs, output):

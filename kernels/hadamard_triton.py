@@ -19,6 +19,8 @@ times the registers: its matrices have to be made, and fp32 sums to be split int
 import triton
 import triton.language as tl
 
+from quantkit.kernels.tiles import dot, round_to
+
 
 @triton.jit
 def _core(i, j, ORDER: tl.constexpr, Q: tl.constexpr, ROOT: tl.constexpr, NEGATIVE: tl.constexpr):
@@ -47,28 +49,11 @@ def _core(i, j, ORDER: tl.constexpr, Q: tl.constexpr, ROOT: tl.constexpr, NEGATI
 
 
 @triton.jit
-def _round(values, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """fp32 -> dtype, to nearest; the interpreter's own conversion to bf16 truncates."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = values.to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return values.to(dtype)
-
-
-@triton.jit
 def _top(values):
     """fp32 -> its 8 highest bits as bf16, and the rest."""
     bits = values.to(tl.uint32, bitcast=True)
     top = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return top, values - (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _dot(a, b, accumulator, UPCAST: tl.constexpr):
-    if UPCAST:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
-    return tl.dot(a, b, accumulator)
 
 
 @triton.jit
@@ -151,14 +136,14 @@ def rotate_kernel(
                 if dtype == tl.float32:
                     for _ in tl.static_range(2):
                         top, x = _top(x)
-                        values = _dot(matrix, top, values, INTERPRETED)
-                    x = _round(x, narrow, INTERPRETED)
-                values = _dot(matrix, x, values, INTERPRETED)
+                        values = dot(matrix, top, values, INTERPRETED)
+                    x = round_to(x, narrow, INTERPRETED)
+                values = dot(matrix, x, values, INTERPRETED)
     # columns first: Triton then keeps their highest bits in registers, where the stages put them
     values = tl.permute(tl.reshape(values, (BLOCK_G, BLOCK_V, INNER)), (2, 0, 1))
     values = _sylvester(tl.reshape(values, (INNER, BLOCK_G * BLOCK_V)), STAGES)
     values = tl.permute(tl.reshape(values, (INNER, BLOCK_G, BLOCK_V)), (1, 2, 0))
-    y = _round(tl.reshape(values, (BLOCK_G, COLUMNS)) * SCALE, dtype, INTERPRETED)
+    y = round_to(tl.reshape(values, (BLOCK_G, COLUMNS)) * SCALE, dtype, INTERPRETED)
     at = row * POWER + share * INNER
     if INVERSE:
         y = _flipped(y, signs_ptr, feature + at, (row < CORE) & in_signs, STEP)

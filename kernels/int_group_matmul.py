@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels import launching, operators
-from quantkit.kernels.bitpack import TILE, row_words, tail_words_per_lane, unpack
+from quantkit.kernels.bitpack import TILE, row_words, unpack
 from quantkit.kernels.launching import or_stand_in
 from quantkit.kernels.tuning import Config, chosen, shares
 
@@ -134,8 +134,8 @@ def gemm_rule(problem: Problem) -> Config:
 
 def flags(problem: Problem, has_zeros: bool) -> dict[str, Any]:
     """The compile-time arguments that `gemm_kernel` and `dequantize_kernel` share."""
-    tails = {f"TAIL_{width}": tail_words_per_lane(problem.K, width) for width in (8, 4, 2, 1)}
-    return {"BITS": problem.bits, "HAS_ZEROS": has_zeros, "WHOLE_GROUPS": problem.whole_groups, **tails}
+    tail = problem.K % TILE
+    return {"BITS": problem.bits, "HAS_ZEROS": has_zeros, "WHOLE_GROUPS": problem.whole_groups, "TAIL": tail}
 
 
 def problem_of(x: Tensor, codes: Tensor, bits: int, group_size: int) -> Problem:
@@ -165,10 +165,8 @@ def launch(
         ValueError: shapes or dtypes that the kernels' addresses do not allow.
     """
     check(x, codes, scales, zeros, bits, group_size, bias, up, down)
-    N, K = codes.shape[0], x.shape[-1]
-    rows = x.reshape(-1, K)
-    if K and rows.stride(1) != 1:
-        rows = rows.contiguous()
+    N = len(codes)
+    rows = launching.rows_of(x)
     if not (len(rows) and N):
         return x.new_empty(*x.shape[:-1], N)
     problem = problem_of(rows, codes, bits, group_size)

@@ -12,8 +12,8 @@ from quantkit.kernels.tiles import (
     finish,
     mask_or,
     operand,
-    or_plane,
-    ragged_plane,
+    pairs_of_codes,
+    ragged_codes,
     rotate_right,
     round_to,
     spread,
@@ -33,15 +33,7 @@ def _codes_tile(
         low = operand(mask_or(words, 0x000F000F, MAGIC, ASM), dtype, BLOCK_N, PAIRS)
         high = operand(mask_or(rotate_right(words, 4), 0x000F000F, MAGIC, ASM), dtype, BLOCK_N, PAIRS)
     else:
-        pairs = MAGIC
-        if BITS & 4:
-            pairs = or_plane(row_ptr + tile * 16, pairs, BLOCK_N, 4, 0, ASM)
-            row_ptr += full_tiles * 16
-        if BITS & 2:
-            pairs = or_plane(row_ptr + tile * 8, pairs, BLOCK_N, 2, BITS & 4, ASM)
-            row_ptr += full_tiles * 8
-        if BITS & 1:
-            pairs = or_plane(row_ptr + tile * 4, pairs, BLOCK_N, 1, BITS & 6, ASM)
+        pairs = pairs_of_codes(row_ptr, tile, full_tiles, MAGIC, BITS, BLOCK_N, ASM)
         low = operand(pairs, dtype, BLOCK_N, PAIRS)
         high = low
     return low, high
@@ -122,14 +114,13 @@ def decode_kernel(
 @triton.jit
 def _weight_tile(
     codes_ptr, scales_ptr, zeros_ptr, rows_n, tile, N, K, words, group_size, dtype: tl.constexpr,
-    BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, WHOLE_GROUPS: tl.constexpr,
-    TAIL_8: tl.constexpr, TAIL_4: tl.constexpr, TAIL_2: tl.constexpr, TAIL_1: tl.constexpr,
+    BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, WHOLE_GROUPS: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_N: tl.constexpr, PAIRS: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """The dequantized weight [BLOCK_N, 128] of any tile: (code - zero) * scale in fp32, rounded to dtype.
 
-    WHOLE_GROUPS: no group ends inside a tile. A short last tile (any TAIL) is read field by field. Columns stand in
-    the order of `column_order(PAIRS)`.
+    WHOLE_GROUPS: no group ends inside a tile. Where the last tile is short (TAIL columns), all are read field by field.
+    Columns stand in the order of `column_order(PAIRS)`.
     """
     ZERO: tl.constexpr = (2**BITS - 1) / 2
     full_tiles = K // 128
@@ -139,7 +130,7 @@ def _weight_tile(
     in_n = rows_n < N
     words = tl.multiple_of(words, 4)
     row_ptr = codes_ptr + tl.minimum(rows_n, N - 1)[:, None] * words
-    if TAIL_8 + TAIL_4 + TAIL_2 + TAIL_1 == 0:
+    if TAIL == 0:
         narrow: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float16
         OFFSET: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0
         low, high = _codes_tile(row_ptr, tile, full_tiles, BITS, narrow, BLOCK_N, PAIRS, ASM)
@@ -147,19 +138,7 @@ def _weight_tile(
         if BITS == 8:
             code += (high.to(tl.float32) - OFFSET) * 16
     else:
-        fields = tl.zeros((BLOCK_N, 128), dtype=tl.int32)
-        if BITS & 8:
-            fields = ragged_plane(row_ptr, k, in_k, tile, full_tiles, TAIL_8, 8)
-            row_ptr += 4 * (full_tiles * 8 + TAIL_8)
-        if BITS & 4:
-            fields = ragged_plane(row_ptr, k, in_k, tile, full_tiles, TAIL_4, 4)
-            row_ptr += 4 * (full_tiles * 4 + TAIL_4)
-        if BITS & 2:
-            fields |= ragged_plane(row_ptr, k, in_k, tile, full_tiles, TAIL_2, 2) << (BITS & 4)
-            row_ptr += 4 * (full_tiles * 2 + TAIL_2)
-        if BITS & 1:
-            fields |= ragged_plane(row_ptr, k, in_k, tile, full_tiles, TAIL_1, 1) << (BITS & 6)
-        code = fields.to(tl.float32) - (0.0 if HAS_ZEROS else ZERO)
+        code = ragged_codes(row_ptr, k, tile, K, BITS, TAIL).to(tl.float32) - (0.0 if HAS_ZEROS else ZERO)
     if WHOLE_GROUPS:
         place = (tile * 128 // group_size).to(tl.int64) * N + rows_n[:, None]
         inside = in_n[:, None]
@@ -177,7 +156,7 @@ def gemm_kernel(
     x_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, up_ptr, inner_ptr, y_ptr,
     M, N, K, words, group_size, stride_xm, rank,
     BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr,
-    WHOLE_GROUPS: tl.constexpr, TAIL_8: tl.constexpr, TAIL_4: tl.constexpr, TAIL_2: tl.constexpr, TAIL_1: tl.constexpr,
+    WHOLE_GROUPS: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """More rows of x, and every shape: BLOCK_N rows of W, dequantized in registers, times BLOCK_M rows of x.
@@ -194,9 +173,9 @@ def gemm_kernel(
     for tile in range(0, tl.cdiv(K, 128)):
         weight = _weight_tile(
             codes_ptr, scales_ptr, zeros_ptr, rows_n, tile, N, K, words, group_size, dtype,
-            BITS, HAS_ZEROS, WHOLE_GROUPS, TAIL_8, TAIL_4, TAIL_2, TAIL_1, BLOCK_N, PAIRS, ASM, INTERPRETED,
+            BITS, HAS_ZEROS, WHOLE_GROUPS, TAIL, BLOCK_N, PAIRS, ASM, INTERPRETED,
         )  # fmt: skip
-        if TAIL_8 + TAIL_4 + TAIL_2 + TAIL_1 == 0:
+        if TAIL == 0:
             x = tl.load(x_row_ptr + tile * 128)
         else:
             x = tl.load(x_row_ptr + tile * 128, mask=(tile * 128 + k < K)[:, None], other=0.0)
@@ -210,8 +189,7 @@ def gemm_kernel(
 @triton.jit
 def dequantize_kernel(
     codes_ptr, scales_ptr, zeros_ptr, weight_ptr, N, K, words, group_size,
-    BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, WHOLE_GROUPS: tl.constexpr,
-    TAIL_8: tl.constexpr, TAIL_4: tl.constexpr, TAIL_2: tl.constexpr, TAIL_1: tl.constexpr,
+    BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, WHOLE_GROUPS: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_N: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """W [N, K] in weight_ptr's type; one program a tile of 128 columns and BLOCK_N rows."""
@@ -219,7 +197,7 @@ def dequantize_kernel(
     tile = tl.program_id(1)
     weight = _weight_tile(
         codes_ptr, scales_ptr, zeros_ptr, rows_n, tile, N, K, words, group_size, weight_ptr.dtype.element_ty,
-        BITS, HAS_ZEROS, WHOLE_GROUPS, TAIL_8, TAIL_4, TAIL_2, TAIL_1, BLOCK_N, 2, ASM, INTERPRETED,
+        BITS, HAS_ZEROS, WHOLE_GROUPS, TAIL, BLOCK_N, 2, ASM, INTERPRETED,
     )  # fmt: skip
     column = tile * 128 + tl.arange(0, 128)
     inside = (rows_n < N)[:, None] & (column < K)[None, :]

@@ -1,4 +1,4 @@
-"""What all launches share: facts about the GPU, stand-ins for absent arguments, zeroed counters, autocast."""
+"""What all launches share: rows of x, facts about the GPU, stand-ins for absent arguments, counters, autocast."""
 
 import threading
 from functools import lru_cache
@@ -6,6 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x [..., K], K >= 1, as [M, K] with the columns of a row side by side, as kernels address them; rows may be apart.
+
+    Copies only where x has no such view.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def or_stand_in(tensor: Tensor | None, stand_in: Tensor) -> Tensor:

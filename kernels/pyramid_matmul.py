@@ -226,9 +226,7 @@ def _multiply(x, weight, sizes, shape, bias, up, down, config) -> Tensor:
     """
     N, bits, dimension, index_bits = shape
     K = x.shape[-1]
-    rows = x.reshape(-1, K)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows = launching.rows_of(x)
     if not len(rows):
         return x.new_empty(*x.shape[:-1], N)
     capability, multiprocessors, gpu = launching.properties(x.device)

@@ -10,7 +10,6 @@ Weights are formed in registers and rounded once. In 16-bit types two are formed
 import triton
 import triton.language as tl
 
-from quantkit.kernels import bitpack
 from quantkit.kernels.tiles import (
     column_order,
     dot,
@@ -18,13 +17,11 @@ from quantkit.kernels.tiles import (
     in_columns,
     leave_share,
     operand,
-    or_plane,
-    ragged_plane,
+    pairs_of_codes,
+    ragged_codes,
     round_to,
     sum_of_shares,
 )
-
-_tail_words = triton.constexpr_function(bitpack.tail_words_per_lane)
 
 
 @triton.jit
@@ -33,26 +30,6 @@ def row_order(BLOCK_N: tl.constexpr, WARPS: tl.constexpr):
     place = tl.arange(0, BLOCK_N)
     lane = place // 16 % WARPS * 8 + place % 8
     return lane * (BLOCK_N // (8 * WARPS)) + place // (16 * WARPS) * 2 + place // 8 % 2
-
-
-@triton.jit
-def pairs_of_codes(row_ptr, tile, tiles, start, BITS: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr):
-    """A full tile's codes ORed into the halves of `start`, [BLOCK_N, lane, o3, o2, o1, o0]."""
-    pairs = start
-    if BITS & 16:
-        pairs = tl.reshape(tl.load(row_ptr + tile * 64 + tl.arange(0, 64)[None, :]), (BLOCK_N, 4, 2, 2, 2, 2))
-    if BITS & 8:
-        pairs = or_plane(row_ptr + tile * 32, pairs, BLOCK_N, 8, 0, ASM)
-        row_ptr += tiles * 32
-    if BITS & 4:
-        pairs = or_plane(row_ptr + tile * 16, pairs, BLOCK_N, 4, BITS & 8, ASM)
-        row_ptr += tiles * 16
-    if BITS & 2:
-        pairs = or_plane(row_ptr + tile * 8, pairs, BLOCK_N, 2, BITS & 12, ASM)
-        row_ptr += tiles * 8
-    if BITS & 1:
-        pairs = or_plane(row_ptr + tile * 4, pairs, BLOCK_N, 1, BITS & 14, ASM)
-    return pairs
 
 
 @triton.constexpr_function
@@ -280,31 +257,9 @@ def _pairs_of_fields(
         pairs = tl.reshape(pairs_of_codes(line_ptr, tile, K // 128, 0, BITS, LINES, ASM), (LINES, 64))
     else:
         k = tl.arange(0, 64) % 16 * 8 + tl.arange(0, 64) // 16 * 2
-        pairs = _any_fields(line_ptr, k, tile, K, TAIL, BITS, LINES)
-        pairs |= _any_fields(line_ptr, k + 1, tile, K, TAIL, BITS, LINES) << 16
+        pairs = ragged_codes(line_ptr, k, tile, K, BITS, TAIL)
+        pairs |= ragged_codes(line_ptr, k + 1, tile, K, BITS, TAIL) << 16
     return pairs
-
-
-@triton.jit
-def _any_fields(line_ptr, k, tile, K, TAIL: tl.constexpr, BITS: tl.constexpr, LINES: tl.constexpr):
-    """Fields [LINES, 64] at the columns k of any tile, each read by itself; 0 beyond the last column."""
-    full_tiles = K // 128
-    in_k = tile * 128 + k < K
-    fields = tl.zeros((LINES, 64), dtype=tl.int32)
-    if BITS & 16:
-        fields |= ragged_plane(line_ptr, k, in_k, tile, full_tiles, _tail_words(TAIL, 16), 16)
-    if BITS & 8:
-        fields |= ragged_plane(line_ptr, k, in_k, tile, full_tiles, _tail_words(TAIL, 8), 8)
-        line_ptr += 4 * (full_tiles * 8 + _tail_words(TAIL, 8))
-    if BITS & 4:
-        fields |= ragged_plane(line_ptr, k, in_k, tile, full_tiles, _tail_words(TAIL, 4), 4) << (BITS & 8)
-        line_ptr += 4 * (full_tiles * 4 + _tail_words(TAIL, 4))
-    if BITS & 2:
-        fields |= ragged_plane(line_ptr, k, in_k, tile, full_tiles, _tail_words(TAIL, 2), 2) << (BITS & 12)
-        line_ptr += 4 * (full_tiles * 2 + _tail_words(TAIL, 2))
-    if BITS & 1:
-        fields |= ragged_plane(line_ptr, k, in_k, tile, full_tiles, _tail_words(TAIL, 1), 1) << (BITS & 14)
-    return fields
 
 
 @triton.jit

@@ -7,6 +7,10 @@ Codes become operands without leaving their lane: an int32 word holds pairs of c
 import triton
 import triton.language as tl
 
+from quantkit.kernels import bitpack
+
+_tail_words = triton.constexpr_function(bitpack.tail_words_per_lane)
+
 
 @triton.jit
 def rotate_right(words, BY: tl.constexpr):
@@ -63,6 +67,29 @@ def or_plane(tile_ptr, pairs, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, SHIFT:
         words = rotate_right(words, 32 - SHIFT)
     FIELD: tl.constexpr = ((1 << WIDTH) - 1) << SHIFT
     return mask_or(spread(words, BLOCK_N, WIDTH), FIELD | (FIELD << 16), pairs, ASM)
+
+
+@triton.jit
+def pairs_of_codes(row_ptr, tile, full_tiles, start, BITS: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr):
+    """A full tile's codes ORed into the halves of `start`, int32 [BLOCK_N, lane, o3, o2, o1, o0].
+
+    row_ptr [BLOCK_N, 1] points at the rows' words. Codes of 16 bits leave no room for a `start` but 0.
+    """
+    pairs = start
+    if BITS & 16:
+        pairs = tl.reshape(tl.load(row_ptr + tile * 64 + tl.arange(0, 64)[None, :]), (BLOCK_N, 4, 2, 2, 2, 2))
+    if BITS & 8:
+        pairs = or_plane(row_ptr + tile * 32, pairs, BLOCK_N, 8, 0, ASM)
+        row_ptr += full_tiles * 32
+    if BITS & 4:
+        pairs = or_plane(row_ptr + tile * 16, pairs, BLOCK_N, 4, BITS & 8, ASM)
+        row_ptr += full_tiles * 16
+    if BITS & 2:
+        pairs = or_plane(row_ptr + tile * 8, pairs, BLOCK_N, 2, BITS & 12, ASM)
+        row_ptr += full_tiles * 8
+    if BITS & 1:
+        pairs = or_plane(row_ptr + tile * 4, pairs, BLOCK_N, 1, BITS & 14, ASM)
+    return pairs
 
 
 @triton.jit
@@ -136,7 +163,7 @@ def finish(
 
 @triton.jit
 def ragged_plane(row_ptr, k, in_k, tile, full_tiles, TAIL: tl.constexpr, WIDTH: tl.constexpr):
-    """Fields [rows, 128] of one plane of any tile, as int32; TAIL is the words a lane of the last, short tile."""
+    """Fields int32 [rows, columns] of a plane at the columns k of any tile; a short, last one has TAIL words a lane."""
     per_half: tl.constexpr = 16 // WIDTH
     octet = k // 8
     stride = tl.where(tile < full_tiles, WIDTH, TAIL)
@@ -144,6 +171,31 @@ def ragged_plane(row_ptr, k, in_k, tile, full_tiles, TAIL: tl.constexpr, WIDTH: 
     words = tl.load(row_ptr + word[None, :], mask=in_k[None, :], other=0)
     bit = WIDTH * (octet % per_half) + 16 * (k % 2)
     return (words >> bit[None, :]) & ((1 << WIDTH) - 1)
+
+
+@triton.jit
+def ragged_codes(row_ptr, k, tile, K, BITS: tl.constexpr, TAIL: tl.constexpr):
+    """Codes int32 [rows, columns] at the columns k [columns] of any tile, each read by itself; 0 beyond the K-th.
+
+    row_ptr [rows, 1] points at the rows' words; TAIL = K % 128 columns are in a short tile.
+    """
+    full_tiles = K // 128
+    in_k = tile * 128 + k < K
+    codes = tl.zeros((row_ptr.shape[0], k.shape[0]), dtype=tl.int32)
+    if BITS & 16:
+        codes |= ragged_plane(row_ptr, k, in_k, tile, full_tiles, _tail_words(TAIL, 16), 16)
+    if BITS & 8:
+        codes |= ragged_plane(row_ptr, k, in_k, tile, full_tiles, _tail_words(TAIL, 8), 8)
+        row_ptr += 4 * (full_tiles * 8 + _tail_words(TAIL, 8))
+    if BITS & 4:
+        codes |= ragged_plane(row_ptr, k, in_k, tile, full_tiles, _tail_words(TAIL, 4), 4) << (BITS & 8)
+        row_ptr += 4 * (full_tiles * 4 + _tail_words(TAIL, 4))
+    if BITS & 2:
+        codes |= ragged_plane(row_ptr, k, in_k, tile, full_tiles, _tail_words(TAIL, 2), 2) << (BITS & 12)
+        row_ptr += 4 * (full_tiles * 2 + _tail_words(TAIL, 2))
+    if BITS & 1:
+        codes |= ragged_plane(row_ptr, k, in_k, tile, full_tiles, _tail_words(TAIL, 1), 1) << (BITS & 14)
+    return codes
 
 
 @triton.jit

