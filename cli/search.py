@@ -163,6 +163,10 @@ def search_command(
                 make_space = partial(CandidateSpace, database=made, cost=budget.cost)
             session = Session(folder, make_space, place, text, settings, where, told)
             names = session.space.names
+            if drop_blocks is not None and drop_blocks >= len(names):
+                raise QuantkitError(
+                    f"--drop-blocks {drop_blocks}: the model has {len(names)} blocks, and one must stay"
+                )
             allowed = len(names) - drop_blocks if drop_blocks else budget.units(made.source, names) if made else 0
             session.space.index.check_budget(allowed)
             unfinished.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,8 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core, each with one thread, and what it starts too
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 from pathlib import Path
 

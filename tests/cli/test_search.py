@@ -1,0 +1,120 @@
+"""`quantkit search` as a user meets it."""
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+import quantkit
+
+from .conftest import COMMAND, run
+
+SHORT = ["--calibration", "stdlib", "--num-samples", 4, "--seqlen", 64, "--search-samples", 12, "--held-out", 4]
+SHORT += ["--candidates", "gptq:2,gptq:3,gptq:4", "--generations", 2, "--offspring", 4, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def searched(model_folder, tmp_path_factory):
+    place = tmp_path_factory.mktemp("search")
+    arguments = [*SHORT, "--database", place / "candidates", "--output", place / "found"]
+    result = run("search", model_folder("llama"), "--avg-bits", 3.2, *arguments)
+    assert result.returncode == 0, result.stderr
+    return place, result
+
+
+def test_a_checkpoint_a_plan_and_a_picture(searched, model_folder):
+    place, result = searched
+    for word in ("uniform", "knapsack", "search", "budget", "quantkit.load"):
+        assert word in result.stdout
+    assert "2/2" in result.stderr, "a bar of generations"
+    names = {path.name for path in (place / "found").iterdir()}
+    assert {"quantkit_plan.json", "quantkit_search.json", "quantkit_search.png", "quantkit_report.json"} <= names
+    assert not list(place.glob("found.*"))
+    report = json.loads((place / "found" / "quantkit_report.json").read_text())
+    assert 3.0 < report["bits_per_weight"] <= 3.2
+    record = json.loads((place / "found" / "quantkit_search.json").read_text())
+    assert len(record["history"]) == 2 and record["spent"] <= record["budget"]
+    model = quantkit.load(place / "found", dtype=torch.float32)
+    assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False).shape == (1, 6)
+    inspected = run("inspect", place / "found")
+    assert inspected.returncode == 0 and "int_group" in inspected.stdout
+    plan = place / "found" / "quantkit_plan.json"
+    again = run("quantize", model_folder("llama"), "--plan", plan, *SHORT[:6], "--output", place / "again")
+    assert again.returncode == 0, again.stderr
+    bits = json.loads((place / "again" / "quantkit_report.json").read_text())["bits_per_weight"]
+    assert bits == pytest.approx(report["bits_per_weight"])
+
+
+def test_a_killed_search_goes_on(searched, model_folder):
+    place, _ = searched
+    arguments = ["search", model_folder("llama"), "--size", "3.6MB", *SHORT, "--database", place / "candidates"]
+    arguments = [*map(str, [*arguments, "--output", place / "second", "--generations", 40])]
+    process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    state, deadline = place / "second.search" / "search.json", time.monotonic() + 240
+    while not state.exists() or len(json.loads(state.read_text())["state"]["history"]) < 3:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    refused = run(*arguments)
+    assert refused.returncode == 2 and "--resume continues it" in refused.stderr
+    done = run(*arguments, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert sum(path.stat().st_size for path in (place / "second").glob("*.safetensors")) <= 3_600_000
+
+
+def test_pruning(model_folder, tmp_path):
+    folder = model_folder("llama")
+    common = [*SHORT[:10], "--generations", 1, "--offspring", 2, "--device", "cpu", "--database", tmp_path / "c"]
+    result = run("search", folder, "--drop-blocks", 1, *common, "--output", tmp_path / "shallow")
+    assert result.returncode == 0, result.stderr
+    assert quantkit.load(tmp_path / "shallow").config.num_hidden_layers == 1
+    sparse = ["--candidates", "sparse:sparsity=0.4,sparse:sparsity=0.5,sparse:sparsity=0.6"]
+    result = run("search", folder, "--sparsity", 0.5, *sparse, *common, "--output", tmp_path / "sparse")
+    assert result.returncode == 0, result.stderr
+    linears = [m for m in quantkit.load(tmp_path / "sparse").modules() if hasattr(m, "packed")]
+    zeros = sum(int((linear.weight == 0).sum()) for linear in linears)
+    assert 0.5 <= zeros / sum(linear.weight.numel() for linear in linears) < 0.53
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "none is given"),
+        (["--avg-bits", 3, "--size", "4GB"], "--avg-bits and --size are given"),
+        (["--avg-bits", 0], "give bits per weight"),
+        (["--size", "four"], "is no size"),
+        (["--fit", "12GB"], "--fit needs --context"),
+        (["--fit", "1MB", "--context", 32768], "cache and activations alone take"),
+        (["--sparsity", 1], "between 0 and 1"),
+        (["--drop-blocks", 0], "give at least 1"),
+        (["--latency-ms", 3], "--timings"),
+        (["--avg-bits", 3, "--candidates", "gptk:3"], "did you mean 'gptq'"),
+        (["--avg-bits", 3, "--candidates", "gptq"], "gptq needs bits"),
+        (["--avg-bits", 3, "--candidates", ","], "names none"),
+        (["--avg-bits", 3, "--held-out", 0], "held_out=0"),
+        (["--avg-bits", 3, "--generations", -1], "generations=-1"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, model_folder, tmp_path, complaint):
+    code, said = complaint("search", model_folder("llama"), *arguments, "--output", tmp_path / "out")
+    assert code == 2
+    assert message in said and "Traceback" not in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_impossible_budget_and_a_strange_database(searched, model_folder, tmp_path, complaint):
+    place, _ = searched
+    arguments = ["search", model_folder("llama"), *SHORT, "--output", tmp_path / "out", "--database"]
+    code, said = complaint(*arguments, place / "candidates", "--avg-bits", 1.5)
+    assert code == 2 and "impossible: the least is" in said
+    code, said = complaint(*arguments, place / "candidates", "--avg-bits", 3, "--num-samples", 5)
+    assert code == 2 and "calibration differ" in said
+    (tmp_path / "timings.json").write_text(json.dumps([{"format": "int_group 2", "rows": 1, "columns": 2, "us": 3}]))
+    timings = ["--latency-ms", 3, "--timings", tmp_path / "timings.json"]
+    code, said = complaint(*arguments, place / "candidates", *timings)
+    assert code == 2 and "the timings lack 'int_group 2'" in said
