@@ -161,7 +161,8 @@ def search_command(
             make_space: Callable[..., Space] = BlockSpace
             if made is not None:
                 make_space = partial(CandidateSpace, database=made, cost=budget.cost)
-            session = Session(folder, make_space, place, text, settings, where, told)
+            predictions = unfinished if made is None else place
+            session = Session(folder, make_space, predictions, text, settings, where, told)
             names = session.space.names
             if drop_blocks is not None and drop_blocks >= len(names):
                 raise QuantkitError(

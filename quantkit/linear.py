@@ -83,7 +83,9 @@ class QuantizedLinear(_Payload):
             return self.shared.output(self._slot, x)
         if self._held is None:
             return self.packed.matmul(x, self.bias)
-        return torch.nn.functional.linear(x, self._held, None if self.bias is None else self.bias.to(x.dtype))
+        mixed = torch.is_autocast_enabled(x.device.type)  # casts by itself, and need not cast twice
+        held = self._held if mixed else self._held.to(x.dtype)
+        return torch.nn.functional.linear(x, held, None if self.bias is None else self.bias.to(x.dtype))
 
     def share(self, shared: Outputs, slot: int, weight: QuantizedWeight) -> None:
         """Answers with output `slot` of a fused launch from now on; `weight` is this layer's part of its weight."""

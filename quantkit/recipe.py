@@ -129,13 +129,14 @@ def parse_quantizer(text: str) -> Quantizer:
     method, *rest = text.strip().split(":")
     if rest and "=" not in rest[0]:
         rest[0] = f"bits={rest[0]}"
+    form = f"{text!r} is no quantizer; write METHOD:BITS, such as gptq:3, pyramid:2.5 or gptq:4:group_size=64"
+    if not rest:
+        raise QuantkitError(form)
     try:
         settings = dict(part.split("=") for part in rest)
         values = {key: _WORDS[value] if value in _WORDS else json.loads(value) for key, value in settings.items()}
     except ValueError as error:
-        raise QuantkitError(
-            f"{text!r} is no quantizer; write METHOD:BITS, such as gptq:3, pyramid:2.5 or gptq:4:group_size=64"
-        ) from error
+        raise QuantkitError(form) from error
     return make_quantizer(method, values.pop("hadamard", None), values.pop("low_rank", None), **values)
 
 

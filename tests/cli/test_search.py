@@ -51,7 +51,7 @@ def test_a_checkpoint_a_plan_and_a_picture(searched, model_folder):
 def test_a_killed_search_goes_on(searched, model_folder):
     place, _ = searched
     arguments = ["search", model_folder("llama"), "--size", "3.6MB", *SHORT, "--database", place / "candidates"]
-    arguments = [*map(str, [*arguments, "--output", place / "second", "--generations", 40])]
+    arguments = [*map(str, [*arguments, "--output", place / "second", "--generations", 12])]
     process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     state, deadline = place / "second.search" / "search.json", time.monotonic() + 240
     while not state.exists() or len(json.loads(state.read_text())["state"]["history"]) < 3:
@@ -94,7 +94,7 @@ def test_pruning(model_folder, tmp_path):
         (["--drop-blocks", 0], "give at least 1"),
         (["--latency-ms", 3], "--timings"),
         (["--avg-bits", 3, "--candidates", "gptk:3"], "did you mean 'gptq'"),
-        (["--avg-bits", 3, "--candidates", "gptq"], "gptq needs bits"),
+        (["--avg-bits", 3, "--candidates", "gptq"], "'gptq' is no quantizer; write METHOD:BITS"),
         (["--avg-bits", 3, "--candidates", ","], "names none"),
         (["--avg-bits", 3, "--held-out", 0], "held_out=0"),
         (["--avg-bits", 3, "--generations", -1], "generations=-1"),
