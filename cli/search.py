@@ -24,7 +24,7 @@ from quantkit.protocols import Quantizer
 from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, parse_quantizer
 from quantkit.search.budget import Budget, activation_bytes, kv_cache_bytes, parse_size, read_timings
 from quantkit.search.build import Database, build
-from quantkit.search.evolve import Evolution, State
+from quantkit.search.evolve import Evolution, State, parse_stages
 from quantkit.search.picture import draw
 from quantkit.search.session import Outcome, SearchSettings, Session, assemble
 from quantkit.search.spaces import BlockSpace, CandidateSpace, Space
@@ -110,6 +110,9 @@ def search_command(
     ] = 32,
     generations: Annotated[int, typer.Option(help="Of the search.", rich_help_panel=_SEARCH)] = Evolution.generations,
     offspring: Annotated[int, typer.Option(help="In each.", rich_help_panel=_SEARCH)] = Evolution.offspring,
+    stages: Annotated[
+        str, typer.Option(help="Survivors x tokens of each selection.", rich_help_panel=_SEARCH)
+    ] = "8x2048,2x8192,1x32768",
     measure: Annotated[
         Literal["kl", "perplexity"], typer.Option(help="kl (to the full model) or perplexity.", rich_help_panel=_SEARCH)
     ] = "kl",
@@ -140,7 +143,8 @@ def search_command(
     if unfinished.exists() and not (resume or overwrite):
         raise QuantkitError(f"{unfinished} holds an unfinished search; --resume continues it, --overwrite starts anew")
     budget = _budget(folder, avg_bits, total, fit, context, batch, kv_bits, latency_ms, timings, sparsity, drop_blocks)
-    settings = SearchSettings(Evolution(generations, offspring), measure, start, held_out, top, seed=seed)
+    evolution = Evolution(generations, offspring, parse_stages(stages))
+    settings = SearchSettings(evolution, measure, start, held_out, top, seed=seed)
     text = Calibration(calibration, search_samples, seqlen, seed=1_000_003 + seed)
     offers, first = _candidates(candidates, base, sparsity)
     rules: dict[str, Quantizer | None] = dict.fromkeys(include or (), first)

@@ -1,6 +1,6 @@
 """What a search is worth: held-out KL at equal bytes, beside uniform levels and what else costs less than a search.
 
-    python -m quantkit.evals.search MODEL --data stdlib --png bits.png
+    python -m quantkit.evals.search MODEL --data stdlib
 
 One markdown row per budget, in measured bits per weight of the packed layers; every column keeps to the same bytes.
 Held-out windows are of the evaluation part of `--data`; fitness reads the calibration part. All rows use one database.
@@ -24,7 +24,7 @@ from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, parse_quantizer, 
 from quantkit.search.baselines import best_of_random
 from quantkit.search.budget import Budget
 from quantkit.search.build import build
-from quantkit.search.evolve import Assignment, Evolution
+from quantkit.search.evolve import Assignment, Evolution, parse_stages
 from quantkit.search.session import SearchSettings, Session
 from quantkit.search.spaces import CandidateSpace
 
@@ -74,7 +74,9 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         target_shift=TARGET_SHIFT,
         calibration=Calibration(arguments.data, arguments.num_samples, arguments.seqlen),
     )
-    evolution = Evolution(arguments.generations, arguments.offspring, rule=arguments.rule)
+    evolution = Evolution(
+        arguments.generations, arguments.offspring, parse_stages(arguments.stages), rule=arguments.rule
+    )
     settings = SearchSettings(evolution, start=arguments.start, seed=arguments.seed)
     text = Calibration(arguments.data, arguments.search_samples, arguments.seqlen, seed=1)
     begun = time.monotonic()
@@ -122,6 +124,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seqlen", type=int, default=512)
     made.add_argument("--generations", type=int, default=Evolution.generations)
     made.add_argument("--offspring", type=int, default=Evolution.offspring)
+    made.add_argument("--stages", default="8x2048,2x8192,1x32768", help="survivors x tokens")
     made.add_argument("--rule", choices=("any", "size"), default="any")
     made.add_argument("--start", choices=("best", "uniform"), default="best")
     made.add_argument("--seed", type=int, default=0)

@@ -94,8 +94,28 @@ class Evolution:
         if self.generations < 0:
             raise QuantkitError(f"generations={self.generations}: give none (0) or more")
         survivors = [count for count, _ in self.stages]
-        if not survivors or survivors[-1] != 1 or min(survivors) < 1 or survivors != sorted(survivors, reverse=True):
+        if (
+            min((tokens for _, tokens in self.stages), default=0) < 1
+            or survivors[-1] != 1
+            or min(survivors) < 1
+            or survivors != sorted(survivors, reverse=True)
+        ):
             raise QuantkitError(f"stages={self.stages}: survivors must fall to 1, such as ((8, 2048), (1, 16384))")
+
+
+def parse_stages(text: str) -> tuple[tuple[int, int], ...]:
+    """Stages in words: "8x2048,2x8192,1x32768", survivors x tokens.
+
+    Raises:
+        QuantkitError: it is none.
+    """
+    try:
+        pairs = [part.split("x") for part in text.split(",")]
+        return tuple((int(survivors), int(tokens)) for survivors, tokens in pairs)
+    except ValueError as error:
+        raise QuantkitError(
+            f"{text!r} are no stages; write survivors x tokens, such as 8x2048,2x8192,1x32768"
+        ) from error
 
 
 @dataclass(frozen=True)

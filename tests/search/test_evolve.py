@@ -8,7 +8,7 @@ import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.search.baselines import best_of_random, greedy, knapsack, random_assignment, uniform
-from quantkit.search.evolve import Evolution, Index, State, evolve, mutated
+from quantkit.search.evolve import Evolution, Index, State, evolve, mutated, parse_stages
 
 EVEN = Index(((100, 150, 200, 250),) * 10)
 """Ten equal layers."""
@@ -177,3 +177,7 @@ def test_bad_input():
     for settings in ({"rule": "none"}, {"offspring": 0}, {"stages": ((4, 10),)}, {"generations": -1}):
         with pytest.raises(QuantkitError):
             Evolution(**settings)
+    assert parse_stages("8x2048,1x100") == ((8, 2048), (1, 100))
+    for text in ("", "8", "8x2x3", "ax2"):
+        with pytest.raises(QuantkitError, match="no stages"):
+            parse_stages(text)

@@ -1,0 +1,68 @@
+"""Peak memory of generation at a full context: whether a checkpoint of `quantkit search --fit` fits.
+
+    python -m quantkit.evals.generation_memory DIR --context 4096 --batch 1 --fit 2GB
+
+Loads the checkpoint in its own dtype, reads a prompt that fills the context but for a few tokens, generates those, and
+prints the peak: on a GPU what the allocator has reserved, on a CPU the process's resident memory beyond what it held
+with its libraries imported. With --fit the exit code is 1 where the peak exceeds it.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+import quantkit
+from quantkit.device import pick_device
+from quantkit.search.budget import parse_size
+
+NEW_TOKENS = 8
+
+
+def peak_bytes(folder: Path, context: int, batch: int, device: torch.device) -> int:
+    """Peak of loading and generating.
+
+    Args:
+        folder: of the checkpoint.
+        context: tokens that the KV cache holds in the end.
+        batch: sequences.
+        device: where.
+    """
+    process = psutil.Process()
+    before = process.memory_info().rss
+    if device.type == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    model = quantkit.load(folder, device=device).eval()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    prompt = torch.randint(0, model.config.vocab_size, (batch, context - NEW_TOKENS), device=device)
+    model.generate(prompt, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    status = Path("/proc/self/status").read_text()
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(peak.split()[1]) - before
+
+
+def main() -> None:
+    """Parses the command line and prints a JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--context", type=int, required=True)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--fit", help="as given to quantkit search")
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    device = pick_device(arguments.device)
+    peak = peak_bytes(arguments.folder, arguments.context, arguments.batch, device)
+    stored = sum(path.stat().st_size for path in arguments.folder.glob("*.safetensors"))
+    fits = None if arguments.fit is None else peak <= parse_size(arguments.fit)
+    print(json.dumps({"peak_bytes": peak, "checkpoint_bytes": stored, "fits": fits}))
+    sys.exit(0 if fits in (None, True) else 1)
+
+
+if __name__ == "__main__":
+    main()
