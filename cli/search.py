@@ -34,102 +34,118 @@ CANDIDATES = "gptq:2,gptq:3,gptq:4,gptq:5,gptq:6,gptq:8"
 SPARSITY_STEPS = (-0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3)
 
 
+_AvgBits = Annotated[
+    float | None,
+    typer.Option(help="Bits per weight of the packed layers, every stored byte counted.", rich_help_panel=_BUDGET),
+]
+_Total = Annotated[
+    str | None,
+    typer.Option("--size", help="Of the whole checkpoint: 4GB, 3.5GiB, 800MB.", rich_help_panel=_BUDGET),
+]
+_Fit = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory that the model, its KV cache and its activations share at --context tokens.",
+        rich_help_panel=_BUDGET,
+    ),
+]
+_LatencyMs = Annotated[
+    float | None,
+    typer.Option(help="Of all packed layers' kernels for one token, by --timings.", rich_help_panel=_BUDGET),
+]
+_Timings = Annotated[
+    Path | None, typer.Option(help="Measured kernels, for --latency-ms; JSON.", rich_help_panel=_BUDGET)
+]
+_Sparsity = Annotated[
+    float | None,
+    typer.Option(help="Prune instead: share of the layers' weights that become zero.", rich_help_panel=_BUDGET),
+]
+_DropBlocks = Annotated[
+    int | None, typer.Option(help="Prune instead: leave out so many decoder blocks.", rich_help_panel=_BUDGET)
+]
+_Candidates = Annotated[
+    str | None,
+    typer.Option(
+        show_default=CANDIDATES,
+        help="Ways to pack a layer, METHOD:BITS[:SETTING=VALUE]..., e.g. gptq:3,pyramid:2.5,gptq:2:low_rank=4.",
+        rich_help_panel=_CANDIDATES,
+    ),
+]
+_Base = Annotated[
+    str | None,
+    typer.Option(
+        help="The candidate that packs the layers in front, while a layer is calibrated; gptq:3 by default.",
+        rich_help_panel=_CANDIDATES,
+    ),
+]
+_Include = Annotated[
+    list[str] | None,
+    typer.Option(help="Pattern of layers outside the blocks to pack too, e.g. lm_head.", rich_help_panel=_CANDIDATES),
+]
+_Ignore = Annotated[
+    list[str] | None, typer.Option(help="Pattern of layers to leave dense.", rich_help_panel=_CANDIDATES)
+]
+_Database = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the candidates, NAME-candidates by default: made once, used by all searches."),
+]
+_Calibration = Annotated[
+    str, typer.Option(help="wikitext2, c4, stdlib (offline), a .txt or .jsonl file, or a hub dataset id.")
+]
+_SearchSamples = Annotated[
+    int, typer.Option(help="Windows of other text that the search measures on.", rich_help_panel=_SEARCH)
+]
+_HeldOut = Annotated[
+    int, typer.Option(help="So many of them only for the comparison at the end.", rich_help_panel=_SEARCH)
+]
+_Stages = Annotated[str, typer.Option(help="Survivors x tokens of each selection.", rich_help_panel=_SEARCH)]
+_Measure = Annotated[
+    Literal["kl", "perplexity"], typer.Option(help="kl (to the full model) or perplexity.", rich_help_panel=_SEARCH)
+]
+_Start = Annotated[
+    Literal["best", "uniform"],
+    typer.Option(help="best (of uniform, greedy and knapsack) or uniform.", rich_help_panel=_SEARCH),
+]
+_Top = Annotated[
+    int, typer.Option(help="Successors of a token that are kept of the full model.", rich_help_panel=_SEARCH)
+]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output or unfinished search.")]
+
+
 def search_command(
     model: Annotated[str, typer.Argument(help="Folder of a transformers model, or its id on the hub.")],
-    avg_bits: Annotated[
-        float | None,
-        typer.Option(help="Bits per weight of the packed layers, every stored byte counted.", rich_help_panel=_BUDGET),
-    ] = None,
-    total: Annotated[
-        str | None,
-        typer.Option("--size", help="Of the whole checkpoint: 4GB, 3.5GiB, 800MB.", rich_help_panel=_BUDGET),
-    ] = None,
-    fit: Annotated[
-        str | None,
-        typer.Option(
-            help="Memory that the model, its KV cache and its activations share at --context tokens.",
-            rich_help_panel=_BUDGET,
-        ),
-    ] = None,
-    latency_ms: Annotated[
-        float | None,
-        typer.Option(help="Of all packed layers' kernels for one token, by --timings.", rich_help_panel=_BUDGET),
-    ] = None,
-    timings: Annotated[
-        Path | None, typer.Option(help="Measured kernels, for --latency-ms; JSON.", rich_help_panel=_BUDGET)
-    ] = None,
-    sparsity: Annotated[
-        float | None,
-        typer.Option(help="Prune instead: share of the layers' weights that become zero.", rich_help_panel=_BUDGET),
-    ] = None,
-    drop_blocks: Annotated[
-        int | None, typer.Option(help="Prune instead: leave out so many decoder blocks.", rich_help_panel=_BUDGET)
-    ] = None,
+    avg_bits: _AvgBits = None,
+    total: _Total = None,
+    fit: _Fit = None,
+    latency_ms: _LatencyMs = None,
+    timings: _Timings = None,
+    sparsity: _Sparsity = None,
+    drop_blocks: _DropBlocks = None,
     context: Annotated[int | None, typer.Option(help="Tokens, for --fit.", rich_help_panel=_BUDGET)] = None,
     batch: Annotated[int, typer.Option(help="Sequences, for --fit.", rich_help_panel=_BUDGET)] = 1,
     kv_bits: Annotated[float, typer.Option(help="Bits of a cached number, for --fit.", rich_help_panel=_BUDGET)] = 16,
-    candidates: Annotated[
-        str | None,
-        typer.Option(
-            show_default=CANDIDATES,
-            help="Ways to pack a layer, METHOD:BITS[:SETTING=VALUE]..., e.g. gptq:3,pyramid:2.5,gptq:2:low_rank=4.",
-            rich_help_panel=_CANDIDATES,
-        ),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="The candidate that packs the layers in front, while a layer is calibrated; gptq:3 by default.",
-            rich_help_panel=_CANDIDATES,
-        ),
-    ] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Pattern of layers outside the blocks to pack too, e.g. lm_head.", rich_help_panel=_CANDIDATES
-        ),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Pattern of layers to leave dense.", rich_help_panel=_CANDIDATES)
-    ] = None,
-    database: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the candidates, NAME-candidates by default: made once, used by all searches."),
-    ] = None,
-    calibration: Annotated[
-        str, typer.Option(help="wikitext2, c4, stdlib (offline), a .txt or .jsonl file, or a hub dataset id.")
-    ] = "wikitext2",
+    candidates: _Candidates = None,
+    base: _Base = None,
+    include: _Include = None,
+    ignore: _Ignore = None,
+    database: _Database = None,
+    calibration: _Calibration = "wikitext2",
     num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seqlen: Annotated[int | None, typer.Option(help="Tokens a window; by default 2048 or the model's context.")] = None,
     target_shift: Annotated[float, typer.Option(help="0 (off) to 1: aim at the full-precision output.")] = TARGET_SHIFT,
-    search_samples: Annotated[
-        int, typer.Option(help="Windows of other text that the search measures on.", rich_help_panel=_SEARCH)
-    ] = 256,
-    held_out: Annotated[
-        int, typer.Option(help="So many of them only for the comparison at the end.", rich_help_panel=_SEARCH)
-    ] = 32,
+    search_samples: _SearchSamples = 256,
+    held_out: _HeldOut = 32,
     generations: Annotated[int, typer.Option(help="Of the search.", rich_help_panel=_SEARCH)] = Evolution.generations,
     offspring: Annotated[int, typer.Option(help="In each.", rich_help_panel=_SEARCH)] = Evolution.offspring,
-    stages: Annotated[
-        str, typer.Option(help="Survivors x tokens of each selection.", rich_help_panel=_SEARCH)
-    ] = "8x2048,2x8192,1x32768",
-    measure: Annotated[
-        Literal["kl", "perplexity"], typer.Option(help="kl (to the full model) or perplexity.", rich_help_panel=_SEARCH)
-    ] = "kl",
-    start: Annotated[
-        Literal["best", "uniform"],
-        typer.Option(help="best (of uniform, greedy and knapsack) or uniform.", rich_help_panel=_SEARCH),
-    ] = "best",
-    top: Annotated[
-        int, typer.Option(help="Successors of a token that are kept of the full model.", rich_help_panel=_SEARCH)
-    ] = 512,
+    stages: _Stages = "8x2048,2x8192,1x32768",
+    measure: _Measure = "kl",
+    start: _Start = "best",
+    top: _Top = 512,
     output: Annotated[Path | None, typer.Option(help="Folder to make; by default NAME-searched.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the search and of its text.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted search.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing output or unfinished search.")
-    ] = False,
+    overwrite: _Overwrite = False,
 ) -> None:
     """Search the best bits for every layer: candidates are made once, then an evolution chooses among them.
 

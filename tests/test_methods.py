@@ -176,6 +176,8 @@ def test_damaged_files_are_refused(method, model_folder, text_file, tmp_path):
     wild = packed.map(lambda t: torch.full_like(t, torch.nan) if t.is_floating_point() else t)
     with pytest.raises((ValueError, CheckpointError), match="NaN"):
         wild.validate()
+    if not any(tensor.dtype == torch.int32 for tensor in packed.state().values()):
+        return  # a format without codes
     short = packed.map(lambda t: t[:-1] if t.dtype == torch.int32 else t)
     with pytest.raises(ValueError):
         short.validate()
