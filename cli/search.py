@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -152,6 +153,7 @@ def search_command(
     Beside the checkpoint lie quantkit_plan.json, which `quantkit quantize --plan` takes, quantkit_search.json and a
     picture. An interrupted search continues with --resume. Several processes share the work under torchrun.
     """
+    begun = time.monotonic()
     folder = resolve_folder(model)
     output = output or Path(f"{Path(model).resolve().name}-searched")
     unfinished = output.with_name(output.name + ".search")
@@ -170,8 +172,10 @@ def search_command(
     where = processes.device if processes.num_processes > 1 else pick_device(device)
     place = database or Path(f"{Path(model).resolve().name}-candidates")
     main = processes.is_main_process
-    if main and unfinished.exists() and not resume:
-        shutil.rmtree(unfinished)
+    if search_samples <= held_out:
+        raise QuantkitError(f"--held-out {held_out} leaves nothing of --search-samples {search_samples} to search on")
+    if main and not resume:
+        _remove(unfinished)
     try:
         with search_progress(main, generations) as (told, progress):
             made: Database | None = None
@@ -184,10 +188,6 @@ def search_command(
             predictions = unfinished if made is None else place
             session = Session(folder, make_space, predictions, text, settings, where, told)
             names = session.space.names
-            if drop_blocks is not None and drop_blocks >= len(names):
-                raise QuantkitError(
-                    f"--drop-blocks {drop_blocks}: the model has {len(names)} blocks, and one must stay"
-                )
             allowed = len(names) - drop_blocks if drop_blocks else budget.units(made.source, names) if made else 0
             session.space.index.check_budget(allowed)
             unfinished.mkdir(parents=True, exist_ok=True)
@@ -202,11 +202,20 @@ def search_command(
         _publish_pruned(folder, session, outcome, output)
     elif main and made is not None:
         texts = {quantizer: text for text, quantizer in offers.items()}
-        _publish(model, folder, session, made, outcome, texts, output, where, overwrite)
+        _publish(model, folder, session, made, outcome, texts, output, where, begun, overwrite)
     if main:
         _say_outcome(session, outcome, output)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _remove(unfinished)
     processes.wait_for_everyone()
+
+
+def _remove(unfinished: Path) -> None:
+    """Deletes a search's own files, and its folder where nothing else is in it."""
+    (unfinished / "search.json").unlink(missing_ok=True)
+    for predictions in unfinished.glob("teacher-*"):
+        shutil.rmtree(predictions)
+    if unfinished.is_dir() and not any(unfinished.iterdir()):
+        unfinished.rmdir()
 
 
 def _candidates(
@@ -218,7 +227,7 @@ def _candidates(
         texts = [f"sparse:sparsity={level:g}" for level in levels]
         base = base or f"sparse:sparsity={sparsity:g}"
     else:
-        texts = [text for text in (candidates or CANDIDATES).split(",") if text.strip()]
+        texts = [text.strip() for text in (candidates or CANDIDATES).split(",") if text.strip()]
     if not texts:
         raise QuantkitError(f"--candidates {candidates!r} names none; give some such as {CANDIDATES}")
     base = base or ("gptq:3" if "gptq:3" in texts else texts[0])
@@ -261,14 +270,19 @@ def _budget(
     if drop_blocks is not None:
         if drop_blocks < 1:
             raise QuantkitError(f"--drop-blocks {drop_blocks}: give at least 1")
+        blocks = AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
+        if drop_blocks >= blocks:
+            raise QuantkitError(f"--drop-blocks {drop_blocks}: the model has {blocks} blocks, and one must stay")
         return Budget(drop_blocks, "weights")
     if latency_ms is not None:
-        if timings is None or latency_ms <= 0:
+        if timings is None or not 0 < latency_ms < 1e6:
             raise QuantkitError("--latency-ms needs a positive time, and --timings, a table of measured kernels")
         return Budget(latency_ms, "latency", read_timings(timings))
     assert fit is not None
     if context is None or context < 1 or batch < 1:
         raise QuantkitError("--fit needs --context, the tokens that the KV cache is to hold, and --batch of at least 1")
+    if not 0 < kv_bits <= 32:
+        raise QuantkitError(f"--kv-bits {kv_bits:g}: give bits of a cached number, such as 16")
     config = AutoConfig.from_pretrained(folder)
     cache, activations = kv_cache_bytes(config, context, batch, kv_bits), activation_bytes(config, context, batch)
     left = parse_size(fit) - cache - activations
@@ -290,6 +304,7 @@ def _publish(
     texts: dict[Quantizer, str],
     output: Path,
     device: torch.device,
+    begun: float,
     overwrite: bool,
 ) -> None:
     """Makes a checkpoint of candidates, with its plan, its record and its picture."""
@@ -304,7 +319,7 @@ def _publish(
     settings = {"search": asdict(session.settings), "budget": outcome.budget}
     report = assemble(
         folder, database, chosen, output, name=model, settings=settings, files=files, device=device,
-        overwrite=overwrite,
+        start=begun, overwrite=overwrite,
     )  # fmt: skip
     report_table(report)
     bits = {layer.name: layer.bits_per_weight for layer in report.layers}

@@ -113,7 +113,7 @@ def make_quantizer(
     try:
         quantizer = kind(**given)
         quantizer = quantizer if low_rank is None else LowRank(quantizer, low_rank)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise QuantkitError(str(error)) from error
     if hadamard is None:
         hadamard = getattr(kind, "wants_rotation", False)
@@ -133,10 +133,11 @@ def parse_quantizer(text: str) -> Quantizer:
     if not rest:
         raise QuantkitError(form)
     try:
-        settings = dict(part.split("=") for part in rest)
-        values = {key: _WORDS[value] if value in _WORDS else json.loads(value) for key, value in settings.items()}
+        values = {key: _value(word) for key, word in (part.split("=") for part in rest)}
     except ValueError as error:
         raise QuantkitError(form) from error
+    if not isinstance(values.get("bits", 0), int | float):
+        raise QuantkitError(form)
     return make_quantizer(method, values.pop("hadamard", None), values.pop("low_rank", None), **values)
 
 
@@ -155,7 +156,14 @@ def read_plan(path: Path) -> dict[str, Quantizer]:
         ) from error
 
 
-_WORDS = {"yes": True, "no": False}
+def _value(word: str) -> Any:
+    """A setting's value: yes, no, a number, or else the word itself."""
+    if word in ("yes", "no"):
+        return word == "yes"
+    try:
+        return float(word) if "." in word else int(word)
+    except ValueError:
+        return word
 
 
 def core(quantizer: Quantizer) -> Quantizer:

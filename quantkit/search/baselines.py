@@ -92,11 +92,11 @@ def knapsack(index: Index, losses: Losses, budget: int) -> Assignment:
     Exact where the costs' greatest common divisor leaves at most `CAPACITIES` sums below the budget.
     """
     index.check_budget(budget)
-    spare = budget - sum(costs[0] for costs in index.costs)
     extra = [[cost - costs[0] for cost in costs] for costs in index.costs]
+    spare = min(budget - sum(costs[0] for costs in index.costs), sum(costs[-1] for costs in extra))
     unit = math.gcd(*(cost for costs in extra for cost in costs)) or 1
     unit = max(unit, math.ceil(spare / CAPACITIES))
-    capacity = min(spare, sum(costs[-1] for costs in extra)) // unit
+    capacity = spare // unit
     least = np.zeros(capacity + 1)
     choices = []
     for costs, loss in zip(extra, losses, strict=True):

@@ -134,6 +134,6 @@ def read_timings(path: Path) -> dict[tuple[str, int, int], float]:
         return {(e["format"], int(e["rows"]), int(e["columns"])): float(e["us"]) for e in json.loads(path.read_text())}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise QuantkitError(
-            f'{path} is no table of timings ({error}); it holds [{{"format": "int4 g128", "rows": 4096, '
+            f'{path} is no table of timings ({error}); it holds [{{"format": "int_group 4", "rows": 4096, '
             '"columns": 4096, "us": 11.5}, ...]'
         ) from error

@@ -1,5 +1,6 @@
 """How good an assignment is: KL of the compressed model's predictions to the full model's, on some of the text."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -60,7 +61,7 @@ class ModelFitness:
             found[place] = self.each(assignments[place], numbers).mean()
         if processes.num_processes > 1:
             found = reduce(found.to(processes.device), "sum").cpu()
-        return found.tolist()
+        return [figure if math.isfinite(figure) else math.inf for figure in found.tolist()]
 
     @torch.no_grad()
     def each(self, assignment: Assignment, numbers: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ class Session:
                 figures += [max(figure - best, 0.0) for figure in found]
             self._told(len(worst), len(worst), "each layer's sensitivity")
             self._sensitivities = [
-                tuple(figure * loss / losses[0] for loss in losses)
+                tuple(figure * loss / (losses[0] or 1.0) for loss in losses)
                 for figure, losses in zip(figures, self.space.losses, strict=True)
             ]
         return self._sensitivities
@@ -180,7 +180,9 @@ class Session:
         """
         settings, index = self.settings, self.space.index
         index.check_budget(budget)
-        identity = json.loads(json.dumps([asdict(settings), self.space.names, index.costs, budget, self.text_digest]))
+        identity = json.loads(
+            json.dumps([asdict(settings), self.space.names, self.space.identity, index.costs, budget, self.text_digest])
+        )
         record = None if state_file is None else _read(state_file, identity)
         if record is None:
             starts = {"uniform": uniform(index, budget)} if settings.start == "uniform" else self.starts(budget)
@@ -237,6 +239,7 @@ def assemble(
     settings: Mapping[str, Any],
     files: Mapping[str, str],
     device: torch.device,
+    start: float | None = None,
     overwrite: bool = False,
 ) -> Report:
     """Makes a checkpoint of candidates.
@@ -250,16 +253,18 @@ def assemble(
         settings: what the report says of the search.
         files: further text files by name.
         device: where the search ran.
+        start: time.monotonic() when it began; None for now.
         overwrite: replace `output`.
     """
-    where, start = begin(device)
+    where, now = begin(device)
     source, store = database.source, database.store
     plan = {layer: database.quantizers[key] for layer, key in chosen.items()}
     dense_bytes = source.nbytes() - source.packed_nbytes(plan)
-    run = Run(
-        start, where, database.bytes_before, count_weights(source.model, plan), {**database.settings, **settings}, ()
-    )
-    identity = {**settings, "chosen": dict(chosen), "model": source.shards.fingerprint()}
+    described = {**database.settings, **settings, "quantizers": {layer: repr(plan[layer]) for layer in plan}}
+    notes = ("the head was tied to the embedding; each is stored by itself now",) if database.untied else ()
+    weights = count_weights(source.model, plan)
+    run = Run(now if start is None else start, where, database.bytes_before, weights, described, notes)
+    identity = {**settings, "chosen": dict(chosen), "database": database.store.identity}
     writer = CheckpointWriter(
         output, len(source.blocks), source.dense, identity, resume=not overwrite, overwrite=overwrite
     )

@@ -29,12 +29,14 @@ class Space(Protocol):
         index: what can be chosen.
         names: of the items.
         losses: relative error of each item's levels, as the index has them.
+        identity: JSON of what levels stand for.
     """
 
     model: PreTrainedModel
     index: Index
     names: list[str]
     losses: list[tuple[float, ...]]
+    identity: Any
 
     def apply(self, assignment: Assignment) -> None:
         """Makes the model that the assignment describes."""
@@ -80,6 +82,7 @@ class CandidateSpace:
             self.losses.append(tuple(loss for _, loss, _ in kept))
             self.keys.append(tuple(key for _, _, key in kept))
         self.index = Index(tuple(costs))
+        self.identity: Any = [database.store.identity, self.keys]
         self._present: list[str | None] = [None] * len(self.names)
         self._linears: OrderedDict[tuple[str, str], QuantizedLinear] = OrderedDict()
         self._budget = int(CACHE_SHARE * free_memory(model.device))
@@ -94,9 +97,10 @@ class CandidateSpace:
             if self._present[item] != key:
                 self.model.set_submodule(name, self._linear(name, key))
                 self._present[item] = key
+        self._make_room()
 
     def _linear(self, name: str, key: str) -> QuantizedLinear:
-        """A layer with one of its candidates, unpacked as long as there is room."""
+        """A layer with one of its candidates, unpacked."""
         if (name, key) not in self._linears:
             (weight,) = self.database.store.load(self.database.blocks[name], key, [name]).values()
             weight = weight.map(lambda tensor: tensor.to(self.model.device))
@@ -104,13 +108,20 @@ class CandidateSpace:
             linear.packed.prepare()
             linear.hold(self._dtype)
             self._linears[name, key] = linear
-            size = sum(_held_bytes(held, self._dtype) for held in self._linears.values())
-            while size > self._budget and len(self._linears) > 1:
-                _, dropped = self._linears.popitem(last=False)
-                size -= _held_bytes(dropped, self._dtype)
-                dropped.release()
         self._linears.move_to_end((name, key))
         return self._linears[name, key]
+
+    def _make_room(self) -> None:
+        """Drops candidates, the longest unused first, where they take too much.
+
+        Those in the model stay, and stay unpacked, so that a figure does not depend on what was measured before it.
+        """
+        present = set(zip(self.names, self._present, strict=True))
+        size = sum(_held_bytes(linear, self._dtype) for linear in self._linears.values())
+        for old in [old for old in self._linears if old not in present]:
+            if size <= self._budget:
+                return
+            size -= _held_bytes(self._linears.pop(old), self._dtype)
 
 
 def _held_bytes(linear: QuantizedLinear, dtype: torch.dtype) -> int:
@@ -132,6 +143,7 @@ class BlockSpace:
         self.names = [f"{prefix}.{index}" for index in range(len(self._blocks))]
         self.index = Index(((0, 1),) * len(self._blocks))
         self.losses: list[tuple[float, ...]] = [(1.0, 0.0)] * len(self._blocks)
+        self.identity: Any = "blocks"
         self._wrap = _returned_form(model, self._blocks[0])
 
     def apply(self, assignment: Assignment) -> None:

@@ -75,12 +75,15 @@ class Store:
         self.folder, self.num_blocks = folder, num_blocks
         self._sidecars: dict[Path, dict[str, Any]] = {}
         wanted = json.loads(json.dumps({"version": VERSION, "identity": identity}))
+        self.identity: dict[str, Any] = wanted["identity"]
+        if folder.exists() and not folder.is_dir():
+            raise QuantkitError(f"{folder} is no folder; give another --database")
         record = folder / _RECORD
         if record.is_file():
             try:
                 found = json.loads(record.read_text())
-                former = found["identity"]
-            except (ValueError, KeyError, TypeError) as error:
+                former = dict(found["identity"].items())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(
                     f"{record} is unreadable ({error}); remove the database and build it anew"
                 ) from error

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quantkit.checkpoint import write_durably
+from quantkit.checkpoint import write_durably, write_json
 from quantkit.errors import QuantkitError
 from quantkit.metrics import token_kl
 
@@ -143,10 +143,16 @@ class CachedTeacher:
             "teacher": f"{float(probe):.6g}",
         }
         record = folder / "cache.json"
-        if record.exists() and json.loads(record.read_text()) != identity:
-            raise QuantkitError(f"{folder} is a cache of another text, teacher or number of successors; remove it")
-        folder.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(identity))
+        if record.exists():
+            try:
+                found = json.loads(record.read_text())
+            except ValueError as error:
+                raise QuantkitError(f"{record} is damaged ({error}); remove the folder") from error
+            if found != identity:
+                raise QuantkitError(f"{folder} is a cache of another text, teacher or number of successors; remove it")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(record, identity)
         for first in range(0, len(windows), FILE_WINDOWS):
             path = _file(folder, first // FILE_WINDOWS)
             if not path.exists():

@@ -24,17 +24,16 @@ def seeded(seed=0):
 class Additive:
     """Losses that add up; the same on all text, and counted."""
 
-    def __init__(self, index, seed=0, noise=0.0):
+    def __init__(self, index, seed=0):
         generator = seeded(seed)
         self.losses = [
             sorted((4.0 * torch.rand(len(costs), generator=generator)).tolist(), reverse=True) for costs in index.costs
         ]
-        self.noise, self.seen = noise, []
+        self.seen = []
 
     def __call__(self, assignments, tokens, draw):
         self.seen += assignments
-        noise = self.noise * torch.randn((), generator=seeded(draw)) if self.noise else 0.0
-        return [sum(row[level] for row, level in zip(self.losses, a, strict=True)) + float(noise) for a in assignments]
+        return [sum(row[level] for row, level in zip(self.losses, a, strict=True)) for a in assignments]
 
 
 def best_of_all(index, fitness, budget):

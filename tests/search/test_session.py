@@ -50,6 +50,15 @@ def test_figures_do_not_depend_on_what_was_measured_before(session):
     assert session.fitness([low], 512, 4) != session.fitness([low], 512, 3)
 
 
+def test_figures_do_not_depend_on_the_room_for_unpacked_weights(session, monkeypatch):
+    wanted = session.fitness([(0,) * 42, (2,) * 42, (1,) * 42], 512, 3)
+    monkeypatch.setattr(session.space, "_budget", 400_000)
+    others = [tuple(int(item == place) for item in range(42)) for place in (0, 20, 41)]
+    session.fitness(others, 256, 1)
+    assert session.fitness([(0,) * 42, (2,) * 42, (1,) * 42], 512, 3) == wanted
+    assert len(session.space._linears) == 42
+
+
 def test_sensitivities_tell_layers_apart(session):
     found = session.sensitivities()
     assert all(levels[0] >= levels[1] >= levels[2] >= 0 for levels in found)
