@@ -16,7 +16,7 @@ from rich import box
 from rich.table import Table
 from transformers import AutoConfig
 
-from quantkit.checkpoint import check_output, read_config
+from quantkit.checkpoint import SEARCH_RECORD, check_output, read_config, replace_folder
 from quantkit.cli.display import console, report_table, search_progress, size
 from quantkit.device import parse_dtype, pick_device
 from quantkit.errors import Interrupted, QuantkitError
@@ -41,12 +41,12 @@ _AvgBits = Annotated[
 ]
 _Total = Annotated[
     str | None,
-    typer.Option("--size", help="Of the whole checkpoint: 4GB, 3.5GiB, 800MB.", rich_help_panel=_BUDGET),
+    typer.Option("--size", help="Of all weight files: 4GB, 3.5GiB, 800MB.", rich_help_panel=_BUDGET),
 ]
 _Fit = Annotated[
     str | None,
     typer.Option(
-        help="Memory that the model, its KV cache and its activations share at --context tokens.",
+        help="Memory for weights, KV cache and activations at --context tokens, by their shapes; leave a margin.",
         rich_help_panel=_BUDGET,
     ),
 ]
@@ -188,7 +188,7 @@ def search_command(
             predictions = unfinished if made is None else place
             session = Session(folder, make_space, predictions, text, settings, where, told)
             names = session.space.names
-            allowed = len(names) - drop_blocks if drop_blocks else budget.units(made.source, names) if made else 0
+            allowed = budget.units(made.source if made else None, names)
             session.space.index.check_budget(allowed)
             unfinished.mkdir(parents=True, exist_ok=True)
 
@@ -199,7 +199,7 @@ def search_command(
     except KeyboardInterrupt:
         raise Interrupted("stopped; repeat the command with --resume to continue") from None
     if main and made is None:
-        _publish_pruned(folder, session, outcome, output)
+        _publish_pruned(folder, session, outcome, unfinished, output)
     elif main and made is not None:
         texts = {quantizer: text for text, quantizer in offers.items()}
         _publish(model, folder, session, made, outcome, texts, output, where, begun, overwrite)
@@ -212,8 +212,8 @@ def search_command(
 def _remove(unfinished: Path) -> None:
     """Deletes a search's own files, and its folder where nothing else is in it."""
     (unfinished / "search.json").unlink(missing_ok=True)
-    for predictions in unfinished.glob("teacher-*"):
-        shutil.rmtree(predictions)
+    for made in (*unfinished.glob("teacher-*"), *unfinished.glob("checkpoint")):
+        shutil.rmtree(made)
     if unfinished.is_dir() and not any(unfinished.iterdir()):
         unfinished.rmdir()
 
@@ -273,7 +273,7 @@ def _budget(
         blocks = AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
         if drop_blocks >= blocks:
             raise QuantkitError(f"--drop-blocks {drop_blocks}: the model has {blocks} blocks, and one must stay")
-        return Budget(drop_blocks, "weights")
+        return Budget(blocks - drop_blocks, "blocks")
     if latency_ms is not None:
         if timings is None or not 0 < latency_ms < 1e6:
             raise QuantkitError("--latency-ms needs a positive time, and --timings, a table of measured kernels")
@@ -314,7 +314,7 @@ def _publish(
     plan = {layer: texts[database.quantizers[key]] for layer, key in chosen.items()}
     files = {
         "quantkit_plan.json": json.dumps({"layers": plan}, indent=2) + "\n",
-        "quantkit_search.json": _record(session, outcome, plan),
+        SEARCH_RECORD: _record(session, outcome, plan),
     }
     settings = {"search": asdict(session.settings), "budget": outcome.budget}
     report = assemble(
@@ -329,18 +329,18 @@ def _publish(
         console.print("no picture: matplotlib is not installed (pip install matplotlib)")
 
 
-def _publish_pruned(folder: Path, session: Session, outcome: Outcome, output: Path) -> None:
+def _publish_pruned(folder: Path, session: Session, outcome: Outcome, unfinished: Path, output: Path) -> None:
     """Makes a dense checkpoint of the blocks that stay."""
     space = session.space
     assert isinstance(space, BlockSpace)
     kept = {name: bool(level) for name, level in zip(space.names, outcome.assignment, strict=True)}
-    if output.exists():
-        shutil.rmtree(output)
+    finished = unfinished / "checkpoint"
     stored = parse_dtype(read_config(folder).get("dtype"))
     pruned: Any = space.pruned(outcome.assignment)
-    (pruned if stored is None else pruned.to(stored)).save_pretrained(output)
-    load_tokenizer(folder).save_pretrained(output)
-    (output / "quantkit_search.json").write_text(_record(session, outcome, kept))
+    (pruned if stored is None else pruned.to(stored)).save_pretrained(finished)
+    load_tokenizer(folder).save_pretrained(finished)
+    (finished / SEARCH_RECORD).write_text(_record(session, outcome, kept))
+    replace_folder(finished, output)
     left_out = ", ".join(name for name, stays in kept.items() if not stays)
     console.print(f"left out: {left_out}")
 

@@ -11,7 +11,7 @@ import typer
 from accelerate import PartialState
 
 import quantkit
-from quantkit.checkpoint import check_output, read_config, write_json
+from quantkit.checkpoint import check_output, read_config, replace_folder, write_json
 from quantkit.cli.display import console, tuning_bars
 from quantkit.device import compute_dtype, parse_dtype, pick_device
 from quantkit.errors import Interrupted, QuantkitError
@@ -149,9 +149,7 @@ def _publish(student: Any, tokenizer: Any, record: dict[str, Any], partial: Path
     student.save_pretrained(finished)
     tokenizer.save_pretrained(finished)
     write_json(finished / "quantkit_tuning.json", record)
-    if output.exists():
-        shutil.rmtree(output)
-    finished.rename(output)
+    replace_folder(finished, output)
     shutil.rmtree(partial)
     first = record["history"][0]
     best = min(entry["kl"] for entry in record["history"])

@@ -15,54 +15,18 @@ from typing import Any
 
 import torch
 
+import quantkit
 from quantkit.data import documents, evaluation_tokens
 from quantkit.device import pick_device
+from quantkit.evals.perplexity import Quality, evaluate
 from quantkit.folder import load_tokenizer, resolve_folder
-from quantkit.metrics import token_kl
-from quantkit.model import context_length
-from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, parse_quantizer, window_length
+from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, parse_quantizer
 from quantkit.search.baselines import best_of_random
 from quantkit.search.budget import Budget
 from quantkit.search.build import build
 from quantkit.search.evolve import Assignment, Evolution, parse_stages
 from quantkit.search.session import SearchSettings, Session
 from quantkit.search.spaces import CandidateSpace
-
-
-class Judge:
-    """Held-out KL of assignments to the full model, on text that no search sees.
-
-    Args:
-        session: of the searches.
-        folder: the full-precision model.
-        data: name of the text.
-        windows, seqlen: of the text.
-    """
-
-    def __init__(self, session: Session, folder: Path, data: str, windows: int, seqlen: int | None) -> None:
-        import quantkit
-
-        self.session = session
-        self.teacher = quantkit.load(folder, dtype=torch.float32, device=session.space.model.device).eval()
-        tokens, _ = evaluation_tokens(documents(data, "evaluation"), load_tokenizer(folder))
-        length = window_length(seqlen, context_length(self.teacher))
-        self.windows = tokens[: len(tokens) // length * length].view(-1, length)[:windows]
-        self._found: dict[Assignment, tuple[float, float]] = {}
-
-    @torch.no_grad()
-    def __call__(self, assignment: Assignment) -> tuple[float, float]:
-        """(KL, its standard error over windows), in nats a token."""
-        if assignment not in self._found:
-            model = self.session.space.model
-            self.session.space.apply(assignment)
-            each = torch.cat(
-                [
-                    token_kl(self.teacher(part).logits, model(part).logits).double().mean(1)
-                    for part in self.windows.to(model.device).split(4)
-                ]
-            )
-            self._found[assignment] = float(each.mean()), float(each.std() / len(each) ** 0.5)
-        return self._found[assignment]
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -82,7 +46,19 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     begun = time.monotonic()
     database = build(folder, recipe, tuple(candidates), arguments.database, device=device)
     session = Session(folder, partial(CandidateSpace, database=database), arguments.database, text, settings, device)
-    judge = Judge(session, folder, arguments.data, arguments.max_windows, arguments.seqlen)
+    teacher = quantkit.load(folder, dtype=session.space.model.dtype, device=device).eval()
+    judged = evaluation_tokens(documents(arguments.data, "evaluation"), load_tokenizer(folder))
+    measured: dict[Assignment, Quality] = {}
+
+    def judge(assignment: Assignment) -> tuple[float, float]:
+        """(KL to the full model, its standard error), nats a token, on text that no search sees."""
+        if assignment not in measured:
+            session.space.apply(assignment)
+            measured[assignment] = evaluate(
+                session.space.model, *judged, arguments.seqlen, baseline=teacher, max_windows=arguments.max_windows
+            )
+        return measured[assignment].kl or 0.0, measured[assignment].kl_se or 0.0
+
     if arguments.start == "best":
         session.sensitivities()
     print(f"candidates, predictions and sensitivities: {time.monotonic() - begun:.0f} s")

@@ -31,6 +31,8 @@ from quantkit.weight import QuantizedWeight
 VERSION = 2
 """1, of a pre-release, had scales [out_features, groups]; no reader of it is kept."""
 METHOD = "quantkit"
+SEARCH_RECORD = "quantkit_search.json"
+"""What lies beside every model that a search has made, a pruned, dense one too."""
 _RUN = "run.json"
 _FILES = "checkpoint"
 _WRITTEN_ANEW = {"config.json", INDEX, "pytorch_model.bin.index.json"}
@@ -222,10 +224,10 @@ def check_output(output: Path, source: Path | None = None, *, resume: bool = Fal
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder may be deleted: it is empty, a packed checkpoint, or an unfinished run."""
+    """Whether a folder may be deleted: it is empty, a packed checkpoint, what a search made, or an unfinished run."""
     if not folder.is_dir():
         return False
-    if (folder / _RUN).is_file() or not any(folder.iterdir()):
+    if (folder / _RUN).is_file() or (folder / SEARCH_RECORD).is_file() or not any(folder.iterdir()):
         return True
     try:
         return (read_config(folder).get("quantization_config") or {}).get("quant_method") == METHOD
@@ -242,6 +244,13 @@ def _remove(folder: Path) -> None:
     if not _is_ours(folder):
         raise QuantkitError(f"{folder} is in the way and not quantkit's; move it away")
     shutil.rmtree(folder)
+
+
+def replace_folder(made: Path, output: Path) -> None:
+    """Gives a finished folder its name, in the place of what `check_output` allowed to replace."""
+    if output.exists():
+        shutil.rmtree(output)
+    made.rename(output)
 
 
 def _partial(output: Path) -> Path:

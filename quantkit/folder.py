@@ -115,6 +115,12 @@ class ModelFolder:
             logger.warning("%s stores tensors in another form than the model; loading all of it at once", folder)
             self.model = load(folder).eval()
             self.prefix, self.blocks = find_blocks(self.model)
+        self._ties = len(tied_names(self.model))
+
+    @property
+    def untied(self) -> bool:
+        """Whether a head that was tied to the embedding has got a weight of its own."""
+        return len(tied_names(self.model)) < self._ties
 
     def untie(self, plan: Plan) -> None:
         """Gives a planned layer that is tied to the embedding its own weight."""

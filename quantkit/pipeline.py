@@ -170,7 +170,7 @@ def quantize(
     if rotation is not None:
         turn(model, rotation.seed, rotation.heads)
     untie(model, plan)
-    notes = _notes(model, ties > len(tied_names(model)), recipe)
+    notes = model_notes(model, ties > len(tied_names(model)), rotation is not None)
     was_training = model.training
     model.eval()
     counts, sink = count_weights(model, plan), _MemorySink()
@@ -241,16 +241,16 @@ def quantize_checkpoint(
     source = ModelFolder(folder, dtype or compute_dtype(where))
     model = source.model
     plan = recipe.plan(model)
-    before, ties = source.nbytes(), len(tied_names(model))
+    before = source.nbytes()
     if recipe.rotation is not None:
         source.rotate(recipe.rotation)
     dense_bytes = source.nbytes() - source.packed_nbytes(plan)
     source.untie(plan)
-    weights, untied = count_weights(model, plan), ties > len(tied_names(model))
+    weights = count_weights(model, plan)
     windows = None
     if recipe.reads_text(plan):
         windows = recipe.calibration.windows(load_tokenizer(folder), model)
-    notes = _notes(model, untied, recipe)
+    notes = model_notes(model, source.untied, recipe.rotation is not None)
     if recipe.low_rank_bits:
         plan, note = _shared_ranks(model, plan, windows, recipe, source.source(plan), where, progress)
         source = ModelFolder(folder, dtype or compute_dtype(where))  # the first pass packed the other's layers
@@ -272,7 +272,7 @@ def quantize_checkpoint(
         true_sequential=recipe.true_sequential,
         tuner=recipe.tuner,
     )
-    return publish(writer, source, plan, run, name or folder.name, dense_bytes, untied)
+    return publish(writer, source, plan, run, name or folder.name, dense_bytes)
 
 
 def publish(
@@ -282,7 +282,6 @@ def publish(
     run: Run,
     name: str,
     dense_bytes: int,
-    untied: bool,
     files: Mapping[str, str] | None = None,
 ) -> Report:
     """Makes a checkpoint of finished blocks, with its report beside it.
@@ -294,7 +293,6 @@ def publish(
         run: what the report says of the run.
         name: of the model, for reports.
         dense_bytes: of all tensors outside the plan.
-        untied: the head has got a weight of its own.
         files: further text files by name.
     """
     entries = writer.entries()
@@ -306,7 +304,7 @@ def publish(
         "README.md": model_card(report),
         **(files or {}),
     }
-    writer.finish(source.folder, source.config | ({"tie_word_embeddings": False} if untied else {}), texts)
+    writer.finish(source.folder, source.config | ({"tie_word_embeddings": False} if source.untied else {}), texts)
     return report
 
 
@@ -370,9 +368,10 @@ def count_weights(model: nn.Module, plan: Plan) -> tuple[int, int]:
     return packed, sum(p.numel() for p in model.parameters())
 
 
-def _notes(model: nn.Module, untied: bool, recipe: Recipe) -> tuple[str, ...]:
+def model_notes(model: nn.Module, untied: bool, rotated: bool) -> tuple[str, ...]:
+    """What a user should know of a packed model: what is rotated, untied, or stays dense."""
     notes = []
-    if recipe.rotation is not None:
+    if rotated:
         notes.append("the residual stream is rotated: embedding, norms and head differ from the original model's")
     if untied:
         notes.append("the head was tied to the embedding; each is stored by itself now")

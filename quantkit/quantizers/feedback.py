@@ -78,6 +78,14 @@ def error_feedback(weight: Tensor, factor: Tensor, rounding: Rounding, block_siz
     return loss
 
 
+def check_feedback(damp: float, block_size: int) -> None:
+    """Raises ValueError where a quantizer's settings of the loop make no sense."""
+    if not 0 <= damp <= 1:
+        raise ValueError(f"damp={damp}: a share of the mean diagonal, from 0 to 1")
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size}: at least one column")
+
+
 def _block_end(start: int, stop: int, group: int, in_features: int) -> int:
     """The end of the block at `start`: before the first group that opens inside it and reaches beyond it."""
     last_opening = (stop - 1) // group * group

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.protocols import Needs
-from quantkit.quantizers.feedback import error_feedback
+from quantkit.quantizers.feedback import check_feedback, error_feedback
 from quantkit.quantizers.grid import Grid, GridSettings, fit_grid
 from quantkit.stats import LayerStats
 
@@ -46,10 +46,7 @@ class GPTQ(GridSettings):
         super().__post_init__()
         if self.order not in get_args(Order):
             raise ValueError(f"order={self.order!r}: known orders are {', '.join(get_args(Order))}")
-        if not 0 <= self.damp <= 1:
-            raise ValueError(f"damp={self.damp}: a share of the mean diagonal, from 0 to 1")
-        if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size}: at least one column")
+        check_feedback(self.damp, self.block_size)
 
     @property
     def needs(self) -> Needs:

@@ -26,7 +26,7 @@ from quantkit.formats.pyramid import PyramidWeight, factors
 from quantkit.kernels.pyramid import index_bits
 from quantkit.linalg import column_scales
 from quantkit.protocols import Needs
-from quantkit.quantizers.feedback import error_feedback
+from quantkit.quantizers.feedback import check_feedback, error_feedback
 from quantkit.stats import LayerStats
 
 Axis = Literal["out", "in"]
@@ -87,10 +87,7 @@ class Pyramid:
             raise ValueError(
                 f"bits={self.bits} is too little for dimension={self.width}; it takes {least / self.width:.2f} at least"
             )
-        if not 0 <= self.damp <= 1:
-            raise ValueError(f"damp={self.damp}: a share of the mean diagonal, from 0 to 1")
-        if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size}: at least one column")
+        check_feedback(self.damp, self.block_size)
 
     @property
     def needs(self) -> Needs:

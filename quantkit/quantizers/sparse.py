@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantkit.formats.dense import DenseWeight
 from quantkit.protocols import Needs
-from quantkit.quantizers.feedback import error_feedback
+from quantkit.quantizers.feedback import check_feedback, error_feedback
 from quantkit.stats import LayerStats
 
 Metric = Literal["obs", "magnitude"]
@@ -47,10 +47,7 @@ class Sparse:
             raise ValueError(f"metric={self.metric!r}: known are {', '.join(get_args(Metric))}")
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"dtype={self.dtype!r}: use bfloat16, float16 or float32")
-        if not 0 <= self.damp <= 1:
-            raise ValueError(f"damp={self.damp}: a share of the mean diagonal, from 0 to 1")
-        if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size}: at least one column")
+        check_feedback(self.damp, self.block_size)
 
     @property
     def needs(self) -> Needs:

@@ -77,23 +77,26 @@ class Budget:
     """What a model may cost.
 
     Attributes:
-        amount: "bits": per weight of the searched layers; "bytes": of the whole checkpoint; "weights": share of the
-            searched layers' weights that are not zero; "latency": milliseconds in the layers' kernels, for one token.
+        amount: "bits": per weight of the searched layers; "bytes": of all weight files; "weights": share of the
+            searched layers' weights that are not zero; "latency": milliseconds in the layers' kernels, for one token;
+            "blocks": how many stay.
         kind: which of these.
         timings: microseconds by format and shape, for a latency; see `read_timings`.
     """
 
     amount: float
-    kind: Literal["bits", "bytes", "weights", "latency"]
+    kind: Literal["bits", "bytes", "weights", "latency", "blocks"]
     timings: Mapping[tuple[str, int, int], float] | None = None
 
-    def units(self, source: ModelFolder, layers: Sequence[str]) -> int:
+    def units(self, source: ModelFolder | None, layers: Sequence[str]) -> int:
         """What the searched layers may cost, in units of `cost`.
 
         Args:
-            source: the full-precision model.
+            source: the full-precision model; not read for a number of blocks.
             layers: their names.
         """
+        if self.kind == "blocks" or source is None:
+            return int(self.amount)
         if self.kind == "latency":
             return int(1e6 * self.amount)
         if self.kind == "bytes":

@@ -21,7 +21,6 @@ from quantkit.protocols import Needs, Quantizer
 from quantkit.quantizers.target_shift import TargetShift
 from quantkit.recipe import Recipe
 from quantkit.search.store import Store, candidate_key
-from quantkit.shards import tied_names
 from quantkit.stats import LayerStats
 from quantkit.weight import QuantizedWeight
 
@@ -91,7 +90,6 @@ class Database:
         source: the model's folder.
         settings: JSON of the calibration.
         bytes_before: of all tensors of the full model.
-        untied: the head was tied to the embedding, and is packed by itself.
     """
 
     store: Store
@@ -100,7 +98,6 @@ class Database:
     source: ModelFolder
     settings: dict[str, Any]
     bytes_before: int
-    untied: bool
 
 
 def build(
@@ -132,9 +129,8 @@ def build(
     for quantizer in (base, *candidates):
         replace(recipe, quantizer=quantizer).plan(source.model)  # raises where a candidate does not fit the model
     plan = recipe.plan(source.model)
-    before, ties = source.nbytes(), len(tied_names(source.model))
+    before = source.nbytes()
     source.untie(plan)
-    untied = ties > len(tied_names(source.model))
     windows = recipe.calibration.windows(load_tokenizer(folder), source.model)
     settings = recipe.settings(plan, windows)
     identity = {key: value for key, value in settings.items() if key != "quantizers"} | {
@@ -164,7 +160,7 @@ def build(
         )
         source = ModelFolder(folder, compute_dtype(where))  # the walk packed the other's layers
         source.untie(plan)
-    return Database(store, quantizers, blocks, source, settings, before, untied)
+    return Database(store, quantizers, blocks, source, settings, before)
 
 
 def _several(plan: Plan, others: tuple[Quantizer, ...], found: Found) -> Plan:

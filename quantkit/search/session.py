@@ -17,7 +17,7 @@ from quantkit.checkpoint import CheckpointWriter, write_json
 from quantkit.device import compute_dtype, multiplies_bf16
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.folder import load_tokenizer
-from quantkit.pipeline import Run, begin, count_weights, publish
+from quantkit.pipeline import Run, begin, count_weights, model_notes, publish
 from quantkit.recipe import Calibration
 from quantkit.report import Report
 from quantkit.search.baselines import greedy, knapsack, uniform
@@ -141,11 +141,11 @@ class Session:
         if self._sensitivities is None:
             top = tuple(len(costs) - 1 for costs in self.space.index.costs)
             worst = [(*top[:item], 0, *top[item + 1 :]) for item in range(len(top))]
+            (best,) = self.fitness([top], self.settings.sensitivity_tokens, START_DRAW)
             figures: list[float] = []
             for first in range(0, len(worst), 16):
                 self._told(first, len(worst), "each layer's sensitivity")
-                part = [top, *worst[first : first + 16]]
-                best, *found = self.fitness(part, self.settings.sensitivity_tokens, START_DRAW)
+                found = self.fitness(worst[first : first + 16], self.settings.sensitivity_tokens, START_DRAW)
                 figures += [max(figure - best, 0.0) for figure in found]
             self._told(len(worst), len(worst), "each layer's sensitivity")
             self._sensitivities = [
@@ -261,7 +261,7 @@ def assemble(
     plan = {layer: database.quantizers[key] for layer, key in chosen.items()}
     dense_bytes = source.nbytes() - source.packed_nbytes(plan)
     described = {**database.settings, **settings, "quantizers": {layer: repr(plan[layer]) for layer in plan}}
-    notes = ("the head was tied to the embedding; each is stored by itself now",) if database.untied else ()
+    notes = model_notes(source.model, source.untied, rotated=False)
     weights = count_weights(source.model, plan)
     run = Run(now if start is None else start, where, database.bytes_before, weights, described, notes)
     identity = {**settings, "chosen": dict(chosen), "database": database.store.identity}
@@ -276,4 +276,4 @@ def assemble(
             weight = store.load(index, key, [layer])[layer]
             results[layer] = LayerResult(weight, candidate.relative_error, candidate.damping)
         writer.write(index, f"{source.prefix}.{index}" if index >= 0 else "", results)
-    return publish(writer, source, plan, run, name or folder.name, dense_bytes, database.untied, files)
+    return publish(writer, source, plan, run, name or folder.name, dense_bytes, files)

@@ -87,8 +87,7 @@ class Store:
                 raise CheckpointError(
                     f"{record} is unreadable ({error}); remove the database and build it anew"
                 ) from error
-            differing = sorted(k for k in former.keys() | wanted["identity"].keys() if former.get(k) != identity.get(k))
-            differing = [k for k in differing if json.dumps(former.get(k)) != json.dumps(wanted["identity"].get(k))]
+            differing = sorted(k for k in former.keys() | self.identity.keys() if former.get(k) != self.identity.get(k))
             if found.get("version") != VERSION or differing:
                 what = ", ".join(differing) or "version"
                 raise QuantkitError(

@@ -73,6 +73,9 @@ def test_pruning(model_folder, tmp_path):
     result = run("search", folder, "--drop-blocks", 1, *common, "--output", tmp_path / "shallow")
     assert result.returncode == 0, result.stderr
     assert quantkit.load(tmp_path / "shallow").config.num_hidden_layers == 1
+    again = run("search", folder, "--drop-blocks", 1, *common, "--output", tmp_path / "shallow", "--overwrite")
+    assert again.returncode == 0, again.stderr
+    assert not list(tmp_path.glob("shallow.*"))
     sparse = ["--candidates", "sparse:sparsity=0.4,sparse:sparsity=0.5,sparse:sparsity=0.6"]
     result = run("search", folder, "--sparsity", 0.5, *sparse, *common, "--output", tmp_path / "sparse")
     assert result.returncode == 0, result.stderr

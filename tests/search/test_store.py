@@ -123,5 +123,5 @@ def test_a_candidate_that_does_not_fit_is_refused_before_the_walk(reference, rec
 def test_the_head_is_packed_where_asked(model_folder, tmp_path):
     recipe = Recipe(GPTQ(3, 64), {"lm_head": GPTQ(3, 64)}, calibration=Calibration("stdlib", 4, 64))
     made = build(model_folder("llama_tied"), recipe, (GPTQ(4, 64),), tmp_path / "new", device="cpu")
-    assert made.blocks["lm_head"] == -1 and made.untied
+    assert made.blocks["lm_head"] == -1 and made.source.untied
     assert made.store.candidates(-1, candidate_key(GPTQ(4, 64)))["lm_head"].nbytes > 0
