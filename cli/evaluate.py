@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import quantkit
+from quantkit.cli import options
 from quantkit.cli.display import console, window_progress
 from quantkit.data import documents, evaluation_tokens
 from quantkit.device import compute_dtype, parse_dtype, pick_device
@@ -26,11 +27,11 @@ def evaluate_command(
     data: Annotated[
         str, typer.Option(help="wikitext2, c4, stdlib (offline), a .txt or .jsonl file, or a hub id.")
     ] = "wikitext2",
-    seqlen: Annotated[int | None, typer.Option(help="Tokens a window; by default 2048 or the model's context.")] = None,
+    seqlen: options.Seqlen = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between windows; by default seqlen.")] = None,
     baseline: Annotated[str | None, typer.Option(help="Full-precision model to compare with.")] = None,
     max_windows: Annotated[int | None, typer.Option(help="Stop after so many windows.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: options.Device = "auto",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; by default float32 on a CPU.")
     ] = None,

@@ -3,6 +3,7 @@
 import logging
 import sys
 
+import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -41,7 +42,12 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         app()
-    except QuantkitError as error:
+    except (QuantkitError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = QuantkitError(
+                "the GPU's memory is full; lower what is in it at a time (--seqlen, --num-samples, "
+                "--micro-batch), or use --device cpu"
+            )
         console.print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True, highlight=False)
         sys.exit(error.exit_code)
 

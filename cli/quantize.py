@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import typer
 
 from quantkit.checkpoint import check_output
+from quantkit.cli import options
 from quantkit.cli.display import block_progress, console, report_table, size
 from quantkit.errors import Interrupted, QuantkitError
 from quantkit.estimate import estimate
@@ -77,14 +77,17 @@ _ScaleInputs = Annotated[
 
 
 def quantize_command(
-    model: Annotated[str, typer.Argument(help="Folder of a transformers model, or its id on the hub.")],
+    model: options.Model,
     bits: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Bits per weight of the codes: 1 to 8; pyramid and vptq take any fraction from 0.5, and use no more."
+            show_default="3",
+            help="Bits per weight of the codes: 1 to 8; pyramid and vptq take any fraction from 0.5, and use no more.",
         ),
-    ] = 3,
-    method: Annotated[str, typer.Option(help="gptq, pyramid, vptq (all need calibration text) or rtn.")] = "gptq",
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(show_default="gptq", help="gptq, pyramid, vptq (all need calibration text) or rtn.")
+    ] = None,
     hadamard: Annotated[
         bool | None,
         typer.Option("--hadamard/--no-hadamard", help="Rotate weights first; by default for pyramid and vptq."),
@@ -105,12 +108,10 @@ def quantize_command(
             help="Tune each block's codes and scales against the full model's block; 100 is a good number.",
         ),
     ] = 0,
-    calibration: Annotated[
-        str, typer.Option(help="wikitext2, c4, stdlib (offline), a .txt or .jsonl file, or a hub dataset id.")
-    ] = "wikitext2",
-    num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens a window; by default 2048 or the model's context.")] = None,
-    target_shift: Annotated[float, typer.Option(help="0 (off) to 1: aim at the full-precision output.")] = TARGET_SHIFT,
+    calibration: options.Text = "wikitext2",
+    num_samples: options.NumSamples = 128,
+    seqlen: options.Seqlen = None,
+    target_shift: options.Shift = TARGET_SHIFT,
     true_sequential: Annotated[
         bool, typer.Option(help="Let each layer see its own block's earlier layers quantized; off is faster.")
     ] = True,
@@ -131,12 +132,10 @@ def quantize_command(
     ranges: _Ranges = None,
     scale_inputs: _ScaleInputs = None,
     output: Annotated[Path | None, typer.Option(help="Folder to make; by default NAME-METHOD-Nbit.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: options.Device = "auto",
     seed: Annotated[int, typer.Option(help="Of the choice of calibration windows; methods have fixed seeds.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing output or unfinished run.")
-    ] = False,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what the run would make and need.")] = False,
 ) -> None:
     """Quantize a model: blocks are read, quantized and written one at a time.
@@ -147,6 +146,12 @@ def quantize_command(
     settings: dict[str, Any] = {"group_size": group_size, "symmetric": symmetric, "dimension": dimension, "axis": axis}
     settings |= {"vector_length": vector_length, "residual_bits": residual_bits, "book_share": book_share}
     settings |= {"outliers": outliers, "outlier_bits": outlier_bits, "ranges": ranges, "scale_inputs": scale_inputs}
+    beside = {"bits": bits, "method": method, "hadamard": hadamard, "low_rank": low_rank} | settings
+    if plan is not None and (given := [name for name, value in beside.items() if value is not None]):
+        raise QuantkitError(
+            f"--plan says how each layer is packed; --{given[0].replace('_', '-')} is not read beside it"
+        )
+    bits, method = 3 if bits is None else bits, method or "gptq"
     if outlier_bits is not None and not outliers:
         raise QuantkitError("--outlier-bits is given without --outliers, the share of input features that get them")
     if low_rank is not None and low_rank_bits:
@@ -174,8 +179,6 @@ def quantize_command(
             )
     except KeyboardInterrupt:
         raise _interrupted(output) from None
-    except torch.OutOfMemoryError as error:
-        raise QuantkitError("the GPU's memory is full; use --device cpu, or lower --num-samples or --seqlen") from error
     report_table(report)
     console.print(f"checkpoint: [bold]{output}[/]   load it with quantkit.load({str(output)!r})", soft_wrap=True)
 

@@ -11,23 +11,25 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from accelerate import PartialState
 from rich import box
 from rich.table import Table
 from transformers import AutoConfig
 
 from quantkit.checkpoint import SEARCH_RECORD, check_output, read_config, replace_folder
+from quantkit.cli import options
 from quantkit.cli.display import console, report_table, search_progress, size
-from quantkit.device import parse_dtype, pick_device
+from quantkit.device import parse_dtype
 from quantkit.errors import Interrupted, QuantkitError
-from quantkit.folder import load_tokenizer, resolve_folder
+from quantkit.folder import ModelFolder, load_tokenizer, resolve_folder
+from quantkit.model import block_linears
 from quantkit.protocols import Quantizer
 from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, parse_quantizer
-from quantkit.search.budget import Budget, activation_bytes, kv_cache_bytes, parse_size, read_timings
+from quantkit.search.budget import Budget, parse_size, read_timings
 from quantkit.search.build import Database, build
 from quantkit.search.evolve import Evolution, State, parse_stages
+from quantkit.search.memory import beside_weights
 from quantkit.search.picture import draw
-from quantkit.search.session import Outcome, SearchSettings, Session, assemble
+from quantkit.search.session import Outcome, SearchSettings, Session, assemble, check_text
 from quantkit.search.spaces import BlockSpace, CandidateSpace, Space
 
 _BUDGET, _SEARCH, _CANDIDATES = "The budget", "The search", "Candidates"
@@ -46,9 +48,13 @@ _Total = Annotated[
 _Fit = Annotated[
     str | None,
     typer.Option(
-        help="Memory for weights, KV cache and activations at --context tokens, by their shapes; leave a margin.",
+        help="Peak memory of generation at --context tokens: weights, KV cache, activations, allocator, libraries.",
         rich_help_panel=_BUDGET,
     ),
+]
+_KvBits = Annotated[
+    float | None,
+    typer.Option(help="Bits of a cached number, for --fit; by default the model's dtype.", rich_help_panel=_BUDGET),
 ]
 _LatencyMs = Annotated[
     float | None,
@@ -90,9 +96,6 @@ _Database = Annotated[
     Path | None,
     typer.Option(help="Folder of the candidates, NAME-candidates by default: made once, used by all searches."),
 ]
-_Calibration = Annotated[
-    str, typer.Option(help="wikitext2, c4, stdlib (offline), a .txt or .jsonl file, or a hub dataset id.")
-]
 _SearchSamples = Annotated[
     int, typer.Option(help="Windows of other text that the search measures on.", rich_help_panel=_SEARCH)
 ]
@@ -110,11 +113,10 @@ _Start = Annotated[
 _Top = Annotated[
     int, typer.Option(help="Successors of a token that are kept of the full model.", rich_help_panel=_SEARCH)
 ]
-_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output or unfinished search.")]
 
 
 def search_command(
-    model: Annotated[str, typer.Argument(help="Folder of a transformers model, or its id on the hub.")],
+    model: options.Model,
     avg_bits: _AvgBits = None,
     total: _Total = None,
     fit: _Fit = None,
@@ -124,16 +126,16 @@ def search_command(
     drop_blocks: _DropBlocks = None,
     context: Annotated[int | None, typer.Option(help="Tokens, for --fit.", rich_help_panel=_BUDGET)] = None,
     batch: Annotated[int, typer.Option(help="Sequences, for --fit.", rich_help_panel=_BUDGET)] = 1,
-    kv_bits: Annotated[float, typer.Option(help="Bits of a cached number, for --fit.", rich_help_panel=_BUDGET)] = 16,
+    kv_bits: _KvBits = None,
     candidates: _Candidates = None,
     base: _Base = None,
     include: _Include = None,
     ignore: _Ignore = None,
     database: _Database = None,
-    calibration: _Calibration = "wikitext2",
-    num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens a window; by default 2048 or the model's context.")] = None,
-    target_shift: Annotated[float, typer.Option(help="0 (off) to 1: aim at the full-precision output.")] = TARGET_SHIFT,
+    calibration: options.Text = "wikitext2",
+    num_samples: options.NumSamples = 128,
+    seqlen: options.Seqlen = None,
+    target_shift: options.Shift = TARGET_SHIFT,
     search_samples: _SearchSamples = 256,
     held_out: _HeldOut = 32,
     generations: Annotated[int, typer.Option(help="Of the search.", rich_help_panel=_SEARCH)] = Evolution.generations,
@@ -143,10 +145,10 @@ def search_command(
     start: _Start = "best",
     top: _Top = 512,
     output: Annotated[Path | None, typer.Option(help="Folder to make; by default NAME-searched.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: options.Device = "auto",
     seed: Annotated[int, typer.Option(help="Of the search and of its text.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted search.")] = False,
-    overwrite: _Overwrite = False,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Search the best bits for every layer: candidates are made once, then an evolution chooses among them.
 
@@ -160,7 +162,9 @@ def search_command(
     check_output(output, folder, resume=resume, overwrite=overwrite)
     if unfinished.exists() and not (resume or overwrite):
         raise QuantkitError(f"{unfinished} holds an unfinished search; --resume continues it, --overwrite starts anew")
-    budget = _budget(folder, avg_bits, total, fit, context, batch, kv_bits, latency_ms, timings, sparsity, drop_blocks)
+    processes, where = options.begin_processes(device)
+    room = (fit, context, batch, kv_bits, where)
+    budget = _budget(folder, avg_bits, total, room, latency_ms, timings, sparsity, drop_blocks)
     evolution = Evolution(generations, offspring, parse_stages(stages))
     settings = SearchSettings(evolution, measure, start, held_out, top, seed=seed)
     text = Calibration(calibration, search_samples, seqlen, seed=1_000_003 + seed)
@@ -168,12 +172,9 @@ def search_command(
     rules: dict[str, Quantizer | None] = dict.fromkeys(include or (), first)
     rules |= dict.fromkeys(ignore or ())
     recipe = Recipe(first, rules, target_shift, Calibration(calibration, num_samples, seqlen))
-    processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
-    where = processes.device if processes.num_processes > 1 else pick_device(device)
     place = database or Path(f"{Path(model).resolve().name}-candidates")
     main = processes.is_main_process
-    if search_samples <= held_out:
-        raise QuantkitError(f"--held-out {held_out} leaves nothing of --search-samples {search_samples} to search on")
+    check_text(search_samples, settings)
     if main and not resume:
         _remove(unfinished)
     try:
@@ -181,7 +182,11 @@ def search_command(
             made: Database | None = None
             if drop_blocks is None:
                 with processes.main_process_first():
-                    made = build(folder, recipe, tuple(offers.values()), place, device=where, progress=told)
+                    made = build(
+                        folder, recipe, tuple(offers.values()), place, budget=budget, device=where, progress=told
+                    )
+                if main and (more := budget.check(made.source, tuple(made.blocks), made.quantizers.values())):
+                    console.print(f"note: {more}")
             make_space: Callable[..., Space] = BlockSpace
             if made is not None:
                 make_space = partial(CandidateSpace, database=made, cost=budget.cost)
@@ -239,21 +244,22 @@ def _budget(
     folder: Path,
     avg_bits: float | None,
     total: str | None,
-    fit: str | None,
-    context: int | None,
-    batch: int,
-    kv_bits: float,
+    room: tuple[str | None, int | None, int, float | None, torch.device],
     latency_ms: float | None,
     timings: Path | None,
     sparsity: float | None,
     drop_blocks: int | None,
 ) -> Budget:
     """The one budget that was given."""
-    options = {
+    fit, context = room[:2]
+    budgets = {
         "--avg-bits": avg_bits, "--size": total, "--fit": fit, "--latency-ms": latency_ms, "--sparsity": sparsity,
         "--drop-blocks": drop_blocks,
     }  # fmt: skip
-    given = [name for name, value in options.items() if value is not None]
+    given = [name for name, value in budgets.items() if value is not None]
+    for name, reader, there in (("--context", "--fit", context), ("--timings", "--latency-ms", timings)):
+        if there is not None and budgets[reader] is None:
+            raise QuantkitError(f"{name} is given without {reader}, which reads it")
     if len(given) != 1:
         what = "none is given" if not given else f"{' and '.join(given)} are given"
         raise QuantkitError(f"give one budget, such as --avg-bits 3, --size 4GB or --fit 12GB; {what}")
@@ -278,21 +284,28 @@ def _budget(
         if timings is None or not 0 < latency_ms < 1e6:
             raise QuantkitError("--latency-ms needs a positive time, and --timings, a table of measured kernels")
         return Budget(latency_ms, "latency", read_timings(timings))
+    return Budget(_fitting(folder, *room), "bytes")
+
+
+def _fitting(
+    folder: Path, fit: str | None, context: int | None, batch: int, kv_bits: float | None, device: torch.device
+) -> int:
+    """Bytes of weights that leave room for what generation needs beside them."""
     assert fit is not None
     if context is None or context < 1 or batch < 1:
         raise QuantkitError("--fit needs --context, the tokens that the KV cache is to hold, and --batch of at least 1")
-    if not 0 < kv_bits <= 32:
+    if kv_bits is not None and not 0 < kv_bits <= 32:
         raise QuantkitError(f"--kv-bits {kv_bits:g}: give bits of a cached number, such as 16")
-    config = AutoConfig.from_pretrained(folder)
-    cache, activations = kv_cache_bytes(config, context, batch, kv_bits), activation_bytes(config, context, batch)
-    left = parse_size(fit) - cache - activations
+    source = ModelFolder(folder, structure_only=True)
+    need = beside_weights(source.model, [*block_linears(source.model)], context, batch, kv_bits, device)
+    left = parse_size(fit) - need.total
     console.print(
-        f"{fit} at {context:,} tokens x {batch}: {size(cache)} of KV cache, {size(activations)} of activations, "
-        f"{size(max(left, 0))} for the model"
+        f"{fit} at {context:,} tokens x {batch}: {size(need.cache)} of KV cache, {size(need.activations)} of "
+        f"activations, {size(need.reserve)} for allocators and libraries; {size(max(left, 0))} for the model"
     )
     if left <= 0:
-        raise QuantkitError(f"--fit {fit}: cache and activations alone take {size(cache + activations)}")
-    return Budget(left, "bytes")
+        raise QuantkitError(f"--fit {fit}: {size(need.total)} are needed beside the weights at this context and batch")
+    return left
 
 
 def _publish(
@@ -357,5 +370,10 @@ def _say_outcome(session: Session, outcome: Outcome, output: Path) -> None:
     for name, figure in outcome.held_out.items():
         table.add_row(name, f"{figure:.4f}")
     console.print(table)
+    if session.settings.measure == "kl":
+        share = f"{100 * outcome.seen:.1f}% of the full KL (one held-out window)"
+        console.print(
+            f"seen             {share} in the likeliest {session.settings.top} successors and the rest as one"
+        )
     console.print(f"budget           {outcome.spent:,} of {outcome.budget:,} spent")
     console.print(f"checkpoint: [bold]{output}[/]   load it with quantkit.load({str(output)!r})", soft_wrap=True)

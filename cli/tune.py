@@ -6,14 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from accelerate import PartialState
 
 import quantkit
 from quantkit.checkpoint import check_output, read_config, replace_folder, write_json
+from quantkit.cli import options
 from quantkit.cli.display import console, tuning_bars
-from quantkit.device import compute_dtype, parse_dtype, pick_device
+from quantkit.device import compute_dtype, parse_dtype
 from quantkit.errors import Interrupted, QuantkitError
 from quantkit.folder import load_tokenizer, resolve_folder
 from quantkit.recipe import Calibration
@@ -30,11 +29,9 @@ def tune_command(
     steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 200,
     batch: Annotated[int, typer.Option(help="Windows a step.")] = 8,
     micro_batch: Annotated[int, typer.Option(help="Windows in memory at a time.")] = 4,
-    calibration: Annotated[
-        str, typer.Option(help="wikitext2, c4, stdlib (offline), a .txt or .jsonl file, or a hub dataset id.")
-    ] = "wikitext2",
+    calibration: options.Text = "wikitext2",
     num_samples: Annotated[int, typer.Option(help="Windows of text, held-out ones included.")] = 512,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens a window; by default 2048 or the model's context.")] = None,
+    seqlen: options.Seqlen = None,
     held_out: Annotated[int, typer.Option(help="Windows that are measured, and not tuned on.")] = 16,
     evaluate_every: Annotated[int, typer.Option(help="Steps between measurements.")] = 20,
     patience: Annotated[int | None, typer.Option(help="End after so many measurements without a new best.")] = None,
@@ -77,15 +74,13 @@ def tune_command(
     trust: Annotated[
         float, typer.Option(help="Most that codes change a layer's weights in a step.", rich_help_panel=_STEP)
     ] = PVSettings.trust,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: options.Device = "auto",
     dtype: Annotated[str | None, typer.Option(help="Of the models' computation; by default float32 on a CPU.")] = None,
     seed: Annotated[
         int, typer.Option(help="Of the windows; another than quantize's, so that held-out ones are new to the model.")
     ] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing output or unfinished run.")
-    ] = False,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Tune a packed checkpoint end to end: scales, books, norms and codes, by KL to the teacher's predictions.
 
@@ -108,8 +103,7 @@ def tune_command(
         embeddings=embeddings, corrections=corrections, kl=kl, ce=ce, hidden=hidden, recompute=recompute, top=top,
         seed=seed, pv=pv,
     )  # fmt: skip
-    processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
-    where = processes.device if processes.num_processes > 1 else pick_device(device)
+    processes, where = options.begin_processes(device)
     kind = parse_dtype(dtype) or compute_dtype(where) or "auto"
     tokenizer = load_tokenizer(folder)
     student: Any = quantkit.load(folder, dtype=kind, device=where)

@@ -13,12 +13,15 @@ Tensors are named `<layer>.<local name>`; config.json carries
 """
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,6 +30,8 @@ from quantkit.calibrate import LayerResult
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.shards import DTYPES, INDEX, Shards, open_shard
 from quantkit.weight import QuantizedWeight
+
+logger = logging.getLogger(__name__)
 
 VERSION = 2
 """1, of a pre-release, had scales [out_features, groups]; no reader of it is kept."""
@@ -205,6 +210,9 @@ def check_output(output: Path, source: Path | None = None, *, resume: bool = Fal
     """
     if not output.name or output.name == "..":
         raise QuantkitError(f"--output {output} names no new folder; give one such as out/model-3bit")
+    above = next(parent for parent in output.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise QuantkitError(f"--output {output}: {above} is no folder that can be written to")
     if source is not None:
         ours, theirs = output.resolve(), source.resolve()
         if ours == theirs or ours in theirs.parents:
@@ -332,6 +340,21 @@ def write_json(path: Path, value: Any) -> None:
 
 def _write_bytes(path: Path, content: bytes) -> None:
     write_durably(path, lambda target: target.write_bytes(content), len(content))
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process fills the folder, then keeps others waiting; what a killed one held is free."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        logger.warning("another run fills %s; waiting for it", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_durably(path: Path, write: Callable[[Path], Any], needed: int) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import quantkit
 from quantkit import GPTQ, RTN, Calibration, Recipe
+from quantkit.checkpoint import alone, check_output
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.pipeline import quantize_checkpoint
 from quantkit.shards import INDEX, Shards
@@ -362,3 +364,24 @@ GOLDEN = {
     "model-00001-of-00002.safetensors": "e33aa4f5f84839c9",
     "model-00002-of-00002.safetensors": "109e7cb328aa78dd",
 }
+
+
+def test_who_fills_a_folder_is_alone(tmp_path, caplog):
+    entered = threading.Event()
+
+    def second():
+        with alone(tmp_path):
+            entered.set()
+
+    with alone(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert not entered.wait(1) and "waiting" in caplog.text
+    assert entered.wait(10)
+    thread.join()
+
+
+def test_an_output_inside_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(QuantkitError, match="no folder that can be written to"):
+        check_output(tmp_path / "file" / "deeper" / "out")

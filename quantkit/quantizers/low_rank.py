@@ -45,8 +45,8 @@ class LowRank:
     adapter_bits: int = 16
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank={self.rank}: a correction has a rank of at least 1")
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"rank={self.rank}: a correction has a whole rank of at least 1")
         if self.metric not in METRICS:
             raise ValueError(f"metric={self.metric!r}: choose one of {', '.join(METRICS)}")
         if self.alternations < 0:

@@ -4,7 +4,9 @@ The last two believe that losses of single items add up. They are cheap and ofte
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -18,25 +20,29 @@ CAPACITIES = 20_000
 
 
 def uniform(index: Index, budget: int) -> Assignment:
-    """The same level everywhere, and one more for as many items as fit, evenly spread over the depth.
-
-    An item with fewer levels takes its highest.
-    """
+    """Every item at the same share of its highest cost, as far as its levels allow, and what is left spread evenly."""
     index.check_budget(budget)
-    items = len(index.costs)
-    levels = [0] * items
-    for level in range(1, max(len(costs) for costs in index.costs)):
-        higher = [min(level, len(costs) - 1) for costs in index.costs]
+    levels = [0] * len(index.costs)
+    for share in sorted({Fraction(cost, costs[-1]) for costs in index.costs for cost in costs}):
+        higher = [max(bisect_right(costs, math.floor(share * costs[-1])) - 1, 0) for costs in index.costs]
         if index.cost(higher) > budget:
             break
         levels = higher
-    spread = sorted(range(items), key=lambda item: (item * (math.sqrt(5) - 1) / 2) % 1)
-    left = budget - index.cost(levels)
-    for item in spread:
-        costs, level = index.costs[item], levels[item]
-        if level + 1 < len(costs) and costs[level + 1] - costs[level] <= left:
-            left -= costs[level + 1] - costs[level]
-            levels[item] += 1
+    return _filled(index, levels, budget)
+
+
+def _filled(index: Index, levels: list[int], budget: int) -> Assignment:
+    """One level more for as many items as fit, again and again, evenly spread over the depth."""
+    spread = sorted(range(len(levels)), key=lambda item: (item * (math.sqrt(5) - 1) / 2) % 1)
+    left, raised = budget - index.cost(levels), True
+    while raised:
+        raised = False
+        for item in spread:
+            costs, level = index.costs[item], levels[item]
+            if level + 1 < len(costs) and costs[level + 1] - costs[level] <= left:
+                left -= costs[level + 1] - costs[level]
+                levels[item] += 1
+                raised = True
     return tuple(levels)
 
 
@@ -81,7 +87,7 @@ def greedy(index: Index, losses: Losses, budget: int) -> Assignment:
                 if price <= left and gain > best:
                     best, step = gain, (item, level, price)
         if step is None:
-            return tuple(levels)
+            return _filled(index, levels, budget)
         item, level, price = step
         levels[item], left = level, left - price
 
@@ -111,4 +117,4 @@ def knapsack(index: Index, losses: Losses, budget: int) -> Assignment:
     for costs, choice in zip(reversed(extra), reversed(choices), strict=True):
         levels.append(int(choice[at]))
         at -= -(-costs[levels[-1]] // unit)
-    return tuple(reversed(levels))
+    return _filled(index, levels[::-1], budget)

@@ -3,21 +3,22 @@
 Every stored byte counts: the dense rest of the model (embeddings, norms, head) and the files' headers come first, and
 what is left is the layers'. A model that is to fit a device beside its cache and activations leaves room for those:
 
-    weights + KV cache (context x batch) + activations (the longest prompt in one pass) <= device
+    weights + KV cache (context x batch) + activations (the longest prompt in one pass) + reserve <= device
 """
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from quantkit.errors import QuantkitError
 from quantkit.folder import ModelFolder
 from quantkit.model import linear_weight
 from quantkit.protocols import Quantizer
-from quantkit.search.store import Candidate
+from quantkit.recipe import core
 from quantkit.weight import QuantizedWeight
 
 HEADER_BYTES = 160
@@ -37,39 +38,6 @@ def parse_size(text: str) -> int:
     if match is None or float(match[1]) <= 0:
         raise QuantkitError(f"{text!r} is no size; give one such as 4GB, 3.5GiB or 800MB")
     return int(float(match[1]) * UNITS[match[2] or ""])
-
-
-def kv_cache_bytes(config: Any, context: int, batch: int, bits: float = 16) -> int:
-    """Of keys and values at a full context; layers with a sliding window keep no more than it.
-
-    Args:
-        config: the model's.
-        context: tokens of each sequence.
-        batch: sequences.
-        bits: of a cached number, with all that a compressed cache stores beside it.
-    """
-    config = config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    layers = config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
-    window = getattr(config, "sliding_window", None) or context
-    lengths = [min(context, window) if kind == "sliding_attention" else context for kind in kinds]
-    return int(2 * sum(lengths) * batch * heads * size * bits / 8)
-
-
-def activation_bytes(config: Any, context: int, batch: int, itemsize: int = 2) -> int:
-    """Of a pass over the whole context, at most: a block's widest moment, and the last token's logits in fp32.
-
-    Residual, its normed copy, queries, keys, values and attention's output, or the MLP's two halves and their product.
-    """
-    config = config.get_text_config()
-    hidden, wide = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or hidden // heads
-    attention = 2 * hidden + 6 * heads * size
-    tokens = context * batch
-    return tokens * itemsize * max(attention, 2 * hidden + 3 * wide) + 3 * 4 * batch * config.vocab_size
 
 
 @dataclass(frozen=True)
@@ -95,34 +63,73 @@ class Budget:
             source: the full-precision model; not read for a number of blocks.
             layers: their names.
         """
+        factor, rest = self._scale(source, layers)
+        return int(self.amount * factor) - rest
+
+    def _scale(self, source: ModelFolder | None, layers: Sequence[str]) -> tuple[float, int]:
+        """(units in one of `amount`, units that all else takes)."""
         if self.kind == "blocks" or source is None:
-            return int(self.amount)
+            return 1, 0
         if self.kind == "latency":
-            return int(1e6 * self.amount)
+            return 1e6, 0
         if self.kind == "bytes":
             dense = source.nbytes() - source.packed_nbytes(layers)
-            headers = HEADER_BYTES * (len(source.model.state_dict()) + TENSORS * len(layers))
-            return int(self.amount) - dense - headers
+            return 1, dense + HEADER_BYTES * (len(source.model.state_dict()) + TENSORS * len(layers))
         weights = sum(linear_weight(source.model.get_submodule(name)).numel() for name in layers)
-        return int(self.amount * weights / (8 if self.kind == "bits" else 1))
+        return weights / 8 if self.kind == "bits" else weights, 0
 
-    def cost(self, candidate: Candidate, quantizer: Quantizer) -> int:
-        """Of a layer's candidate: bytes, weights that are not zero, or nanoseconds.
+    def cost(self, weight: QuantizedWeight, quantizer: Quantizer) -> int:
+        """Of a packed layer: bytes, weights that are not zero, or nanoseconds.
+
+        Args:
+            weight: may be on the meta device.
+            quantizer: what packed it.
 
         Raises:
             QuantkitError: the timings lack its format and shape.
         """
-        weight = QuantizedWeight.empty(candidate.metadata)
         rows, columns = weight.shape
         if self.kind == "latency":
             assert self.timings is not None
-            name = f"{weight.label} {candidate.metadata['bits']}" if "bits" in candidate.metadata else weight.label
+            bits = weight.metadata().get("bits")
+            name = weight.label if bits is None else f"{weight.label} {bits}"
             if (name, rows, columns) not in self.timings:
                 raise QuantkitError(f"the timings lack {name!r} at {rows} x {columns}; measure it")
             return int(1e3 * self.timings[name, rows, columns])
         if self.kind == "weights":
-            return rows * columns - round(getattr(quantizer, "sparsity", 0.0) * rows * columns)
-        return candidate.nbytes
+            return rows * columns - round(getattr(core(quantizer), "sparsity", 0.0) * rows * columns)
+        return weight.nbytes
+
+    def check(self, source: ModelFolder, layers: Sequence[str], quantizers: Iterable[Quantizer]) -> str:
+        """Holds the budget against what the candidates' layouts cost, before any of them is made.
+
+        Returns:
+            What is to be said of it: that it is more than the dearest candidates take, or nothing.
+
+        Raises:
+            QuantkitError: not even the cheapest candidates fit.
+        """
+        least = most = 0
+        for name in layers:
+            shape = linear_weight(source.model.get_submodule(name)).shape
+            costs = [self.cost(quantizer.layout(*shape), quantizer) for quantizer in quantizers]
+            least, most = least + min(costs), most + max(costs)
+        factor, rest = self._scale(source, layers)
+        low, high = (self._said((units + rest) / factor) for units in (least, most))
+        allowed = self.units(source, layers)
+        if allowed < least:
+            raise QuantkitError(f"{self._said(self.amount)} is impossible with these candidates: from {low} to {high}")
+        if allowed > most:
+            return f"{self._said(self.amount)} is more than the dearest candidates take, {high}: nothing to search"
+        return ""
+
+    def _said(self, amount: float) -> str:
+        """An amount in the words in which users give it."""
+        if self.kind == "bytes":
+            return f"{amount / 1e9:.4g} GB" if amount >= 1e9 else f"{amount / 1e6:.4g} MB"
+        if self.kind == "weights":
+            return f"a sparsity of {1 - amount:.4g}"
+        return f"{amount:.4g} " + {"bits": "bits per weight", "latency": "ms", "blocks": "blocks"}[self.kind]
 
 
 def read_timings(path: Path) -> dict[tuple[str, int, int], float]:
@@ -134,7 +141,11 @@ def read_timings(path: Path) -> dict[tuple[str, int, int], float]:
         QuantkitError: the file is no such table.
     """
     try:
-        return {(e["format"], int(e["rows"]), int(e["columns"])): float(e["us"]) for e in json.loads(path.read_text())}
+        entries = json.loads(path.read_text())
+        timings = {(e["format"], int(e["rows"]), int(e["columns"])): float(e["us"]) for e in entries}
+        if not all(math.isfinite(time) and time > 0 for time in timings.values()):
+            raise ValueError("times must be positive")
+        return timings
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise QuantkitError(
             f'{path} is no table of timings ({error}); it holds [{{"format": "int_group 4", "rows": 4096, '

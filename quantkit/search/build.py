@@ -7,6 +7,7 @@ levels are calibrated behind the same prefix), so that a layer's candidates do n
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,47 +15,61 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate import LayerResult, relative_error, walk
+from quantkit.checkpoint import alone
 from quantkit.device import compute_dtype, pick_device
 from quantkit.folder import ModelFolder, load_tokenizer
 from quantkit.plan import Plan
 from quantkit.protocols import Needs, Quantizer
 from quantkit.quantizers.target_shift import TargetShift
 from quantkit.recipe import Recipe
+from quantkit.search.budget import Budget
 from quantkit.search.store import Store, candidate_key
 from quantkit.stats import LayerStats
 from quantkit.weight import QuantizedWeight
 
-Found = dict[str, dict[str, LayerResult]]
-"""What was made of each layer, by candidate."""
+Found = dict[str, dict[Quantizer, LayerResult]]
+"""What was made of each layer."""
 
 
 @dataclass(frozen=True)
 class Several:
-    """Quantizes the layer `name` in several ways, notes all and returns the base's."""
+    """Quantizes a layer in several ways, notes all and returns the base's.
 
-    name: str
-    inner: Quantizer
-    others: tuple[Quantizer, ...]
-    found: Found = field(repr=False, compare=False)
+    Attributes:
+        base: the candidate that the prefix is packed by.
+        missing: candidates to make.
+        shift: of the target, 0 to 1. Errors are measured against the shifted target, whatever a candidate aims at.
+        found: where results are noted.
+        stored: reads the base's result, where it is there already.
+    """
+
+    base: Quantizer
+    missing: tuple[Quantizer, ...]
+    shift: float
+    found: dict[Quantizer, LayerResult] = field(repr=False, compare=False)
+    stored: Callable[[], QuantizedWeight] | None = field(repr=False, compare=False)
 
     @property
     def needs(self) -> Needs:
-        """The most that any candidate reads, and the Hessian at least: losses are measured in it."""
-        return max(Needs.HESSIAN, self.inner.needs, *(other.needs for other in self.others))
+        """The Hessian, in which errors are measured, and both streams where the target is shifted."""
+        return max(
+            Needs.CROSS if self.shift else Needs.HESSIAN, *(quantizer.needs for quantizer in (self.base, *self.missing))
+        )
 
     def quantize(self, weight: Tensor, stats: LayerStats | None) -> QuantizedWeight:
         """The base's result."""
         assert stats is not None
-        made = {quantizer: quantizer.quantize(weight, stats) for quantizer in (self.inner, *self.others)}
-        self.found[self.name] = {
-            candidate_key(quantizer): LayerResult(packed, relative_error(weight, packed, stats), stats.damping)
-            for quantizer, packed in made.items()
-        }
-        return made[self.inner]
+        target = TargetShift(self.base, self.shift).target(weight, stats) if self.shift else weight
+        for quantizer in self.missing:
+            packed = quantizer.quantize(target if quantizer.needs == Needs.HESSIAN else weight, stats)
+            self.found[quantizer] = LayerResult(packed, relative_error(target, packed, stats), stats.damping)
+        if self.stored is None:
+            return self.found[self.base].weight
+        return self.stored().map(lambda tensor: tensor.to(weight.device))
 
     def layout(self, out_features: int, in_features: int) -> QuantizedWeight:
         """The base's layout."""
-        return self.inner.layout(out_features, in_features)
+        return self.base.layout(out_features, in_features)
 
 
 class _Sink:
@@ -70,13 +85,13 @@ class _Sink:
         return self._store.load(index, self._base, self._store.candidates(index, self._base))
 
     def write(self, index: int, name: str, layers: dict[str, LayerResult]) -> None:
-        """Takes the block's candidates; the base last, so that it never stands for others that are missing."""
-        for key in [*(key for key in self._quantizers if key != self._base), self._base]:
-            made = {layer: self._found[layer][key] for layer in layers}
+        """Takes the block's candidates."""
+        for key, quantizer in self._quantizers.items():
+            made = {layer: self._found[layer][quantizer] for layer in layers if quantizer in self._found[layer]}
             if made:
-                self._store.write(index, key, self._quantizers[key], made)
+                self._store.write(index, key, quantizer, made)
         for layer in layers:
-            del self._found[layer]
+            self._found[layer].clear()
 
 
 @dataclass(frozen=True)
@@ -106,6 +121,7 @@ def build(
     candidates: tuple[Quantizer, ...],
     database: Path,
     *,
+    budget: Budget | None = None,
     device: str | torch.device | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> Database:
@@ -116,11 +132,12 @@ def build(
         recipe: its quantizer is the base; its rules say which layers are left out.
         candidates: ways to pack a layer; the base is one more, if it is not among them.
         database: folder of the database; made where there is none.
+        budget: of the search to come; one that no candidates keep is refused before any is made.
         device: where blocks run; by default a GPU if there is one.
         progress: called with (blocks done, blocks in all, name).
 
     Raises:
-        QuantkitError: bad input, or a database of another model or calibration.
+        QuantkitError: bad input, an impossible budget, or a database of another model or calibration.
     """
     base = recipe.quantizer
     assert base is not None
@@ -134,41 +151,55 @@ def build(
     windows = recipe.calibration.windows(load_tokenizer(folder), source.model)
     settings = recipe.settings(plan, windows)
     identity = {key: value for key, value in settings.items() if key != "quantizers"} | {
-        "base": sorted({repr(quantizer) for quantizer in plan.values()}),
+        "base": repr(base),
+        "target_shift": recipe.target_shift,
         "layers": sorted(plan),
         "model": source.shards.fingerprint(),
         "device": where.type,
         "dtype": str(source.model.dtype),
     }
-    store = Store(database, identity, len(source.blocks))
     quantizers = {candidate_key(quantizer): quantizer for quantizer in (*candidates, base)}
+    if budget is not None:
+        budget.check(source, tuple(plan), quantizers.values())
+    store = Store(database, identity, len(source.blocks))
     indices = {f"{source.prefix}.{index}.": index for index in range(len(source.blocks))}
     blocks = {name: next((i for prefix, i in indices.items() if name.startswith(prefix)), -1) for name in plan}
     if not all(store.has(index, key) for index in set(blocks.values()) for key in quantizers):
-        found: Found = {}
-        sink = _Sink(store, quantizers, candidate_key(base), found)
-        others = tuple(quantizer for quantizer in quantizers.values() if quantizer != base)
-        walk(
-            source.model,
-            _several(plan, others, found),
-            windows,
-            source=source.source(plan),
-            sink=sink,
-            device=where,
-            progress=progress,
-            true_sequential=recipe.true_sequential,
-        )
+        with alone(store.folder):
+            _fill(store, source, plan, quantizers, blocks, recipe, windows, where, progress)
         source = ModelFolder(folder, compute_dtype(where))  # the walk packed the other's layers
         source.untie(plan)
     return Database(store, quantizers, blocks, source, settings, before)
 
 
-def _several(plan: Plan, others: tuple[Quantizer, ...], found: Found) -> Plan:
-    """The plan with all candidates of every layer; they share the target where it is shifted."""
-    changed: Plan = {}
-    for name, quantizer in plan.items():
-        if isinstance(quantizer, TargetShift):
-            changed[name] = replace(quantizer, inner=Several(name, quantizer.inner, others, found))
-        else:
-            changed[name] = Several(name, quantizer, others, found)
-    return changed
+def _fill(
+    store: Store,
+    source: ModelFolder,
+    plan: Plan,
+    quantizers: dict[str, Quantizer],
+    blocks: dict[str, int],
+    recipe: Recipe,
+    windows: Tensor,
+    device: torch.device,
+    progress: Callable[[int, int, str], None],
+) -> None:
+    """Walks over the model and makes what is missing."""
+    base = recipe.quantizer
+    assert base is not None
+    key = candidate_key(base)
+    found: Found = {name: {} for name in plan}
+    several: Plan = {}
+    for name, index in blocks.items():
+        missing = tuple(quantizer for other, quantizer in quantizers.items() if not store.has(index, other))
+        stored = partial(store.load_one, index, key, name) if store.has(index, key) else None
+        several[name] = Several(base, missing, recipe.target_shift, found[name], stored)
+    walk(
+        source.model,
+        several,
+        windows,
+        source=source.source(plan),
+        sink=_Sink(store, quantizers, key, found),
+        device=device,
+        progress=progress,
+        true_sequential=recipe.true_sequential,
+    )

@@ -43,7 +43,7 @@ class ModelFitness:
         micro_batch: int = 4,
     ) -> None:
         self.space, self.windows, self._held_out = space, windows, held_out
-        self._teacher, self._measure, self._mixed, self._micro_batch = teacher, measure, mixed, micro_batch
+        self.teacher, self._measure, self.mixed, self._micro_batch = teacher, measure, mixed, micro_batch
         self._processes = PartialState()
 
     def __call__(self, assignments: Sequence[Assignment], tokens: int, draw: int) -> list[float]:
@@ -71,7 +71,7 @@ class ModelFitness:
 
     def _loss(self, numbers: Tensor) -> Tensor:
         tokens = self.windows[numbers]
-        predictions = predict(self.space.model, tokens, self._mixed)
+        predictions = predict(self.space.model, tokens, self.mixed)
         if self._measure == "kl":
-            return self._teacher.divergence(tokens, numbers, predictions)[0]
+            return self.teacher.divergence(tokens, numbers, predictions)[0]
         return token_nll(predictions.logits[:, :-1], tokens[:, 1:].to(predictions.logits.device))

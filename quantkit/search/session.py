@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from quantkit.checkpoint import CheckpointWriter, write_json
 from quantkit.device import compute_dtype, multiplies_bf16
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.folder import load_tokenizer
+from quantkit.metrics import token_kl
 from quantkit.pipeline import Run, begin, count_weights, model_notes, publish
 from quantkit.recipe import Calibration
 from quantkit.report import Report
@@ -25,9 +27,13 @@ from quantkit.search.build import Database
 from quantkit.search.evolve import Assignment, Evolution, Generation, State, evolve
 from quantkit.search.fitness import Measure, ModelFitness
 from quantkit.search.spaces import Space
-from quantkit.tuning.teacher import CachedTeacher
+from quantkit.tuning.teacher import CachedTeacher, predict
+
+logger = logging.getLogger(__name__)
 
 Told = Callable[[int, int, str], None]
+PROBE = 256
+"""Tokens on which the kept successors' KL is held against the full one."""
 START_DRAW = -1
 """The text that sensitivities and starts are measured on; generations draw from 0 on."""
 
@@ -62,6 +68,8 @@ class SearchSettings:
         for name in ("held_out", "top", "sensitivity_tokens"):
             if getattr(self, name) < 1:
                 raise QuantkitError(f"{name}={getattr(self, name)}: give at least 1")
+        if self.top < 512:
+            raise QuantkitError(f"top={self.top}: fewer than 512 successors hide too much of the KL")
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ class Outcome:
         held_out: figure of each of them, and of "search", on text that the search did not see.
         history: of the generations.
         budget: that the items were allowed; spent: what they take.
+        seen: share of the found model's full KL that the kept successors show, on one held-out window.
     """
 
     assignment: Assignment
@@ -82,6 +91,13 @@ class Outcome:
     history: tuple[Generation, ...]
     budget: int
     spent: int
+    seen: float
+
+
+def check_text(windows: int, settings: SearchSettings) -> None:
+    """Raises QuantkitError where the held-out windows leave nothing to search on."""
+    if windows <= settings.held_out:
+        raise QuantkitError(f"{windows} windows of text, {settings.held_out} of them held out: give more of them")
 
 
 class Session:
@@ -113,9 +129,11 @@ class Session:
         self.settings, self._told, self._processes = settings, told, PartialState()
         model = quantkit.hf.load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
         windows = text.windows(load_tokenizer(folder), model)
-        if len(windows) <= settings.held_out:
-            raise QuantkitError(
-                f"{len(windows)} windows of text, {settings.held_out} of them held out: give more of them"
+        check_text(len(windows), settings)
+        drawn = (len(windows) - settings.held_out) * windows.shape[1]
+        if drawn < max(tokens for _, tokens in settings.evolution.stages):
+            logger.warning(
+                "the search has %s tokens of text, less than its last stage would draw; give more", f"{drawn:,}"
             )
         mixed = multiplies_bf16(device)
         self.text_digest = hashlib.sha256(f"{settings.top} ".encode() + windows.numpy().tobytes()).hexdigest()[:12]
@@ -128,6 +146,8 @@ class Session:
                 lambda done, total: told(done, total, "the full model's predictions"),
                 mixed,
             )
+        with torch.no_grad():
+            self._probe = predict(model, windows[:1], mixed).logits[:, :PROBE].float().cpu()
         self.space = make_space(model, torch.bfloat16 if mixed else model.dtype)
         self.fitness = ModelFitness(self.space, teacher, windows, settings.held_out, settings.measure, mixed)
         self._sensitivities: list[tuple[float, ...]] | None = None
@@ -180,8 +200,9 @@ class Session:
         """
         settings, index = self.settings, self.space.index
         index.check_budget(budget)
+        wanted = asdict(replace(settings, evolution=replace(settings.evolution, generations=0)))  # may be more now
         identity = json.loads(
-            json.dumps([asdict(settings), self.space.names, self.space.identity, index.costs, budget, self.text_digest])
+            json.dumps([wanted, self.space.names, self.space.identity, index.costs, budget, self.text_digest])
         )
         record = None if state_file is None else _read(state_file, identity)
         if record is None:
@@ -203,7 +224,18 @@ class Session:
         compared = starts | {"search": state.parent}
         figures = self.fitness.on([*compared.values()], torch.arange(settings.held_out))
         held_out = dict(zip(compared, figures, strict=True))
-        return Outcome(state.parent, starts, held_out, state.history, budget, index.cost(state.parent))
+        return Outcome(
+            state.parent, starts, held_out, state.history, budget, index.cost(state.parent), self._seen(state.parent)
+        )
+
+    @torch.no_grad()
+    def _seen(self, assignment: Assignment) -> float:
+        """KL over the kept successors and the rest as one event, by KL over the vocabulary."""
+        self.space.apply(assignment)
+        fitness, tokens = self.fitness, self.fitness.windows[:1]
+        found = predict(self.space.model, tokens, fitness.mixed)
+        kept = fitness.teacher.divergence(tokens, torch.zeros(1, dtype=torch.int64), found)[0][:, :PROBE]
+        return float(kept.mean() / token_kl(self._probe, found.logits[:, :PROBE].cpu()).mean())
 
 
 def _write(path: Path, identity: Any, starts: Mapping[str, Assignment], state: State) -> None:
@@ -273,7 +305,7 @@ def assemble(
         results = {}
         for layer, key in layers.items():
             candidate = store.candidates(index, key)[layer]
-            weight = store.load(index, key, [layer])[layer]
+            weight = store.load_one(index, key, layer)
             results[layer] = LayerResult(weight, candidate.relative_error, candidate.damping)
         writer.write(index, f"{source.prefix}.{index}" if index >= 0 else "", results)
     return publish(writer, source, plan, run, name or folder.name, dense_bytes, files)

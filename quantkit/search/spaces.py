@@ -15,7 +15,7 @@ from quantkit.model import find_blocks
 from quantkit.protocols import Quantizer
 from quantkit.search.build import Database
 from quantkit.search.evolve import Assignment, Index
-from quantkit.search.store import Candidate
+from quantkit.weight import QuantizedWeight
 
 CACHE_SHARE = 1 / 4
 """Share of the free memory that unpacked candidates may take."""
@@ -42,12 +42,12 @@ class Space(Protocol):
         """Makes the model that the assignment describes."""
 
 
-Cost = Callable[[Candidate, Quantizer], int]
-"""What a candidate costs, in the budget's units."""
+Cost = Callable[[QuantizedWeight, Quantizer], int]
+"""What a candidate costs, in the budget's units; its weight is on the meta device."""
 
 
-def _nbytes(candidate: Candidate, _quantizer: Quantizer) -> int:
-    return candidate.nbytes
+def _nbytes(weight: QuantizedWeight, _quantizer: Quantizer) -> int:
+    return weight.nbytes
 
 
 class CandidateSpace:
@@ -70,7 +70,7 @@ class CandidateSpace:
         costs = []
         for name in self.names:
             offers = [
-                (cost(candidate, quantizer), candidate.relative_error, key)
+                (cost(QuantizedWeight.empty(candidate.metadata), quantizer), candidate.relative_error, key)
                 for key, quantizer in database.quantizers.items()
                 for candidate in [database.store.candidates(database.blocks[name], key)[name]]
             ]
@@ -102,7 +102,7 @@ class CandidateSpace:
     def _linear(self, name: str, key: str) -> QuantizedLinear:
         """A layer with one of its candidates, unpacked."""
         if (name, key) not in self._linears:
-            (weight,) = self.database.store.load(self.database.blocks[name], key, [name]).values()
+            weight = self.database.store.load_one(self.database.blocks[name], key, name)
             weight = weight.map(lambda tensor: tensor.to(self.model.device))
             linear = new_linear(weight, self.model.get_submodule(name))
             linear.packed.prepare()

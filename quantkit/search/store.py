@@ -156,6 +156,10 @@ class Store:
                 weights[layer] = QuantizedWeight.from_state(sidecar["layers"][layer]["metadata"], state)
         return weights
 
+    def load_one(self, index: int, key: str, layer: str) -> QuantizedWeight:
+        """One layer's; see `load`."""
+        return self.load(index, key, [layer])[layer]
+
     def _path(self, index: int, key: str) -> Path:
         number = self.num_blocks + 1 if index < 0 else index + 1
         return self.folder / f"block-{number:05d}" / f"{key}.safetensors"

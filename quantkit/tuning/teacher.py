@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quantkit.checkpoint import write_durably, write_json
+from quantkit.checkpoint import alone, write_durably, write_json
 from quantkit.errors import QuantkitError
 from quantkit.metrics import token_kl
 
@@ -153,16 +153,18 @@ class CachedTeacher:
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(record, identity)
-        for first in range(0, len(windows), FILE_WINDOWS):
-            path = _file(folder, first // FILE_WINDOWS)
-            if not path.exists():
-                kept = [
-                    _successors(model, tokens, top, mixed) for tokens in windows[first : first + FILE_WINDOWS].split(4)
-                ]
-                tensors = {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
-                needed = sum(tensor.nbytes for tensor in tensors.values())
-                write_durably(path, partial(save_file, tensors), needed)
-            progress(min(first + FILE_WINDOWS, len(windows)), len(windows))
+        with alone(folder):
+            for first in range(0, len(windows), FILE_WINDOWS):
+                path = _file(folder, first // FILE_WINDOWS)
+                if not path.exists():
+                    kept = [
+                        _successors(model, tokens, top, mixed)
+                        for tokens in windows[first : first + FILE_WINDOWS].split(4)
+                    ]
+                    tensors = {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
+                    needed = sum(tensor.nbytes for tensor in tensors.values())
+                    write_durably(path, partial(save_file, tensors), needed)
+                progress(min(first + FILE_WINDOWS, len(windows)), len(windows))
         return CachedTeacher(folder)
 
     def divergence(self, tokens: Tensor, numbers: Tensor, found: Predictions) -> tuple[Tensor, Tensor | None]:

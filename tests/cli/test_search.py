@@ -60,11 +60,21 @@ def test_a_killed_search_goes_on(searched, model_folder):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
+    former = json.loads(state.read_text())["state"]["history"]
     refused = run(*arguments)
     assert refused.returncode == 2 and "--resume continues it" in refused.stderr
     done = run(*arguments, "--resume")
     assert done.returncode == 0, done.stderr
     assert sum(path.stat().st_size for path in (place / "second").glob("*.safetensors")) <= 3_600_000
+    history = json.loads((place / "second" / "quantkit_search.json").read_text())["history"]
+    assert [[*line.values()] for line in history[: len(former)]] == former and len(history) == 12
+
+
+def test_a_plan_leaves_nothing_to_say(searched, model_folder, tmp_path, complaint):
+    place, _ = searched
+    plan = place / "found" / "quantkit_plan.json"
+    code, said = complaint("quantize", model_folder("llama"), "--plan", plan, "--bits", 3, "--output", tmp_path / "o")
+    assert code == 2 and "--bits is not read beside it" in said
 
 
 def test_pruning(model_folder, tmp_path):
@@ -90,14 +100,17 @@ def test_pruning(model_folder, tmp_path):
         ([], "none is given"),
         (["--avg-bits", 3, "--size", "4GB"], "--avg-bits and --size are given"),
         (["--avg-bits", 0], "give bits per weight"),
+        (["--avg-bits", 3, "--candidates", "gptq:2:low_rank=2.5"], "whole rank"),
         (["--size", "four"], "is no size"),
         (["--fit", "12GB"], "--fit needs --context"),
-        (["--fit", "1MB", "--context", 32768], "cache and activations alone take"),
+        (["--fit", "1MB", "--context", 32768], "are needed beside the weights"),
+        (["--avg-bits", 3, "--context", 99], "--context is given without --fit"),
+        (["--avg-bits", 3, "--top", 100], "top=100"),
         (["--sparsity", 1], "between 0 and 1"),
         (["--drop-blocks", 0], "give at least 1"),
         (["--drop-blocks", 2], "the model has 2 blocks, and one must stay"),
         (["--fit", "1GB", "--context", 99, "--kv-bits", -100], "bits of a cached number"),
-        (["--avg-bits", 3, "--search-samples", 8, "--held-out", 8], "leaves nothing of --search-samples 8"),
+        (["--avg-bits", 3, "--search-samples", 8, "--held-out", 8], "8 windows of text, 8 of them held out"),
         (["--latency-ms", 3], "--timings"),
         (["--avg-bits", 3, "--candidates", "gptk:3"], "did you mean 'gptq'"),
         (["--avg-bits", 3, "--candidates", "gptq"], "'gptq' is no quantizer; write METHOD:BITS"),
@@ -117,7 +130,7 @@ def test_an_impossible_budget_and_a_strange_database(searched, model_folder, tmp
     place, _ = searched
     arguments = ["search", model_folder("llama"), *SHORT, "--output", tmp_path / "out", "--database"]
     code, said = complaint(*arguments, place / "candidates", "--avg-bits", 1.5)
-    assert code == 2 and "impossible: the least is" in said
+    assert code == 2 and "1.5 bits per weight is impossible with these candidates: from 2.1" in said
     code, said = complaint(*arguments, place / "candidates", "--avg-bits", 3, "--num-samples", 5)
     assert code == 2 and "calibration differ" in said
     (tmp_path / "timings.json").write_text(json.dumps([{"format": "int_group 2", "rows": 1, "columns": 2, "us": 3}]))

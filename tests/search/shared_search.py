@@ -21,7 +21,7 @@ def main(model, place, output):
     with processes.main_process_first():
         database = build(Path(model), recipe, (GPTQ(2), GPTQ(3), GPTQ(4), RTN(3)), Path(place), device="cpu")
     settings = SearchSettings(
-        Evolution(2, 5, ((2, 256), (1, 512))), start="uniform", held_out=4, sensitivity_tokens=256, top=64
+        Evolution(2, 5, ((2, 256), (1, 512))), start="uniform", held_out=4, sensitivity_tokens=256, top=512
     )
     text = Calibration("stdlib", 12, 128, seed=2)
     make_space = partial(CandidateSpace, database=database)

@@ -76,7 +76,7 @@ def test_a_search_keeps_its_budget_and_is_no_worse_than_its_starts(session, budg
     assert outcome.held_out["search"] < outcome.held_out["uniform"]
 
 
-def test_an_interrupted_search_ends_in_the_same_assignment(session, budget, tmp_path):
+def test_an_interrupted_search_ends_in_the_same_assignment(session, budget, tmp_path, monkeypatch):
     whole = session.search(budget)
 
     def stop(now):
@@ -89,6 +89,10 @@ def test_an_interrupted_search_ends_in_the_same_assignment(session, budget, tmp_
     again = session.search(budget, tmp_path / "s.json", rest.append)
     assert len(rest) == 1
     assert again == whole
+    longer = dataclasses.replace(session.settings, evolution=dataclasses.replace(SHORT.evolution, generations=5))
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "settings", longer)
+        assert session.search(budget, tmp_path / "s.json").history[:3] == whole.history
     with pytest.raises(QuantkitError, match="other settings"):
         session.search(budget - 1, tmp_path / "s.json")
     (tmp_path / "s.json").write_text("{}")

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from quantkit import GPTQ, Calibration, Recipe
+from quantkit import GPTQ, RTN, Calibration, Recipe
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.pipeline import quantize_checkpoint
 from quantkit.search.build import build
@@ -31,6 +31,14 @@ def test_the_base_is_what_a_plain_run_packs(reference, recipe, database, tmp_pat
         assert candidate.nbytes == weight.nbytes == sum(t.nbytes for t in weight.state().values())
         for name, tensor in weight.state().items():
             assert torch.equal(tensor, stored[f"{layer.name}.{name}"])
+
+
+def test_a_method_without_statistics_keeps_its_own_target(reference, recipe, database, tmp_path):
+    """In a search as in a plain run: RTN rounds the weight itself, whatever target its neighbours aim at."""
+    quantize_checkpoint(reference, dataclasses.replace(recipe, quantizer=RTN(3)), tmp_path / "plain")
+    stored = dict(Shards(tmp_path / "plain").read(Shards(tmp_path / "plain").specs))
+    for name, tensor in database.store.load_one(2, candidate_key(RTN(3)), LAYER).state().items():
+        assert torch.equal(tensor, stored[f"{LAYER}.{name}"])
 
 
 def test_every_layer_has_every_candidate(database):
@@ -65,12 +73,15 @@ def test_a_second_build_reads_what_is_there_and_a_killed_one_goes_on(reference, 
     assert {path.relative_to(copy): path.read_bytes() for path in copy.rglob(files)} == content
 
 
-def test_another_set_adds_what_is_missing(reference, recipe, place, database, tmp_path):
+def test_another_set_adds_what_is_missing(reference, recipe, place, database, tmp_path, monkeypatch):
     copy = tmp_path / "copy"
     shutil.copytree(place, copy)
+    packed, plain = [], GPTQ.quantize
+    monkeypatch.setattr(GPTQ, "quantize", lambda self, *arguments: (packed.append(self), plain(self, *arguments))[1])
     before = {path: path.stat().st_mtime_ns for path in copy.rglob(files)}
     more = build(reference, recipe, (GPTQ(3), GPTQ(2, 64)), copy, device="cpu")
     assert len(more.quantizers) == 2
+    assert set(packed) == {GPTQ(2, 64)} and len(packed) == 42, "what is there is not made again"
     assert len(list(copy.rglob(files))) == len(before) + 6
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 

@@ -1,0 +1,30 @@
+"""What several verbs share: options of the same meaning, and how processes that share work begin."""
+
+from datetime import timedelta
+from typing import Annotated
+
+import torch
+import typer
+from accelerate import PartialState
+
+from quantkit.device import pick_device
+
+TEXTS = "wikitext2, c4, stdlib (offline), a .txt or .jsonl file, or a hub dataset id."
+
+Model = Annotated[str, typer.Argument(help="Folder of a transformers model, or its id on the hub.")]
+Text = Annotated[str, typer.Option(help=TEXTS)]
+NumSamples = Annotated[int, typer.Option(help="Calibration windows.")]
+Seqlen = Annotated[int | None, typer.Option(help="Tokens a window; by default 2048 or the model's context.")]
+Shift = Annotated[float, typer.Option("--target-shift", help="0 (off) to 1: aim at the full-precision output.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output or unfinished run.")]
+
+
+def begin_processes(device: str) -> tuple[PartialState, torch.device]:
+    """(the processes that share the work, this one's device).
+
+    They wait a day for one another: the first may calibrate a large model while the others have nothing to do.
+    """
+    processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=1))
+    return processes, processes.device if processes.num_processes > 1 else pick_device(device)
