@@ -26,7 +26,7 @@ from quantkit.protocols import Quantizer
 from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, parse_quantizer
 from quantkit.search.budget import Budget, parse_size, read_timings
 from quantkit.search.build import Database, build
-from quantkit.search.evolve import Evolution, State, parse_stages
+from quantkit.search.evolve import Evolution, State, parse_stages, stages_text
 from quantkit.search.memory import beside_weights
 from quantkit.search.picture import draw
 from quantkit.search.session import Outcome, SearchSettings, Session, assemble, check_text
@@ -34,6 +34,7 @@ from quantkit.search.spaces import BlockSpace, CandidateSpace, Space
 
 _BUDGET, _SEARCH, _CANDIDATES = "The budget", "The search", "Candidates"
 CANDIDATES = "gptq:2,gptq:3,gptq:4,gptq:5,gptq:6,gptq:8"
+STAGES = stages_text(Evolution.stages)
 SPARSITY_STEPS = (-0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3)
 
 
@@ -140,7 +141,7 @@ def search_command(
     held_out: _HeldOut = 32,
     generations: Annotated[int, typer.Option(help="Of the search.", rich_help_panel=_SEARCH)] = Evolution.generations,
     offspring: Annotated[int, typer.Option(help="In each.", rich_help_panel=_SEARCH)] = Evolution.offspring,
-    stages: _Stages = "8x2048,2x8192,1x32768",
+    stages: _Stages = STAGES,
     measure: _Measure = "kl",
     start: _Start = "best",
     top: _Top = 512,

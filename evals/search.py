@@ -24,7 +24,7 @@ from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, parse_quantizer
 from quantkit.search.baselines import best_of_random
 from quantkit.search.budget import Budget
 from quantkit.search.build import build
-from quantkit.search.evolve import Assignment, Evolution, parse_stages
+from quantkit.search.evolve import Assignment, Evolution, parse_stages, stages_text
 from quantkit.search.session import SearchSettings, Session
 from quantkit.search.spaces import CandidateSpace
 
@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("model")
     made.add_argument("--data", default="wikitext2")
-    made.add_argument("--bits", type=float, nargs="+", default=[2.375, 2.625, 3.125, 4.125])
+    made.add_argument("--bits", type=float, nargs="+", default=[2.25, 2.5, 3, 3.14, 4])
     made.add_argument("--candidates", default="gptq:2,gptq:3,gptq:4,gptq:5,gptq:6,gptq:8")
     made.add_argument("--base", default="gptq:3")
     made.add_argument("--database", type=Path, default=Path("search-candidates"))
@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seqlen", type=int, default=512)
     made.add_argument("--generations", type=int, default=Evolution.generations)
     made.add_argument("--offspring", type=int, default=Evolution.offspring)
-    made.add_argument("--stages", default="8x2048,2x8192,1x32768", help="survivors x tokens")
+    made.add_argument("--stages", default=stages_text(Evolution.stages), help="survivors x tokens")
     made.add_argument("--rule", choices=("any", "size"), default="any")
     made.add_argument("--start", choices=("best", "uniform"), default="best")
     made.add_argument("--seed", type=int, default=0)

@@ -13,7 +13,7 @@ way, which also moves bytes between layers of different sizes.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, Protocol, get_args
@@ -79,9 +79,9 @@ class Evolution:
         rule: see the module.
     """
 
-    generations: int = 150
-    offspring: int = 32
-    stages: tuple[tuple[int, int], ...] = ((8, 2048), (2, 8192), (1, 32768))
+    generations: int = 100
+    offspring: int = 16
+    stages: tuple[tuple[int, int], ...] = ((4, 2048), (2, 8192), (1, 16384))
     switches: int = 3
     rule: Rule = "any"
 
@@ -100,11 +100,16 @@ class Evolution:
             or min(survivors) < 1
             or survivors != sorted(survivors, reverse=True)
         ):
-            raise QuantkitError(f"stages={self.stages}: survivors must fall to 1, such as ((8, 2048), (1, 16384))")
+            raise QuantkitError(f"stages={self.stages}: survivors must fall to 1, such as ((4, 2048), (1, 16384))")
+
+
+def stages_text(stages: Iterable[tuple[int, int]]) -> str:
+    """Stages as `parse_stages` reads them."""
+    return ",".join(f"{survivors}x{tokens}" for survivors, tokens in stages)
 
 
 def parse_stages(text: str) -> tuple[tuple[int, int], ...]:
-    """Stages in words: "8x2048,2x8192,1x32768", survivors x tokens.
+    """Stages in words: "4x2048,2x8192,1x16384", survivors x tokens.
 
     Raises:
         QuantkitError: it is none.
@@ -114,7 +119,7 @@ def parse_stages(text: str) -> tuple[tuple[int, int], ...]:
         return tuple((int(survivors), int(tokens)) for survivors, tokens in pairs)
     except ValueError as error:
         raise QuantkitError(
-            f"{text!r} are no stages; write survivors x tokens, such as 8x2048,2x8192,1x32768"
+            f"{text!r} are no stages; write survivors x tokens, such as 4x2048,2x8192,1x16384"
         ) from error
 
 

@@ -43,10 +43,19 @@ def draw(outcome: Outcome, bits: Mapping[str, float], measure: str, path: Path) 
     left.set_xlabel("block")
     left.set_title("bits per weight")
     if len(rows) * (last + 1) <= 400:
+        light = 0.3 * min(bits.values()) + 0.7 * max(bits.values())  # where the colours are pale
         for y, line in enumerate(table):
             for x, value in enumerate(line):
                 if value == value:
-                    left.text(x, y, f"{value:.1f}", ha="center", va="center", color="white", fontsize=8)
+                    left.text(
+                        x,
+                        y,
+                        f"{value:.1f}",
+                        ha="center",
+                        va="center",
+                        color="black" if value > light else "white",
+                        fontsize=8,
+                    )
     figure.colorbar(image, ax=left)
     right.plot([line.fitness for line in outcome.history], lw=0.8, color="tab:blue", alpha=0.5, label="fresh text")
     steps = [number for number, line in enumerate(outcome.history) if line.switched]
