@@ -11,12 +11,14 @@ from rich import box
 from rich.table import Table
 
 import quantkit
+from quantkit.cli import options
 from quantkit.cli.display import console, size, tuning_progress
 from quantkit.device import parse_dtype, pick_device
 from quantkit.errors import QuantkitError, first_line
 from quantkit.evals.autotune import autotune
 from quantkit.evals.decode import Decoding, measure
 from quantkit.folder import resolve_folder
+from quantkit.kvcache.attention import compressed_kv
 
 
 def bench_command(
@@ -29,6 +31,7 @@ def bench_command(
         str | None, typer.Option(help="bfloat16, float16 or float32; by default the checkpoint's, float32 on a CPU.")
     ] = None,
     fuse: Annotated[bool, typer.Option(help="Run projections that share an input as one launch.")] = True,
+    kv_bits: options.KvBits = None,
     tune: Annotated[
         bool, typer.Option("--autotune", help="First measure the kernels' sizes for this model and GPU, and keep them.")
     ] = False,
@@ -51,7 +54,9 @@ def bench_command(
                 with tuning_progress() as progress:
                     autotune(subject, progress=progress)
             try:
-                results[name] = measure(subject, prompt_tokens, new_tokens)
+                compressing = kv_bits is not None and name == model
+                with compressed_kv(subject, bits=kv_bits) if compressing else nullcontext() as make_cache:
+                    results[name] = measure(subject, prompt_tokens, new_tokens, make_cache=make_cache)
             except (RuntimeError, AttributeError, IndexError, NotImplementedError) as error:  # models of other kinds
                 raise QuantkitError(f"{name} does not generate from a plain cache ({first_line(error)})") from error
         del subject

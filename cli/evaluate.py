@@ -16,6 +16,8 @@ from quantkit.errors import QuantkitError
 from quantkit.evals.activations import ActivationCode, Observed, activation_code, quantized_activations
 from quantkit.evals.perplexity import Quality, evaluate
 from quantkit.folder import load_tokenizer, resolve_folder
+from quantkit.kvcache.config import KVCacheConfig
+from quantkit.kvcache.prefix import CompressedPrefix
 from quantkit.model import check_vocabulary, context_length
 from quantkit.recipe import window_length
 
@@ -60,6 +62,14 @@ def evaluate_command(
             rich_help_panel=_ACTIVATIONS,
         ),
     ] = None,
+    kv_bits: options.KvBits = None,
+    kv_prefix: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of every window whose cache is compressed, the rest is scored; by default three quarters.",
+            rich_help_panel="KV cache",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure perplexity on held-out text; with --baseline also KL, top-1 agreement and flips."""
@@ -75,18 +85,30 @@ def evaluate_command(
         if loaded is not None:
             check_vocabulary(tokens, loaded)
     length = window_length(seqlen, context_length(subject))
+    if kv_prefix is not None and kv_bits is None:
+        raise QuantkitError("--kv-prefix says nothing without --kv-bits")
+    prefix = 0 if kv_bits is None else length * 3 // 4 if kv_prefix is None else kv_prefix
     coding = nullcontext() if code is None else quantized_activations(subject, code)
-    with coding as observed, window_progress() as progress:
+    caching = (
+        nullcontext(subject) if kv_bits is None else CompressedPrefix(subject, KVCacheConfig.gear(kv_bits), prefix)
+    )
+    with coding as observed, caching as reader, window_progress() as progress:
         quality = evaluate(
-            subject, tokens, bytes_per_token, length,
-            stride=stride, baseline=reference, max_windows=max_windows, progress=progress,
+            reader, tokens, bytes_per_token, length,
+            stride=stride, prefix=prefix, baseline=reference, max_windows=max_windows, progress=progress,
         )  # fmt: skip
+    cache = None if kv_bits is None else {"bits": kv_bits, "prefix": prefix, "bits_per_element": reader.bits}
     activations = None if observed is None else _figures(code, observed)
     if as_json:
-        settings = {"model": model, "data": data, "seqlen": length, "baseline": baseline, "activations": activations}
+        settings = {"model": model, "data": data, "seqlen": length, "baseline": baseline}
+        settings |= {"activations": activations, "kv_cache": cache}
         print(json.dumps(settings | asdict(quality), indent=2))
     else:
         _print(model, baseline, quality, activations)
+        if cache is not None:
+            console.print(
+                f"KV cache        {reader.bits:.3f} bits a number, measured, of the first {prefix} tokens of a window"
+            )
 
 
 def _activation_code(

@@ -10,6 +10,7 @@ from rich.logging import RichHandler
 
 from quantkit.cli.bench import bench_command
 from quantkit.cli.evaluate import evaluate_command
+from quantkit.cli.generate import generate_command
 from quantkit.cli.inspect import inspect_command
 from quantkit.cli.quantize import quantize_command
 from quantkit.cli.search import search_command
@@ -18,7 +19,7 @@ from quantkit.errors import QuantkitError
 
 app = typer.Typer(
     name="quantkit",
-    help="Post-training quantization of language models: quantize, search, tune, evaluate, inspect, bench.",
+    help="Post-training quantization of language models: quantize, search, tune, evaluate, generate, inspect, bench.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -27,6 +28,7 @@ app.command("quantize")(quantize_command)
 app.command("search")(search_command)
 app.command("tune")(tune_command)
 app.command("eval")(evaluate_command)
+app.command("generate")(generate_command)
 app.command("inspect")(inspect_command)
 app.command("bench")(bench_command)
 

@@ -19,6 +19,10 @@ Shift = Annotated[float, typer.Option("--target-shift", help="0 (off) to 1: aim 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output or unfinished run.")]
+KvBits = Annotated[
+    int | None,
+    typer.Option(help="Compress the KV cache (GEAR) to codes of 2, 3, 4 or 8 bits.", rich_help_panel="KV cache"),
+]
 
 
 def begin_processes(device: str) -> tuple[PartialState, torch.device]:

@@ -9,6 +9,7 @@ is one call of the model.
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from quantkit.errors import QuantkitError
+from quantkit.kvcache.cache import GearCache
 from quantkit.model import context_length, tensor_bytes
 
 
@@ -49,13 +51,17 @@ class Decoding:
 
 
 @torch.inference_mode()
-def measure(model: Any, prompt_tokens: int, new_tokens: int, seed: int = 0) -> Decoding:
+def measure(
+    model: Any, prompt_tokens: int, new_tokens: int, seed: int = 0, make_cache: Callable[[], Any] | None = None
+) -> Decoding:
     """Generates from random tokens, greedily.
 
     Args:
         model: a causal language model in evaluation mode.
         prompt_tokens: at least 1.
         new_tokens: at least 2, the first of which is the prompt's.
+        seed: of the prompt.
+        make_cache: makes an empty cache; None for a plain one.
 
     Raises:
         QuantkitError: more tokens than the model's context holds, or too few to measure.
@@ -74,15 +80,19 @@ def measure(model: Any, prompt_tokens: int, new_tokens: int, seed: int = 0) -> D
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model(prompt[:, :1], use_cache=False)  # compiles, and allocates what is allocated once
-    cache = _cache(model, prompt_tokens + new_tokens + 8)
-    model(prompt, past_key_values=_cache(model, prompt_tokens + 8), use_cache=True, logits_to_keep=1)
+    cache, other = (make_cache() if make_cache else _cache(model, prompt_tokens + more) for more in (new_tokens + 8, 8))
+    model(prompt, past_key_values=other, use_cache=True, logits_to_keep=1)
     first, token = _timed(device, lambda: _next(model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)))
 
     def step() -> None:
         token.copy_(_next(model(token, past_key_values=cache, use_cache=True)))
 
     # A sliding window's static cache counts its tokens on the host, where a graph would not see them grow.
-    fixed = device.type == "cuda" and not any(getattr(layer, "is_sliding", False) for layer in cache.layers)
+    fixed = (
+        device.type == "cuda"
+        and make_cache is None
+        and not any(getattr(layer, "is_sliding", False) for layer in cache.layers)
+    )
     run, how = (_captured(step) if fixed else None) or step, "eager"
     if run is not step:
         how = "CUDA graph"
@@ -153,6 +163,8 @@ def bytes_per_token(model: nn.Module) -> int:
 
 def _cache_bytes(cache: Any) -> int:
     """Bytes of the keys and values that a cache holds, of tokens that it has seen."""
+    if isinstance(cache, GearCache):
+        return cache.nbytes
     total = 0
     for layer in getattr(cache, "layers", []):
         for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):

@@ -58,6 +58,7 @@ def evaluate(
     seqlen: int,
     *,
     stride: int | None = None,
+    prefix: int = 0,
     baseline: Any = None,
     max_windows: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -70,6 +71,7 @@ def evaluate(
         bytes_per_token: UTF-8 bytes of the text per token.
         seqlen: tokens a window.
         stride: tokens between windows; by default seqlen.
+        prefix: so many of a window's first tokens, and the one after, are not scored.
         baseline: the model to compare with, of the same vocabulary.
         max_windows: stop after so many windows.
         progress: called with (windows done, windows in all).
@@ -82,6 +84,8 @@ def evaluate(
         raise QuantkitError(f"max_windows={max_windows}: measure at least one window")
     if not 1 <= stride <= seqlen:
         raise QuantkitError(f"stride={stride}: use 1 to seqlen={seqlen}")
+    if not 0 <= prefix < seqlen - 1:
+        raise QuantkitError(f"a prefix of {prefix} leaves nothing to score of windows of {seqlen} tokens")
     starts = list(range(0, len(tokens) - seqlen + 1, stride))[:max_windows]
     if not starts:
         raise QuantkitError(
@@ -90,7 +94,7 @@ def evaluate(
     columns: dict[str, list[float]] = {name: [] for name in ("nll", "base_nll", "kl", "agree", "flip", "count")}
     for index, start in enumerate(starts):
         window = tokens[start : start + seqlen]
-        first = 1 if index == 0 or stride == seqlen else seqlen - stride
+        first = max(1 if index == 0 or stride == seqlen else seqlen - stride, prefix + 1)
         for name, value in _score_window(model, baseline, window, first).items():
             columns[name].append(value)
         progress(index + 1, len(starts))

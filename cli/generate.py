@@ -1,0 +1,75 @@
+"""`quantkit generate`: text from a model, with its KV cache compressed if asked for."""
+
+import sys
+import time
+from contextlib import nullcontext
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from transformers import TextStreamer
+
+import quantkit
+from quantkit.cli import options
+from quantkit.cli.display import size
+from quantkit.device import compute_dtype, parse_dtype, pick_device
+from quantkit.errors import Interrupted, QuantkitError
+from quantkit.folder import load_tokenizer, resolve_folder
+from quantkit.kvcache.attention import compressed_kv
+from quantkit.model import context_length
+
+
+def generate_command(
+    model: Annotated[str, typer.Argument(help="Folder or hub id: a packed checkpoint or any causal language model.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to go on from; by default what comes on standard input.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token, more draws.")] = 0,
+    kv_bits: options.KvBits = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    device: options.Device = "auto",
+    dtype: Annotated[str | None, typer.Option(help="Of the computation; by default float32 on a CPU.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Generate text; --kv-bits compresses the cache meanwhile. Speed and cache are told on standard error."""
+    text = sys.stdin.read() if prompt is None else prompt
+    if not text.strip():
+        raise QuantkitError("the prompt is empty; give --prompt or text on standard input")
+    if max_new_tokens < 1 or temperature < 0:
+        raise QuantkitError("give --max-new-tokens of at least 1 and a --temperature of at least 0")
+    where, folder = pick_device(device), resolve_folder(model)
+    tokenizer: Any = load_tokenizer(folder)
+    subject: Any = quantkit.load(
+        folder, dtype=parse_dtype(dtype) or compute_dtype(where) or "auto", device=where
+    ).eval()
+    if chat:
+        if not tokenizer.chat_template:
+            raise QuantkitError("the tokenizer has no chat template; leave --chat out")
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(where)
+    tokens, context = inputs["input_ids"].shape[1], context_length(subject)
+    if context is not None and tokens + max_new_tokens > context:
+        raise QuantkitError(f"{tokens} tokens of prompt and {max_new_tokens} new ones exceed the context of {context}")
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        settings["temperature"] = temperature
+    torch.manual_seed(seed)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    caching = nullcontext(lambda: None) if kv_bits is None else compressed_kv(subject, bits=kv_bits)
+    try:
+        with caching as make_cache:
+            cache: Any = make_cache()
+            begun = time.monotonic()
+            found = subject.generate(**inputs, past_key_values=cache, streamer=streamer, pad_token_id=0, **settings)
+            seconds = time.monotonic() - begun
+    except KeyboardInterrupt:
+        raise Interrupted("stopped") from None
+    made = found.shape[1] - tokens
+    notes = Console(stderr=True, highlight=False)
+    notes.print(f"{tokens} + {made} tokens in {seconds:.1f} s, {made / seconds:.1f} new ones a second")
+    if cache is not None:
+        notes.print(f"KV cache: {size(cache.nbytes)}, {cache.bits_per_element:.2f} bits a number, every byte counted")

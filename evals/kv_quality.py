@@ -1,0 +1,196 @@
+"""What a compressed KV cache costs: KL, agreement and retrieval against true bits, for every mode.
+
+    python -m quantkit.evals.kv_quality MODEL --data stdlib --output kv.json --picture kv.png
+
+Windows are read in two parts: the first tokens fill a cache, which is compressed, and the others are predicted from it;
+KL is to the same model with an exact cache. Retrieval is measured on generated key-value documents whose definitions
+are compressed before they are asked for, by how deep in the cache they stand. `--inject 8` first multiplies some key
+channels by 8 and divides the queries' by as much: that changes nothing, but keys get the outliers of larger models.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import quantkit
+from quantkit.data import documents, evaluation_tokens
+from quantkit.device import compute_dtype, pick_device
+from quantkit.errors import QuantkitError
+from quantkit.evals.perplexity import evaluate
+from quantkit.evals.reference.recall import recall_document
+from quantkit.folder import load_tokenizer, resolve_folder
+from quantkit.kvcache.config import KVCacheConfig
+from quantkit.kvcache.prefix import CompressedPrefix
+from quantkit.model import context_length
+from quantkit.recipe import window_length
+
+DEPTHS = 4
+"""Parts of the definitions by which retrieval is told apart."""
+
+
+def modes(bits: int) -> dict[str, KVCacheConfig]:
+    """All modes at a width, by name."""
+    one = KVCacheConfig
+    return {
+        "per token": one.token(bits),
+        "per token, Hadamard": one.token(bits, hadamard=True),
+        "KCVT": one.kcvt(bits),
+        "KIVI": one.kivi(bits),
+        "KIVI, groups of 32": one.kivi(bits, 32),
+        "GEAR-L as published": one.gear_l(bits, paper=True),
+        "GEAR as published": one.gear(bits, paper=True),
+        "GEAR, keys' rank in the prompt's basis": one(bits, bits, rank=4, targets=("k",)),
+        "... weighted by queries (default)": one.gear(bits),
+    }
+
+
+@torch.no_grad()
+def inject_outliers(model: nn.Module, factor: float, share: float = 0.1) -> None:
+    """Multiplies some rotary pairs of all key heads, and divides the queries' pairs that meet them; for Llama's shape.
+
+    Raises:
+        QuantkitError: the model has no projections of its own for queries and keys, or norms behind them.
+    """
+    count = 0
+    module: Any
+    for module in model.modules():
+        query, key = getattr(module, "q_proj", None), getattr(module, "k_proj", None)
+        if query is None or key is None:
+            continue
+        if getattr(module, "q_norm", None) is not None:
+            raise QuantkitError("outliers cannot be injected in front of norms of queries and keys")
+        count += 1
+        size = module.head_dim
+        heads, groups = key.out_features // size, query.out_features // key.out_features
+        generator = torch.Generator().manual_seed(count)
+        chosen = torch.rand(heads, size // 2, generator=generator) < share
+        scales = torch.where(chosen, factor, 1.0).repeat(1, 2)  # channels i and i + D/2 turn together
+        for layer, by in ((key, scales.flatten()), (query, 1 / scales.repeat_interleave(groups, 0).flatten())):
+            layer.weight.mul_(by.to(layer.weight)[:, None])
+            if layer.bias is not None:
+                layer.bias.mul_(by.to(layer.bias))
+    if not count:
+        raise QuantkitError("outliers can be injected where queries and keys have projections q_proj and k_proj")
+
+
+@torch.no_grad()
+def retrieval(model: Any, tokenizer: Any, config: KVCacheConfig, rows: int = 32, pairs: int = 20) -> list[float]:
+    """Share of right answer tokens, by the depth of the definition they repeat, the oldest first.
+
+    Args:
+        model: trained on `recall_document`.
+        tokenizer: of the model; must give offsets.
+        config: of the cache, which holds all definitions when the first answer is asked for.
+        rows: documents; each asks for all its definitions once.
+        pairs: definitions of a document.
+    """
+    rng = random.Random(10**6 + 1)
+    right, asked = [0] * DEPTHS, [0] * DEPTHS
+    for _ in range(rows):
+        document = recall_document(rng, pairs, pairs)
+        encoded = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True)
+        tokens, offsets = torch.tensor([encoded["input_ids"]]), encoded["offset_mapping"]
+        lines = document.text.split("\n")
+        defined = [line.split(" = ")[0] for line in lines if " = " in line]
+        queried = [line.split(" -> ")[0] for line in lines if " -> " in line]
+        start = document.text.index("# query")
+        prefix = sum(first < start for first, _ in offsets)
+        with CompressedPrefix(model, config, prefix) as reader:
+            choices = reader(input_ids=tokens.to(model.device)).logits[0, :-1].argmax(-1).cpu()
+        for key, (first, last) in zip(queried, document.answers, strict=True):
+            depth = defined.index(key) * DEPTHS // pairs
+            for place, (begin, end) in enumerate(offsets):
+                if begin < last and end > first:
+                    right[depth] += int(choices[place - 1] == tokens[0, place])
+                    asked[depth] += 1
+    return [hits / max(count, 1) for hits, count in zip(right, asked, strict=True)]
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows; each is printed as it is done."""
+    folder, device = resolve_folder(arguments.model), pick_device(arguments.device)
+    tokenizer = load_tokenizer(folder)
+    model: Any = quantkit.load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
+    tokens, bytes_per_token = evaluation_tokens(documents(arguments.data, "evaluation"), tokenizer)
+    length = window_length(arguments.seqlen, context_length(model))
+    prefix = length * 3 // 4 if arguments.prefix is None else arguments.prefix
+    rows: list[dict[str, Any]] = []
+    print("| outliers | mode | code bits | true bits | KL x 1000 | top-1 | retrieval | by depth, oldest first |")
+    print("|---|---|---|---|---|---|---|---|")
+    for factor in arguments.inject:
+        if factor != 1:
+            inject_outliers(model, factor)
+        exact = KVCacheConfig(16, 16)
+        listed = [("exact", 16, exact)] + [
+            (name, bits, config) for bits in arguments.bits for name, config in modes(bits).items()
+        ]
+        for name, bits, config in listed:
+            with CompressedPrefix(model, config, prefix) as reader:
+                quality = evaluate(
+                    reader, tokens, bytes_per_token, length,
+                    prefix=prefix, baseline=CompressedPrefix(model, exact, prefix), max_windows=arguments.max_windows,
+                )  # fmt: skip
+            found = retrieval(model, tokenizer, config, arguments.rows) if arguments.rows else []
+            mean = sum(found) / max(len(found), 1)
+            row = {
+                "factor": factor, "mode": name, "bits": bits, "true_bits": reader.bits, "kl": quality.kl,
+                "kl_se": quality.kl_se, "top1": quality.top1_agreement, "retrieval": mean, "by_depth": found,
+            }  # fmt: skip
+            rows.append(row)
+            depths = " ".join(f"{100 * share:.0f}" for share in found)
+            kl = f"{1000 * (quality.kl or 0):.2f} +- {1000 * (quality.kl_se or 0):.2f}"
+            cells = [f"x{factor:g}", name, bits, f"{reader.bits:.2f}", kl, f"{100 * (quality.top1_agreement or 0):.1f}"]
+            print("| " + " | ".join(map(str, [*cells, f"{100 * mean:.1f}", depths])) + " |", flush=True)
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """KL against true bits, a line a mode, plain and with outliers. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    factors = list(dict.fromkeys(row["factor"] for row in rows))
+    figure: Any = Figure(figsize=(6 * len(factors), 4.8), layout="constrained")
+    for axis, factor in zip(figure.subplots(1, len(factors), squeeze=False, sharey=True)[0], factors, strict=True):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            if row["factor"] == factor and row["mode"] != "exact":
+                lines.setdefault(row["mode"], []).append((row["true_bits"], row["kl"]))
+        for name, points in lines.items():
+            axis.plot(*zip(*sorted(points), strict=True), "o-", ms=4, label=name)
+        axis.set_yscale("log")
+        axis.set_xlabel("true bits per cached number")
+        axis.set_title("as trained" if factor == 1 else f"key channels multiplied by {factor:g}")
+    figure.axes[0].set_ylabel("KL to the exact cache, nats a token")
+    figure.axes[-1].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data", default="wikitext2")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--inject", type=float, nargs="+", default=[1.0, 8.0], help="factors; 1 for none")
+    parser.add_argument("--seqlen", type=int)
+    parser.add_argument("--prefix", type=int, help="tokens that are compressed; by default three quarters of a window")
+    parser.add_argument("--max-windows", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=32, help="key-value documents; 0 for models that never saw them")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--picture", type=Path)
+    arguments = parser.parse_args()
+    rows = measure(arguments)
+    if arguments.output:
+        arguments.output.write_text(json.dumps(rows, indent=2) + "\n")
+    if arguments.picture:
+        draw(rows, arguments.picture)
+
+
+if __name__ == "__main__":
+    main()

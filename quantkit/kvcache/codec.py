@@ -1,0 +1,149 @@
+"""The codec: a chunk of keys or values -> codes, a low-rank correction and outliers, and back (GEAR, section 3).
+
+    X  ~=  Q + L + S        X [batch, heads, tokens, channels]
+
+    S   the largest and smallest numbers of every vector, kept exactly; for Q they count as the vector's mean
+    Q   integers with a minimum and a step for every group
+    L   the best rank-r approximation of X - Q, a head: A B^T, with B from a block power iteration
+
+S is stored as what Q + L lack there, so that decoding is a sum of three.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.kernels.bitpack import planes
+
+TINY = 1e-8
+
+
+@dataclass
+class Grid:
+    """Integers of a chunk.
+
+    Attributes:
+        codes: uint8 [batch, heads, tokens, bytes], see `pack`.
+        scale, low: fp16, step and minimum of each group: [batch, heads, groups, channels] where a group is of tokens,
+            [batch, heads or 1, tokens, groups] where it is of channels.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    low: Tensor
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [..., channels] -> uint8 [..., channels * bits / 8]: by planes, lowest bits and channels first."""
+    packed, shift = [], 0
+    for width in planes(bits):
+        fields = (codes >> shift) & (2**width - 1)
+        fields = fields.unflatten(-1, (-1, 8 // width))
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device)
+        packed.append((fields << shifts).sum(-1, dtype=torch.uint8))
+        shift += width
+    return torch.cat(packed, -1)
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack`."""
+    channels = packed.shape[-1] * 8 // bits
+    codes, shift, start = torch.zeros(*packed.shape[:-1], channels, dtype=torch.uint8, device=packed.device), 0, 0
+    for width in planes(bits):
+        words = packed[..., start : start + channels * width // 8]
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+        fields = (words[..., None] >> shifts) & (2**width - 1)
+        codes |= fields.flatten(-2) << shift
+        start, shift = start + channels * width // 8, shift + width
+    return codes
+
+
+def groups_of_tokens(x: Tensor, bits: int, size: int) -> Grid:
+    """One grid per channel and `size` tokens."""
+    scale, low = _range(x.unflatten(2, (-1, size)), 3, bits)
+    steps, lows = (one.squeeze(3).repeat_interleave(size, 2) for one in (scale, low))
+    return Grid(pack(_round(x, steps, lows, bits), bits), scale.squeeze(3), low.squeeze(3))
+
+
+def groups_of_channels(x: Tensor, bits: int, size: int, all_heads: bool = False) -> Grid:
+    """One grid per token and `size` channels of a head, or all channels of all heads."""
+    if all_heads:
+        merged = x.transpose(1, 2).flatten(2)[:, None]  # [batch, 1, tokens, heads * channels]
+        scale, low = _range(merged, 3, bits)
+        return Grid(pack(_round(x, scale.expand_as(x[..., :1]), low.expand_as(x[..., :1]), bits), bits), scale, low)
+    scale, low = _range(x.unflatten(3, (-1, size)), 4, bits)
+    steps, lows = (one.squeeze(4).repeat_interleave(size, 3) for one in (scale, low))
+    return Grid(pack(_round(x, steps, lows, bits), bits), scale.squeeze(4), low.squeeze(4))
+
+
+def _range(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor]:
+    """(step, minimum) along a dimension, as they are stored."""
+    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    low = low.half()
+    return ((high - low.float()) / (2**bits - 1)).clamp_min(TINY).half().clamp_min(6e-8), low
+
+
+def _round(x: Tensor, scale: Tensor, low: Tensor, bits: int) -> Tensor:
+    return ((x - low.float()) / scale.float()).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+
+
+def values(grid: Grid, bits: int, by_token: bool) -> Tensor:
+    """Decodes a grid, fp32 [batch, heads, tokens, channels].
+
+    Args:
+        grid: codes and scales.
+        bits: of a code.
+        by_token: groups are of channels; else of tokens.
+    """
+    codes = unpack(grid.codes, bits)
+    dim = 3 if by_token else 2
+    size = codes.shape[dim] // grid.scale.shape[dim]
+    scale, low = (step.float().repeat_interleave(size, dim) for step in (grid.scale, grid.low))
+    return codes * scale + low
+
+
+def extremes(x: Tensor, count: int, dim: int) -> Tensor:
+    """Where a vector's `count` / 2 largest and as many smallest numbers stand, int64, `count` along `dim`."""
+    if count == x.shape[dim]:
+        shape = [1] * x.dim()
+        shape[dim] = count
+        return torch.arange(count, device=x.device).view(shape).expand_as(x)
+    order = x.argsort(stable=True, dim=dim)
+    return torch.cat([order.narrow(dim, 0, count // 2), order.narrow(dim, x.shape[dim] - count // 2, count // 2)], dim)
+
+
+def without(x: Tensor, places: Tensor, dim: int) -> Tensor:
+    """`x` with the mean of each vector's other numbers in some places."""
+    rest = x.scatter(dim, places, 0.0).sum(dim, keepdim=True) / max(x.shape[dim] - places.shape[dim], 1)
+    return x.scatter(dim, places, rest.expand_as(places))
+
+
+def basis(error: Tensor, rank: int, weights: Tensor | None, iterations: int) -> Tensor:
+    """B of the correction, fp32 [batch, heads, channels, rank]: block power iteration (PowerSGD, GEAR algorithm 1).
+
+    Args:
+        error: fp32 [batch, heads, tokens, channels].
+        rank: of the correction; cut to what the error has.
+        weights: [heads, channels] or [batch, heads, channels] by which errors count, or None.
+        iterations: of the power iteration.
+    """
+    weighted = error if weights is None else error * weights.unsqueeze(-2)
+    rank = min(rank, *error.shape[-2:])
+    generator = torch.Generator().manual_seed(
+        0
+    )  # the same for every head and row, so that a row does not depend on others
+    found = torch.randn(error.shape[-1], rank, generator=generator).to(error.device).expand(*error.shape[:2], -1, -1)
+    for _ in range(iterations):
+        found = torch.linalg.qr(weighted.mT @ (weighted @ found))[0]
+    return found if weights is None else found / weights.unsqueeze(-1)
+
+
+def coordinates(error: Tensor, found: Tensor, weights: Tensor | None) -> Tensor:
+    """A of the correction, fp32 [batch, heads, tokens, rank]: the least-squares fit of the error in a given basis."""
+    if weights is not None:
+        error, found = error * weights.unsqueeze(-2), found * weights.unsqueeze(-1)
+    gram = found.mT @ found
+    ridge = 1e-6 * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)[..., None, None]
+    gram = gram + ridge * torch.eye(gram.shape[-1], device=gram.device)
+    return torch.linalg.solve(gram, (error @ found).mT).mT

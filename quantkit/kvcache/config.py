@@ -1,0 +1,190 @@
+"""What a compressed KV cache stores: widths, groups, corrections, and what all of it costs."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, get_args
+
+from quantkit.errors import QuantkitError
+
+Backbone = Literal["kivi", "kcvt", "token"]
+WIDTHS = (2, 3, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class KVCacheConfig:
+    """A cache's settings (GEAR, arXiv 2403.05527; KIVI, arXiv 2402.02750).
+
+    Attributes:
+        k_bits, v_bits: of a code; 16 keeps keys or values as they are.
+        backbone: "kivi": keys share a scale per channel and `group_size` tokens, values per token and `group_size`
+            channels; "kcvt": keys per channel and all tokens that are compressed together, values per token and all
+            channels of all heads; "token": keys as values of "kivi".
+        group_size: see `backbone`; cut to the head's size where it counts channels.
+        hadamard: rotate a head's channels first.
+        buffer: the newest tokens stay as they are until so many have gathered.
+        sink: so many of the first tokens stay as they are.
+        rank: of the correction of what rounding lost, a head; 0 for none.
+        decode_rank: of the corrections of tokens that come after the prompt; None: they are corrected in the prompt's
+            basis, which costs no basis of their own.
+        factor_bits: of what a token stores for its correction: 16, or 8 with a scale per buffer of tokens.
+        targets: what is corrected: keys, values or both.
+        outliers: share of a vector's numbers that are kept in 16 bits, the largest and the smallest; a vector is a
+            token's channels.
+        channel_outliers: of keys it is a channel's tokens, of all that are compressed together.
+        weighted: weigh a key's error by its channels' queries before the correction is fitted.
+        iterations: of the block power iteration.
+    """
+
+    k_bits: int = 4
+    v_bits: int = 4
+    backbone: Backbone = "kivi"
+    group_size: int = 64
+    hadamard: bool = False
+    buffer: int = 64
+    sink: int = 0
+    rank: int = 0
+    decode_rank: int | None = None
+    factor_bits: int = 8
+    targets: tuple[str, ...] = ("k", "v")
+    outliers: float = 0.0
+    channel_outliers: bool = False
+    weighted: bool = False
+    iterations: int = 3
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
+        for name in ("k_bits", "v_bits"):
+            if getattr(self, name) not in WIDTHS:
+                raise QuantkitError(f"{name}={getattr(self, name)}: a cache has 2, 3, 4 or 8 bits, or 16 for none")
+        if self.backbone not in get_args(Backbone):
+            raise QuantkitError(f"backbone={self.backbone!r}: known are {', '.join(get_args(Backbone))}")
+        if self.hadamard and self.backbone != "token":
+            raise QuantkitError("hadamard=True spreads what per-channel scales are for; use it with backbone='token'")
+        for name, least in (("group_size", 8), ("buffer", 1), ("sink", 0), ("rank", 0), ("iterations", 1)):
+            if getattr(self, name) < least:
+                raise QuantkitError(f"{name}={getattr(self, name)}: give at least {least}")
+        if self.group_size > 256 or self.group_size % 8:
+            raise QuantkitError(f"group_size={self.group_size}: give a multiple of 8 up to 256")
+        if self.backbone == "kivi" and self.buffer % self.group_size:
+            raise QuantkitError(
+                f"buffer={self.buffer} is no multiple of the {self.group_size} tokens that share a scale"
+            )
+        if self.factor_bits not in (8, 16):
+            raise QuantkitError(f"factor_bits={self.factor_bits}: give 8 or 16")
+        if not set(self.targets) <= {"k", "v"}:
+            raise QuantkitError(f"targets={self.targets}: name keys ('k'), values ('v') or both")
+        if not 0 <= self.outliers <= 1:
+            raise QuantkitError(f"outliers={self.outliers}: a share, 0 to 1")
+        if self.decode_rank is not None and self.decode_rank < 0:
+            raise QuantkitError(
+                f"decode_rank={self.decode_rank}: give 0 (none) or more, or None for the prompt's basis"
+            )
+
+    @staticmethod
+    def gear(bits: int = 4, paper: bool = False) -> "KVCacheConfig":
+        """Backbone, low rank and outliers.
+
+        Args:
+            bits: of keys and of values.
+            paper: the public code's settings: KCVT and a buffer of 20 at 4 bits, else KIVI with 64; rank 4, and 2 for
+                every later chunk, 2% outliers. Otherwise keys alone are corrected, in the prompt's basis, weighted by
+                queries, without outliers: see README's table for what each part is worth.
+        """
+        if not paper:
+            return KVCacheConfig(bits, bits, rank=4, targets=("k",), weighted=True)
+        coarse = bits == 4
+        return KVCacheConfig(
+            bits, bits, "kcvt" if coarse else "kivi", buffer=20 if coarse else 64,
+            rank=4, decode_rank=2, factor_bits=16, outliers=0.02, channel_outliers=True,
+        )  # fmt: skip
+
+    @staticmethod
+    def gear_l(bits: int = 4, paper: bool = False) -> "KVCacheConfig":
+        """GEAR without outliers."""
+        return replace(KVCacheConfig.gear(bits, paper), outliers=0.0, channel_outliers=False)
+
+    @staticmethod
+    def kivi(bits: int = 4, group_size: int = 64) -> "KVCacheConfig":
+        """The backbone alone."""
+        return KVCacheConfig(bits, bits, group_size=group_size, buffer=group_size)
+
+    @staticmethod
+    def kcvt(bits: int = 4) -> "KVCacheConfig":
+        """Coarse groups alone."""
+        return KVCacheConfig(bits, bits, "kcvt", buffer=20)
+
+    @staticmethod
+    def token(bits: int = 4, hadamard: bool = False, group_size: int = 64) -> "KVCacheConfig":
+        """Keys and values per token."""
+        return KVCacheConfig(bits, bits, "token", group_size, hadamard)
+
+    def bits_per_element(self, head_dim: int, kv_heads: int, tokens: int, prompt: int | None = None) -> float:
+        """What a cached number costs in all, in closed form.
+
+        Args:
+            head_dim: of keys and of values.
+            kv_heads: of a layer.
+            tokens: in the cache.
+            prompt: so many of them came at once; None for all.
+        """
+        prompt = tokens if prompt is None else prompt
+        free = max(tokens - min(self.sink, tokens), 0)
+        packed = free // self.buffer * self.buffer
+        first = min(max(prompt - self.sink, 0) // self.buffer * self.buffer, packed)
+        total = 0.0
+        for side, bits in (("k", self.k_bits), ("v", self.v_bits)):
+            if bits == 16:
+                total += 16 * tokens
+                continue
+            channels = min(self.group_size, head_dim)
+            per_token = bits * packed
+            if self.backbone == "kcvt" and side == "k":
+                chunks = (first > 0) + (packed - first) // self.buffer
+                scales = 32.0 * chunks
+            elif self.backbone == "kcvt":
+                scales = 32 * packed / (head_dim * kv_heads)
+            elif self.backbone == "kivi" and side == "k":
+                scales = 32 * packed / self.group_size
+            else:
+                scales = 32 * packed / channels
+            correction = 0.0
+            if self.rank and side in self.targets and packed:
+                shared = self.decode_rank is None
+                factor = 16 if self.factor_bits == 16 else 8 + 32 / self.buffer
+                correction += self.rank * (factor * (packed if shared else first) / head_dim + 16)
+                if not shared:
+                    rest = packed - first
+                    correction += (self.decode_rank or 0) * (factor * rest / head_dim + 16 * (rest // self.buffer))
+            if side == "k" and self.channel_outliers:
+                later = (packed - first) // self.buffer * self.outlier_count(self.buffer)
+                kept = 16.0 * later + index_bits(self.buffer) * later
+                kept += (16 + index_bits(first)) * self.outlier_count(first)
+            else:
+                kept = (16 + index_bits(head_dim)) * self.outlier_count(head_dim) * packed / head_dim
+            total += per_token + scales + correction + kept + 16 * (tokens - packed)
+        return total / (2 * tokens)
+
+    def outlier_count(self, size: int) -> int:
+        """Numbers of a vector that are kept: an even count, as many large as small ones; all where the share is 1."""
+        return size if self.outliers == 1 else 2 * round(self.outliers * size / 2)
+
+    def to_json(self) -> str:
+        """For `from_json`."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "KVCacheConfig":
+        """What `to_json` wrote.
+
+        Raises:
+            QuantkitError: it is something else.
+        """
+        try:
+            return KVCacheConfig(**json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise QuantkitError(f"these are no settings of a KV cache ({error})") from error
+
+
+def index_bits(size: int) -> int:
+    """Of the place in a vector of a length."""
+    return 8 if size <= 256 else 16 if size <= 2**15 else 32

@@ -1,0 +1,277 @@
+"""Keys or values of one layer: compressed tokens, and the newest ones as they are.
+
+    sink | compressed chunks ... | buffer          tokens, oldest first
+
+The codes of a chunk never change once they are made. Tensors grow by a part of their size at a time, so that a
+step copies next to nothing, and what is reserved beyond their contents is counted like all other bytes.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quantkit.kernels import hadamard
+from quantkit.kvcache import codec
+from quantkit.kvcache.config import KVCacheConfig, index_bits
+
+GROWTH = 32
+"""Tensors grow by a share of 1 / GROWTH, at least by what is appended."""
+
+
+class Growing:
+    """A tensor that tokens are appended to along one dimension.
+
+    Attributes:
+        length: what is in it.
+    """
+
+    def __init__(self, dim: int = 2) -> None:
+        self.dim, self.length = dim, 0
+        self._room: Tensor | None = None
+
+    @property
+    def data(self) -> Tensor:
+        """A view of the contents."""
+        assert self._room is not None
+        return self._room.narrow(self.dim, 0, self.length)
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is reserved."""
+        return 0 if self._room is None else self._room.untyped_storage().nbytes()
+
+    def append(self, more: Tensor) -> None:
+        """Adds to the end."""
+        needed = self.length + more.shape[self.dim]
+        if self._room is None:
+            self._room = more.contiguous() if more.untyped_storage().nbytes() == more.nbytes else more.clone()
+        else:
+            if needed > self._room.shape[self.dim]:
+                shape = list(self._room.shape)
+                shape[self.dim] = needed + needed // GROWTH
+                room = self._room.new_empty(shape)
+                room.narrow(self.dim, 0, self.length).copy_(self.data)
+                self._room = room
+            self._room.narrow(self.dim, self.length, more.shape[self.dim]).copy_(more)
+        self.length = needed
+
+    def drop(self, count: int) -> None:
+        """Removes the first `count`."""
+        self.map(lambda data: data.narrow(self.dim, count, self.length - count).clone())
+
+    def crop(self, count: int) -> None:
+        """Removes the last `count`."""
+        self.length -= count
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replaces the contents, without what is reserved beyond them."""
+        if self._room is not None:
+            self._room = change(self.data)
+            self.length = self._room.shape[self.dim]
+
+
+@dataclass
+class Side:
+    """Keys or values.
+
+    Args:
+        config: of the cache.
+        name: "k" or "v".
+    """
+
+    config: KVCacheConfig
+    name: str
+    buffer: Growing = field(default_factory=Growing)
+    sink: Growing = field(default_factory=Growing)
+    grown: dict[str, Growing] = field(default_factory=dict)
+    fixed: dict[str, Tensor] = field(default_factory=dict)
+    chunks: list[int] = field(default_factory=list)
+
+    @property
+    def bits(self) -> int:
+        """Of a code; 16 where nothing is compressed."""
+        return self.config.k_bits if self.name == "k" else self.config.v_bits
+
+    @property
+    def by_token(self) -> bool:
+        """Whether scales belong to a token's channels, not to a channel's tokens."""
+        return self.name == "v" or self.config.backbone == "token"
+
+    @property
+    def packed(self) -> int:
+        """Tokens that are compressed."""
+        return sum(self.chunks)
+
+    @property
+    def length(self) -> int:
+        """Tokens in all."""
+        return self.sink.length + self.packed + self.buffer.length
+
+    def append(self, x: Tensor) -> None:
+        """Takes new tokens, [batch, heads, tokens, channels], as they are."""
+        missing = 0 if self.bits == 16 else self.config.sink - self.sink.length
+        if missing > 0:
+            self.sink.append(x[:, :, :missing].clone())
+            x = x[:, :, missing:]
+        if x.shape[2]:
+            self.buffer.append(x)
+
+    def compress(self, keep: int, weights: Tensor | None = None) -> None:
+        """Compresses the buffer's oldest tokens in whole buffers' lengths, and keeps at least `keep` of the newest."""
+        size = self.config.buffer
+        count = max(self.buffer.length - keep, 0) // size * size
+        if self.bits == 16 or not count:
+            return
+        x = self.buffer.data[:, :, :count].float()
+        self.buffer.drop(count)
+        if not self.chunks:
+            self._chunk(x, weights, first=True)
+        elif self.config.backbone == "kcvt" or self.config.decode_rank is not None or self.config.channel_outliers:
+            for chunk in x.split(size, 2):  # each has scales, a basis or outliers of its own
+                self._chunk(chunk, weights, first=False)
+        else:
+            self._chunk(x, weights, first=False)
+
+    def _chunk(self, x: Tensor, weights: Tensor | None, first: bool) -> None:
+        config = self.config
+        if config.hadamard:
+            x = _rotated(x)
+        dim = 2 if self.name == "k" and config.channel_outliers else 3
+        count = config.outlier_count(x.shape[dim])
+        places = codec.extremes(x, count, dim) if count else None
+        plain = x if places is None else codec.without(x, places, dim)
+        grid = self._grid(plain)
+        self._grow("codes", grid.codes)
+        self._grow("scale", grid.scale)
+        self._grow("low", grid.low)
+        self.chunks.append(x.shape[2])
+        found = codec.values(grid, self.bits, self.by_token)
+        if config.rank and self.name in config.targets:
+            error = plain - found if places is None else (x - found).scatter(dim, places, 0.0)
+            found = found + self._correct(error, weights if self.name == "k" else None, first)
+        if places is not None:
+            kind = {8: torch.uint8, 16: torch.int16, 32: torch.int32}[index_bits(x.shape[dim])]
+            kept = (x - found).gather(dim, places).half()
+            if dim == 3:
+                self._grow("index", places.to(kind))
+                self._grow("kept", kept)
+            else:
+                number = len(self.chunks) - 1
+                self.fixed[f"index{number}"], self.fixed[f"kept{number}"] = places.to(kind), kept
+
+    def _grid(self, x: Tensor) -> codec.Grid:
+        config, channels = self.config, min(self.config.group_size, x.shape[-1])
+        if config.backbone == "kcvt":
+            if self.name == "k":
+                return codec.groups_of_tokens(x, self.bits, x.shape[2])
+            return codec.groups_of_channels(x, self.bits, channels, all_heads=True)
+        if self.by_token:
+            return codec.groups_of_channels(x, self.bits, channels)
+        return codec.groups_of_tokens(x, self.bits, config.group_size)
+
+    def _correct(self, error: Tensor, weights: Tensor | None, first: bool) -> Tensor:
+        """Stores the error's low-rank approximation, and returns it."""
+        shared = self.config.decode_rank is None
+        if first or not shared:
+            rank = self.config.rank if first else self.config.decode_rank or 0
+            if not rank:
+                return torch.zeros_like(error)
+            down = codec.basis(error, rank, weights, self.config.iterations).half().contiguous()
+            if first:
+                self.fixed["down"] = down
+            else:
+                self._grow("downs", down[:, :, None])  # [batch, heads, chunks, channels, rank]
+        down = self.fixed["down"] if first or shared else down
+        up = codec.coordinates(error, down.float(), weights)
+        name = "up" if first or shared else "ups"
+        if self.config.factor_bits == 8:
+            grid = codec.groups_of_tokens(up, 8, self.config.buffer)
+            for part in ("codes", "scale", "low"):
+                self._grow(f"{name} {part}", getattr(grid, part))
+            up = codec.values(grid, 8, by_token=False)
+        else:
+            up = up.half()
+            self._grow(name, up)
+        return up.float() @ down.float().mT
+
+    def _factor(self, name: str) -> Tensor | None:
+        """A of the corrections, fp32 [batch, heads, tokens, rank]."""
+        if name in self.grown:
+            return self.grown[name].data.float()
+        if f"{name} codes" not in self.grown:
+            return None
+        parts = (self.grown[f"{name} {part}"].data for part in ("codes", "scale", "low"))
+        return codec.values(codec.Grid(*parts), 8, by_token=False)
+
+    def _grow(self, name: str, more: Tensor) -> None:
+        self.grown.setdefault(name, Growing()).append(more)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """All tokens, [batch, heads, tokens, channels]."""
+        parts = [self.sink.data] if self.sink.length else []
+        if self.chunks:
+            parts.append(self.decoded().to(dtype))
+        if self.buffer.length:
+            parts.append(self.buffer.data)
+        return parts[0] if len(parts) == 1 else torch.cat([part.to(dtype) for part in parts], 2)
+
+    def decoded(self) -> Tensor:
+        """The compressed tokens, fp32."""
+        data = {name: one.data for name, one in self.grown.items()}
+        grid = codec.Grid(data["codes"], data["scale"], data["low"])
+        if self.config.backbone == "kcvt" and self.name == "k":
+            lengths = torch.tensor(self.chunks, device=grid.scale.device)
+            scale, low = (step.float().repeat_interleave(lengths, 2) for step in (grid.scale, grid.low))
+            found = codec.unpack(grid.codes, self.bits) * scale + low
+        else:
+            found = codec.values(grid, self.bits, self.by_token)
+        if (up := self._factor("up")) is not None:
+            first = up.shape[2]
+            found[:, :, :first] += up @ self.fixed["down"].float().mT
+            if (ups := self._factor("ups")) is not None:
+                later = ups.unflatten(2, (-1, self.config.buffer)) @ data["downs"].float().mT
+                found[:, :, first:] += later.flatten(2, 3)
+        if "index" in data:
+            found = found.scatter_add(3, data["index"].long(), data["kept"].float())
+        start = 0
+        for number, size in enumerate(self.chunks):
+            if f"index{number}" in self.fixed:
+                part, places = found[:, :, start : start + size], self.fixed[f"index{number}"].long()
+                part.scatter_add_(2, places, self.fixed[f"kept{number}"].float())
+            start += size
+        if self.config.hadamard:
+            found = _rotated(found, inverse=True)
+        return found
+
+    def crop(self, count: int) -> bool:
+        """Removes the newest tokens; says whether the buffer held so many."""
+        if count > self.buffer.length:
+            return False
+        self.buffer.crop(count)
+        return True
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Changes all tensors alike: another device, other rows of the batch."""
+        for one in self._all_growing():
+            one.map(change)
+        self.fixed = {name: change(tensor) for name, tensor in self.fixed.items()}
+
+    def _all_growing(self) -> Iterator[Growing]:
+        yield from (self.sink, self.buffer, *self.grown.values())
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by what they are for."""
+        parts = {"codes": 0, "scales": 0, "low rank": 0, "outliers": 0}
+        kinds = {"codes": "codes", "scale": "scales", "low": "scales", "index": "outliers", "kept": "outliers"}
+        for name, one in self.grown.items():
+            parts[kinds.get(name, "low rank")] += one.nbytes
+        for name, tensor in self.fixed.items():
+            parts["low rank" if name == "down" else "outliers"] += tensor.untyped_storage().nbytes()
+        return parts | {"full precision": self.buffer.nbytes + self.sink.nbytes}
+
+
+def _rotated(x: Tensor, inverse: bool = False) -> Tensor:
+    """A head's channels in another basis, without random signs."""
+    return hadamard.rotate(x, torch.zeros(-(-x.shape[-1] // 8), dtype=torch.uint8, device=x.device), inverse)
