@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from quantkit.kernels import codebook_rule, hadamard, int_group_matmul, pyramid_matmul
+from quantkit.kernels import codebook_rule, hadamard, int_group_matmul, kv_attention, pyramid_matmul
 from quantkit.kernels.bitpack import row_words
 from quantkit.kernels.launching import pairs
 from quantkit.kernels.tuning import Config
@@ -231,7 +231,37 @@ def rotation(arch: int, quick: bool) -> Iterator[Build]:
                 )  # fmt: skip
 
 
-FAMILIES = (int_group, pyramid, codebook, rotation)
+def kv_cache(arch: int, quick: bool) -> Iterator[Build]:
+    """Builds of `kv_attention`: 4 queries a key head (GQA), and 16."""
+    for bits in (3,) if quick else (2, 3, 4):
+        for size in (128,) if quick else (64, 128):
+            for rank, kept in ((4, 2),) if quick else ((0, 0), (4, 0), (4, 2)):
+                for rows in (4,) if quick else (4, 16):
+                    yield _kv_cache(arch, bits, size, rank, kept, rows)
+
+
+def _kv_cache(arch: int, bits: int, size: int, rank: int, kept: int, rows: int) -> Build:
+    pointers = {
+        "fp16": "q k_scale k_low v_scale v_low up_scale up_low kept", "fp32": "qd acc max sum",
+        "u8": "k v up index mask",
+    }  # fmt: skip
+    types = {f"{name}_ptr": f"*{kind}" for kind, names in pointers.items() for name in names.split()}
+    heads = ("k", "k_scale", "v", "v_scale", "up", "up_scale", "kept")
+    values = {f"{name}_head": 16 for name in heads} | {"tokens": 16, "share": 64}
+    block_n = kv_attention.BLOCKS[size >= 128][0]
+    constants = {
+        "ROWS": rows, "BLOCK_M": 16, "BLOCK_N": block_n, "D": size, "K_BITS": bits, "V_BITS": bits, "K_GROUP": 64,
+        "GROUPS": size // 64, "RANK": rank, "UP_BITS": 8, "UP_GROUP": 64, "KEPT": kept, "MASKED": False,
+    }  # fmt: skip
+    parts = [f"kv attention int{bits} D={size} rows={rows}", f" rank {rank}" * (rank > 0), " sparse" * (kept > 0)]
+    name = "".join(parts)
+    return Build(
+        name, arch, "kv_attention_triton.decode_kernel", types | {"scaling": "fp32"}, values, constants,
+        num_warps=4, num_stages=2, weights=2 * block_n * size,
+    )  # fmt: skip
+
+
+FAMILIES = (int_group, pyramid, codebook, rotation, kv_cache)
 
 
 def _product(

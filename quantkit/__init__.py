@@ -6,6 +6,9 @@ loads packed checkpoints; `quantkit.load` does the same with checks.
 
 from quantkit.fuse import fuse
 from quantkit.hf import load
+from quantkit.kvcache.attention import compressed_kv
+from quantkit.kvcache.cache import GearCache
+from quantkit.kvcache.config import KVCacheConfig
 from quantkit.pipeline import quantize, quantize_checkpoint
 from quantkit.quantizers.gptq import GPTQ
 from quantkit.quantizers.hadamard import Hadamard
@@ -28,7 +31,9 @@ __all__ = [
     "VPTQ",
     "BlockTuning",
     "Calibration",
+    "GearCache",
     "Hadamard",
+    "KVCacheConfig",
     "LowRank",
     "PVSettings",
     "Pyramid",
@@ -36,6 +41,7 @@ __all__ = [
     "Rotation",
     "TargetShift",
     "TuningSettings",
+    "compressed_kv",
     "finetune",
     "finished",
     "fuse",

@@ -84,6 +84,7 @@ class CheckpointWriter:
             self.partial.mkdir(parents=True, exist_ok=True)
             self._check_partial(run)
             self._files.mkdir(exist_ok=True)
+            remove_strays(self._files)
         except OSError as error:
             raise QuantkitError(f"{self.partial} cannot be made ({error})") from error
 
@@ -355,6 +356,12 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def remove_strays(folder: Path) -> None:
+    """Removes the temporary files of a write that was killed, ours and those that safetensors makes beside them."""
+    for path in (*folder.glob("*.tmp"), *folder.glob(".tmp*")):
+        path.unlink()
 
 
 def write_durably(path: Path, write: Callable[[Path], Any], needed: int) -> None:

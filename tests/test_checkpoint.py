@@ -385,3 +385,14 @@ def test_an_output_inside_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(QuantkitError, match="no folder that can be written to"):
         check_output(tmp_path / "file" / "deeper" / "out")
+
+
+def test_what_a_killed_write_leaves_is_removed(reference, tmp_path):
+    """safetensors writes under a name of its own first; a kill in that moment must not end up in a checkpoint."""
+    quantize_checkpoint(reference, Recipe(RTN(4)), tmp_path / "whole")
+    partial = tmp_path / "out.partial" / "checkpoint"
+    partial.mkdir(parents=True)
+    for name in (".tmpAb12Cd", "model-00001-of-00007.safetensors.tmp"):
+        (partial / name).write_bytes(b"half")
+    quantize_checkpoint(reference, Recipe(RTN(4)), tmp_path / "out", resume=True)
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")

@@ -11,7 +11,8 @@ RANKS = [
     ["kernels.tiles"],
     [
         *["kernels.codebook_matmul_triton", "kernels.hadamard_triton", "kernels.int_group_matmul_triton"],
-        *["kernels.pyramid_matmul_triton", "kernels.codebook_rule", "kernels.launching", "kernels.pyramid"],
+        *["kernels.pyramid_matmul_triton", "kernels.kv_attention_triton"],
+        *["kernels.codebook_rule", "kernels.launching", "kernels.pyramid"],
     ],
     ["kernels.operators"],
     ["kernels.*", "errors", "linalg", "metrics", "corpus"],

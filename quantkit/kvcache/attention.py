@@ -1,23 +1,33 @@
 """Attention over a compressed cache, registered with transformers as "quantkit".
 
 A prompt attends to its exact keys and values, and is compressed right after, weighted by its queries. Later tokens
-attend to the packed form, decoded layer by layer.
+attend to the packed form: by a kernel on a GPU, else decoded layer by layer.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from quantkit.errors import QuantkitError
-from quantkit.kvcache.cache import GearCache, LazyKV
+from quantkit.kernels import kv_attention
+from quantkit.kvcache.cache import GearCache, GearLayer, LazyKV
 from quantkit.kvcache.config import KVCacheConfig
 
+logger = logging.getLogger(__name__)
+
 NAME = "quantkit"
+
+
+FEWEST = 1024
+"""Packed tokens from which the kernel is used; below, decoding them costs less than its launches."""
+_told: set[str] = set()
 
 
 def attention(
@@ -34,16 +44,94 @@ def attention(
 
     Returns:
         ([batch, new tokens, heads, channels], None).
+
+    Raises:
+        QuantkitError: the model's attention has parts of its own (soft caps, sinks), which this one does not know.
     """
+    own = next((name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None), None)
+    if own is not None:
+        raise QuantkitError(
+            f"this model's attention has {own}, which compressed attention lacks; give GearCache to generate"
+        )
     if not isinstance(key, LazyKV) or not isinstance(value, LazyKV):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     layer = key.layer
     if not layer.k.chunks:
         layer.observe(query)
+    form = packed_form(layer) if kernel_pays(query, layer) else None
+    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    rows = query.shape[1] // key.shape[1] * query.shape[2]
+    if form is not None and kv_attention.supported(form, rows):
+        _tell("attention reads the packed cache")
+        return on_packed(query, layer, form, scaling, attention_mask).transpose(1, 2), None
+    if layer.k.chunks:
+        _tell("attention decodes the cache layer by layer: it is short, on a CPU, or of a form without a kernel")
     output, _ = sdpa_attention_forward(module, query, key.dense(), value.dense(), attention_mask, **kwargs)
     if query.shape[2] > 2 * layer.config.buffer:
         layer.compress(layer.config.buffer)  # a prompt is packed layer by layer, so that it is never there as a whole
     return output, None
+
+
+def kernel_pays(query: Tensor, layer: GearLayer) -> bool:
+    """Whether the kernel is to be preferred to decoding."""
+    return query.is_cuda and layer.k.packed >= FEWEST
+
+
+def _tell(what: str) -> None:
+    """Says something once."""
+    if what not in _told:
+        _told.add(what)
+        logger.info("%s", what)
+
+
+def packed_form(layer: GearLayer) -> kv_attention.Packed | None:
+    """A layer's packed tokens as the kernel reads them; None where it has no kernel for them."""
+    config, k, v = layer.config, layer.k, layer.v
+    plain = config.backbone == "kivi" and 16 not in (config.k_bits, config.v_bits)
+    parts = config.rank > 0 or config.outliers > 0
+    corrected = "v" in config.targets or config.decode_rank is not None or config.channel_outliers
+    if not plain or (parts and corrected) or k.packed != v.packed or not k.packed:
+        return None
+    keys, values = ({name: one.data for name, one in side.grown.items()} for side in (k, v))
+    up = "up codes" if config.factor_bits == 8 else "up"
+    return kv_attention.Packed(
+        keys["codes"], keys["scale"], keys["low"], values["codes"], values["scale"], values["low"],
+        config.k_bits, config.v_bits, k.fixed.get("down"), keys.get(up), keys.get("up scale"), keys.get("up low"),
+        keys.get("index"), keys.get("kept"),
+    )  # fmt: skip
+
+
+def on_packed(
+    query: Tensor, layer: GearLayer, form: kv_attention.Packed, scaling: float, attention_mask: Tensor | None
+) -> Tensor:
+    """Attention over a layer's packed tokens by the kernel, and over its sink and buffer as they are, merged.
+
+    Args:
+        query: [batch, heads, new tokens, channels]; the newest of the layer's tokens are theirs.
+        layer: whose keys and values.
+        form: of its packed tokens.
+        scaling: of the scores.
+        attention_mask: bool [batch, 1, new tokens, tokens], or None.
+
+    Returns:
+        [batch, heads, new tokens, channels].
+    """
+    batch, heads, new, size = query.shape
+    sink, packed, newest = layer.k.sink.length, layer.k.packed, layer.k.buffer.length
+    q = query.reshape(batch, form.k.shape[1], -1, size)  # all queries that read a head of keys
+    seen = None if attention_mask is None else attention_mask[:, 0, -1, sink : sink + packed]
+    parts = [kv_attention.packed_attention(q, form, scaling, seen)]
+    siblings = heads // form.k.shape[1]
+    for start, (k, v) in ((0, (layer.k.sink, layer.v.sink)), (sink + packed, (layer.k.buffer, layer.v.buffer))):
+        if not k.length:
+            continue
+        if attention_mask is not None:
+            mask = attention_mask[:, :, :, start : start + k.length]
+        else:  # causal: the newest tokens see those before them
+            mask = torch.ones(new, k.length, dtype=torch.bool, device=query.device)
+            mask = (mask.tril(newest - new) if start else mask)[None, None]
+        parts.append(kv_attention.dense(q, k.data, v.data, scaling, mask.repeat(1, 1, siblings, 1)))
+    return kv_attention.merge(parts).view(batch, heads, new, size).to(query.dtype)
 
 
 AttentionInterface.register(NAME, attention)

@@ -27,7 +27,7 @@ class KVCacheConfig:
         decode_rank: of the corrections of tokens that come after the prompt; None: they are corrected in the prompt's
             basis, which costs no basis of their own.
         factor_bits: of what a token stores for its correction: 16, or 8 with a scale per buffer of tokens.
-        targets: what is corrected: keys, values or both.
+        targets: what has a correction and outliers: keys, values or both.
         outliers: share of a vector's numbers that are kept in 16 bits, the largest and the smallest; a vector is a
             token's channels.
         channel_outliers: of keys it is a channel's tokens, of all that are compressed together.
@@ -155,11 +155,11 @@ class KVCacheConfig:
                 if not shared:
                     rest = packed - first
                     correction += (self.decode_rank or 0) * (factor * rest / head_dim + 16 * (rest // self.buffer))
-            if side == "k" and self.channel_outliers:
+            kept = 0.0
+            if side in self.targets and side == "k" and self.channel_outliers:
                 later = (packed - first) // self.buffer * self.outlier_count(self.buffer)
-                kept = 16.0 * later + index_bits(self.buffer) * later
-                kept += (16 + index_bits(first)) * self.outlier_count(first)
-            else:
+                kept = later * (16 + index_bits(self.buffer)) + self.outlier_count(first) * (16 + index_bits(first))
+            elif side in self.targets:
                 kept = (16 + index_bits(head_dim)) * self.outlier_count(head_dim) * packed / head_dim
             total += per_token + scales + correction + kept + 16 * (tokens - packed)
         return total / (2 * tokens)

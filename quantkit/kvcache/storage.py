@@ -139,7 +139,7 @@ class Side:
         if config.hadamard:
             x = _rotated(x)
         dim = 2 if self.name == "k" and config.channel_outliers else 3
-        count = config.outlier_count(x.shape[dim])
+        count = config.outlier_count(x.shape[dim]) if self.name in config.targets else 0
         places = codec.extremes(x, count, dim) if count else None
         plain = x if places is None else codec.without(x, places, dim)
         grid = self._grid(plain)

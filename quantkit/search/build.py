@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate import LayerResult, relative_error, walk
-from quantkit.checkpoint import alone
+from quantkit.checkpoint import alone, remove_strays
 from quantkit.device import compute_dtype, pick_device
 from quantkit.folder import ModelFolder, load_tokenizer
 from quantkit.plan import Plan
@@ -166,6 +166,8 @@ def build(
     blocks = {name: next((i for prefix, i in indices.items() if name.startswith(prefix)), -1) for name in plan}
     if not all(store.has(index, key) for index in set(blocks.values()) for key in quantizers):
         with alone(store.folder):
+            for place in store.folder.glob("block-*"):
+                remove_strays(place)
             _fill(store, source, plan, quantizers, blocks, recipe, windows, where, progress)
         source = ModelFolder(folder, compute_dtype(where))  # the walk packed the other's layers
         source.untie(plan)

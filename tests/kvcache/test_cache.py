@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, L
 import quantkit
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.evals.kv_quality import inject_outliers
+from quantkit.kvcache import attention
 from quantkit.kvcache.attention import compressed_kv
 from quantkit.kvcache.cache import GearCache, GearLayer
 from quantkit.kvcache.config import KVCacheConfig
@@ -70,6 +71,7 @@ def test_ragged_lengths(model, prompts, tokens):
     assert torch.isfinite(logits).all() and cache.get_seq_length() == tokens + 1
 
 
+@torch.no_grad()
 def test_more_bits_are_nearer(model, prompts):
     exact = model(input_ids=prompts).logits.log_softmax(-1)
     found = []
@@ -80,6 +82,7 @@ def test_more_bits_are_nearer(model, prompts):
     assert found[0] > 2 * found[1] > 4 * found[2] > 8 * found[3] > 0
 
 
+@torch.no_grad()
 def test_weighted_corrections_do_not_see_injected_outliers(reference, prompts):
     config = KVCacheConfig(2, 2, group_size=8, buffer=8, rank=4, targets=("k",), weighted=True, factor_bits=16)
     plain, injected = (quantkit.load(reference, dtype=torch.float32).eval() for _ in range(2))
@@ -214,6 +217,22 @@ def test_half_precision_counts_less_than_sixteen_bits(reference, prompts):
     assert sum(sum(value for key, value in row.items() if key not in ("layer", "side", "tokens", "packed"))
                for row in rows) <= cache.nbytes  # fmt: skip
     assert model.config._attn_implementation != "quantkit"
+
+
+def test_generation_by_the_kernel_is_generation_by_decoding(model, prompts, monkeypatch):
+    """Through the interpreter, with a left-padded row and a beam."""
+    mask = torch.ones_like(prompts)
+    mask[0, :11] = 0
+    settings = TOKENS | {"max_new_tokens": 6, "min_new_tokens": 6, "attention_mask": mask, "num_beams": 2}
+    config = KVCacheConfig(8, 8, group_size=16, buffer=16, rank=2, targets=("k",), weighted=True)
+    used, plain = [], attention.on_packed
+    monkeypatch.setattr(attention, "on_packed", lambda *given: (used.append(1), plain(*given))[1])
+    with compressed_kv(model, config=config):
+        wanted = model.generate(prompts, **settings)
+        assert not used
+        monkeypatch.setattr(attention, "kernel_pays", lambda query, layer: True)
+        assert torch.equal(model.generate(prompts, **settings), wanted)
+    assert len(used) == 5 * 6
 
 
 def test_bad_input(model, prompts):

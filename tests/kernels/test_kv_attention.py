@@ -1,0 +1,106 @@
+"""Attention on packed keys and values: the Triton kernel, through the interpreter, against the decoded cache."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from quantkit.kernels import kv_attention
+from quantkit.kvcache.attention import on_packed, packed_form
+from quantkit.kvcache.cache import GearLayer
+from quantkit.kvcache.config import KVCacheConfig
+
+CASES = [
+    *[(bits, rank, outliers, 2, 64) for bits, rank, outliers in itertools.product((2, 3, 4), (0, 4), (0.0, 0.05))],
+    *[(4, 4, 0.02, siblings, size) for siblings, size in itertools.product((1, 4, 8), (64, 128))],
+    (8, 2, 0.0, 1, 32),
+]
+
+
+def layer_of(config, batch=2, heads=2, tokens=150, size=64, weights=True):
+    """A layer that holds some tokens, packed as far as they fill buffers."""
+    generator = torch.Generator().manual_seed(tokens + size)
+    layer = GearLayer(config)
+    shared = torch.randn(1, heads, 1, size, generator=generator)
+    k, v = (torch.randn(batch, heads, tokens, size, generator=generator) + shared for _ in range(2))
+    k[..., 3] *= 4
+    layer.update(k, v)
+    if weights:
+        layer.observe(torch.randn(batch, heads, 5, size, generator=generator))
+    layer.compress(0)
+    return layer
+
+
+def exact(query, layer, mask, scaling):
+    """In fp64, on what the cache decodes to."""
+    k, v = (side.dense(torch.float32).double() for side in (layer.k, layer.v))
+    repeat = query.shape[1] // k.shape[1]
+    k, v = (one.repeat_interleave(repeat, 1) for one in (k, v))
+    scores = (query.double() @ k.mT * scaling).masked_fill(~mask, -math.inf)
+    return scores.softmax(-1).nan_to_num(0.0) @ v
+
+
+def causal(batch, new, tokens):
+    return torch.ones(new, tokens, dtype=torch.bool).tril(tokens - new)[None, None].repeat(batch, 1, 1, 1)
+
+
+def assert_near(found, wanted):
+    assert float((found.double() - wanted).norm() / wanted.norm()) < 2e-3
+
+
+@pytest.mark.parametrize(("bits", "rank", "outliers", "siblings", "size"), CASES)
+def test_the_kernel_reads_what_the_cache_holds(bits, rank, outliers, siblings, size):
+    config = KVCacheConfig(
+        bits, bits, group_size=32, buffer=32, rank=rank, outliers=outliers, targets=("k",), weighted=rank > 0
+    )
+    layer = layer_of(config, size=size)
+    query = torch.randn(2, 2 * siblings, 1, size)
+    found = on_packed(query, layer, packed_form(layer), size**-0.5, None)
+    assert_near(found, exact(query, layer, causal(2, 1, 150), size**-0.5))
+
+
+@pytest.mark.parametrize("tokens", [32, 33, 64, 97, 131])
+@pytest.mark.parametrize("splits", [1, 2, 3])
+def test_any_length_and_any_split(tokens, splits):
+    layer = layer_of(KVCacheConfig(3, 3, group_size=32, buffer=32), tokens=tokens)
+    form, query = packed_form(layer), torch.randn(2, 2, 4, 64)
+    parts = [kv_attention.packed_attention(query, form, 0.125, splits=splits)]
+    packed = layer.k.packed
+    k, v = (side.dense(torch.float32)[:, :, :packed] for side in (layer.k, layer.v))
+    assert_near(kv_attention.merge(parts), (query @ k.mT * 0.125).double().softmax(-1) @ v.double())
+
+
+@pytest.mark.parametrize("new", [1, 5])
+@pytest.mark.parametrize("sink", [0, 4])
+def test_masks_several_queries_and_sinks(new, sink):
+    config = KVCacheConfig(4, 4, group_size=32, buffer=32, rank=2, targets=("k",), sink=sink, factor_bits=16)
+    layer = layer_of(config, tokens=100)
+    layer.update(torch.randn(2, 2, new, 64), torch.randn(2, 2, new, 64))
+    query = torch.randn(2, 4, new, 64)
+    mask = causal(2, new, 100 + new)
+    assert_near(on_packed(query, layer, packed_form(layer), 0.125, None), exact(query, layer, mask, 0.125))
+    mask[0, :, :, :70] = False  # left padding, over whole blocks
+    assert_near(on_packed(query, layer, packed_form(layer), 0.125, mask), exact(query, layer, mask, 0.125))
+
+
+def test_half_precision_queries():
+    layer = layer_of(KVCacheConfig.gear(4), tokens=200)
+    query = torch.randn(2, 4, 1, 64)
+    wanted = exact(query.half().float(), layer, causal(2, 1, 200), 0.125)
+    found = on_packed(query.half(), layer, packed_form(layer), 0.125, None)
+    assert found.dtype == torch.float16
+    assert_near(found, wanted)
+
+
+def test_forms_without_a_kernel():
+    for config in (
+        KVCacheConfig.kcvt(4), KVCacheConfig.token(4), KVCacheConfig.gear(2, paper=True), KVCacheConfig(4, 16),
+        KVCacheConfig(4, 4, rank=2),
+    ):  # fmt: skip
+        assert packed_form(layer_of(config, tokens=140)) is None
+    layer = layer_of(KVCacheConfig.kivi(4), size=72 * 0 + 64, tokens=128)
+    form = packed_form(layer)
+    assert kv_attention.supported(form, 4) and not kv_attention.supported(form, 65)
+    with pytest.raises(ValueError, match="rows"):
+        kv_attention.packed_attention(torch.randn(2, 2, 65, 64), form, 1.0)
