@@ -17,10 +17,11 @@ from transformers import AutoConfig
 
 from quantkit.checkpoint import SEARCH_RECORD, check_output, read_config, replace_folder
 from quantkit.cli import options
-from quantkit.cli.display import console, report_table, search_progress, size
+from quantkit.cli.display import console, report_table, search_progress
 from quantkit.device import parse_dtype
 from quantkit.errors import Interrupted, QuantkitError
 from quantkit.folder import ModelFolder, load_tokenizer, resolve_folder
+from quantkit.kvcache.config import KVCacheConfig
 from quantkit.model import block_linears
 from quantkit.protocols import Quantizer
 from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, parse_quantizer
@@ -52,10 +53,6 @@ _Fit = Annotated[
         help="Peak memory of generation at --context tokens: weights, KV cache, activations, allocator, libraries.",
         rich_help_panel=_BUDGET,
     ),
-]
-_KvBits = Annotated[
-    float | None,
-    typer.Option(help="Bits of a cached number, for --fit; by default the model's dtype.", rich_help_panel=_BUDGET),
 ]
 _LatencyMs = Annotated[
     float | None,
@@ -127,7 +124,7 @@ def search_command(
     drop_blocks: _DropBlocks = None,
     context: Annotated[int | None, typer.Option(help="Tokens, for --fit.", rich_help_panel=_BUDGET)] = None,
     batch: Annotated[int, typer.Option(help="Sequences, for --fit.", rich_help_panel=_BUDGET)] = 1,
-    kv_bits: _KvBits = None,
+    kv_bits: options.KvBits = None,
     candidates: _Candidates = None,
     base: _Base = None,
     include: _Include = None,
@@ -245,7 +242,7 @@ def _budget(
     folder: Path,
     avg_bits: float | None,
     total: str | None,
-    room: tuple[str | None, int | None, int, float | None, torch.device],
+    room: tuple[str | None, int | None, int, int | None, torch.device],
     latency_ms: float | None,
     timings: Path | None,
     sparsity: float | None,
@@ -258,7 +255,8 @@ def _budget(
         "--drop-blocks": drop_blocks,
     }  # fmt: skip
     given = [name for name, value in budgets.items() if value is not None]
-    for name, reader, there in (("--context", "--fit", context), ("--timings", "--latency-ms", timings)):
+    silent = ("--context", "--fit", context), ("--kv-bits", "--fit", room[3]), ("--timings", "--latency-ms", timings)
+    for name, reader, there in silent:
         if there is not None and budgets[reader] is None:
             raise QuantkitError(f"{name} is given without {reader}, which reads it")
     if len(given) != 1:
@@ -289,16 +287,20 @@ def _budget(
 
 
 def _fitting(
-    folder: Path, fit: str | None, context: int | None, batch: int, kv_bits: float | None, device: torch.device
+    folder: Path, fit: str | None, context: int | None, batch: int, kv_bits: int | None, device: torch.device
 ) -> int:
     """Bytes of weights that leave room for what generation needs beside them."""
     assert fit is not None
     if context is None or context < 1 or batch < 1:
         raise QuantkitError("--fit needs --context, the tokens that the KV cache is to hold, and --batch of at least 1")
-    if kv_bits is not None and not 0 < kv_bits <= 32:
-        raise QuantkitError(f"--kv-bits {kv_bits:g}: give bits of a cached number, such as 16")
     source = ModelFolder(folder, structure_only=True)
-    need = beside_weights(source.model, [*block_linears(source.model)], context, batch, kv_bits, device)
+    true_bits = None
+    if kv_bits is not None:
+        config = source.model.config.get_text_config(decoder=True)
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        true_bits = KVCacheConfig.gear(kv_bits).bits_per_element(size, heads, context)
+    need = beside_weights(source.model, [*block_linears(source.model)], context, batch, true_bits, device)
     left = parse_size(fit) - need.total
     console.print(
         f"{fit} at {context:,} tokens x {batch}: {size(need.cache)} of KV cache, {size(need.activations)} of "

@@ -10,6 +10,7 @@ with its libraries imported. With --fit the exit code is 1 where the peak exceed
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,7 @@ from quantkit.search.budget import parse_size
 NEW_TOKENS = 8
 
 
-def peak_bytes(folder: Path, context: int, batch: int, device: torch.device) -> int:
+def peak_bytes(folder: Path, context: int, batch: int, device: torch.device, kv_bits: int | None = None) -> int:
     """Peak of loading and generating.
 
     Args:
@@ -30,6 +31,7 @@ def peak_bytes(folder: Path, context: int, batch: int, device: torch.device) -> 
         context: tokens that the KV cache holds in the end.
         batch: sequences.
         device: where.
+        kv_bits: of a compressed cache's codes; None for a plain one.
     """
     process = psutil.Process()
     before = process.memory_info().rss
@@ -39,7 +41,8 @@ def peak_bytes(folder: Path, context: int, batch: int, device: torch.device) -> 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     prompt = torch.randint(0, model.config.vocab_size, (batch, context - NEW_TOKENS), device=device)
-    model.generate(prompt, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+    with nullcontext() if kv_bits is None else quantkit.compressed_kv(model, bits=kv_bits):
+        model.generate(prompt, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     status = Path("/proc/self/status").read_text()
@@ -53,11 +56,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--context", type=int, required=True)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--kv-bits", type=int, help="compress the KV cache")
     parser.add_argument("--fit", help="as given to quantkit search")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     device = pick_device(arguments.device)
-    peak = peak_bytes(arguments.folder, arguments.context, arguments.batch, device)
+    peak = peak_bytes(arguments.folder, arguments.context, arguments.batch, device, arguments.kv_bits)
     stored = sum(path.stat().st_size for path in arguments.folder.glob("*.safetensors"))
     fits = None if arguments.fit is None else peak <= parse_size(arguments.fit)
     print(json.dumps({"peak_bytes": peak, "checkpoint_bytes": stored, "fits": fits}))

@@ -42,6 +42,7 @@ def modes(bits: int) -> dict[str, KVCacheConfig]:
         "KCVT": one.kcvt(bits),
         "KIVI": one.kivi(bits),
         "KIVI, groups of 32": one.kivi(bits, 32),
+        "KIVI, keys a width more": one({2: 3, 3: 4}.get(bits, 8), bits),
         "GEAR-L as published": one.gear_l(bits, paper=True),
         "GEAR as published": one.gear(bits, paper=True),
         "GEAR, keys' rank in the prompt's basis": one(bits, bits, rank=4, targets=("k",)),

@@ -61,20 +61,19 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 def groups_of_tokens(x: Tensor, bits: int, size: int) -> Grid:
     """One grid per channel and `size` tokens."""
-    scale, low = _range(x.unflatten(2, (-1, size)), 3, bits)
-    steps, lows = (one.squeeze(3).repeat_interleave(size, 2) for one in (scale, low))
-    return Grid(pack(_round(x, steps, lows, bits), bits), scale.squeeze(3), low.squeeze(3))
+    grouped = x.unflatten(2, (-1, size))
+    scale, low = _range(grouped, 3, bits)
+    return Grid(pack(_round(grouped, scale, low, bits).flatten(2, 3), bits), scale.squeeze(3), low.squeeze(3))
 
 
 def groups_of_channels(x: Tensor, bits: int, size: int, all_heads: bool = False) -> Grid:
     """One grid per token and `size` channels of a head, or all channels of all heads."""
     if all_heads:
-        merged = x.transpose(1, 2).flatten(2)[:, None]  # [batch, 1, tokens, heads * channels]
-        scale, low = _range(merged, 3, bits)
-        return Grid(pack(_round(x, scale.expand_as(x[..., :1]), low.expand_as(x[..., :1]), bits), bits), scale, low)
-    scale, low = _range(x.unflatten(3, (-1, size)), 4, bits)
-    steps, lows = (one.squeeze(4).repeat_interleave(size, 3) for one in (scale, low))
-    return Grid(pack(_round(x, steps, lows, bits), bits), scale.squeeze(4), low.squeeze(4))
+        scale, low = _range(x.transpose(1, 2).flatten(2)[:, None], 3, bits)  # of [batch, 1, tokens, heads * channels]
+        return Grid(pack(_round(x, scale, low, bits), bits), scale, low)
+    grouped = x.unflatten(3, (-1, size))
+    scale, low = _range(grouped, 4, bits)
+    return Grid(pack(_round(grouped, scale, low, bits).flatten(3, 4), bits), scale.squeeze(4), low.squeeze(4))
 
 
 def _range(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor]:
@@ -85,7 +84,7 @@ def _range(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _round(x: Tensor, scale: Tensor, low: Tensor, bits: int) -> Tensor:
-    return ((x - low.float()) / scale.float()).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+    return (x - low.float()).div_(scale.float()).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
 def values(grid: Grid, bits: int, by_token: bool) -> Tensor:
@@ -96,11 +95,11 @@ def values(grid: Grid, bits: int, by_token: bool) -> Tensor:
         bits: of a code.
         by_token: groups are of channels; else of tokens.
     """
-    codes = unpack(grid.codes, bits)
+    codes = unpack(grid.codes, bits).float()
     dim = 3 if by_token else 2
-    size = codes.shape[dim] // grid.scale.shape[dim]
-    scale, low = (step.float().repeat_interleave(size, dim) for step in (grid.scale, grid.low))
-    return codes * scale + low
+    grouped = codes.unflatten(dim, (grid.scale.shape[dim], -1))  # a view
+    grouped.mul_(grid.scale.float().unsqueeze(dim + 1)).add_(grid.low.float().unsqueeze(dim + 1))
+    return codes
 
 
 def extremes(x: Tensor, count: int, dim: int) -> Tensor:

@@ -118,6 +118,30 @@ class KVCacheConfig:
         """Keys and values per token."""
         return KVCacheConfig(bits, bits, "token", group_size, hadamard)
 
+    @staticmethod
+    def for_budget(
+        bits_per_element: float, head_dim: int = 128, kv_heads: int = 8, tokens: int = 8192
+    ) -> "KVCacheConfig":
+        """The best that a cached number's true bits allow, by README's table: bits go to keys first.
+
+        Args:
+            bits_per_element: every byte counted.
+            head_dim, kv_heads: of the model.
+            tokens: in the cache.
+
+        Raises:
+            QuantkitError: nothing is as small as that.
+        """
+        offers = [
+            KVCacheConfig(keys, values) for keys, values in ((2, 2), (3, 2), (3, 3), (4, 3), (4, 4), (8, 4), (8, 8))
+        ]
+        offers.insert(5, KVCacheConfig.gear(4))
+        costs = [offer.bits_per_element(head_dim, kv_heads, tokens) for offer in offers]
+        allowed = [offer for offer, cost in zip(offers, costs, strict=True) if cost <= bits_per_element]
+        if not allowed:
+            raise QuantkitError(f"{bits_per_element:g} bits a number: the least is {costs[0]:.2f} at {tokens:,} tokens")
+        return allowed[-1]
+
     def bits_per_element(self, head_dim: int, kv_heads: int, tokens: int, prompt: int | None = None) -> float:
         """What a cached number costs in all, in closed form.
 

@@ -75,7 +75,9 @@ def beside_weights(
         logger.warning("the prompt's memory is taken from a formula (%s)", first_line(error))
         cache = kv_cache_bytes(model.config, context, batch, 8 * itemsize)
         activations = activation_bytes(model.config, context, batch, itemsize)
-    cache = cache if kv_bits is None else int(cache * kv_bits / (8 * itemsize))
+    if kv_bits is not None:  # a compressed cache packs a layer's prompt right after its attention
+        activations += cache // model.config.get_text_config().num_hidden_layers
+        cache = int(cache * kv_bits / (8 * itemsize))
     activations += DEQUANTIZED[device.type] * largest
     reserve = LIBRARIES[device.type] + int((ALLOCATOR[device.type] - 1) * (cache + activations))
     return Beside(cache, activations, reserve)

@@ -161,3 +161,12 @@ def test_settings():
     assert KVCacheConfig.from_json(config.to_json()) == config
     with pytest.raises(QuantkitError, match="no settings"):
         KVCacheConfig.from_json("[]")
+
+
+def test_a_budget_buys_the_best_that_fits():
+    bought = [KVCacheConfig.for_budget(bits) for bits in (2.6, 3.2, 3.6, 4.2, 4.7, 16)]
+    assert [(config.k_bits, config.v_bits) for config in bought] == [(2, 2), (3, 2), (3, 3), (4, 3), (4, 4), (8, 8)]
+    for bits in (2.6, 3, 3.5, 4.3, 5, 8):
+        assert KVCacheConfig.for_budget(bits).bits_per_element(128, 8, 8192) <= bits
+    with pytest.raises(QuantkitError, match="the least is 2"):
+        KVCacheConfig.for_budget(2)

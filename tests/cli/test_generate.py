@@ -1,0 +1,56 @@
+"""`quantkit generate`, and compressed caches in `eval` and `bench`, as a user meets them."""
+
+import json
+
+import pytest
+
+from .conftest import run
+
+
+def test_text_with_and_without_a_compressed_cache(reference):
+    plain = run("generate", reference, "--prompt", "def main():", "--max-new-tokens", 12)
+    assert plain.returncode == 0, plain.stderr
+    assert plain.stdout.strip() and "new ones a second" in plain.stderr and "KV cache" not in plain.stderr
+    packed = run("generate", reference, "--prompt", "def main():", "--max-new-tokens", 12, "--kv-bits", 8)
+    assert packed.returncode == 0, packed.stderr
+    assert packed.stdout == plain.stdout, "nothing is packed before a buffer is full"
+    assert "bits a number" in packed.stderr
+
+
+def test_what_a_compressed_prefix_costs(reference):
+    arguments = ["--data", "stdlib", "--seqlen", 256, "--max-windows", 3, "--baseline", reference, "--json"]
+    found = []
+    for bits in (2, 4):
+        result = run("eval", reference, *arguments, "--kv-bits", bits)
+        assert result.returncode == 0, result.stderr
+        found.append(json.loads(result.stdout))
+    assert found[0]["kl"] > 4 * found[1]["kl"] > 0
+    assert found[0]["kv_cache"]["prefix"] == 192 and 2.5 < found[0]["kv_cache"]["bits_per_element"] < 4
+    assert found[0]["tokens"] == 3 * 63
+
+
+def test_bench(reference):
+    result = run("bench", reference, "--prompt-tokens", 150, "--new-tokens", 4, "--kv-bits", 4, "--json")
+    assert result.returncode == 0, result.stderr
+    plain = run("bench", reference, "--prompt-tokens", 150, "--new-tokens", 4, "--json")
+    packed, full = (json.loads(one.stdout)["model"]["bytes_per_token"] for one in (result, plain))
+    assert packed < full
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--prompt", " "], "the prompt is empty"),
+        (["generate", "--prompt", "x", "--kv-bits", 5], "2, 3, 4 or 8 bits"),
+        (["generate", "--prompt", "x", "--max-new-tokens", 5000], "exceed the context"),
+        (["generate", "--prompt", "x", "--temperature", -1], "temperature"),
+        (["generate", "--prompt", "x", "--chat"], "no chat template"),
+        (["eval", "--data", "stdlib", "--kv-prefix", 9], "nothing without --kv-bits"),
+        (["eval", "--data", "stdlib", "--kv-bits", 4, "--kv-prefix", 511], "leaves nothing to score"),
+        (["bench", "--kv-bits", 7], "2, 3, 4 or 8 bits"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, reference, complaint):
+    code, said = complaint(arguments[0], reference, *arguments[1:])
+    assert code == 2
+    assert message in said and "Traceback" not in said
