@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from quantkit.checkpoint import SEARCH_RECORD, check_output, read_config, replace_folder
 from quantkit.cli import options
-from quantkit.cli.display import console, report_table, search_progress
+from quantkit.cli.display import console, report_table, search_progress, size
 from quantkit.device import parse_dtype
 from quantkit.errors import Interrupted, QuantkitError
 from quantkit.folder import ModelFolder, load_tokenizer, resolve_folder
@@ -297,9 +297,9 @@ def _fitting(
     true_bits = None
     if kv_bits is not None:
         config = source.model.config.get_text_config(decoder=True)
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        true_bits = KVCacheConfig.gear(kv_bits).bits_per_element(size, heads, context)
+        true_bits = KVCacheConfig.gear(kv_bits).bits_per_element(channels, heads, context)
     need = beside_weights(source.model, [*block_linears(source.model)], context, batch, true_bits, device)
     left = parse_size(fit) - need.total
     console.print(

@@ -104,6 +104,7 @@ def test_pruning(model_folder, tmp_path):
         (["--size", "four"], "is no size"),
         (["--fit", "12GB"], "--fit needs --context"),
         (["--fit", "1MB", "--context", 32768], "are needed beside the weights"),
+        (["--fit", "1MB", "--context", 32768, "--kv-bits", 2], "are needed beside the weights"),
         (["--avg-bits", 3, "--context", 99], "--context is given without --fit"),
         (["--avg-bits", 3, "--top", 100], "top=100"),
         (["--sparsity", 1], "between 0 and 1"),
