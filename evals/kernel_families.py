@@ -248,7 +248,7 @@ def _kv_cache(arch: int, bits: int, size: int, rank: int, kept: int, rows: int) 
     types = {f"{name}_ptr": f"*{kind}" for kind, names in pointers.items() for name in names.split()}
     heads = ("k", "k_scale", "v", "v_scale", "up", "up_scale", "kept")
     values = {f"{name}_head": 16 for name in heads} | {"tokens": 16, "share": 64}
-    block_n = kv_attention.BLOCKS[size >= 128][0]
+    block_n = kv_attention.BLOCKS[size >= 128 or kept > 0][0]
     constants = {
         "ROWS": rows, "BLOCK_M": 16, "BLOCK_N": block_n, "D": size, "K_BITS": bits, "V_BITS": bits, "K_GROUP": 64,
         "GROUPS": size // 64, "RANK": rank, "UP_BITS": 8, "UP_GROUP": 64, "KEPT": kept, "MASKED": False,

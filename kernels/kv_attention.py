@@ -18,7 +18,7 @@ LARGEST_ROWS = 64
 
 
 BLOCKS = {False: (64, 32, 16), True: (32, 16)}
-"""Tokens at a time, by whether a head has 128 channels or more: no register is spilled."""
+"""Tokens at a time, by whether a head has 128 channels or outliers: no register is spilled."""
 
 
 class Packed(NamedTuple):
@@ -117,7 +117,7 @@ def packed_attention(q: Tensor, packed: Packed, scaling: float, mask: Tensor | N
         raise ValueError(f"the kernel takes heads of 32 to 256 channels, a power of two, and {LARGEST_ROWS} rows")
     tokens = packed.k.shape[2]
     k_group = tokens // packed.k_scale.shape[2]
-    block_n = next(block for block in BLOCKS[size >= 128] if k_group % block == 0)
+    block_n = next(block for block in BLOCKS[size >= 128 or packed.places is not None] if k_group % block == 0)
     if not splits:
         _, processors, _ = launching.properties(q.device)
         splits = max(1, min(-(-tokens // (4 * block_n)), 3 * processors // (batch * heads)))
