@@ -294,13 +294,8 @@ def _fitting(
     if context is None or context < 1 or batch < 1:
         raise QuantkitError("--fit needs --context, the tokens that the KV cache is to hold, and --batch of at least 1")
     source = ModelFolder(folder, structure_only=True)
-    true_bits = None
-    if kv_bits is not None:
-        config = source.model.config.get_text_config(decoder=True)
-        channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        true_bits = KVCacheConfig.gear(kv_bits).bits_per_element(channels, heads, context)
-    need = beside_weights(source.model, [*block_linears(source.model)], context, batch, true_bits, device)
+    kv = None if kv_bits is None else KVCacheConfig.gear(kv_bits)
+    need = beside_weights(source.model, [*block_linears(source.model)], context, batch, kv, device)
     left = parse_size(fit) - need.total
     console.print(
         f"{fit} at {context:,} tokens x {batch}: {size(need.cache)} of KV cache, {size(need.activations)} of "

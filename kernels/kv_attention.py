@@ -63,14 +63,17 @@ class Part(NamedTuple):
     total: Tensor
 
 
+def joined(parts: Part) -> Part:
+    """One part of several, which lie side by side in dimension 2."""
+    highest = parts.highest.amax(2)
+    base = torch.where(highest == -math.inf, torch.zeros_like(highest), highest)  # nothing is seen
+    shares = torch.exp2(parts.highest - base[:, :, None])
+    return Part((shares[..., None] * parts.output).sum(2), highest, (shares * parts.total).sum(2))
+
+
 def merge(parts: list[Part]) -> Tensor:
     """Attention over all parts' tokens, fp32 [batch, heads, rows, D]."""
-    highest = torch.stack([part.highest for part in parts]).amax(0)
-    base = torch.where(highest == -math.inf, torch.zeros_like(highest), highest)
-    shares = [torch.exp2(part.highest - base) for part in parts]
-    total = sum(share * part.total for share, part in zip(shares, parts, strict=True))
-    output = sum(share[..., None] * part.output for share, part in zip(shares, parts, strict=True))
-    assert isinstance(total, Tensor) and isinstance(output, Tensor)
+    output, _, total = joined(Part(*(torch.stack(tensors, 2) for tensors in zip(*parts, strict=True))))
     return output / total.clamp_min(1e-30)[..., None]
 
 
@@ -151,10 +154,4 @@ def packed_attention(q: Tensor, packed: Packed, scaling: float, mask: Tensor | N
             RANK=rank, UP_BITS=factor, UP_GROUP=up_group, KEPT=0 if packed.places is None else packed.places.shape[3],
             MASKED=mask is not None, num_warps=4, num_stages=2,
         )  # fmt: skip
-    parts = [Part(output[:, :, i], highest[:, :, i], total[:, :, i]) for i in range(splits)]
-    if splits == 1:
-        return parts[0]
-    top = highest.amax(2)
-    base = torch.where(top == -math.inf, torch.zeros_like(top), top)
-    shares = torch.exp2(highest - base[:, :, None])
-    return Part((shares[..., None] * output).sum(2), top, (shares * total).sum(2))
+    return joined(Part(output, highest, total))

@@ -1,5 +1,7 @@
 """Finds a transformers model's decoder blocks and linear layers, and replaces the latter."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -50,6 +52,13 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         )
     _, name, blocks = max(candidates, key=lambda candidate: candidate[0])
     return name, blocks
+
+
+def key_heads(config: Any) -> tuple[int, int]:
+    """(heads of keys, channels of a head) of a model's config."""
+    config = config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:

@@ -25,6 +25,7 @@ from quantkit.checkpoint import write_durably
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.kvcache.storage import Growing, Side
+from quantkit.model import key_heads
 
 
 class LazyKV(Tensor):
@@ -163,11 +164,13 @@ class GearLayer(CacheLayerMixin):
         if count == self.get_seq_length():
             self.reset()
             return
-        if not (self.k.crop(count) and self.v.crop(count)):
-            held = min(self.k.buffer.length, self.v.buffer.length)
+        held = min(self.k.buffer.length, self.v.buffer.length)
+        if count > held:
             raise QuantkitError(
                 f"crop({tokens_to_remove}): only the newest {held} tokens can go, older ones are packed"
             )
+        self.k.buffer.crop(count)
+        self.v.buffer.crop(count)
 
     def _map(self, change: Any) -> None:
         self.k.map(change)
@@ -218,13 +221,11 @@ class GearCache(DynamicCache):
             raise QuantkitError(
                 "models with an encoder read their cache in ways that a compressed one does not support"
             )
-        text = found.get_text_config(decoder=True)
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        check_head(size, config)
+        check_head(key_heads(found)[1], config)
         super().__init__(config=found)
         self.config, self.model_type = config, found.model_type
         if not self.layers:  # transformers makes them one by one where a config says nothing of layers
-            self.layers = [DynamicLayer() for _ in range(text.num_hidden_layers)]
+            self.layers = [DynamicLayer() for _ in range(found.get_text_config(decoder=True).num_hidden_layers)]
         self.layers = [GearLayer(config) if type(layer) is DynamicLayer else layer for layer in self.layers]
         if not any(isinstance(layer, GearLayer) for layer in self.layers):
             kinds = sorted({type(layer).__name__ for layer in self.layers})
@@ -337,8 +338,7 @@ class GearCache(DynamicCache):
 
 def _check_heads(cache: GearCache, model: PreTrainedModel, path: Path | str) -> None:
     """Raises QuantkitError where a loaded cache has other heads than the model."""
-    config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads, _ = key_heads(model.config)
     for _, layer in cache.packed_layers():
         if layer.shapes["k"][1] != heads:
             raise QuantkitError(f"{path} is a cache of another model: {layer.shapes['k'][1]} key heads, here {heads}")

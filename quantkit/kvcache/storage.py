@@ -245,13 +245,6 @@ class Side:
             found = _rotated(found, inverse=True)
         return found
 
-    def crop(self, count: int) -> bool:
-        """Removes the newest tokens; says whether the buffer held so many."""
-        if count > self.buffer.length:
-            return False
-        self.buffer.crop(count)
-        return True
-
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Changes all tensors alike: another device, other rows of the batch."""
         for one in self._all_growing():

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from quantkit.errors import first_line
-from quantkit.model import linear_weight
+from quantkit.kvcache.config import KVCacheConfig
+from quantkit.model import key_heads, linear_weight
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,12 @@ class Beside:
 
 
 def beside_weights(
-    model: PreTrainedModel, packed: Sequence[str], context: int, batch: int, kv_bits: float | None, device: torch.device
+    model: PreTrainedModel,
+    packed: Sequence[str],
+    context: int,
+    batch: int,
+    kv: KVCacheConfig | None,
+    device: torch.device,
 ) -> Beside:
     """What generation needs beside the weights, at its peak.
 
@@ -63,7 +69,7 @@ def beside_weights(
         packed: its layers that are packed.
         context: tokens of each sequence.
         batch: sequences.
-        kv_bits: of a cached number, with all that a compressed cache stores beside it; None for the model's dtype.
+        kv: of a compressed cache; None for a plain one.
         device: of its kind generation will take place on.
     """
     itemsize = model.dtype.itemsize
@@ -75,9 +81,10 @@ def beside_weights(
         logger.warning("the prompt's memory is taken from a formula (%s)", first_line(error))
         cache = kv_cache_bytes(model.config, context, batch, 8 * itemsize)
         activations = activation_bytes(model.config, context, batch, itemsize)
-    if kv_bits is not None:  # a compressed cache packs a layer's prompt right after its attention
+    if kv is not None:  # a compressed cache packs a layer's prompt right after its attention
         activations += cache // model.config.get_text_config().num_hidden_layers
-        cache = int(cache * kv_bits / (8 * itemsize))
+        heads, size = key_heads(model.config)
+        cache = int(cache * kv.bits_per_element(size, heads, context) / (8 * itemsize))
     activations += DEQUANTIZED[device.type] * largest
     reserve = LIBRARIES[device.type] + int((ALLOCATOR[device.type] - 1) * (cache + activations))
     return Beside(cache, activations, reserve)
@@ -111,9 +118,7 @@ def kv_cache_bytes(config: Any, context: int, batch: int, bits: float = 16) -> i
         batch: sequences.
         bits: of a cached number, with all that a compressed cache stores beside it.
     """
-    config = config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config, (heads, size) = config.get_text_config(), key_heads(config)
     layers = config.num_hidden_layers
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
     window = getattr(config, "sliding_window", None) or context
@@ -128,8 +133,7 @@ def activation_bytes(config: Any, context: int, batch: int, itemsize: int = 2) -
     """
     config = config.get_text_config()
     hidden, wide = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or hidden // heads
+    heads, (_, size) = config.num_attention_heads, key_heads(config)
     attention = 2 * hidden + 6 * heads * size
     tokens = context * batch
     return tokens * itemsize * max(attention, 2 * hidden + 3 * wide) + 3 * 4 * batch * config.vocab_size

@@ -132,6 +132,12 @@ def test_crop_takes_back_what_is_not_packed(model, prompts):
     with pytest.raises(ValueError, match="minus"):
         cache.crop(3)
     cache.crop(0)
+    mixed = GearLayer(KVCacheConfig(16, 2, group_size=8, buffer=8))
+    mixed.update(torch.randn(1, 2, 30, 64), torch.randn(1, 2, 30, 64))
+    mixed.compress(0)
+    with pytest.raises(QuantkitError, match="newest 6 tokens"):
+        mixed.crop(-10)
+    assert mixed.k.length == mixed.v.length == 30, "all or nothing"
     assert cache.get_seq_length() == 56
 
 

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 from quantkit import GPTQ
 from quantkit.errors import QuantkitError
+from quantkit.kvcache.config import KVCacheConfig
 from quantkit.quantizers.hadamard import Hadamard
 from quantkit.quantizers.sparse import Sparse
 from quantkit.search import memory
@@ -72,8 +73,10 @@ def test_code_that_looks_at_data_falls_back_to_the_formula(reference, monkeypatc
 
 
 def test_fewer_bits_of_cache_leave_more_for_weights(reference):
-    full, less = (beside_weights(empty(reference), [], 400, 4, bits, torch.device("cpu")) for bits in (None, 4))
-    assert less.cache == full.cache // 4 and less.activations == full.activations + full.cache // 6
+    packed = KVCacheConfig.kivi(4)
+    full, less = (beside_weights(empty(reference), [], 400, 4, kv, torch.device("cpu")) for kv in (None, packed))
+    assert less.cache == int(full.cache * packed.bits_per_element(64, 2, 400) / 16)
+    assert less.activations == full.activations + full.cache // 6
     assert less.reserve < full.reserve
 
 
