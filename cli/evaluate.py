@@ -17,7 +17,7 @@ from quantkit.evals.activations import ActivationCode, Observed, activation_code
 from quantkit.evals.perplexity import Quality, evaluate
 from quantkit.folder import load_tokenizer, resolve_folder
 from quantkit.kvcache.config import KVCacheConfig
-from quantkit.kvcache.prefix import CompressedPrefix
+from quantkit.kvcache.prefix import compressed_prefix
 from quantkit.model import check_vocabulary, context_length
 from quantkit.recipe import window_length
 
@@ -90,7 +90,7 @@ def evaluate_command(
     prefix = 0 if kv_bits is None else length * 3 // 4 if kv_prefix is None else kv_prefix
     coding = nullcontext() if code is None else quantized_activations(subject, code)
     caching = (
-        nullcontext(subject) if kv_bits is None else CompressedPrefix(subject, KVCacheConfig.gear(kv_bits), prefix)
+        nullcontext(subject) if kv_bits is None else compressed_prefix(subject, KVCacheConfig.gear(kv_bits), prefix)
     )
     with coding as observed, caching as reader, window_progress() as progress:
         quality = evaluate(

@@ -73,7 +73,7 @@ def compile_build(build: Build) -> Any:
         ):
             aligned[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn, signature, build.constants, aligned)
-    options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
+    options = {"num_warps": build.num_warps, "num_stages": build.num_stages, "maxnreg": build.maxnreg}
     return triton_compile(source, target=GPUTarget("cuda", build.arch, 32), options=options)
 
 

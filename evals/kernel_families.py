@@ -43,6 +43,7 @@ class Build:
         static_shared: bytes of shared memory beside those that Triton knows of.
         bar: most instructions a weight.
         whole: whether all instructions count, instead of those of the inner loop.
+        maxnreg: registers a thread, Triton's option; None leaves the choice to the assembler.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Build:
     static_shared: int = 0
     bar: float = NO_BAR
     whole: bool = False
+    maxnreg: int | None = None
 
 
 def int_group(arch: int, quick: bool) -> Iterator[Build]:
@@ -232,32 +234,42 @@ def rotation(arch: int, quick: bool) -> Iterator[Build]:
 
 
 def kv_cache(arch: int, quick: bool) -> Iterator[Build]:
-    """Builds of `kv_attention`: 4 queries a key head (GQA), and 16."""
-    for bits in (3,) if quick else (2, 3, 4):
-        for size in (128,) if quick else (64, 128):
-            for rank, kept in ((4, 2),) if quick else ((0, 0), (4, 0), (4, 2)):
-                for rows in (4,) if quick else (4, 16):
-                    yield _kv_cache(arch, bits, size, rank, kept, rows)
+    """Builds of `kv_attention`, the merging of its shares among them."""
+    widths = ((2, 2), (3, 2), (3, 3), (4, 3), (4, 4), (8, 4), (8, 8))
+    for k_bits, v_bits in ((3, 3),) if quick else widths:
+        for size in (128,) if quick else (64, 128, 256):
+            if v_bits == 8 and size == 256:
+                continue  # its groups of 64 channels are less than a word's field, which the kernel refuses
+            corrections = ((4, 2),) if quick else ((0, 0), (4, 0), (4, 2))
+            for rank, kept in corrections if k_bits < 8 else ((0, 0),):
+                yield _kv_cache(arch, k_bits, v_bits, size, rank, kept)
+    for size in (128,) if quick else (64, 128, 256):
+        types = dict.fromkeys(("acc_ptr", "max_ptr", "sum_ptr"), "*fp32") | {"output_ptr": "*bf16"}
+        warps, constants = max(1, size // 64), {"D": size, "BLOCK": 16}
+        name = f"kv attention merge D={size}"
+        yield Build(
+            name, arch, "kv_attention_triton.merge_kernel", types, {}, constants, num_warps=warps, num_stages=2,
+            weights=16 * size,
+        )  # fmt: skip
 
 
-def _kv_cache(arch: int, bits: int, size: int, rank: int, kept: int, rows: int) -> Build:
+def _kv_cache(arch: int, bits: int, v_bits: int, size: int, rank: int, kept: int) -> Build:
     pointers = {
-        "fp16": "q k_scale k_low v_scale v_low up_scale up_low kept", "fp32": "qd acc max sum",
-        "u8": "k v up index mask",
+        "fp16": "q k_scale k_low v_scale v_low down up_scale up_low kept turned buffer_k buffer_v sink_k sink_v",
+        "i16": "k v", "fp32": "acc max sum", "u8": "up index mask",
     }  # fmt: skip
     types = {f"{name}_ptr": f"*{kind}" for kind, names in pointers.items() for name in names.split()}
-    heads = ("k", "k_scale", "v", "v_scale", "up", "up_scale", "kept")
+    heads = ("k", "k_scale", "v", "v_scale", "up", "up_scale", "kept", "buffer", "sink")
     values = {f"{name}_head": 16 for name in heads} | {"tokens": 16, "share": 64}
-    block_n = kv_attention.BLOCKS[size >= 128 or kept > 0][0]
+    block, warps, stages = kv_attention.launch_shape(size, 64, bits, v_bits, rank, kept, arch)
     constants = {
-        "ROWS": rows, "BLOCK_M": 16, "BLOCK_N": block_n, "D": size, "K_BITS": bits, "V_BITS": bits, "K_GROUP": 64,
-        "GROUPS": size // 64, "RANK": rank, "UP_BITS": 8, "UP_GROUP": 64, "KEPT": kept, "MASKED": False,
+        "BLOCK_N": block, "D": size, "K_BITS": bits, "V_BITS": v_bits, "K_GROUP": 64, "GROUPS": size // 64,
+        "RANK": rank, "UP_BITS": 8, "UP_GROUP": 64, "KEPT": kept, "MASKED": False, "ASM": True, "INTERPRETED": False,
     }  # fmt: skip
-    parts = [f"kv attention int{bits} D={size} rows={rows}", f" rank {rank}" * (rank > 0), " sparse" * (kept > 0)]
-    name = "".join(parts)
+    parts = [f"kv attention int{bits}/{v_bits} D={size}", f" rank {rank}" * (rank > 0), " sparse" * (kept > 0)]
     return Build(
-        name, arch, "kv_attention_triton.decode_kernel", types | {"scaling": "fp32"}, values, constants,
-        num_warps=4, num_stages=2, weights=2 * block_n * size,
+        "".join(parts), arch, "kv_attention_triton.decode_kernel", types, values, constants,
+        num_warps=warps, num_stages=stages, weights=2 * block * size, maxnreg=255,
     )  # fmt: skip
 
 

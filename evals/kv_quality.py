@@ -24,7 +24,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evals.reference.recall import recall_document
 from quantkit.folder import load_tokenizer, resolve_folder
 from quantkit.kvcache.config import KVCacheConfig
-from quantkit.kvcache.prefix import CompressedPrefix
+from quantkit.kvcache.prefix import PrefixReader, compressed_prefix
 from quantkit.metrics import token_kl
 from quantkit.model import context_length
 from quantkit.recipe import window_length
@@ -80,7 +80,7 @@ def inject_outliers(model: nn.Module, factor: float, share: float = 0.1) -> None
 
 
 @torch.no_grad()
-def compare(reader: CompressedPrefix, windows: Tensor, batch: int = 8) -> tuple[float, float, float]:
+def compare(reader: PrefixReader, windows: Tensor, batch: int = 8) -> tuple[float, float, float]:
     """(KL to the exact cache, its standard error over windows, top-1 agreement) on what comes after the prefix."""
     kl, same = [], []
     for part in windows.split(batch):
@@ -115,7 +115,7 @@ def retrieval(model: Any, tokenizer: Any, config: KVCacheConfig, rows: int = 32,
         queried = [line.split(" -> ")[0] for line in lines if " -> " in line]
         start = document.text.index("# query")
         prefix = sum(first < start for first, _ in offsets)
-        with CompressedPrefix(model, config, prefix) as reader:
+        with compressed_prefix(model, config, prefix) as reader:
             choices = reader(input_ids=tokens.to(model.device)).logits[0, :-1].argmax(-1).cpu()
         for key, (first, last) in zip(queried, document.answers, strict=True):
             depth = defined.index(key) * DEPTHS // pairs
@@ -148,7 +148,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             (name, bits, config) for bits in arguments.bits for name, config in modes(bits).items()
         ]
         for name, bits, config in listed:
-            with CompressedPrefix(model, config, prefix) as reader:
+            with compressed_prefix(model, config, prefix) as reader:
                 kl, kl_se, top1 = compare(reader, windows)
             found = retrieval(model, tokenizer, config, arguments.rows) if arguments.rows else []
             mean = sum(found) / max(len(found), 1)

@@ -1,8 +1,7 @@
-"""Attention of a few queries over packed keys and values: what is packed, the launch, and merging of shares.
+"""Attention of a few queries over packed keys and values, and over the tokens around them that are not packed.
 
-The format is that of `kvcache.codec`: keys with a scale per channel and group of tokens, values per token and group of
-channels, codes in bytes by planes (3 bits = 2 + 1), channels in order. A result is not normalised: output, maximum and
-sum of its softmax, in base 2, so that parts over different tokens can be merged.
+Codes lie in words of 16 bits, by planes (3 bits = 2 + 1): with W words a token, a plane's field f of word w is channel
+f W + w. Keys have a scale per channel and group of tokens, values per token and group of channels.
 """
 
 import math
@@ -14,11 +13,7 @@ from torch import Tensor
 from quantkit.kernels import launching
 
 LARGEST_ROWS = 64
-"""Queries of a key head, at most."""
-
-
-BLOCKS = {False: (64, 32, 16), True: (32, 16)}
-"""Tokens at a time, by whether a head has 128 channels or outliers: no register is spilled."""
+"""Queries of a key head, at most; 16 share what a program reads."""
 
 
 class Packed(NamedTuple):
@@ -50,67 +45,66 @@ class Packed(NamedTuple):
     kept: Tensor | None = None
 
 
-class Part(NamedTuple):
-    """Attention over some tokens.
+class Plain(NamedTuple):
+    """Tokens as they are, [batch, heads, tokens, D]."""
 
-    Attributes:
-        output: fp32 [batch, heads, rows, D], not normalised.
-        highest, total: fp32 [batch, heads, rows], maximum of the scores (base 2) and sum of their powers beyond it.
-    """
-
-    output: Tensor
-    highest: Tensor
-    total: Tensor
-
-
-def joined(parts: Part) -> Part:
-    """One part of several, which lie side by side in dimension 2."""
-    highest = parts.highest.amax(2)
-    base = torch.where(highest == -math.inf, torch.zeros_like(highest), highest)  # nothing is seen
-    shares = torch.exp2(parts.highest - base[:, :, None])
-    return Part((shares[..., None] * parts.output).sum(2), highest, (shares * parts.total).sum(2))
-
-
-def merge(parts: list[Part]) -> Tensor:
-    """Attention over all parts' tokens, fp32 [batch, heads, rows, D]."""
-    output, _, total = joined(Part(*(torch.stack(tensors, 2) for tensors in zip(*parts, strict=True))))
-    return output / total.clamp_min(1e-30)[..., None]
-
-
-def dense(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | None = None) -> Part:
-    """Attention over tokens as they are.
-
-    Args:
-        q: [batch, heads, rows, D].
-        k, v: [batch, heads, tokens, D].
-        scaling: of the scores.
-        mask: bool, broadcasts to [batch, heads, rows, tokens]; True where a token is seen.
-    """
-    scores = (q.float() @ k.float().mT) * (scaling / math.log(2))
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    highest = scores.amax(-1)
-    p = torch.exp2(scores - torch.where(highest == -math.inf, torch.zeros_like(highest), highest)[..., None])
-    return Part(p @ v.float(), highest, p.sum(-1))
+    k: Tensor
+    v: Tensor
 
 
 def supported(packed: Packed, rows: int) -> bool:
     """Whether the kernel takes these shapes."""
-    size = packed.k_scale.shape[-1]
-    groups = packed.k.shape[2] // max(packed.k_scale.shape[2], 1)
-    power = size & (size - 1) == 0 and 32 <= size <= 256
-    return power and groups % 16 == 0 and rows <= LARGEST_ROWS
+    size, groups, tokens = packed.k_scale.shape[-1], packed.v_scale.shape[-1], packed.k.shape[2]
+    widths = [{3: 2}.get(bits, bits) for bits in (packed.k_bits, packed.v_bits)]
+    power = size & (size - 1) == 0 and size <= 256 and packed.v.shape[3] * 8 == size * packed.v_bits
+    words = min(widths) * size >= 128  # a token has 8 at least
+    parts = packed.up is None and packed.places is None  # 8 bits leave no register for more
+    whole = tokens // packed.k_scale.shape[2] % 16 == 0 and 16 // widths[1] % groups == 0
+    return power and words and whole and (parts or packed.k_bits < 8) and rows <= LARGEST_ROWS
 
 
-def packed_attention(q: Tensor, packed: Packed, scaling: float, mask: Tensor | None = None, splits: int = 0) -> Part:
-    """Runs the kernel; a tensor in the CPU's memory means Triton's interpreter.
+def launch_shape(
+    size: int, group: int, k_bits: int, v_bits: int, rank: int, kept: int, capability: int
+) -> tuple[int, int, int]:
+    """(tokens at a time, at most `group`; warps; stages): what leaves every number in a register.
+
+    `evals/kernel_build` asserts it: the planes of 3 bits and corrections together are what is tight.
+    """
+    three, newer = 3 in (k_bits, v_bits), capability >= 100
+    if size <= 64:
+        tight = three and (rank > 0 or kept > 0 or newer)
+        return math.gcd(group, 32 if tight else 64), 1, 2
+    if size == 128:
+        tight = three and (kept > 0 or (rank > 0 and capability != 90))
+        return math.gcd(group, 16 if tight else 32), 1, 1 if tight else 2
+    return math.gcd(group, 16 if three and kept > 0 and newer else 32), 2, 2
+
+
+def packed_attention(
+    q: Tensor,
+    packed: Packed,
+    scaling: float,
+    buffer: Plain | None = None,
+    sink: Plain | None = None,
+    new: int = 1,
+    mask: Tensor | None = None,
+    splits: int = 0,
+) -> Tensor:
+    """Runs the kernels; a tensor in the CPU's memory means Triton's interpreter.
 
     Args:
-        q: [batch, heads, rows, D], all rows that read a head of keys; fp16, bf16 or fp32.
+        q: [batch, heads, rows, D], all rows that read a head of keys, a sibling's new tokens side by side; fp16, bf16
+            or fp32.
         packed: keys and values.
         scaling: of the scores.
-        mask: bool [batch, tokens], True where a token is seen; None for all.
-        splits: shares of the tokens; 0 for as many as fill the GPU.
+        buffer: the tokens behind the packed ones; the newest are the rows' own.
+        sink: the tokens before the packed ones.
+        new: tokens of a sibling.
+        mask: bool [batch, new, tokens of all three], True where a token is seen; None: all those up to a row's own.
+        splits: shares of the packed tokens; 0 for as many as fill the GPU.
+
+    Returns:
+        [batch, heads, rows, D] in q's dtype.
 
     Raises:
         ValueError: shapes that `supported` says no to.
@@ -118,23 +112,26 @@ def packed_attention(q: Tensor, packed: Packed, scaling: float, mask: Tensor | N
     batch, heads, rows, size = q.shape
     if not supported(packed, rows):
         raise ValueError(f"the kernel takes heads of 32 to 256 channels, a power of two, and {LARGEST_ROWS} rows")
+    capability, processors, _ = launching.properties(q.device)
     tokens = packed.k.shape[2]
     k_group = tokens // packed.k_scale.shape[2]
-    block_n = next(block for block in BLOCKS[size >= 128 or packed.places is not None] if k_group % block == 0)
-    if not splits:
-        _, processors, _ = launching.properties(q.device)
-        splits = max(1, min(-(-tokens // (4 * block_n)), 3 * processors // (batch * heads)))
-    share = -(-tokens // (splits * block_n)) * block_n
-    splits = -(-tokens // share)
-    q = q.contiguous()
-    projected = None if packed.down is None else (q.float() @ packed.down.float()).contiguous()
-    output = torch.empty(batch, heads, splits, rows, size, dtype=torch.float32, device=q.device)
-    highest, total = (torch.empty(batch, heads, splits, rows, dtype=torch.float32, device=q.device) for _ in range(2))
     rank = 0 if packed.up is None else packed.up.shape[3]
-    factor = 8 if packed.up is not None and packed.up_scale is not None else 16
-    up_group = tokens // packed.up_scale.shape[2] if packed.up_scale is not None else tokens
+    kept = 0 if packed.places is None else packed.places.shape[3]
+    block, warps, stages = launch_shape(size, k_group, packed.k_bits, packed.v_bits, rank, kept, capability)
+    if not splits:
+        splits = max(1, min(tokens // 128, 8 * processors // (batch * heads)))
+    share = -(-tokens // (splits * block)) * block
+    splits = -(-tokens // share)
+    shares = splits + 1 + (sink is not None)
+    scaled = q.contiguous().to(torch.float16).mul(scaling / math.log(2))  # for powers of 2
+    turned = None
+    if packed.places is not None:  # what gathers channels reads the rows of a program side by side
+        turned = torch.nn.functional.pad(scaled, (0, 0, 0, -rows % 16)).unflatten(2, (-1, 16)).mT.contiguous()
+    partial = torch.empty(batch * heads * shares * rows * (size + 2), dtype=torch.float32, device=q.device)
+    acc, highest, total = partial.split([count * batch * heads * shares * rows for count in (size, 1, 1)])
+    output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     seen = None if mask is None else mask.contiguous().view(torch.uint8)
-    from quantkit.kernels.kv_attention_triton import decode_kernel  # Triton exists on Linux alone
+    from quantkit.kernels.kv_attention_triton import decode_kernel, merge_kernel  # Triton exists on Linux alone
 
     def pointer(tensor: Tensor | None) -> Tensor:
         return launching.or_stand_in(tensor, q)
@@ -142,16 +139,29 @@ def packed_attention(q: Tensor, packed: Packed, scaling: float, mask: Tensor | N
     def head(tensor: Tensor | None) -> int:
         return 0 if tensor is None else tensor.stride(1)
 
+    k_words, v_words = packed.k.view(torch.int16), packed.v.view(torch.int16)
+    none = buffer or sink or Plain(q[:, :, :0], q[:, :, :0])  # what is absent has no tokens
+    buffer_k, buffer_v = buffer or Plain(none.k[:, :, :0], none.v[:, :, :0])
+    sink_k, sink_v = sink or Plain(none.k[:, :, :0], none.v[:, :, :0])
     with torch.cuda.device_of(q):
-        decode_kernel[(batch * heads, splits)](
-            q, packed.k, packed.k_scale, packed.k_low, packed.v, packed.v_scale, packed.v_low,
-            pointer(projected), pointer(packed.up), pointer(packed.up_scale), pointer(packed.up_low),
-            pointer(packed.places), pointer(packed.kept), pointer(seen), output, highest, total,
-            tokens, share, head(packed.k), head(packed.k_scale), head(packed.v), head(packed.v_scale),
-            head(packed.up), head(packed.up_scale), head(packed.places), tokens, heads, scaling,
-            ROWS=rows, BLOCK_M=max(16, 1 << (rows - 1).bit_length()), BLOCK_N=block_n, D=size,
-            K_BITS=packed.k_bits, V_BITS=packed.v_bits, K_GROUP=k_group, GROUPS=packed.v_scale.shape[3],
-            RANK=rank, UP_BITS=factor, UP_GROUP=up_group, KEPT=0 if packed.places is None else packed.places.shape[3],
-            MASKED=mask is not None, num_warps=4, num_stages=2,
+        decode_kernel[(batch * heads, shares, -(-rows // 16))](
+            scaled, k_words, packed.k_scale, packed.k_low, v_words, packed.v_scale, packed.v_low,
+            pointer(packed.down), pointer(packed.up), pointer(packed.up_scale), pointer(packed.up_low),
+            pointer(packed.places), pointer(packed.kept), pointer(turned),
+            buffer_k, buffer_v, sink_k, sink_v, pointer(seen), acc, highest, total,
+            tokens, share, splits, buffer_k.shape[2], sink_k.shape[2], new, rows, heads,
+            head(k_words), head(packed.k_scale), head(v_words), head(packed.v_scale), head(packed.up),
+            head(packed.up_scale), head(packed.places), buffer_k.stride(1), sink_k.stride(1),
+            0 if mask is None else mask.shape[2],
+            BLOCK_N=block, D=size, K_BITS=packed.k_bits, V_BITS=packed.v_bits,
+            K_GROUP=k_group, GROUPS=packed.v_scale.shape[3],
+            RANK=rank, UP_BITS=16 if packed.up_scale is None else 8,
+            UP_GROUP=tokens if packed.up_scale is None else tokens // packed.up_scale.shape[2],
+            KEPT=kept, MASKED=mask is not None,
+            **launching.machine(q), num_warps=warps, num_stages=stages,
+            maxnreg=255,  # else the assembler rather spills a few than exceeds 168
         )  # fmt: skip
-    return joined(Part(output, highest, total))
+        merge_kernel[(batch * heads, rows)](
+            acc, highest, total, output, shares, rows, D=size, BLOCK=16, num_warps=max(1, size // 64)
+        )
+    return output

@@ -46,19 +46,18 @@ def attention(
         ([batch, new tokens, heads, channels], None).
 
     Raises:
-        QuantkitError: the model's attention has parts of its own (soft caps, sinks), which this one does not know.
+        QuantkitError: the model's attention has parts of its own, which this one does not know.
     """
     own = next((name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None), None)
-    if own is not None:
-        raise QuantkitError(
-            f"this model's attention has {own}, which compressed attention lacks; give GearCache to generate"
-        )
+    if own is not None:  # not seen by `own_parts`
+        raise QuantkitError(f"this model's attention has {own}; give its own attention a GearCache: past_key_values=")
     if not isinstance(key, LazyKV) or not isinstance(value, LazyKV):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     layer = key.layer
     if not layer.k.chunks:
         layer.observe(query)
-    form = packed_form(layer) if kernel_pays(query, layer) else None
+    boolean = attention_mask is None or attention_mask.dtype == torch.bool
+    form = packed_form(layer) if boolean and kernel_pays(query, layer) else None
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     rows = query.shape[1] // key.shape[1] * query.shape[2]
     if form is not None and kv_attention.supported(form, rows):
@@ -116,26 +115,41 @@ def on_packed(
     Returns:
         [batch, heads, new tokens, channels].
     """
-    batch, heads, new, size = query.shape
-    sink, packed, newest = layer.k.sink.length, layer.k.packed, layer.k.buffer.length
+    batch, _, new, size = query.shape
     q = query.reshape(batch, form.k.shape[1], -1, size)  # all queries that read a head of keys
-    seen = None if attention_mask is None else attention_mask[:, 0, -1, sink : sink + packed]
-    parts = [kv_attention.packed_attention(q, form, scaling, seen)]
-    siblings = heads // form.k.shape[1]
-    for start, (k, v) in ((0, (layer.k.sink, layer.v.sink)), (sink + packed, (layer.k.buffer, layer.v.buffer))):
-        if not k.length:
-            continue
-        if attention_mask is not None:
-            mask = attention_mask[:, :, :, start : start + k.length]
-        else:  # causal: the newest tokens see those before them
-            mask = torch.ones(new, k.length, dtype=torch.bool, device=query.device)
-            mask = (mask.tril(newest - new) if start else mask)[None, None]
-        parts.append(kv_attention.dense(q, k.data, v.data, scaling, mask.repeat(1, 1, siblings, 1)))
-    return kv_attention.merge(parts).view(batch, heads, new, size).to(query.dtype)
+    buffer, sink = (
+        kv_attention.Plain(k.data, v.data) if k.length else None
+        for k, v in ((layer.k.buffer, layer.v.buffer), (layer.k.sink, layer.v.sink))
+    )
+    mask = None if attention_mask is None else attention_mask[:, 0].expand(batch, -1, -1)
+    return kv_attention.packed_attention(q, form, scaling, buffer, sink, new, mask).view(query.shape)
 
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def own_parts(model: PreTrainedModel) -> str | None:
+    """What the model's attention has that this one lacks; None for nothing."""
+    if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
+        return "soft caps"
+    return "sinks" if any(name.endswith(".sinks") for name, _ in model.named_parameters()) else None
+
+
+@contextmanager
+def reading_packed(model: PreTrainedModel) -> Iterator[None]:
+    """Lets the model's attention read packed caches, but for one with parts of its own, to which they are decoded."""
+    own = own_parts(model)
+    if own is not None:
+        _tell(f"the model keeps its own attention, which has {own}, and reads a decoded cache")
+        yield
+        return
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 @contextmanager
@@ -159,7 +173,7 @@ def compressed_kv(
         raise QuantkitError("give bits or a config, not both")
     chosen = config or KVCacheConfig.gear(4 if bits is None else bits)
     GearCache(model, chosen)  # refused before anything is generated
-    before, generate = model.config._attn_implementation, cast(Any, model.generate)
+    generate = cast(Any, model.generate)
 
     def made(*args: Any, **kwargs: Any) -> Any:
         wanted = kwargs.get("cache_implementation")
@@ -171,10 +185,9 @@ def compressed_kv(
             kwargs["past_key_values"] = GearCache(model, chosen)
         return generate(*args, **kwargs)
 
-    model.set_attn_implementation(NAME)
-    model.generate = made  # type: ignore[assignment]
-    try:
-        yield lambda: GearCache(model, chosen)
-    finally:
-        del model.generate
-        model.set_attn_implementation(before)
+    with reading_packed(model):
+        model.generate = made  # type: ignore[assignment]
+        try:
+            yield lambda: GearCache(model, chosen)
+        finally:
+            del model.generate

@@ -61,8 +61,8 @@ class LazyKV(Tensor):
 
 def check_head(size: int, config: KVCacheConfig) -> None:
     """Raises QuantkitError where heads of a size cannot be compressed."""
-    if size % 8:
-        raise QuantkitError(f"heads of {size} channels cannot be compressed: no multiple of 8")
+    if size % 16:
+        raise QuantkitError(f"heads of {size} channels cannot be compressed: no multiple of 16")
     if config.backbone != "kcvt" and size % min(config.group_size, size):
         raise QuantkitError(f"groups of {config.group_size} channels do not divide heads of {size}")
 

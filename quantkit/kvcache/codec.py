@@ -35,35 +35,41 @@ class Grid:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [..., channels] -> uint8 [..., channels * bits / 8]: by planes, lowest bits and channels first."""
+    """uint8 codes [..., channels] -> uint8 [..., channels * bits / 8].
+
+    By planes, lowest bits first. A plane of W words of 16 bits has channel f W + w in field f of word w, so that a
+    kernel masks a field of neighbouring words to get neighbouring channels.
+    """
     packed, shift = [], 0
     for width in planes(bits):
-        fields = (codes >> shift) & (2**width - 1)
-        fields = fields.unflatten(-1, (-1, 8 // width))
-        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device)
-        packed.append((fields << shifts).sum(-1, dtype=torch.uint8))
+        fields = ((codes >> shift) & (2**width - 1)).unflatten(-1, (16 // width, -1))
+        shifts = torch.arange(0, 16, width, dtype=torch.int32, device=codes.device)[:, None]
+        words = (fields.int() << shifts).sum(-2, dtype=torch.int32)
+        packed.append(words.to(torch.int16))
         shift += width
-    return torch.cat(packed, -1)
+    return torch.cat(packed, -1).view(torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """The inverse of `pack`."""
+    words = packed.view(torch.int16)
     channels = packed.shape[-1] * 8 // bits
     codes, shift, start = torch.zeros(*packed.shape[:-1], channels, dtype=torch.uint8, device=packed.device), 0, 0
     for width in planes(bits):
-        words = packed[..., start : start + channels * width // 8]
-        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
-        fields = (words[..., None] >> shifts) & (2**width - 1)
-        codes |= fields.flatten(-2) << shift
-        start, shift = start + channels * width // 8, shift + width
+        count = channels * width // 16
+        shifts = torch.arange(0, 16, width, dtype=torch.int16, device=packed.device)[:, None]
+        fields = (words[..., None, start : start + count] >> shifts) & (2**width - 1)
+        codes |= fields.to(torch.uint8).flatten(-2) << shift
+        start, shift = start + count, shift + width
     return codes
 
 
-def groups_of_tokens(x: Tensor, bits: int, size: int) -> Grid:
-    """One grid per channel and `size` tokens."""
+def groups_of_tokens(x: Tensor, bits: int, size: int, packed: bool = True) -> Grid:
+    """One grid per channel and `size` tokens; where not `packed`, a code has a byte of its own."""
     grouped = x.unflatten(2, (-1, size))
     scale, low = _range(grouped, 3, bits)
-    return Grid(pack(_round(grouped, scale, low, bits).flatten(2, 3), bits), scale.squeeze(3), low.squeeze(3))
+    codes = _round(grouped, scale, low, bits).flatten(2, 3)
+    return Grid(pack(codes, bits) if packed else codes, scale.squeeze(3), low.squeeze(3))
 
 
 def groups_of_channels(x: Tensor, bits: int, size: int, all_heads: bool = False) -> Grid:
@@ -87,15 +93,15 @@ def _round(x: Tensor, scale: Tensor, low: Tensor, bits: int) -> Tensor:
     return (x - low.float()).div_(scale.float()).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
-def values(grid: Grid, bits: int, by_token: bool) -> Tensor:
+def values(grid: Grid, bits: int | None, by_token: bool) -> Tensor:
     """Decodes a grid, fp32 [batch, heads, tokens, channels].
 
     Args:
         grid: codes and scales.
-        bits: of a code.
+        bits: of a code; None where each has a byte of its own.
         by_token: groups are of channels; else of tokens.
     """
-    codes = unpack(grid.codes, bits).float()
+    codes = (grid.codes if bits is None else unpack(grid.codes, bits)).float()
     dim = 3 if by_token else 2
     grouped = codes.unflatten(dim, (grid.scale.shape[dim], -1))  # a view
     grouped.mul_(grid.scale.float().unsqueeze(dim + 1)).add_(grid.low.float().unsqueeze(dim + 1))

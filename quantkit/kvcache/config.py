@@ -91,7 +91,8 @@ class KVCacheConfig:
                 queries, without outliers: see README's table for what each part is worth.
         """
         if not paper:
-            return KVCacheConfig(bits, bits, rank=4, targets=("k",), weighted=True)
+            rank = 4 if bits < 8 else 0  # 8 bits leave nothing to correct
+            return KVCacheConfig(bits, bits, rank=rank, targets=("k",), weighted=rank > 0)
         coarse = bits == 4
         return KVCacheConfig(
             bits, bits, "kcvt" if coarse else "kivi", buffer=20 if coarse else 64,

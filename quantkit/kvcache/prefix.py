@@ -1,6 +1,8 @@
 """A model that reads the first tokens of every window from a compressed cache, for measuring what that costs."""
 
-from types import SimpleNamespace, TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -8,13 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantkit.errors import QuantkitError
-from quantkit.kvcache.attention import NAME
+from quantkit.kvcache.attention import reading_packed
 from quantkit.kvcache.cache import GearCache
 from quantkit.kvcache.config import KVCacheConfig
 
 
-class CompressedPrefix:
-    """Called like the model; the tokens after the prefix attend to its compressed form. A context manager.
+class PrefixReader:
+    """Called like the model; the tokens after the prefix attend to its compressed form.
 
     Args:
         model: in evaluation mode.
@@ -26,20 +28,7 @@ class CompressedPrefix:
     """
 
     def __init__(self, model: PreTrainedModel, config: KVCacheConfig, prefix: int) -> None:
-        GearCache(model, config)
         self.model, self.config, self.prefix, self.bits = model, config, prefix, 16.0
-
-    def __enter__(self) -> "CompressedPrefix":
-        """Sets the attention that compresses."""
-        self._before = self.model.config._attn_implementation
-        self.model.set_attn_implementation(NAME)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Restores the model's."""
-        self.model.set_attn_implementation(self._before)
 
     @property
     def device(self) -> torch.device:
@@ -57,3 +46,15 @@ class CompressedPrefix:
         self.bits = cache.bits_per_element
         rest = self.model(input_ids=input_ids[:, self.prefix :], past_key_values=cache, use_cache=True).logits
         return SimpleNamespace(logits=torch.cat([first, rest], 1))
+
+
+@contextmanager
+def compressed_prefix(model: PreTrainedModel, config: KVCacheConfig, prefix: int) -> Iterator[PrefixReader]:
+    """A `PrefixReader`; the model's attention is restored after.
+
+    Raises:
+        QuantkitError: the model's cache cannot be compressed.
+    """
+    GearCache(model, config)  # refused before anything is read
+    with reading_packed(model):
+        yield PrefixReader(model, config, prefix)

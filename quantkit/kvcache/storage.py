@@ -17,25 +17,28 @@ from quantkit.kvcache import codec
 from quantkit.kvcache.config import KVCacheConfig, index_bits
 
 GROWTH = 32
-"""Tensors grow by a share of 1 / GROWTH, at least by what is appended."""
+"""Tensors grow by a share of 1 / GROWTH beyond what is appended."""
 
 
 class Growing:
-    """A tensor that tokens are appended to along one dimension.
+    """A tensor [batch, heads, tokens, ...] that tokens are appended to.
+
+    Args:
+        least: tokens that it grows by at least.
 
     Attributes:
         length: what is in it.
     """
 
-    def __init__(self, dim: int = 2) -> None:
-        self.dim, self.length = dim, 0
+    def __init__(self, least: int = 0) -> None:
+        self.least, self.length = least, 0
         self._room: Tensor | None = None
 
     @property
     def data(self) -> Tensor:
         """A view of the contents."""
         assert self._room is not None
-        return self._room.narrow(self.dim, 0, self.length)
+        return self._room[:, :, : self.length]
 
     @property
     def nbytes(self) -> int:
@@ -44,22 +47,23 @@ class Growing:
 
     def append(self, more: Tensor) -> None:
         """Adds to the end."""
-        needed = self.length + more.shape[self.dim]
+        needed = self.length + more.shape[2]
         if self._room is None:
-            self._room = more.contiguous() if more.untyped_storage().nbytes() == more.nbytes else more.clone()
+            own = more.untyped_storage().nbytes() == more.nbytes
+            self._room = more.contiguous() if own else more.clone(memory_format=torch.contiguous_format)
         else:
-            if needed > self._room.shape[self.dim]:
+            if needed > self._room.shape[2]:
                 shape = list(self._room.shape)
-                shape[self.dim] = needed + needed // GROWTH
+                shape[2] = needed + max(needed // GROWTH, self.least)
                 room = self._room.new_empty(shape)
-                room.narrow(self.dim, 0, self.length).copy_(self.data)
+                room[:, :, : self.length] = self.data
                 self._room = room
-            self._room.narrow(self.dim, self.length, more.shape[self.dim]).copy_(more)
+            self._room[:, :, self.length : needed] = more
         self.length = needed
 
     def drop(self, count: int) -> None:
         """Removes the first `count`."""
-        self.map(lambda data: data.narrow(self.dim, count, self.length - count).clone())
+        self.map(lambda data: data[:, :, count:].clone())
 
     def crop(self, count: int) -> None:
         """Removes the last `count`."""
@@ -69,7 +73,7 @@ class Growing:
         """Replaces the contents, without what is reserved beyond them."""
         if self._room is not None:
             self._room = change(self.data)
-            self.length = self._room.shape[self.dim]
+            self.length = self._room.shape[2]
 
 
 @dataclass
@@ -83,7 +87,7 @@ class Side:
 
     config: KVCacheConfig
     name: str
-    buffer: Growing = field(default_factory=Growing)
+    buffer: Growing = field(default_factory=lambda: Growing(least=8))
     sink: Growing = field(default_factory=Growing)
     grown: dict[str, Growing] = field(default_factory=dict)
     fixed: dict[str, Tensor] = field(default_factory=dict)
@@ -187,10 +191,10 @@ class Side:
         up = codec.coordinates(error, down.float(), weights)
         name = "up" if first or shared else "ups"
         if self.config.factor_bits == 8:
-            grid = codec.groups_of_tokens(up, 8, self.config.buffer)
+            grid = codec.groups_of_tokens(up, 8, self.config.buffer, packed=False)
             for part in ("codes", "scale", "low"):
                 self._grow(f"{name} {part}", getattr(grid, part))
-            up = codec.values(grid, 8, by_token=False)
+            up = codec.values(grid, None, by_token=False)
         else:
             up = up.half()
             self._grow(name, up)
@@ -203,7 +207,7 @@ class Side:
         if f"{name} codes" not in self.grown:
             return None
         parts = (self.grown[f"{name} {part}"].data for part in ("codes", "scale", "low"))
-        return codec.values(codec.Grid(*parts), 8, by_token=False)
+        return codec.values(codec.Grid(*parts), None, by_token=False)
 
     def _grow(self, name: str, more: Tensor) -> None:
         self.grown.setdefault(name, Growing()).append(more)

@@ -57,11 +57,9 @@ class Machine:
             outputs = constraints.count("=")
             shape = np.broadcast_shapes(*(value.data.shape for value in values))
             inputs = [np.broadcast_to(value.data, shape).flatten() for value in values]
-            found = self.run(text, [i.view(np.uint32) if i.itemsize == 4 else i for i in inputs], outputs)
-            size = int(np.prod(shape))
-            return _Results(
-                [np.resize(np.asarray(word, np.uint32), size).view(np.int32).reshape(shape) for word in found]
-            )
+            found = self.run(text, [i.view(np.uint32) if i.itemsize == 4 or pack > 1 else i for i in inputs], outputs)
+            words, kind = int(np.prod(shape)) // pack, np.int32 if pack == 1 else np.float16
+            return _Results([np.resize(np.asarray(word, np.uint32), words).view(kind).reshape(shape) for word in found])
 
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", create_inline_asm)
 
@@ -140,7 +138,8 @@ class _Results:
 
     def get_result(self, index):
         """The tensor of an output."""
-        return interpreter.TensorHandle(self._words[index], tl.int32)
+        words = self._words[index]
+        return interpreter.TensorHandle(words, tl.int32 if words.itemsize == 4 else tl.float16)
 
 
 def bf16(values):

@@ -11,10 +11,12 @@ from quantkit.kvcache.attention import on_packed, packed_form
 from quantkit.kvcache.cache import GearLayer
 from quantkit.kvcache.config import KVCacheConfig
 
+from . import ptx
+
 CASES = [
     *[(bits, rank, outliers, 2, 64) for bits, rank, outliers in itertools.product((2, 3, 4), (0, 4), (0.0, 0.05))],
     *[(4, 4, 0.02, siblings, size) for siblings, size in itertools.product((1, 4, 8), (64, 128))],
-    (8, 2, 0.0, 1, 32),
+    (8, 0, 0.0, 1, 32),
 ]
 
 
@@ -65,10 +67,10 @@ def test_the_kernel_reads_what_the_cache_holds(bits, rank, outliers, siblings, s
 def test_any_length_and_any_split(tokens, splits):
     layer = layer_of(KVCacheConfig(3, 3, group_size=32, buffer=32), tokens=tokens)
     form, query = packed_form(layer), torch.randn(2, 2, 4, 64)
-    parts = [kv_attention.packed_attention(query, form, 0.125, splits=splits)]
+    found = kv_attention.packed_attention(query, form, 0.125, splits=splits)
     packed = layer.k.packed
     k, v = (side.dense(torch.float32)[:, :, :packed] for side in (layer.k, layer.v))
-    assert_near(kv_attention.merge(parts), (query @ k.mT * 0.125).double().softmax(-1) @ v.double())
+    assert_near(found, (query @ k.mT * 0.125).double().softmax(-1) @ v.double())
 
 
 @pytest.mark.parametrize("new", [1, 5])
@@ -82,6 +84,30 @@ def test_masks_several_queries_and_sinks(new, sink):
     assert_near(on_packed(query, layer, packed_form(layer), 0.125, None), exact(query, layer, mask, 0.125))
     mask[0, :, :, :70] = False  # left padding, over whole blocks
     assert_near(on_packed(query, layer, packed_form(layer), 0.125, mask), exact(query, layer, mask, 0.125))
+
+
+@pytest.mark.parametrize(("k_bits", "v_bits"), [(2, 2), (3, 3), (4, 4), (8, 8), (4, 3)])
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_assembly_that_a_gpu_runs(k_bits, v_bits, size, monkeypatch):
+    ptx.Machine().install(monkeypatch)
+    layer = layer_of(KVCacheConfig(k_bits, v_bits, group_size=size, buffer=size), batch=1, tokens=200, size=size)
+    query = torch.randn(1, 4, 1, size)
+    wanted = on_packed(query, layer, packed_form(layer), size**-0.5, None)
+    monkeypatch.setattr(kv_attention.launching, "machine", lambda tensor: {"ASM": True, "INTERPRETED": True})
+    assert torch.equal(on_packed(query, layer, packed_form(layer), size**-0.5, None), wanted)
+    assert_near(wanted, exact(query, layer, causal(1, 1, 200), size**-0.5))
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_queries_as_models_hand_them_on(heads):
+    """Heads and tokens are views of other orders, for queries as for the first keys."""
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(2, 80, 2, 64, generator=generator).transpose(1, 2) for _ in range(2))
+    layer = GearLayer(KVCacheConfig(4, 4, group_size=32, buffer=32, sink=4))
+    layer.update(k, v)
+    layer.compress(0)
+    query = torch.randn(2, 3, heads, 64, generator=generator).transpose(1, 2)
+    assert_near(on_packed(query, layer, packed_form(layer), 0.125, None), exact(query, layer, causal(2, 3, 80), 0.125))
 
 
 def test_half_precision_queries():

@@ -11,7 +11,7 @@ from quantkit.kvcache import attention
 from quantkit.kvcache.attention import compressed_kv
 from quantkit.kvcache.cache import GearCache, GearLayer
 from quantkit.kvcache.config import KVCacheConfig
-from quantkit.kvcache.prefix import CompressedPrefix
+from quantkit.kvcache.prefix import compressed_prefix
 
 SMALL = KVCacheConfig(2, 2, group_size=8, buffer=8, rank=2, targets=("k",), weighted=True)
 EXACT = {
@@ -54,7 +54,7 @@ def test_nothing_changes_where_nothing_is_lost(model, prompts, config, how):
 
 @pytest.mark.parametrize("config", [SMALL, KVCacheConfig.gear(2, paper=True), KVCacheConfig.kcvt(4)], ids=str)
 def test_a_row_of_a_batch_is_the_row_alone(model, prompts, config):
-    with CompressedPrefix(model, config, 40) as reader:
+    with compressed_prefix(model, config, 40) as reader:
         together = reader(input_ids=prompts).logits
         for row, one in enumerate(prompts):
             torch.testing.assert_close(reader(input_ids=one[None]).logits[0], together[row], atol=2e-4, rtol=1e-3)
@@ -76,7 +76,7 @@ def test_more_bits_are_nearer(model, prompts):
     exact = model(input_ids=prompts).logits.log_softmax(-1)
     found = []
     for bits in (2, 3, 4, 8):
-        with CompressedPrefix(model, KVCacheConfig(bits, bits, group_size=8, buffer=8), 40) as reader:
+        with compressed_prefix(model, KVCacheConfig(bits, bits, group_size=8, buffer=8), 40) as reader:
             logits = reader(input_ids=prompts).logits.log_softmax(-1)
         found.append(float((exact.exp() * (exact - logits)).sum(-1)[:, 41:].mean()))
     assert found[0] > 2 * found[1] > 4 * found[2] > 8 * found[3] > 0
@@ -92,7 +92,7 @@ def test_weighted_corrections_do_not_see_injected_outliers(reference, prompts):
     )
     logits = []
     for model in (plain, injected):
-        with CompressedPrefix(model, config, 40) as reader:
+        with compressed_prefix(model, config, 40) as reader:
             logits.append(reader(input_ids=prompts).logits)
     assert (
         float((logits[0] - logits[1]).abs().mean())
@@ -230,7 +230,7 @@ def test_generation_by_the_kernel_is_generation_by_decoding(model, prompts, monk
     mask = torch.ones_like(prompts)
     mask[0, :11] = 0
     settings = TOKENS | {"max_new_tokens": 6, "min_new_tokens": 6, "attention_mask": mask, "num_beams": 2}
-    config = KVCacheConfig(8, 8, group_size=16, buffer=16, rank=2, targets=("k",), weighted=True)
+    config = KVCacheConfig(4, 4, group_size=16, buffer=16, rank=8, targets=("k",), weighted=True)
     used, plain = [], attention.on_packed
     monkeypatch.setattr(attention, "on_packed", lambda *given: (used.append(1), plain(*given))[1])
     with compressed_kv(model, config=config):
