@@ -139,7 +139,7 @@ def _softmax(scores, highest, total):
 
 
 @triton.jit
-def _packed_share(
+def packed_share(
     q_ptr, k_ptr, k_scale_ptr, k_low_ptr, v_ptr, v_scale_ptr, v_low_ptr,
     down_ptr, up_ptr, up_scale_ptr, up_low_ptr, index_ptr, kept_ptr, turned_ptr, mask_ptr,
     row, real, first, stop, mask_start, acc_ptr, max_ptr, sum_ptr,
@@ -230,11 +230,11 @@ def _packed_share(
 
 
 @triton.jit
-def _plain_share(
+def plain_share(
     q_ptr, k_ptr, v_ptr, mask_ptr, row, real, count, before_last, mask_start, acc_ptr, max_ptr, sum_ptr,
     BLOCK_N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """As `_packed_share`, over `count` tokens as they are; a row sees those up to `before_last` [rows]."""
+    """As `packed_share`, over `count` tokens as they are; a row sees those up to `before_last` [rows]."""
     d = tl.arange(0, D)
     q = tl.load(q_ptr + row[:, None] * D + d[None, :], mask=real[:, None], other=0.0)
     highest = tl.full((16,), float("-inf"), tl.float32)
@@ -277,7 +277,7 @@ def decode_kernel(
     place = (head * tl.num_programs(1) + split) * rows
     acc_ptr, max_ptr, sum_ptr = acc_ptr + place * D, max_ptr + place, sum_ptr + place
     if split < splits:
-        _packed_share(
+        packed_share(
             q_ptr, k_ptr + head * k_head, k_scale_ptr + head * k_scale_head, k_low_ptr + head * k_scale_head,
             v_ptr + head * v_head, v_scale_ptr + head * v_scale_head, v_low_ptr + head * v_scale_head,
             down_ptr + head * (D * RANK), up_ptr + head * up_head, up_scale_ptr + head * up_scale_head,
@@ -294,7 +294,7 @@ def decode_kernel(
         count = tl.where(is_buffer, buffered, sinks)
         # a mask says itself what a row sees; without one, a new token sees itself and what was there before it
         last = row * 0 + count if MASKED else tl.where(is_buffer, buffered - new + row % new, count + row * 0)
-        _plain_share(
+        plain_share(
             q_ptr, k_plain, v_plain, masks, row, real, count, last, tl.where(is_buffer, sinks + tokens, 0),
             acc_ptr, max_ptr, sum_ptr, 16, D, MASKED, INTERPRETED,
         )  # fmt: skip

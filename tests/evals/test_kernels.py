@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from quantkit.evals import kernel_build, kernel_speed
+from quantkit.evals import kernel_build, kernel_speed, kv_speed
 
 from ..conftest import ROOT
 
@@ -67,10 +67,11 @@ def test_the_inner_loop_is_the_one_that_multiplies():
     assert [text.split()[0] for text in kernel_build.inner_loop(listing)] == ["LDS", "HMMA.16816.F32", "BRA"]
 
 
-def test_speed_is_refused_without_a_gpu(tmp_path):
+@pytest.mark.parametrize("name", ["kernel_speed", "kv_speed"])
+def test_speed_is_refused_without_a_gpu(tmp_path, name):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    command = [sys.executable, "-m", "quantkit.evals.kernel_speed", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", f"quantkit.evals.{name}", "--out", str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     assert "there is none here" in result.stderr
@@ -127,3 +128,34 @@ def test_the_deadline_ends_a_run():
         torch.device("cpu"), [(128, 256)], [1], [kernel_speed.integers(3)], clock, 1e10, time.monotonic() - 1
     )
     assert [t.what for t in timings] == ["torch bf16"]
+
+
+FORMS = [kv_speed.Form(3), kv_speed.Form(3, 4), kv_speed.Form(3, 4, 2)]
+
+
+def test_attention_on_packed_keys_is_checked(monkeypatch):
+    device, cases = torch.device("cpu"), [(64, 4, 1, 192), (128, 1, 5, 128)]
+    assert list(kv_speed.faults(device, [*FORMS, kv_speed.Form(8)], cases)) == []
+    original = kv_speed.packed_attention
+    monkeypatch.setattr(kv_speed, "packed_attention", lambda *given: 1.01 * original(*given))
+    assert "3 bits, heads of 64, 4 x 1 queries: relative error" in next(kv_speed.faults(device, FORMS, cases))
+
+
+def test_attention_is_timed_beside_torch():
+    small = {"heads": 2, "size": 64, "siblings": 2}
+    timings = list(kv_speed.measure(torch.device("cpu"), [128], [1], FORMS, lambda calls: clock(calls[:1]), **small))
+    names = ["torch bf16", "split-KV bf16", "3 bits", "3 bits, rank 4", "3 bits, rank 4, 2 outliers"]
+    assert [timing.what for timing in timings] == names
+    best = min(timing.microseconds for timing in timings[:2])
+    assert all(timing.speed_up == pytest.approx(best / timing.microseconds) for timing in timings)
+    bits = [timing.true_bits for timing in timings[2:]]
+    assert bits[0] == 3.5 and bits == sorted(bits)
+    assert timings[3].over_codes == pytest.approx(timings[3].microseconds / timings[2].microseconds)
+    lines = kv_speed.table(timings).splitlines()
+    assert len(lines) == 7 and lines[0] == "| cache | true bits | 0.125k, batch 1 |"
+
+
+def test_the_attention_to_compare_with_is_right():
+    q, k, v = torch.randn(1, 2, 4, 64), torch.randn(1, 2, 600, 64), torch.randn(1, 2, 600, 64)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert (kv_speed.plain_attention(q, k, v, 32, 1) - wanted).norm() < 2e-3 * wanted.norm()
