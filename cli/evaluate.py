@@ -14,6 +14,7 @@ from quantkit.data import documents, evaluation_tokens
 from quantkit.device import compute_dtype, parse_dtype, pick_device
 from quantkit.errors import QuantkitError
 from quantkit.evals.activations import ActivationCode, Observed, activation_code, quantized_activations
+from quantkit.evals.kv_quality import retrieval
 from quantkit.evals.perplexity import Quality, evaluate
 from quantkit.folder import load_tokenizer, resolve_folder
 from quantkit.kvcache.config import KVCacheConfig
@@ -70,10 +71,26 @@ def evaluate_command(
             rich_help_panel="KV cache",
         ),
     ] = None,
+    kv_retrieval: Annotated[
+        int | None,
+        typer.Option(
+            help="Key-value documents whose definitions are looked up from the compressed cache, by their depth; "
+            "for models that learnt such documents, as evals/reference/model did.",
+            rich_help_panel="KV cache",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure perplexity on held-out text; with --baseline also KL, top-1 agreement and flips."""
+    """Measure perplexity on held-out text; with --baseline also KL, top-1 agreement and flips.
+
+    With --kv-bits the baseline is, unless another is given, the model itself with an exact cache.
+    """
     code = _activation_code(activation_bits, activation_method, activation_dimension, activation_hadamard)
+    if kv_bits is None and (kv_prefix, kv_retrieval) != (None, None):
+        raise QuantkitError("--kv-prefix and --kv-retrieval say nothing without --kv-bits; add e.g. --kv-bits 4")
+    if kv_retrieval is not None and kv_retrieval < 1:
+        raise QuantkitError(f"--kv-retrieval {kv_retrieval}: give at least 1")
+    kv = None if kv_bits is None else KVCacheConfig.gear(kv_bits)
     where = pick_device(device)
     kind = parse_dtype(dtype) or compute_dtype(where) or "auto"
     folder = resolve_folder(model)
@@ -85,19 +102,23 @@ def evaluate_command(
         if loaded is not None:
             check_vocabulary(tokens, loaded)
     length = window_length(seqlen, context_length(subject))
-    if kv_prefix is not None and kv_bits is None:
-        raise QuantkitError("--kv-prefix says nothing without --kv-bits")
-    prefix = 0 if kv_bits is None else length * 3 // 4 if kv_prefix is None else kv_prefix
+    prefix = 0 if kv is None else length * 3 // 4 if kv_prefix is None else kv_prefix
+    if kv is not None and reference is None:
+        reference, baseline = subject, "with an exact cache"
     coding = nullcontext() if code is None else quantized_activations(subject, code)
-    caching = (
-        nullcontext(subject) if kv_bits is None else compressed_prefix(subject, KVCacheConfig.gear(kv_bits), prefix)
-    )
-    with coding as observed, caching as reader, window_progress() as progress:
-        quality = evaluate(
-            reader, tokens, bytes_per_token, length,
-            stride=stride, prefix=prefix, baseline=reference, max_windows=max_windows, progress=progress,
-        )  # fmt: skip
-    cache = None if kv_bits is None else {"bits": kv_bits, "prefix": prefix, "bits_per_element": reader.bits}
+    caching = nullcontext(subject) if kv is None else compressed_prefix(subject, kv, prefix)
+    cache: dict[str, Any] | None = None
+    with coding as observed:
+        with caching as reader, window_progress() as progress:
+            quality = evaluate(
+                reader, tokens, bytes_per_token, length,
+                stride=stride, prefix=prefix, baseline=reference, max_windows=max_windows, progress=progress,
+            )  # fmt: skip
+        if kv is not None:
+            cache = {"bits": kv_bits, "prefix": prefix, "bits_per_element": reader.bits}
+        if kv is not None and cache is not None and kv_retrieval is not None:
+            for name, config in (("retrieval", kv), ("retrieval_exact", KVCacheConfig(16, 16))):
+                cache[name] = retrieval(subject, tokenizer, config, kv_retrieval)
     activations = None if observed is None else _figures(code, observed)
     if as_json:
         settings = {"model": model, "data": data, "seqlen": length, "baseline": baseline}
@@ -106,9 +127,18 @@ def evaluate_command(
     else:
         _print(model, baseline, quality, activations)
         if cache is not None:
-            console.print(
-                f"KV cache        {reader.bits:.3f} bits a number, measured, of the first {prefix} tokens of a window"
-            )
+            _print_cache(cache)
+
+
+def _print_cache(cache: dict[str, Any]) -> None:
+    bits, prefix = cache["bits_per_element"], cache["prefix"]
+    console.print(f"KV cache        {bits:.3f} bits a number, measured, of the first {prefix} tokens of a window")
+    for name, what in (("retrieval", "retrieval"), ("retrieval_exact", "  exact cache")):
+        if name in cache:
+            shares = [100 * share for share in cache[name]]
+            depths = " ".join(f"{share:.1f}" for share in shares)
+            mean = sum(shares) / len(shares)
+            console.print(f"{what:15} {mean:.2f}% of answers' tokens; by depth, oldest first: {depths}")
 
 
 def _activation_code(

@@ -103,13 +103,21 @@ def retrieval(model: Any, tokenizer: Any, config: KVCacheConfig, rows: int = 32,
         config: of the cache, which holds all definitions when the first answer is asked for.
         rows: documents; each asks for all its definitions once.
         pairs: definitions of a document.
+
+    Raises:
+        QuantkitError: the tokenizer gives no offsets, or the documents exceed the model's context.
     """
+    if not getattr(tokenizer, "is_fast", False):
+        raise QuantkitError("retrieval needs a tokenizer that gives offsets, a fast one")
+    context = context_length(model)
     rng = random.Random(10**6 + 1)
     right, asked = [0] * DEPTHS, [0] * DEPTHS
     for _ in range(rows):
         document = recall_document(rng, pairs, pairs)
         encoded = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True)
         tokens, offsets = torch.tensor([encoded["input_ids"]]), encoded["offset_mapping"]
+        if context is not None and tokens.shape[1] > context:
+            raise QuantkitError(f"a key-value document has {tokens.shape[1]} tokens, the model's context {context}")
         lines = document.text.split("\n")
         defined = [line.split(" = ")[0] for line in lines if " = " in line]
         queried = [line.split(" -> ")[0] for line in lines if " -> " in line]

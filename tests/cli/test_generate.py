@@ -29,6 +29,19 @@ def test_what_a_compressed_prefix_costs(reference):
     assert found[0]["tokens"] == 3 * 63
 
 
+def test_retrieval_from_a_compressed_cache(reference):
+    arguments = ["--data", "stdlib", "--seqlen", 256, "--max-windows", 2, "--kv-bits", 4, "--kv-retrieval", 2]
+    result = run("eval", reference, *arguments, "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert 0 < found["kl"] < 0.02, "to the model itself with an exact cache"
+    retrieval, exact = found["kv_cache"]["retrieval"], found["kv_cache"]["retrieval_exact"]
+    assert len(retrieval) == len(exact) == 4
+    assert all(abs(one - other) < 0.15 for one, other in zip(retrieval, exact, strict=True)) and min(exact) > 0.8
+    said = run("eval", reference, *arguments).stdout
+    assert "by depth, oldest first" in said and "with an exact cache" in said
+
+
 def test_bench(reference):
     result = run("bench", reference, "--prompt-tokens", 150, "--new-tokens", 4, "--kv-bits", 4, "--json")
     assert result.returncode == 0, result.stderr
@@ -46,6 +59,8 @@ def test_bench(reference):
         (["generate", "--prompt", "x", "--temperature", -1], "temperature"),
         (["generate", "--prompt", "x", "--chat"], "no chat template"),
         (["eval", "--data", "stdlib", "--kv-prefix", 9], "nothing without --kv-bits"),
+        (["eval", "--data", "stdlib", "--kv-retrieval", 9], "nothing without --kv-bits"),
+        (["eval", "--data", "stdlib", "--kv-bits", 4, "--kv-retrieval", 0], "at least 1"),
         (["eval", "--data", "stdlib", "--kv-bits", 4, "--kv-prefix", 511], "leaves nothing to score"),
         (["bench", "--kv-bits", 7], "2, 3, 4 or 8 bits"),
     ],
