@@ -18,6 +18,8 @@ from quantkit.kvcache.config import KVCacheConfig, index_bits
 
 GROWTH = 32
 """Tensors grow by a share of 1 / GROWTH beyond what is appended."""
+DECODED = 1024
+"""Tokens that are decoded at once."""
 
 
 class Growing:
@@ -200,30 +202,36 @@ class Side:
             self._grow(name, up)
         return up.float() @ down.float().mT
 
-    def _factor(self, name: str) -> Tensor | None:
-        """A of the corrections, fp32 [batch, heads, tokens, rank]."""
-        if name in self.grown:
-            return self.grown[name].data.float()
-        if f"{name} codes" not in self.grown:
-            return None
-        parts = (self.grown[f"{name} {part}"].data for part in ("codes", "scale", "low"))
-        return codec.values(codec.Grid(*parts), None, by_token=False)
-
     def _grow(self, name: str, more: Tensor) -> None:
         self.grown.setdefault(name, Growing()).append(more)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """All tokens, [batch, heads, tokens, channels]."""
-        parts = [self.sink.data] if self.sink.length else []
-        if self.chunks:
-            parts.append(self.decoded().to(dtype))
+        parts = [self.sink.data.to(dtype)] if self.sink.length else []
+        parts += [part.to(dtype) for part in self._decoded()]
         if self.buffer.length:
-            parts.append(self.buffer.data)
-        return parts[0] if len(parts) == 1 else torch.cat([part.to(dtype) for part in parts], 2)
+            parts.append(self.buffer.data.to(dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
-    def decoded(self) -> Tensor:
-        """The compressed tokens, fp32."""
+    def _decoded(self) -> Iterator[Tensor]:
+        """The compressed tokens, fp32: some at a time where all that is stored goes by tokens, so that little is
+        there in fp32 at once."""
         data = {name: one.data for name, one in self.grown.items()}
+        if self.config.backbone == "kcvt" or self.config.decode_rank is not None or self.config.channel_outliers:
+            if self.chunks:
+                yield self._decode(data)
+            return
+        step = -(-DECODED // self.config.buffer) * self.config.buffer
+        for first in range(0, self.packed, step):
+            last = min(first + step, self.packed)
+            yield self._decode(
+                {
+                    name: one[:, :, first * one.shape[2] // self.packed : last * one.shape[2] // self.packed]
+                    for name, one in data.items()
+                }
+            )
+
+    def _decode(self, data: dict[str, Tensor]) -> Tensor:
         grid = codec.Grid(data["codes"], data["scale"], data["low"])
         if self.config.backbone == "kcvt" and self.name == "k":
             lengths = torch.tensor(self.chunks, device=grid.scale.device)
@@ -231,10 +239,10 @@ class Side:
             found = codec.unpack(grid.codes, self.bits) * scale + low
         else:
             found = codec.values(grid, self.bits, self.by_token)
-        if (up := self._factor("up")) is not None:
+        if (up := _factor(data, "up")) is not None:
             first = up.shape[2]
             found[:, :, :first] += up @ self.fixed["down"].float().mT
-            if (ups := self._factor("ups")) is not None:
+            if (ups := _factor(data, "ups")) is not None:
                 later = ups.unflatten(2, (-1, self.config.buffer)) @ data["downs"].float().mT
                 found[:, :, first:] += later.flatten(2, 3)
         if "index" in data:
@@ -267,6 +275,16 @@ class Side:
         for name, tensor in self.fixed.items():
             parts["low rank" if name == "down" else "outliers"] += tensor.untyped_storage().nbytes()
         return parts | {"full precision": self.buffer.nbytes + self.sink.nbytes}
+
+
+def _factor(data: dict[str, Tensor], name: str) -> Tensor | None:
+    """A of the corrections, fp32 [batch, heads, tokens, rank]."""
+    if name in data:
+        return data[name].float()
+    if f"{name} codes" not in data:
+        return None
+    parts = (data[f"{name} {part}"] for part in ("codes", "scale", "low"))
+    return codec.values(codec.Grid(*parts), None, by_token=False)
 
 
 def _rotated(x: Tensor, inverse: bool = False) -> Tensor:

@@ -100,7 +100,7 @@ def prompt_bytes(model: PreTrainedModel, context: int, batch: int) -> tuple[int,
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model.to_empty(device="cpu")  # type: ignore[operator]
         tokens = torch.zeros(batch, context, dtype=torch.int64, device="cpu")
-        live = _Live([*model.parameters(), *model.buffers()])
+        live = LiveBytes([*model.parameters(), *model.buffers()])
         few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         with live:
             outputs = model(input_ids=tokens, use_cache=True, **few)
@@ -139,8 +139,15 @@ def activation_bytes(config: Any, context: int, batch: int, itemsize: int = 2) -
     return tokens * itemsize * max(attention, 2 * hidden + 3 * wide) + 3 * 4 * batch * config.vocab_size
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, as long as they live."""
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make, as long as they live.
+
+    Args:
+        known: tensors whose storages do not count.
+
+    Attributes:
+        bytes, peak: alive now, and at most.
+    """
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
