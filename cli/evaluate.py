@@ -103,6 +103,10 @@ def evaluate_command(
             check_vocabulary(tokens, loaded)
     length = window_length(seqlen, context_length(subject))
     prefix = 0 if kv is None else length * 3 // 4 if kv_prefix is None else kv_prefix
+    if kv is not None and prefix < kv.buffer:
+        raise QuantkitError(
+            f"--kv-prefix {prefix}: the newest {kv.buffer} tokens are not compressed, give at least as many"
+        )
     if kv is not None and reference is None:
         reference, baseline = subject, "with an exact cache"
     coding = nullcontext() if code is None else quantized_activations(subject, code)

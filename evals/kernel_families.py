@@ -246,7 +246,7 @@ def kv_cache(arch: int, quick: bool) -> Iterator[Build]:
     for size in (128,) if quick else (64, 128, 256):
         types = dict.fromkeys(("acc_ptr", "max_ptr", "sum_ptr"), "*fp32") | {"output_ptr": "*bf16"}
         warps, constants = max(1, size // 64), {"D": size, "BLOCK": 16}
-        name = f"kv attention merge D={size}"
+        name = f"kv attention merge D={size} sm_{arch}"
         yield Build(
             name, arch, "kv_attention_triton.merge_kernel", types, {}, constants, num_warps=warps, num_stages=2,
             weights=16 * size,
@@ -268,7 +268,7 @@ def _kv_cache(arch: int, bits: int, v_bits: int, size: int, rank: int, kept: int
     }  # fmt: skip
     parts = [f"kv attention int{bits}/{v_bits} D={size}", f" rank {rank}" * (rank > 0), " sparse" * (kept > 0)]
     return Build(
-        "".join(parts), arch, "kv_attention_triton.decode_kernel", types, values, constants,
+        "".join(parts) + f" sm_{arch}", arch, "kv_attention_triton.decode_kernel", types, values, constants,
         num_warps=warps, num_stages=stages, weights=2 * block * size, maxnreg=255,
     )  # fmt: skip
 

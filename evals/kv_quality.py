@@ -38,6 +38,7 @@ def modes(bits: int) -> dict[str, KVCacheConfig]:
     one = KVCacheConfig
     return {
         "per token": one.token(bits),
+        "per token, groups of 32": one.token(bits, group_size=32),
         "per token, Hadamard": one.token(bits, hadamard=True),
         "KCVT": one.kcvt(bits),
         "KIVI": one.kivi(bits),

@@ -59,8 +59,9 @@ def supported(packed: Packed, rows: int) -> bool:
     power = size & (size - 1) == 0 and size <= 256 and packed.v.shape[3] * 8 == size * packed.v_bits
     words = min(widths) * size >= 128  # a token has 8 at least
     parts = packed.up is None and packed.places is None  # 8 bits leave no register for more
+    rank = packed.up is None or packed.up.shape[3] <= 16
     whole = tokens // packed.k_scale.shape[2] % 16 == 0 and 16 // widths[1] % groups == 0
-    return power and words and whole and (parts or packed.k_bits < 8) and rows <= LARGEST_ROWS
+    return power and words and whole and rank and (parts or packed.k_bits < 8) and rows <= LARGEST_ROWS
 
 
 def launch_shape(
@@ -111,7 +112,7 @@ def packed_attention(
     """
     batch, heads, rows, size = q.shape
     if not supported(packed, rows):
-        raise ValueError(f"the kernel takes heads of 32 to 256 channels, a power of two, and {LARGEST_ROWS} rows")
+        raise ValueError(f"the kernel takes other heads, groups, ranks or fewer than {rows} rows (see `supported`)")
     capability, processors, _ = launching.properties(q.device)
     tokens = packed.k.shape[2]
     k_group = tokens // packed.k_scale.shape[2]

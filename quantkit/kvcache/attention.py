@@ -4,6 +4,7 @@ A prompt attends to its exact keys and values, and is compressed right after, we
 attend to the packed form: by a kernel on a GPU, else decoded layer by layer.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ NAME = "quantkit"
 
 FEWEST = 1024
 """Packed tokens from which the kernel is used; below, decoding them costs less than its launches."""
+DRAFT = 64
+"""Tokens that assisted decoding may take back from a prompt's end, and that are not packed with it."""
 _told: set[str] = set()
 
 
@@ -66,8 +69,9 @@ def attention(
     if layer.k.chunks:
         _tell("attention decodes the cache layer by layer: it is short, on a CPU, or of a form without a kernel")
     output, _ = sdpa_attention_forward(module, query, key.dense(), value.dense(), attention_mask, **kwargs)
-    if query.shape[2] > 2 * layer.config.buffer:
-        layer.compress(layer.config.buffer)  # a prompt is packed layer by layer, so that it is never there as a whole
+    if query.shape[2] > 2 * max(layer.config.buffer, DRAFT):
+        # a prompt is packed layer by layer, so that it is never there as a whole
+        layer.compress(max(layer.config.buffer, DRAFT))
     return output, None
 
 
@@ -173,7 +177,7 @@ def compressed_kv(
         raise QuantkitError("give bits or a config, not both")
     chosen = config or KVCacheConfig.gear(4 if bits is None else bits)
     GearCache(model, chosen)  # refused before anything is generated
-    generate = cast(Any, model.generate)
+    generate, own = cast(Any, model.generate), vars(model).get("generate")
 
     def made(*args: Any, **kwargs: Any) -> Any:
         wanted = kwargs.get("cache_implementation")
@@ -181,9 +185,17 @@ def compressed_kv(
             raise QuantkitError(
                 f"cache_implementation={wanted!r} is given inside compressed_kv, which brings its own cache"
             )
+        given, habits = kwargs.get("generation_config"), cast(Any, model.generation_config)
+        if given is not None and given.cache_implementation is not None:  # a model's habit, nobody's wish
+            kwargs["generation_config"] = copy.copy(given)
+            kwargs["generation_config"].cache_implementation = None
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
             kwargs["past_key_values"] = GearCache(model, chosen)
-        return generate(*args, **kwargs)
+        habit, habits.cache_implementation = habits.cache_implementation, None
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            habits.cache_implementation = habit
 
     with reading_packed(model):
         model.generate = made  # type: ignore[assignment]
@@ -191,3 +203,5 @@ def compressed_kv(
             yield lambda: GearCache(model, chosen)
         finally:
             del model.generate
+            if own is not None:  # of a context around this one
+                model.generate = own

@@ -61,10 +61,8 @@ class LazyKV(Tensor):
 
 def check_head(size: int, config: KVCacheConfig) -> None:
     """Raises QuantkitError where heads of a size cannot be compressed."""
-    if size % 16:
+    if size % 16 and min(config.k_bits, config.v_bits) < 16:
         raise QuantkitError(f"heads of {size} channels cannot be compressed: no multiple of 16")
-    if config.backbone != "kcvt" and size % min(config.group_size, size):
-        raise QuantkitError(f"groups of {config.group_size} channels do not divide heads of {size}")
 
 
 class GearLayer(CacheLayerMixin):
@@ -164,19 +162,23 @@ class GearLayer(CacheLayerMixin):
         if count == self.get_seq_length():
             self.reset()
             return
-        held = min(self.k.buffer.length, self.v.buffer.length)
+        held = min(self.k.croppable, self.v.croppable)
         if count > held:
             raise QuantkitError(
                 f"crop({tokens_to_remove}): only the newest {held} tokens can go, older ones are packed"
             )
-        self.k.buffer.crop(count)
-        self.v.buffer.crop(count)
+        self.k.crop(count)
+        self.v.crop(count)
 
     def _map(self, change: Any) -> None:
         self.k.map(change)
         self.v.map(change)
         if self.weights is not None:
             self.weights = change(self.weights)
+        for side in (self.k, self.v):
+            part = next((one.data for one in (side.buffer, side.sink, *side.grown.values()) if one.length), None)
+            if part is not None:
+                self.shapes[side.name] = (part.shape[0], *self.shapes[side.name][1:])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Takes other rows of the batch, as they are stored."""
@@ -221,15 +223,22 @@ class GearCache(DynamicCache):
             raise QuantkitError(
                 "models with an encoder read their cache in ways that a compressed one does not support"
             )
-        check_head(key_heads(found)[1], config)
+        if not isinstance(config, KVCacheConfig):
+            raise QuantkitError(f"config={config!r}: give a KVCacheConfig")
         super().__init__(config=found)
-        self.config, self.model_type = config, found.model_type
+        self.config, self.model_type, self.model_shape = config, found.model_type, _shape(found)
         if not self.layers:  # transformers makes them one by one where a config says nothing of layers
             self.layers = [DynamicLayer() for _ in range(found.get_text_config(decoder=True).num_hidden_layers)]
         self.layers = [GearLayer(config) if type(layer) is DynamicLayer else layer for layer in self.layers]
         if not any(isinstance(layer, GearLayer) for layer in self.layers):
             kinds = sorted({type(layer).__name__ for layer in self.layers})
             raise QuantkitError(f"no layer of this model has full attention ({', '.join(kinds)}): nothing to compress")
+        try:
+            size = key_heads(found)[1]
+        except AttributeError:  # a config that tells sizes by layer; the first keys will
+            return
+        if not hasattr(found.get_text_config(decoder=True), "kv_lora_rank"):  # latents have sizes of their own
+            check_head(size, config)
 
     def packed_layers(self) -> Iterator[tuple[int, GearLayer]]:
         """(index, layer) of those that compress."""
@@ -273,6 +282,8 @@ class GearCache(DynamicCache):
         """
         if any(not isinstance(layer, GearLayer) for layer in self.layers):
             raise QuantkitError("only caches whose layers all compress can be saved")
+        if not all(layer.is_initialized for _, layer in self.packed_layers()):
+            raise QuantkitError("the cache is empty: nothing to save")
         tensors: dict[str, Tensor] = {}
         sides = []
         for number, layer in self.packed_layers():
@@ -286,7 +297,7 @@ class GearCache(DynamicCache):
                 )
             if layer.weights is not None:
                 tensors[f"{number}.weights"] = layer.weights.cpu()
-        about = {"model_type": self.model_type, "layers": len(self.layers), "sides": sides}
+        about = {"model": self.model_shape, "layers": len(self.layers), "sides": sides}
         metadata = {"format": "pt", "config": self.config.to_json(), "cache": json.dumps(about)}
         write_durably(
             Path(path), lambda target: save_file(tensors, target, metadata), sum(t.nbytes for t in tensors.values())
@@ -306,19 +317,26 @@ class GearCache(DynamicCache):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             about = json.loads(metadata["cache"])
             cache = GearCache(model, KVCacheConfig.from_json(metadata["config"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if about["model"] != cache.model_shape or about["layers"] != len(cache.layers):
+                raise QuantkitError(
+                    f"{path} is a cache of another model: {about['model']}, {about['layers']} layers; "
+                    f"this one is {cache.model_shape}, {len(cache.layers)} layers"
+                )
+            cache._restore(about["sides"], tensors, model)
+        except QuantkitError:
+            raise
+        except Exception as error:  # safetensors' own derives from Exception alone; and whatever damage leads to
             raise CheckpointError(f"{path} is no prompt cache ({error})") from error
-        except Exception as error:  # safetensors' own, which derives from Exception alone
-            if isinstance(error, QuantkitError):
-                raise
-            raise CheckpointError(f"{path} is no prompt cache ({error})") from error
-        if about["model_type"] != cache.model_type or about["layers"] != len(cache.layers):
-            raise QuantkitError(
-                f"{path} is a cache of another model ({about['model_type']}, {about['layers']} layers; this one is "
-                f"{cache.model_type}, {len(cache.layers)} layers)"
-            )
-        for entry in about["sides"]:
-            layer: Any = cache.layers[entry["layer"]]
+        return cache
+
+    def _restore(self, sides: list[dict[str, Any]], tensors: dict[str, Tensor], model: PreTrainedModel) -> None:
+        """Fills an empty cache with what `save` wrote.
+
+        Raises:
+            CheckpointError: something is missing.
+        """
+        for entry in sides:
+            layer: Any = self.layers[entry["layer"]]
             side: Side = getattr(layer, entry["side"])
             side.chunks = entry["chunks"]
             start = f"{entry['layer']}.{side.name}."
@@ -326,19 +344,27 @@ class GearCache(DynamicCache):
                 kind, _, rest = name.removeprefix(start).partition(".") if name.startswith(start) else ("", "", "")
                 if kind == "fixed":
                     side.fixed[rest] = tensor
+                elif kind == "grown":
+                    side.grown.setdefault(rest, Growing()).append(tensor)
                 elif kind:
-                    target = side.grown.setdefault(rest, Growing()) if kind == "grown" else getattr(side, kind)
-                    target.append(tensor)
+                    getattr(side, kind).append(tensor.to(model.dtype))
             layer.shapes[side.name] = tuple(entry["shape"])
             layer.dtype, layer.device, layer.is_initialized = model.dtype, model.device, True
             layer.weights = tensors.get(f"{entry['layer']}.weights")
-        _check_heads(cache, model, path)
-        return cache
+        lengths = set()
+        for number, layer in self.packed_layers():
+            for side in (layer.k, layer.v):
+                batch, heads, channels = layer.shapes[side.name]
+                if side.dense(model.dtype).shape != (batch, heads, side.length, channels):
+                    raise CheckpointError(f"layer {number} of the prompt cache is damaged")
+                lengths.add((batch, side.length))
+        if len(lengths) != 1:
+            raise CheckpointError("layers of the prompt cache differ in their tokens")
 
 
-def _check_heads(cache: GearCache, model: PreTrainedModel, path: Path | str) -> None:
-    """Raises QuantkitError where a loaded cache has other heads than the model."""
-    heads, _ = key_heads(model.config)
-    for _, layer in cache.packed_layers():
-        if layer.shapes["k"][1] != heads:
-            raise QuantkitError(f"{path} is a cache of another model: {layer.shapes['k'][1]} key heads, here {heads}")
+def _shape(config: Any) -> dict[str, Any]:
+    """What tells a model's keys from another's."""
+    text = config.get_text_config(decoder=True)
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "kv_lora_rank", "multi_query")
+    found = {name: text.to_dict().get(name) for name in names}
+    return {"model_type": config.model_type} | {name: value for name, value in found.items() if value is not None}

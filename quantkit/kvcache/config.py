@@ -19,7 +19,7 @@ class KVCacheConfig:
         backbone: "kivi": keys share a scale per channel and `group_size` tokens, values per token and `group_size`
             channels; "kcvt": keys per channel and all tokens that are compressed together, values per token and all
             channels of all heads; "token": keys as values of "kivi".
-        group_size: see `backbone`; cut to the head's size where it counts channels.
+        group_size: see `backbone`; where it counts channels, the most up to it that divide a head.
         hadamard: rotate a head's channels first.
         buffer: the newest tokens stay as they are until so many have gathered.
         sink: so many of the first tokens stay as they are.
@@ -53,6 +53,20 @@ class KVCacheConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
+        for name in (
+            "k_bits",
+            "v_bits",
+            "group_size",
+            "buffer",
+            "sink",
+            "rank",
+            "decode_rank",
+            "factor_bits",
+            "iterations",
+        ):
+            value = getattr(self, name)
+            if type(value) is not int and not (name == "decode_rank" and value is None):
+                raise QuantkitError(f"{name}={value!r}: give a whole number")
         for name in ("k_bits", "v_bits"):
             if getattr(self, name) not in WIDTHS:
                 raise QuantkitError(f"{name}={getattr(self, name)}: a cache has 2, 3, 4 or 8 bits, or 16 for none")
@@ -91,7 +105,7 @@ class KVCacheConfig:
                 queries, without outliers: see README's table for what each part is worth.
         """
         if not paper:
-            rank = 4 if bits < 8 else 0  # 8 bits leave nothing to correct
+            rank = 0 if bits == 8 else 4  # 8 bits leave nothing to correct
             return KVCacheConfig(bits, bits, rank=rank, targets=("k",), weighted=rank > 0)
         coarse = bits == 4
         return KVCacheConfig(
@@ -161,7 +175,7 @@ class KVCacheConfig:
             if bits == 16:
                 total += 16 * tokens
                 continue
-            channels = min(self.group_size, head_dim)
+            channels = self.channels(head_dim)
             per_token = bits * packed
             if self.backbone == "kcvt" and side == "k":
                 chunks = (first > 0) + (packed - first) // self.buffer
@@ -188,6 +202,10 @@ class KVCacheConfig:
                 kept = (16 + index_bits(head_dim)) * self.outlier_count(head_dim) * packed / head_dim
             total += per_token + scales + correction + kept + 16 * (tokens - packed)
         return total / (2 * tokens)
+
+    def channels(self, head_dim: int) -> int:
+        """Channels that share a scale: `group_size`, or the most that divide a head, if less."""
+        return max(count for count in range(1, min(self.group_size, head_dim) + 1) if head_dim % count == 0)
 
     def outlier_count(self, size: int) -> int:
         """Numbers of a vector that are kept: an even count, as many large as small ones; all where the share is 1."""

@@ -60,6 +60,8 @@ class Growing:
                 room = self._room.new_empty(shape)
                 room[:, :, : self.length] = self.data
                 self._room = room
+            if self._room.is_inference() and not torch.is_inference_mode_enabled():
+                self._room = self._room.clone()  # which may be written to
             self._room[:, :, self.length : needed] = more
         self.length = needed
 
@@ -124,6 +126,16 @@ class Side:
         if x.shape[2]:
             self.buffer.append(x)
 
+    @property
+    def croppable(self) -> int:
+        """Newest tokens that are not packed."""
+        return self.buffer.length + (0 if self.chunks else self.sink.length)
+
+    def crop(self, count: int) -> None:
+        """Removes the newest `count`, at most `croppable`."""
+        self.sink.crop(max(count - self.buffer.length, 0))
+        self.buffer.crop(min(count, self.buffer.length))
+
     def compress(self, keep: int, weights: Tensor | None = None) -> None:
         """Compresses the buffer's oldest tokens in whole buffers' lengths, and keeps at least `keep` of the newest."""
         size = self.config.buffer
@@ -168,7 +180,7 @@ class Side:
                 self.fixed[f"index{number}"], self.fixed[f"kept{number}"] = places.to(kind), kept
 
     def _grid(self, x: Tensor) -> codec.Grid:
-        config, channels = self.config, min(self.config.group_size, x.shape[-1])
+        config, channels = self.config, self.config.channels(x.shape[-1])
         if config.backbone == "kcvt":
             if self.name == "k":
                 return codec.groups_of_tokens(x, self.bits, x.shape[2])
@@ -211,7 +223,7 @@ class Side:
         parts += [part.to(dtype) for part in self._decoded()]
         if self.buffer.length:
             parts.append(self.buffer.data.to(dtype))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, 2)  # as `LazyKV` says
 
     def _decoded(self) -> Iterator[Tensor]:
         """The compressed tokens, fp32: some at a time where all that is stored goes by tokens, so that little is

@@ -62,6 +62,7 @@ def test_bench(reference):
         (["eval", "--data", "stdlib", "--kv-retrieval", 9], "nothing without --kv-bits"),
         (["eval", "--data", "stdlib", "--kv-bits", 4, "--kv-retrieval", 0], "at least 1"),
         (["eval", "--data", "stdlib", "--kv-bits", 4, "--kv-prefix", 511], "leaves nothing to score"),
+        (["eval", "--data", "stdlib", "--kv-bits", 4, "--kv-prefix", 0], "at least as many"),
         (["bench", "--kv-bits", 7], "2, 3, 4 or 8 bits"),
     ],
 )

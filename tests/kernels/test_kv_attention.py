@@ -128,5 +128,7 @@ def test_forms_without_a_kernel():
     layer = layer_of(KVCacheConfig.kivi(4), size=72 * 0 + 64, tokens=128)
     form = packed_form(layer)
     assert kv_attention.supported(form, 4) and not kv_attention.supported(form, 65)
+    ranks = [KVCacheConfig(4, 4, rank=rank, targets=("k",)) for rank in (16, 17)]
+    assert [kv_attention.supported(packed_form(layer_of(config, tokens=128)), 4) for config in ranks] == [True, False]
     with pytest.raises(ValueError, match="rows"):
         kv_attention.packed_attention(torch.randn(2, 2, 65, 64), form, 1.0)
