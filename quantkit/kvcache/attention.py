@@ -148,7 +148,9 @@ def reading_packed(model: PreTrainedModel) -> Iterator[None]:
         _tell(f"the model keeps its own attention, which has {own}, and reads a decoded cache")
         yield
         return
-    before = model.config._attn_implementation
+    parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}  # a picture's reader, say
+    before = {name: part._attn_implementation for name, part in parts.items() if part is not None}
+    before[""] = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     try:
         yield

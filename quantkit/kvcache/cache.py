@@ -235,7 +235,7 @@ class GearCache(DynamicCache):
             raise QuantkitError(f"no layer of this model has full attention ({', '.join(kinds)}): nothing to compress")
         try:
             size = key_heads(found)[1]
-        except AttributeError:  # a config that tells sizes by layer; the first keys will
+        except (AttributeError, RuntimeError):  # a config that tells sizes by layer; the first keys will
             return
         if not hasattr(found.get_text_config(decoder=True), "kv_lora_rank"):  # latents have sizes of their own
             check_head(size, config)

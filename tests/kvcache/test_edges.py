@@ -7,7 +7,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MambaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MambaConfig,
+)
 
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.kvcache.attention import compressed_kv
@@ -47,6 +55,20 @@ def test_a_habit_of_the_model_gives_way(model):
     with compressed_kv(model, config=SMALL):
         assert isinstance(generated(model), GearCache)
     assert model.generation_config.cache_implementation == "static"
+
+
+def test_attention_of_all_parts_is_restored():
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=28, patch_size=14),
+        text_config=LlamaConfig(vocab_size=99, **sizes), image_token_id=98,
+    )  # fmt: skip
+    pictures = LlavaForConditionalGeneration(config).eval()
+    pictures.set_attn_implementation({"vision_config": "eager", "text_config": "sdpa"})
+    with compressed_kv(pictures, config=SMALL):
+        assert isinstance(generated(pictures), GearCache)
+    found = [part._attn_implementation for part in (pictures.config.vision_config, pictures.config.text_config)]
+    assert found == ["eager", "sdpa"]
 
 
 def test_what_attention_gets_can_be_viewed():
