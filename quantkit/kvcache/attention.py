@@ -179,7 +179,8 @@ def compressed_kv(
         raise QuantkitError("give bits or a config, not both")
     chosen = config or KVCacheConfig.gear(4 if bits is None else bits)
     GearCache(model, chosen)  # refused before anything is generated
-    generate, own = cast(Any, model.generate), vars(model).get("generate")
+    generate = cast(Any, model.generate)
+    outer = {name: vars(model)[name] for name in ("generate", "generate_batch") if name in vars(model)}
 
     def made(*args: Any, **kwargs: Any) -> Any:
         wanted = kwargs.get("cache_implementation")
@@ -200,10 +201,13 @@ def compressed_kv(
             habits.cache_implementation = habit
 
     with reading_packed(model):
-        model.generate = made  # type: ignore[assignment]
+        vars(model).update(generate=made, generate_batch=_refused)
         try:
             yield lambda: GearCache(model, chosen)
         finally:
-            del model.generate
-            if own is not None:  # of a context around this one
-                model.generate = own
+            del model.generate, model.generate_batch
+            vars(model).update(outer)  # of a context around this one
+
+
+def _refused(*_args: Any, **_kwargs: Any) -> None:
+    raise QuantkitError("continuous batching keeps a paged cache of its own, which cannot be compressed; use generate")

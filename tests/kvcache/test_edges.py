@@ -47,7 +47,9 @@ def test_a_context_in_a_context(model):
         with compressed_kv(model, config=KVCacheConfig(2, 2, group_size=8, buffer=8)):
             assert generated(model).config.k_bits == 2
         assert generated(model).config.k_bits == 4
-    assert type(generated(model)) is DynamicCache and "generate" not in vars(model)
+        with pytest.raises(QuantkitError, match="paged"):
+            model.generate_batch([IDS[0].tolist()])
+    assert type(generated(model)) is DynamicCache and not {"generate", "generate_batch"} & set(vars(model))
 
 
 def test_a_habit_of_the_model_gives_way(model):
