@@ -177,10 +177,10 @@ def compressed_kv(
     """
     if bits is not None and config is not None:
         raise QuantkitError("give bits or a config, not both")
-    chosen = config or KVCacheConfig.gear(4 if bits is None else bits)
+    chosen = KVCacheConfig.gear(4 if bits is None else bits) if config is None else config
     GearCache(model, chosen)  # refused before anything is generated
     generate = cast(Any, model.generate)
-    outer = {name: vars(model)[name] for name in ("generate", "generate_batch") if name in vars(model)}
+    outer: dict[str, Any] = {name: vars(model)[name] for name in ("generate", "generate_batch") if name in vars(model)}
 
     def made(*args: Any, **kwargs: Any) -> Any:
         wanted = kwargs.get("cache_implementation")
