@@ -46,6 +46,7 @@ RANKS = [
     ["search.picture"],
     ["__init__"],
     [
+        ["evals.kernel_speed"],
         "evals.reference.recall",
         "evals.perplexity",
         "evals.decode",
