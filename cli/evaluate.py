@@ -120,9 +120,9 @@ def evaluate_command(
             )  # fmt: skip
         if kv is not None:
             cache = {"bits": kv_bits, "prefix": prefix, "bits_per_element": reader.bits}
-        if kv is not None and cache is not None and kv_retrieval is not None:
-            for name, config in (("retrieval", kv), ("retrieval_exact", KVCacheConfig(16, 16))):
-                cache[name] = retrieval(subject, tokenizer, config, kv_retrieval)
+            if kv_retrieval is not None:
+                for name, config in (("retrieval", kv), ("retrieval_exact", KVCacheConfig(16, 16))):
+                    cache[name] = retrieval(subject, tokenizer, config, kv_retrieval)
     activations = None if observed is None else _figures(code, observed)
     if as_json:
         settings = {"model": model, "data": data, "seqlen": length, "baseline": baseline}

@@ -13,6 +13,7 @@ import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -42,9 +43,7 @@ def peak_bytes(folder: Path, context: int, batch: int, device: torch.device, kv_
     model = quantkit.load(folder, device=device).eval()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    prompt = torch.randint(0, model.config.vocab_size, (batch, context - NEW_TOKENS), device=device)
-    with nullcontext() if kv_bits is None else quantkit.compressed_kv(model, bits=kv_bits):
-        model.generate(prompt, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+    _generate(model, context, batch, kv_bits)
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     status = Path("/proc/self/status").read_text()
@@ -52,13 +51,18 @@ def peak_bytes(folder: Path, context: int, batch: int, device: torch.device, kv_
     return 1024 * int(peak.split()[1]) - before
 
 
+def _generate(model: Any, context: int, batch: int, kv_bits: int | None) -> None:
+    prompt = torch.randint(0, model.config.vocab_size, (batch, context - NEW_TOKENS), device=model.device)
+    with nullcontext() if kv_bits is None else quantkit.compressed_kv(model, bits=kv_bits):
+        model.generate(prompt, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+
+
 def live_bytes(folder: Path, context: int, batch: int, device: torch.device, kv_bits: int | None = None) -> int:
     """Most bytes of tensors alive at once while generating, the weights among them; arguments of `peak_bytes`."""
     model = quantkit.load(folder, device=device).eval()
     weights = [*model.parameters(), *model.buffers()]
-    prompt = torch.randint(0, model.config.vocab_size, (batch, context - NEW_TOKENS), device=device)
-    with nullcontext() if kv_bits is None else quantkit.compressed_kv(model, bits=kv_bits), LiveBytes(weights) as live:
-        model.generate(prompt, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+    with LiveBytes(weights) as live:
+        _generate(model, context, batch, kv_bits)
     return live.peak + sum(tensor.nbytes for tensor in weights)
 
 

@@ -253,41 +253,43 @@ def measure(
         deadline: of time.monotonic(); no launch is begun after it.
     """
     for N, K in shapes:
-        dense = [torch.randn(N, K, device=device, dtype=torch.bfloat16) for _ in range(_copies(2 * N * K))]
+        dense = [torch.randn(N, K, device=device, dtype=torch.bfloat16) for _ in range(copies(2 * N * K))]
         base: dict[int, float] = {}
         for M in rows:
             x = torch.randn(M, K, device=device, dtype=torch.bfloat16)
-            base[M] = timer([_call(torch.nn.functional.linear, x, w) for w in dense])
+            base[M] = timer([call(torch.nn.functional.linear, x, w) for w in dense])
             yield _timing("torch bf16", N, K, M, base[M], 2 * N * K, base[M], bandwidth)
         del dense
         for kind in kinds:
             nbytes = kind.weight(N, K, device).nbytes
-            weights = [kind.weight(N, K, device, seed) for seed in range(_copies(nbytes))]
+            weights = [kind.weight(N, K, device, seed) for seed in range(copies(nbytes))]
             for M in rows:
                 if time.monotonic() > deadline:
                     return
                 x = torch.randn(M, K, device=device, dtype=torch.bfloat16)
-                seconds = timer([_call(product, x, weight) for weight in weights])
+                seconds = timer([call(product, x, weight) for weight in weights])
                 yield _timing(kind.name, N, K, M, seconds, nbytes, base[M], bandwidth)
-            others = peers(N, K, kind.peers_bits, kind.group_size, device, _copies(nbytes)) if kind.peers_bits else ()
+            others = peers(N, K, kind.peers_bits, kind.group_size, device, copies(nbytes)) if kind.peers_bits else ()
             for name, layers, peer_bytes in others:
                 for M in rows:
                     if time.monotonic() > deadline:
                         return
                     x = torch.randn(M, K, device=device, dtype=torch.bfloat16)
                     try:
-                        seconds = timer([_call(layer, x) for layer in layers])
+                        seconds = timer([call(layer, x) for layer in layers])
                     except Exception as error:  # another library's; ours go on
                         print(f"{name} int{kind.peers_bits} M={M}: {type(error).__name__}")
                         continue
                     yield _timing(f"{name} int{kind.peers_bits}", N, K, M, seconds, peer_bytes, base[M], bandwidth)
 
 
-def _copies(nbytes: int) -> int:
-    return min(256, max(8, _DISTINCT_BYTES // nbytes + 1))
+def copies(nbytes: int, least: int = 8, most: int = 256) -> int:
+    """How many distinct tensors of so many bytes no cache holds together."""
+    return min(most, max(least, _DISTINCT_BYTES // nbytes + 1))
 
 
-def _call(function: Callable, *arguments: Any) -> Callable[[], object]:
+def call(function: Callable, *arguments: Any) -> Callable[[], object]:
+    """The call, to be made later."""
     return lambda: function(*arguments)
 
 
@@ -408,19 +410,27 @@ def main() -> None:
                 flush=True,
             )
     finally:
-        _write(arguments.out, about, timings)
+        write(arguments.out, "kernel_speed", about, timings, table(timings))
     if time.monotonic() > deadline:
         print(f"cut after {arguments.minutes:g} minutes; give more with --minutes")
 
 
-def _write(folder: Path, about: dict[str, Any], timings: list[Timing]) -> None:
-    """The results as JSON and as a table, also of a run that was cut."""
+def write(folder: Path, name: str, about: dict[str, Any], timings: Sequence[Any], rows: str) -> None:
+    """Results as JSON and as a Markdown table, also those of a run that was cut.
+
+    Args:
+        folder: is made where it is missing.
+        name: of the two files.
+        about: `describe`'s, and more.
+        timings: dataclasses.
+        rows: the table.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     record = about | {"timings": [asdict(timing) for timing in timings]}
-    (folder / "kernel_speed.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     lines = [f"- {key}: {value}" for key, value in about.items()]
-    (folder / "kernel_speed.md").write_text("\n".join(lines) + "\n\n" + table(timings))
-    print(table(timings))
+    (folder / f"{name}.md").write_text("\n".join(lines) + "\n\n" + rows)
+    print(rows)
 
 
 if __name__ == "__main__":

@@ -9,21 +9,19 @@ kv_speed.json and kv_speed.md.
 """
 
 import argparse
-import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkit.evals.kernel_speed import Timer, describe
+from quantkit.evals.kernel_speed import Timer, call, copies, describe, write
 from quantkit.kernels import launching
 from quantkit.kernels.kv_attention import Packed, Plain, packed_attention
 from quantkit.kernels.kv_attention_triton import merge_kernel, plain_share
@@ -31,7 +29,6 @@ from quantkit.kernels.timing import seconds_per_call
 from quantkit.kvcache.codec import Grid, values
 
 TOLERANCE = 2e-3
-_DISTINCT_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -218,13 +215,13 @@ def measure(
             q = torch.randn(batch, heads, siblings, size, device=device, dtype=torch.bfloat16)
             pairs = [
                 tuple(torch.randn(batch, heads, tokens, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-                for _ in range(_copies(2 * elements))
+                for _ in range(copies(2 * elements, 1, 16))
             ]
             flat = q.view(batch, heads * siblings, 1, size)
-            base = timer([_call(_torch, flat, *pair) for pair in pairs])
+            base = timer([call(_torch, flat, *pair) for pair in pairs])
             one = Timing("torch bf16", tokens, batch, 1e6 * base, 16.0, 2 * elements / base / 1e9, 1.0, 1.0)
             ours = min(
-                timer([_call(plain_attention, q, *pair, block_n, warps) for pair in pairs])
+                timer([call(plain_attention, q, *pair, block_n, warps) for pair in pairs])
                 for block_n, warps in ((32, 1), (64, 2), (64, 4))
             )
             best = min(base, ours)
@@ -241,8 +238,10 @@ def measure(
                 first = random_packed(form, batch, heads, tokens, size, device)
                 size_of = nbytes(first)
                 caches = [first]
-                caches += [random_packed(form, batch, heads, tokens, size, device) for _ in range(_copies(size_of) - 1)]
-                seconds = timer([_call(packed_attention, q, cache, size**-0.5) for cache in caches])
+                caches += [
+                    random_packed(form, batch, heads, tokens, size, device) for _ in range(copies(size_of, 1, 16) - 1)
+                ]
+                seconds = timer([call(packed_attention, q, cache, size**-0.5) for cache in caches])
                 codes.setdefault(form.bits, seconds)
                 yield Timing(
                     form.name, tokens, batch, 1e6 * seconds, 8 * size_of / elements, size_of / seconds / 1e9,
@@ -252,14 +251,6 @@ def measure(
 
 def _torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-
-def _copies(count: int) -> int:
-    return min(16, _DISTINCT_BYTES // count + 1)
-
-
-def _call(function: Callable, *arguments: Any) -> Callable[[], object]:
-    return lambda: function(*arguments)
 
 
 def table(timings: Sequence[Timing]) -> str:
@@ -292,8 +283,6 @@ def main() -> None:
     if any(tokens % 64 or tokens < 64 for tokens in arguments.contexts):
         sys.exit("error: --contexts are multiples of 64")
     device, begun = torch.device("cuda"), time.monotonic()
-    folder = Path(arguments.out)
-    folder.mkdir(parents=True, exist_ok=True)
     about = describe(device)
     print(", ".join(f"{key}: {value}" for key, value in about.items()))
     wrong = list(faults(device))
@@ -303,15 +292,15 @@ def main() -> None:
         sys.exit("error: wrong results; nothing was timed")
     timings = []
     deadline = begun + 60 * arguments.minutes
-    for timing in measure(device, arguments.contexts, arguments.batches, FORMS, seconds_per_call, deadline):
-        timings.append(timing)
-        place = f"{timing.what:28} {timing.tokens:7} x {timing.batch:2}"
-        print(f"{place} {timing.microseconds:9.1f} us {timing.speed_up:5.2f}x", flush=True)
-    record = {"about": about, "timings": [asdict(timing) for timing in timings]}
-    (folder / "kv_speed.json").write_text(json.dumps(record, indent=1) + "\n")
-    lines = [f"- {key}: {value}" for key, value in about.items()]
-    (folder / "kv_speed.md").write_text("\n".join(lines) + "\n\n" + table(timings))
-    print(table(timings))
+    try:
+        for timing in measure(device, arguments.contexts, arguments.batches, FORMS, seconds_per_call, deadline):
+            timings.append(timing)
+            place = f"{timing.what:28} {timing.tokens:7} x {timing.batch:2}"
+            print(f"{place} {timing.microseconds:9.1f} us {timing.speed_up:5.2f}x", flush=True)
+    finally:
+        write(Path(arguments.out), "kv_speed", about, timings, table(timings))
+    if time.monotonic() > deadline:
+        print(f"cut after {arguments.minutes:g} minutes; give more with --minutes")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ with a running maximum and sum. Two more shares are the newest tokens and the fi
 `merge_kernel` joins them all.
 
 Codes are multiplied as they lie in their word: some bits of it, with the others masked off, are a subnormal float of
-fp16, code * 2^(shift - 24), which tensor cores take as exactly as any other. So a code costs half an instruction, and
+fp16, code * 2^(shift - 24), which PTX's mma takes as exactly as any other. So a code costs half an instruction, and
 the powers of two go into q and into the result. Fields of a word are channels D / fields apart, and are multiplied one
 after another; none is moved to another lane.
 """
@@ -147,7 +147,7 @@ def packed_share(
     GROUPS: tl.constexpr, RANK: tl.constexpr, UP_BITS: tl.constexpr, UP_GROUP: tl.constexpr, KEPT: tl.constexpr,
     MASKED: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """(maximum, sum) over packed tokens first ... stop - 1; the output goes to acc_ptr, not normalised."""
+    """Stores maximum, sum and output, not normalised, of packed tokens first ... stop - 1."""
     KW: tl.constexpr = D * _width(K_BITS) // 16
     KF: tl.constexpr = 16 // _width(K_BITS) if KW >= 16 else 8 // _width(K_BITS)
     VF: tl.constexpr = 16 // _width(V_BITS)
@@ -186,7 +186,7 @@ def packed_share(
             low = tl.load(k_low_ptr + at[None, :] + twin)
             # loaded in every round: registers are scarcer than reads of what the caches hold
             q = tl.load(q_at + f * KW + k_channel[None, :], mask=real[:, None], other=0.0)
-            scores = dot(q * step.to(tl.float16)[None, :], tl.trans(codes[f]), scores, INTERPRETED)
+            scores = dot(q * step[None, :], tl.trans(codes[f]), scores, INTERPRETED)
             lowest = dot(q, tl.trans(low), lowest, INTERPRETED)
         scores = scores * (16777216 / _folded(K_BITS, 0))
         if RANK > 0:
@@ -222,9 +222,7 @@ def packed_share(
         acc, shift = sums, shifts
     for f in tl.static_range(VF):
         part = acc[f] * (16777216 / 2 ** _shift(V_BITS, f)) + shift[f * GROUPS // VF][:, None]
-        tl.store(
-            acc_ptr + row[:, None] * D + f * VW + v_place[None, :], part, mask=real[:, None] & (v_place < VW)[None, :]
-        )
+        tl.store(acc_ptr + row[:, None] * D + f * VW + v_place[None, :], part, mask=real[:, None])
     tl.store(max_ptr + row, highest, mask=real)
     tl.store(sum_ptr + row, total, mask=real)
 

@@ -183,6 +183,7 @@ def compressed_kv(
     outer: dict[str, Any] = {name: vars(model)[name] for name in ("generate", "generate_batch") if name in vars(model)}
 
     def made(*args: Any, **kwargs: Any) -> Any:
+        """`generate` with a compressed cache, where none is given."""
         wanted = kwargs.get("cache_implementation")
         if wanted is not None:
             raise QuantkitError(

@@ -81,10 +81,14 @@ def beside_weights(
         logger.warning("the prompt's memory is taken from a formula (%s)", first_line(error))
         cache = kv_cache_bytes(model.config, context, batch, 8 * itemsize)
         activations = activation_bytes(model.config, context, batch, itemsize)
-    if kv is not None:  # a compressed cache packs a layer's prompt right after its attention
-        activations += cache // model.config.get_text_config().num_hidden_layers
+    if kv is not None:  # a compressed cache packs a layer's prompt right after its attention; sliding layers stay plain
+        kinds, lengths = _cached_tokens(model.config, context)
+        plain = sum(length for kind, length in zip(kinds, lengths, strict=True) if kind == "sliding_attention")
+        share = 1 - plain / sum(lengths)
+        activations += int(cache * share) // max(1, len(kinds) - kinds.count("sliding_attention"))
         heads, size = key_heads(model.config)
-        cache = int(cache * kv.bits_per_element(size, heads, context) / (8 * itemsize))
+        packed_share = share * kv.bits_per_element(size, heads, context) / (8 * itemsize)
+        cache = int(cache * (1 - share + packed_share))
     activations += DEQUANTIZED[device.type] * largest
     reserve = LIBRARIES[device.type] + int((ALLOCATOR[device.type] - 1) * (cache + activations))
     return Beside(cache, activations, reserve)
@@ -118,12 +122,16 @@ def kv_cache_bytes(config: Any, context: int, batch: int, bits: float = 16) -> i
         batch: sequences.
         bits: of a cached number, with all that a compressed cache stores beside it.
     """
-    config, (heads, size) = config.get_text_config(), key_heads(config)
-    layers = config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    heads, size = key_heads(config)
+    return int(2 * sum(_cached_tokens(config, context)[1]) * batch * heads * size * bits / 8)
+
+
+def _cached_tokens(config: Any, context: int) -> tuple[list[str], list[int]]:
+    """(kinds of the layers, the tokens that each keeps at a full context)."""
+    config = config.get_text_config()
+    kinds = list(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
     window = getattr(config, "sliding_window", None) or context
-    lengths = [min(context, window) if kind == "sliding_attention" else context for kind in kinds]
-    return int(2 * sum(lengths) * batch * heads * size * bits / 8)
+    return kinds, [min(context, window) if kind == "sliding_attention" else context for kind in kinds]
 
 
 def activation_bytes(config: Any, context: int, batch: int, itemsize: int = 2) -> int:
