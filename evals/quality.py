@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import quantkit
-from quantkit import GPTQ, RTN, VPTQ, Hadamard, LowRank, Pyramid
+from quantkit import GPTQ, RTN, VPTQ, Hadamard, LowRank, Pyramid, Trellis
 from quantkit.data import documents, evaluation_tokens
 from quantkit.device import compute_dtype, pick_device
 from quantkit.evals.perplexity import evaluate
@@ -32,7 +32,7 @@ from quantkit.report import Report
 def quantizers_of(arguments: argparse.Namespace) -> list[Quantizer]:
     """The quantizers that were asked for, each checked before the first of them runs."""
     if arguments.quantizers:
-        names = {kind.__name__: kind for kind in (GPTQ, RTN, VPTQ, Hadamard, LowRank, Pyramid)}
+        names = {kind.__name__: kind for kind in (GPTQ, RTN, VPTQ, Hadamard, LowRank, Pyramid, Trellis)}
         return [eval(text, {"__builtins__": {}}, names) for text in arguments.quantizers]  # from one's own command line
     integer = {"group_size": arguments.group_size, "symmetric": not arguments.asym}
     return [

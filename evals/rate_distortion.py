@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit import RTN, VPTQ, Pyramid
+from quantkit import RTN, VPTQ, Pyramid, Trellis
 from quantkit.quantizers import kmeans
 from quantkit.quantizers.pyramid import fit_gains, gain_levels, shape
+from quantkit.stats import LayerStats
 from quantkit.weight import QuantizedWeight
 
 LAYER = 4096
@@ -48,8 +49,10 @@ EXPECTED: dict[str, dict[float, float]] = {
     "VQ v4 k256": {2: 0.0974},
     "VQ v6 k4096": {2: 0.0935},
     "VQ v4 k4096": {3: 0.0269},
+    "trellis L=12": {2: 0.0735, 3: 0.0200, 4: 0.0055},
+    "trellis L=16": {2: 0.0690, 3: 0.0178, 4: 0.0047},
 }
-BARS = {"PVQ D=64", "PVQ D=16", "VQ v4 k256", "VQ v6 k4096"}
+BARS = {"PVQ D=64", "PVQ D=16", "VQ v4 k256", "VQ v6 k4096", "trellis L=12", "trellis L=16"}
 PYRAMIDS = (8, 16, 32, 64)
 # Vector length and bits of each stage; those of a fractional rate are for the picture.
 BOOKS: tuple[tuple[int, tuple[int, ...]], ...] = (
@@ -163,6 +166,10 @@ def _rows(rate: float, samples: Tensor, quick: bool) -> Iterator[Row]:
             rounded = quantizer.quantize(samples.view(-1, LAYER)).dequantize()
             errors = (samples.view(-1, LAYER) - rounded).square().mean(1)
             yield _row(family, "", rate, _stored(quantizer), errors)
+        for state_bits in (12, 16):
+            coded = Trellis(bits, state_bits)
+            few = samples[: 1 << (17 if quick or state_bits == 16 else 18)]
+            yield _row(f"trellis L={state_bits}", "", rate, _stored(coded), trellis_errors(coded, few))
     for dimension in PYRAMIDS:
         code = Pyramid(rate, dimension).code
         detail = f"K={code.pulses}, gain {code.gain_bits} bits, field {code.field_bits} bits"
@@ -184,7 +191,7 @@ def _row(family: str, detail: str, rate: float, stored: float, error: Tensor | f
     return Row(family, detail, rate, stored, float(error.mean()), float(error.std()) / math.sqrt(len(error)))
 
 
-def _stored(quantizer: RTN | Pyramid | VPTQ) -> float:
+def _stored(quantizer: RTN | Pyramid | VPTQ | Trellis) -> float:
     """Bits a weight of a 4096 x 4096 layer, all that is stored."""
     layout: QuantizedWeight = quantizer.layout(LAYER, LAYER)
     return layout.bits_per_weight
@@ -199,6 +206,13 @@ def pyramid_errors(rate: float, dimension: int, samples: Tensor) -> Tensor:
     scales, gains = fit_gains(amplitudes, levels)
     rounded = (scales * levels[gains]).unsqueeze(-1) * directions
     return (groups - rounded).square().mean((1, 2))
+
+
+def trellis_errors(quantizer: Trellis, samples: Tensor) -> Tensor:
+    """Of columns of 4096 weights, each a ring with a scale."""
+    weight = samples.view(-1, LAYER).T
+    inputs = LayerStats(torch.eye(weight.shape[1]))
+    return (weight - quantizer.quantize(weight, inputs).dequantize()).square().mean(0)
 
 
 def book_errors(length: int, stages: tuple[int, ...], samples: Tensor) -> Tensor:
@@ -261,6 +275,8 @@ _STYLES: dict[str, tuple[str, str]] = {  # colour and marker; one hue a kind of 
     "PVQ D=16": ("#6aa9d8", "o"),
     "PVQ D=32": ("#2f7fbd", "o"),
     "PVQ D=64": ("#0b4a84", "o"),
+    "trellis L=12": ("#f08080", "*"),
+    "trellis L=16": ("#c01818", "*"),
     "VQ v2": ("#a6dba0", "P"),
     "VQ v3": ("#6fbf73", "P"),
     "VQ v4": ("#2f9648", "P"),

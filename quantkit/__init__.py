@@ -16,6 +16,7 @@ from quantkit.quantizers.low_rank import LowRank
 from quantkit.quantizers.pyramid import Pyramid
 from quantkit.quantizers.rtn import RTN
 from quantkit.quantizers.target_shift import TargetShift
+from quantkit.quantizers.trellis import Trellis
 from quantkit.quantizers.vptq import VPTQ
 from quantkit.recipe import Calibration, Recipe
 from quantkit.rotate import Rotation, rotate_model
@@ -40,6 +41,7 @@ __all__ = [
     "Recipe",
     "Rotation",
     "TargetShift",
+    "Trellis",
     "TuningSettings",
     "compressed_kv",
     "finetune",

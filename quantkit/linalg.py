@@ -58,6 +58,32 @@ def damped_inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
         used = min(max(4 * used, 1e-4), 1.0)
 
 
+def elimination_order(hessian: Tensor, damp: float) -> Tensor:
+    """An order of columns in which error feedback loses little, int64 [n].
+
+    Feedback pays D_j, the variance of input j that the inputs after it leave unexplained, for the error of column j.
+    The product of all D_j is det H in any order, so that their sum is least where they are most alike: the last column
+    is the one with the least variance, the one before it that with the least of what the last leaves unexplained, and
+    so on (the ordered interference cancellation of V-BLAST, Wolniansky et al. 1998). Columns are taken n / 64 at a
+    time, which costs n^3 operations in matrix products.
+
+    Args:
+        hessian: H, symmetric [n, n].
+        damp: added to its diagonal, as a share of the mean.
+    """
+    left = torch.arange(len(hessian), device=hessian.device)
+    rest = hessian + damp * hessian.diagonal().mean().clamp_min(1e-30) * torch.eye(len(hessian)).to(hessian)
+    size, order = max(1, len(hessian) // 64), []
+    while len(left):
+        by_variance = rest.diagonal().argsort(stable=True)
+        taken, kept = by_variance[:size], by_variance[size:].sort().values
+        order.append(left[taken])
+        known, across = rest[taken][:, taken], rest[kept][:, taken]
+        explained = torch.linalg.solve(known, across.T) if len(kept) else across.T
+        rest, left = rest[kept][:, kept].sub_(across @ explained), left[kept]
+    return torch.cat(order).flip(0)
+
+
 def column_scales(target: Tensor, values: Tensor, hessian: Tensor, damp: float = 1e-3) -> Tensor:
     """Factors s of the columns of V that minimise tr((W - V S) H (W - V S)^T), S = diag(s).
 

@@ -13,6 +13,8 @@ _BUILT_IN = {
         "low_rank": "quantkit.formats.low_rank:LowRankWeight",
         "pyramid": "quantkit.formats.pyramid:PyramidWeight",
         "rotated": "quantkit.formats.rotated:RotatedWeight",
+        "tied": "quantkit.formats.tied:TiedWeight",
+        "trellis": "quantkit.formats.trellis:TrellisWeight",
     },
     "quantkit.quantizers": {
         "gptq": "quantkit.quantizers.gptq:GPTQ",
@@ -20,6 +22,7 @@ _BUILT_IN = {
         "vptq": "quantkit.quantizers.vptq:VPTQ",
         "rtn": "quantkit.quantizers.rtn:RTN",
         "sparse": "quantkit.quantizers.sparse:Sparse",
+        "trellis": "quantkit.quantizers.trellis:Trellis",
     },
 }
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import CalibrationError
-from quantkit.linalg import NotPositiveDefinite, damped_inverse_factor
+from quantkit.linalg import NotPositiveDefinite, damped_inverse_factor, elimination_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,7 @@ class LayerStats:
     num_tokens: int = 0
     name: str = "layer"
     _factors: dict[tuple, tuple[Tensor, float]] = field(default_factory=dict, repr=False)
+    _orders: dict[float, Tensor] = field(default_factory=dict, repr=False)
     _changed: dict[Hashable, "LayerStats"] = field(default_factory=dict, repr=False)
 
     def changed(self, key: Hashable, change: Callable[[Tensor], Tensor]) -> "LayerStats":
@@ -67,6 +68,12 @@ class LayerStats:
             except NotPositiveDefinite as error:
                 raise CalibrationError(f"{self.name}: {error}; give more calibration text, or --method rtn") from error
         return self._factors[key][0]
+
+    def order(self, damp: float) -> Tensor:
+        """`linalg.elimination_order`, computed once a damping."""
+        if damp not in self._orders:
+            self._orders[damp] = elimination_order(self.hessian, damp)
+        return self._orders[damp]
 
     @property
     def damping(self) -> float | None:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
-from quantkit import GPTQ, RTN, VPTQ, Calibration, Hadamard, LowRank, Pyramid, Recipe, TargetShift
+from quantkit import GPTQ, RTN, VPTQ, Calibration, Hadamard, LowRank, Pyramid, Recipe, TargetShift, Trellis
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.metrics import proxy_loss
 from quantkit.pipeline import quantize_checkpoint
@@ -26,6 +26,8 @@ METHODS = {
     "pyramid": Pyramid(2.0, 8),
     "pyramid-wide": Pyramid(2.5, 32),
     "pyramid-in": Pyramid(3.0, 16, axis="in"),
+    "trellis": Trellis(2, 12),
+    "trellis-in": Trellis(3, 10, axis="in"),
     "vptq": VPTQ(2.0, 3),
     "vptq-residual": VPTQ(2.0, 4, residual_bits=4),
     "vptq-outliers": VPTQ(1.5, 2, outliers=0.05, ranges=2, scale_inputs=True),
@@ -33,6 +35,7 @@ METHODS = {
     "hadamard-gptq": Hadamard(GPTQ(2, 64)),
     "hadamard-pyramid": Hadamard(Pyramid(2.25, 16)),
     "hadamard-vptq": Hadamard(VPTQ(2.5)),
+    "hadamard-trellis": Hadamard(Trellis(3, 12)),
     "low-rank-rtn": LowRank(RTN(3, 64), 3, metric="plain"),
     "low-rank-gptq": LowRank(GPTQ(2, 64), 4, adapter_bits=8, alternations=1),
     "sparse": Sparse(0.5),

@@ -43,16 +43,17 @@ def test_figures_stay_within_their_bars(quick):
     code, rows, _ = quick
     assert code == 0
     barred = [row for row in rows.values() if row["bar"]]
-    assert {row["family"] for row in barred} == {"PVQ D=64", "PVQ D=16", "VQ v4 k256"}
-    assert all(abs(row["deviation"]) < 0.02 for row in barred)
+    assert {row["family"] for row in barred} == {"PVQ D=64", "PVQ D=16", "VQ v4 k256", "trellis L=12", "trellis L=16"}
+    assert all(-0.06 < row["deviation"] < 0.02 for row in barred)
 
 
 def test_nothing_beats_shannon_and_order_is_right(quick):
     _, rows, _ = quick
-    assert len(rows) == 23
-    assert all(row["to_bound"] > 1.3 for row in rows.values())
+    assert len(rows) == 27
+    assert all(row["to_bound"] > 1.05 for row in rows.values())
     for rate in (2.0, 3.0):
         by_name = {family: row["mse"] for (family, r), row in rows.items() if r == rate}
+        assert by_name["trellis L=16"] < by_name["trellis L=12"] < 0.82 * by_name["PVQ D=64"]
         assert by_name["PVQ D=64"] < by_name["PVQ D=16"] < by_name["PVQ D=8"] < by_name["Lloyd-Max"]
         assert by_name["Lloyd-Max"] < by_name["uniform, best step"]
         assert by_name["INT g128 asymmetric, searched"] < by_name["INT g128 asymmetric, min-max"]

@@ -1,0 +1,128 @@
+"""The exact search of `viterbi` on a CPU, compiled by numba: a thread a sequence, all states of a step in vectors.
+
+    cost[u] = min over t of (cost'[s >> K] + v_s (v_s - 2 x)),    s = t 2^(L-K) + u
+
+for the 2^(L-K) last bits u; x^2, which all paths share, is left out. The loops are written so that the compiler makes
+vectors of them: up to 8 ways into a state are compared in registers, over a cost' that is stored once for every s; more
+are compared one after the other over a block of states, in which runs of 2^K share a cost'.
+
+numba and not C++, because it needs no compiler on the user's machine; torch's own operations take fifteen times as
+long, for they write every intermediate result to memory.
+"""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import numba
+import numpy as np
+
+_NEVER = np.float32(1e30)
+_LOCAL = threading.local()
+_compiled = numba.njit(fastmath=True, nogil=True, boundscheck=False, error_model="numpy")
+
+
+def search(x: Any, values: Any, bits: int, first: Any, last: Any, threads: int) -> Any:
+    """As `viterbi.search`, of numpy arrays."""
+    states = np.empty(x.shape, dtype=np.int32)
+    sequence = _sequence(bits, len(values) >> bits)
+
+    def run(i: int) -> None:
+        spread, choice = _scratch(len(values), len(values) >> bits, x.shape[1])
+        sequence(x[i], values, int(first[i]), int(last[i]), states[i], spread, choice)
+
+    if len(x) == 1 or threads == 1:
+        for i in range(len(x)):
+            run(i)
+    else:
+        list(_pool(threads).map(run, range(len(x))))
+    return states
+
+
+@lru_cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+def _scratch(states: int, count: int, steps: int) -> tuple[Any, Any]:
+    """The calling thread's own memory, the same in every call: fresh pages cost more than a search's step."""
+    if not hasattr(_LOCAL, "spread") or len(_LOCAL.spread) < states or len(_LOCAL.choice) < steps * count:
+        _LOCAL.spread = np.empty(states, dtype=np.float32)
+        _LOCAL.choice = np.empty(steps * count, dtype=np.uint8)
+    return _LOCAL.spread[:states], _LOCAL.choice[: steps * count].reshape(steps, count)
+
+
+@lru_cache
+def _sequence(bits: int, count: int) -> Callable:
+    """The compiled search over one sequence for K = bits and 2^(L-K) = count."""
+    step = _few_ways(bits) if bits <= 3 else _many_ways(bits, count)
+
+    @_compiled
+    def sequence(x, values, first, last, states, spread, choice):
+        cost = np.empty(count, dtype=np.float32)
+        cost[:] = _NEVER if first >= 0 else np.float32(0)
+        if first >= 0:
+            cost[first] = 0
+        for i in range(len(x)):
+            step(cost, spread, values, np.float32(2) * x[i], choice[i], count)
+            if i % 64 == 63:  # or sums would outgrow their precision
+                cost -= cost.min()
+        u = np.int64(np.argmin(cost)) if last < 0 else last
+        for i in range(len(x) - 1, -1, -1):
+            state = np.int64(choice[i, u]) * count + u
+            states[i] = state
+            u = state >> bits
+
+    return sequence
+
+
+def _few_ways(bits: int) -> Callable:
+    """A step for K <= 3."""
+    ways = 1 << bits
+
+    @_compiled
+    def step(cost, spread, values, double, choice, count):
+        for u in range(count):
+            for n in range(ways):
+                spread[u * ways + n] = cost[u]
+        for u in range(count):
+            best, chosen = spread[u] + values[u] * (values[u] - double), np.int32(0)
+            for t in range(1, ways):
+                s = t * count + u
+                found = spread[s] + values[s] * (values[s] - double)
+                chosen = np.int32(t) if found < best else chosen
+                best = found if found < best else best
+            cost[u], choice[u] = best, np.uint8(chosen)
+
+    return step
+
+
+def _many_ways(bits: int, count: int) -> Callable:
+    """A step for K >= 4 and L >= 2 K; two runs at a time, because shorter loops are unrolled instead."""
+    ways = 1 << bits
+    pair = min(2 * ways, count)
+    block = min(max(pair, 128), count)
+
+    @_compiled
+    def step(cost, spread, values, double, choice, _count):
+        before = spread[:count]
+        before[:] = cost
+        best, chosen = np.empty(block, dtype=np.float32), np.empty(block, dtype=np.int32)
+        for start in range(0, count, block):
+            best[:] = _NEVER
+            chosen[:] = 0
+            for t in range(ways):
+                for run in range(0, block, pair):
+                    s = t * count + start + run
+                    one, other = before[s >> bits], before[min((s >> bits) + 1, count - 1)]
+                    own = values[s : s + pair]
+                    for n in range(pair):
+                        found = (one if n < ways else other) + own[n] * (own[n] - double)
+                        chosen[run + n] = np.int32(t) if found < best[run + n] else chosen[run + n]
+                        best[run + n] = found if found < best[run + n] else best[run + n]
+            for i in range(block):
+                cost[start + i], choice[start + i] = best[i], np.uint8(chosen[i])
+
+    return step
