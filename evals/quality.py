@@ -1,11 +1,12 @@
 """Quality against bits: quantizes one model in many ways and measures each on held-out text.
 
     python -m quantkit.evals.quality MODEL --data stdlib --calibration stdlib --bits 2 3 4 8
+    python -m quantkit.evals.quality MODEL --methods rtn gptq pyramid vptq trellis --bits 2 3 4 --png rate-kl.png
     python -m quantkit.evals.quality MODEL --quantizers "Hadamard(Pyramid(2.5, 32))" "VPTQ(2, outliers=0.01)"
 
 A row per method and bit width, or per quantizer, and per target shift and number of calibration windows: measured
 bits per weight, perplexity, KL to the full-precision model with its standard error, and the time that quantization
-took. `--output` also writes the rows as JSON.
+took. `--output` also writes the rows as JSON, `--png` draws KL over bits per weight.
 """
 
 import argparse
@@ -13,6 +14,8 @@ import copy
 import dataclasses
 import itertools
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from quantkit import GPTQ, RTN, VPTQ, Hadamard, LowRank, Pyramid, Trellis
 from quantkit.data import documents, evaluation_tokens
 from quantkit.device import compute_dtype, pick_device
 from quantkit.evals.perplexity import evaluate
+from quantkit.evals.rate_distortion import figure_class
 from quantkit.folder import load_tokenizer, resolve_folder
 from quantkit.model import context_length
 from quantkit.protocols import Needs, Quantizer
@@ -31,14 +35,14 @@ from quantkit.report import Report
 
 def quantizers_of(arguments: argparse.Namespace) -> list[Quantizer]:
     """The quantizers that were asked for, each checked before the first of them runs."""
-    if arguments.quantizers:
-        names = {kind.__name__: kind for kind in (GPTQ, RTN, VPTQ, Hadamard, LowRank, Pyramid, Trellis)}
-        return [eval(text, {"__builtins__": {}}, names) for text in arguments.quantizers]  # from one's own command line
+    names = {kind.__name__: kind for kind in (GPTQ, RTN, VPTQ, Hadamard, LowRank, Pyramid, Trellis)}
+    written = [eval(text, {"__builtins__": {}}, names) for text in arguments.quantizers or ()]  # one's own command line
+    methods = arguments.methods or ([] if written else ["rtn", "gptq"])
     integer = {"group_size": arguments.group_size, "symmetric": not arguments.asym}
     return [
         make_quantizer(method, arguments.hadamard, bits=bits, **(integer if method in ("gptq", "rtn") else {}))
-        for bits, method in itertools.product(arguments.bits, arguments.methods)
-    ]
+        for bits, method in itertools.product(arguments.bits, methods)
+    ] + written
 
 
 def settings_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -90,12 +94,32 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             "bits_per_weight": report.bits_per_weight,
             "seconds": report.seconds,
         }
-        results.append(row | {"quantizer": repr(quantizer)} | found | asdict(quality))
+        results.append(row | {"quantizer": repr(quantizer), "label": label(quantizer)} | found | asdict(quality))
         cells = [label(quantizer), f"{shift:g}", samples, f"{report.bits_per_weight:.3f}", f"{quality.perplexity:.3f}"]
         cells += [f"{1000 * (quality.kl or 0):.2f} +- {1000 * (quality.kl_se or 0):.2f}", f"{report.seconds:.0f}"]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     print(f"\nfull precision: perplexity {results[0]['baseline_perplexity']:.3f}")
     return results
+
+
+def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """KL over measured bits, a line for each way to quantize."""
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for row in results:
+        family = re.sub(r"bits [\d.]+(, )?", "", row["label"]).replace("()", "")
+        shift = (
+            "" if row["num_samples"] == 0 or row["target_shift"] == TARGET_SHIFT else f", shift {row['target_shift']:g}"
+        )
+        lines.setdefault(family + shift, []).append((row["bits_per_weight"], 1000 * row["kl"], 1000 * row["kl_se"]))
+    figure = figure_class()(figsize=(7.5, 5), layout="constrained")
+    axes = figure.subplots()
+    for family, points in lines.items():
+        bits, kl, error = zip(*sorted(points), strict=True)
+        axes.errorbar(bits, kl, yerr=error, marker="o", markersize=4, linewidth=1.3, capsize=2, label=family)
+    axes.set(yscale="log", xlabel="bits per weight in packed layers, all that is stored", ylabel="held-out KL x 1000")
+    axes.grid(alpha=0.3, which="both", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=110, format="png")
 
 
 def main() -> None:
@@ -104,9 +128,9 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--data", default="wikitext2")
     parser.add_argument("--calibration", default="wikitext2")
-    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"])
+    parser.add_argument("--methods", nargs="+", help="rtn and gptq by default, where no --quantizers are given")
     parser.add_argument("--bits", type=float, nargs="+", default=[2, 3, 4, 8])
-    parser.add_argument("--quantizers", nargs="+", help="quantizers as in Python, instead of methods and bits")
+    parser.add_argument("--quantizers", nargs="+", help="quantizers as in Python, beside methods and bits")
     parser.add_argument("--hadamard", action=argparse.BooleanOptionalAction, help="rotate; by default as methods want")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--asym", action="store_true")
@@ -117,10 +141,15 @@ def main() -> None:
     parser.add_argument("--max-windows", type=int, default=None)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--png", type=Path, help="draw the picture there; needs matplotlib")
     arguments = parser.parse_args()
+    if arguments.png:
+        figure_class()  # so that a run of minutes does not end in an error
     results = measure(arguments)
     if arguments.output:
         arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+    if arguments.png:
+        draw(results, arguments.png)
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def rings(x: Tensor, quick: bool) -> Iterator[Row]:
 
 
 def beam(x: Tensor, values: Tensor, bits: int, kept_bits: int) -> Tensor:
-    """Numbers for x [paths, n] from a beam of 2^kept_bits: a path for each of the last kept_bits bits of the history."""
+    """Numbers for x [paths, n] from a beam of 2^kept_bits: one path for each last kept_bits bits of the history."""
     ways, count = 1 << bits, 1 << (kept_bits - bits)
     history = torch.arange(count).repeat(len(x), 1)
     cost, kept, choices = torch.zeros(len(x), count), len(values) // ways - 1, []
