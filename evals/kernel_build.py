@@ -4,10 +4,10 @@
 
 Compiles every kernel in every configuration that the shape rules give (`kernel_families`), and prints registers,
 spilled bytes, shared memory and the machine instructions that the inner loop spends on a weight: instructions of the
-loop x threads / weights that pass (of rotations, which have no such loop: of a program, on a number). Asserts that
-nothing spills, that shared memory fits the GPU, and the bars on sm_90. `--quick` is the subset for continuous
-integration. `--against` fails where a figure is more than 5% above a recorded table that the same version of Triton
-made.
+loop x threads / weights that pass (of rotations and searches, which have no such loop: of a program, on a number, or
+on a state of those taken at once). Asserts that nothing spills, that shared memory fits the GPU, and the bars on sm_90.
+`--quick` is the subset for continuous integration. `--against` fails where a figure is more than 5% above a recorded
+table that the same version of Triton made.
 """
 
 import argparse

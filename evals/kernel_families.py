@@ -4,14 +4,15 @@ A family is a function (compute capability, quick) -> builds; `quick` is a subse
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from quantkit.kernels import codebook_rule, hadamard, int_group_matmul, kv_attention, pyramid_matmul
+from quantkit.kernels import codebook_rule, hadamard, int_group_matmul, kv_attention, pyramid_matmul, trellis_matmul
 from quantkit.kernels.bitpack import row_words
 from quantkit.kernels.launching import pairs
+from quantkit.kernels.trellis import ring_length
 from quantkit.kernels.tuning import Config
 
 INTEGER_BARS = {4: 3.2, 3: 4.2, 2: 3.3}
@@ -20,6 +21,8 @@ PYRAMID_BARS = {("factored", 4, 32): 4.0, ("table", 16, 8): 5.6}
 """The same, by form, bits and dimension."""
 CODEBOOK_BARS = {(4, 8, 0): 3.0, (6, 12, 0): 3.0}
 """The same, by v, bits and residual bits."""
+TRELLIS_BARS = {(1, 8): 4.2, (2, 8): 4.1, (3, 8): 4.9, (4, 8): 4.1, (1, 16): 4.6, (2, 16): 4.5, (4, 16): 4.5}
+"""The same, by bits and rows of x."""
 NO_BAR = float("inf")
 HALF, BRAIN = torch.float16, torch.bfloat16
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -216,6 +219,52 @@ def _codebook(kernel: str, p: codebook_rule.Problem, rank: int) -> Build:
     )  # fmt: skip
 
 
+def trellis(arch: int, quick: bool) -> Iterator[Build]:
+    """Builds of `trellis_matmul`."""
+
+    def build(kernel: str, M: int, bits: int, dtype=BRAIN, rank=0, K=_SIZE, state_bits=16) -> Build:
+        return _trellis(kernel, trellis_matmul.Problem(M, _SIZE, K, bits, state_bits, dtype, arch, stride=K), rank)
+
+    for bits in (2,) if quick else range(1, 9):
+        for M in (8, 16) if quick else (8, 16, 32):
+            yield build("multiply", M, bits)
+            if not quick:
+                yield build("multiply", M, bits, HALF)
+    if quick and arch != 90:
+        return
+    for bits in (2, 3):
+        yield build("dequantize", 256, bits)
+        yield build("multiply", 8, bits, HALF if quick else torch.float32)
+        if not quick:
+            for M in (8, 16, 32):
+                yield build("multiply", M, bits, state_bits=12)
+                yield build("multiply", M, bits, K=4112)
+                yield build("multiply", M, bits, HALF, K=4112)
+                yield build("multiply", M, bits, HALF, K=4100)
+            yield build("multiply", 16, bits, rank=64)
+            yield build("multiply", 32, bits, torch.float32, K=4100)
+            yield build("dequantize", 256, bits, HALF, K=4100)
+
+
+def _trellis(kernel: str, p: trellis_matmul.Problem, rank: int) -> Build:
+    config, maxnreg = Config(1, trellis_matmul.BLOCK_N, num_stages=1), None
+    constants = trellis_matmul.constants(p, config.num_warps)
+    if kernel == "multiply":
+        config = trellis_matmul.rule(p)
+        constants = trellis_matmul.constants(p, config.num_warps) | trellis_matmul.tile_constants(p, config)
+        maxnreg = trellis_matmul.registers(p, config)
+    types, values = {"codes_ptr": "*i32", "scale_ptr": "*fp32"}, {"lines": ring_length(p.N) * p.bits // 32}
+    name = f"trellis {kernel} K={p.bits} L={p.state_bits} M={p.M} {_NAMES[p.dtype]}"
+    name += (f" rank {rank}" if rank else "") + (f" {p.K} columns" if p.K % 128 else "")
+    plain = kernel == "multiply" and (p.capability, p.dtype, p.state_bits, p.K % 128) == (90, BRAIN, 16, 0)
+    found = _product(
+        name, f"trellis_matmul_triton.{kernel}_kernel", p, config, types, values, constants, rank,
+        weights=128 * (32 if kernel == "multiply" else 16) * config.num_warps,
+        bar=TRELLIS_BARS.get((p.bits, p.M), NO_BAR) if plain else NO_BAR,
+    )  # fmt: skip
+    return replace(found, maxnreg=maxnreg)
+
+
 def rotation(arch: int, quick: bool) -> Iterator[Build]:
     """Builds of `rotate`: widths with and without a core, few rows and many."""
     widths = (4096, 14336) if quick else (64, 896, 4096, 5120, 11008, 14336, 18944, 28672)
@@ -273,7 +322,22 @@ def _kv_cache(arch: int, bits: int, v_bits: int, size: int, rank: int, kept: int
     )  # fmt: skip
 
 
-FAMILIES = (int_group, pyramid, codebook, rotation, kv_cache)
+def viterbi(arch: int, quick: bool) -> Iterator[Build]:
+    """Builds of `viterbi`'s search: most states, and fewer."""
+    from quantkit.kernels import viterbi_triton
+
+    forms = [(states, bits) for states in (16, 12, 8) for bits in range(1, 9) if 2 * bits <= states]
+    for state_bits, bits in ((16, 2), (16, 4)) if quick else forms:
+        constants, options = viterbi_triton.sizes(bits, 1 << state_bits)
+        types = dict.fromkeys(("x_ptr", "values_ptr", "cost_ptr"), "*fp32") | {"states_ptr": "*i32"}
+        types |= dict.fromkeys(("first_ptr", "last_ptr"), "*i64") | {"choice_ptr": "*u8"}
+        yield Build(
+            f"viterbi L={state_bits} K={bits} sm_{arch}", arch, "viterbi_triton.search_kernel", types, {}, constants,
+            weights=constants["BLOCK"] * constants["UNROLL"], whole=True, **options,
+        )  # fmt: skip
+
+
+FAMILIES = (int_group, pyramid, codebook, trellis, rotation, kv_cache, viterbi)
 
 
 def _product(

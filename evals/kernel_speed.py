@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from quantkit.evals.decode import copy_bandwidth
-from quantkit.kernels import codebook_matmul, hadamard, int_group_matmul, pyramid_matmul
+from quantkit.kernels import codebook_matmul, hadamard, int_group_matmul, pyramid_matmul, trellis_matmul
 from quantkit.kernels.bitpack import pack, row_words
 from quantkit.kernels.pyramid import count, index_bits
 from quantkit.kernels.timing import seconds_per_call
+from quantkit.kernels.trellis import ring_length
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672))
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 4e-3}
@@ -158,6 +159,17 @@ def pyramid_table(pulses: int = 6, gain_bits: int = 1) -> Kind:
     return Kind(f"pyramid D=8 K={pulses} table", make)
 
 
+def trellises(bits: int, state_bits: int = 16) -> Kind:
+    """Random trellis-coded weights."""
+
+    def make(N: int, K: int, device: torch.device, generator: torch.Generator) -> Weight:
+        codes = _words(ring_length(N) * bits // 32, K, device, generator)
+        arguments = codes, torch.full((1,), 0.5, device=device), bits, state_bits, N
+        return Weight(arguments, trellis_matmul.trellis_matmul, trellis_matmul.dequantized)
+
+    return Kind(f"trellis K={bits}{f' L={state_bits}' if state_bits < 16 else ''}", make)
+
+
 def _words(rows: int, words: int, device: torch.device, generator: torch.Generator) -> Tensor:
     """Where K is a multiple of 128 every word is a valid one."""
     return torch.randint(-(2**31), 2**31 - 1, (rows, words), dtype=torch.int32, device=device, generator=generator)
@@ -167,6 +179,7 @@ TIMED = [
     *[integers(bits) for bits in (2, 3, 4, 8)],
     *[pyramids(4, 32), pyramids(4, 16), pyramid_table()],
     *[codebooks(4, 8), codebooks(6, 12), codebooks(8, 8, 8), codebooks(3, 6), codebooks(4, 12), codebooks(8, 16)],
+    *[trellises(bits) for bits in (1, 2, 3, 4)],
 ]
 """What is timed."""
 _CHECKED = [
@@ -178,6 +191,8 @@ _CHECKED = [
         for bits, dimension in ((2, 32), (3, 16), (5, 9), (6, 6), (7, 32), (8, 64))
     ],
     *[(pyramid_table(4, 2), 77, 640), (codebooks(1, 2), 77, 640), (codebooks(5, 9, 3), 77, 640)],
+    *[(trellises(bits), 270, 640) for bits in (1, 3, 5, 6, 7, 8)],
+    *[(trellises(3, 12), 77, 1000), (trellises(2, 8), 77, 1000), (trellises(2), 77, 333)],
     *[(codebooks(2, 4, 0, 2), 129, 1024), (codebooks(16, 12, 0, 2), 100, 1024), (codebooks(8, 8, 8, 4), 100, 1024)],
 ]
 """(kind, N, K) that is compared with fp64."""

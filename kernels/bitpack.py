@@ -117,7 +117,7 @@ def _fields(plane: Tensor, width: int, in_features: int, dtype: torch.dtype) -> 
     parts = []
     for words, stride in ((plane[:, :body], width), (plane[:, body:], tail_words_per_lane(in_features, width))):
         if words.shape[1]:
-            lanes = words.reshape(len(words), -1, LANES, stride, 1, 1)
+            lanes = words.reshape(len(words), words.shape[1] // (LANES * stride), LANES, stride, 1, 1)
             fields = ((lanes >> shifts) & (2**width - 1)).to(dtype)  # [rows, tiles, lane, r, p, half]
             parts.append(fields.permute(0, 1, 3, 4, 2, 5).flatten(1))
     return torch.cat(parts, dim=1)[:, :in_features] if len(parts) != 1 else parts[0][:, :in_features]

@@ -35,6 +35,8 @@ CROSSOVERS = {"default": (32, 192)}
 """By GPU name: the most rows for which `decode`, and for which `gemm`, is used. The default is a model's guess."""
 GROUPS_IN_A_TILE = (32, 64)
 """Group sizes below 128 that the decode kernel takes."""
+AT_ONCE = 2**24
+"""Weights that the reference dequantizes at a time: a head has many times as many."""
 
 
 def dequantized(
@@ -61,8 +63,16 @@ def reference(
     down: Tensor | None = None,
 ) -> Tensor:
     """The specification of the product, on any device: y [..., N] in x's dtype for x [..., K]."""
-    weight = dequantized(codes, scales, zeros, bits, group_size, x.shape[-1])
-    return operators.product(x, weight, bias, up, down)
+
+    def some(part: slice) -> Tensor:
+        own_zeros = None if zeros is None else zeros[:, part]
+        weight = dequantized(codes[part], scales[:, part], own_zeros, bits, group_size, x.shape[-1])
+        own_bias, own_up = (None if tensor is None else tensor[part] for tensor in (bias, up))
+        return operators.product(x, weight, own_bias, own_up, down)
+
+    step = max(1, AT_ONCE // max(1, x.shape[-1]))
+    parts = [some(slice(start, start + step)) for start in range(0, len(codes), step)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,9 @@ from quantkit.kernels.tiles import (
     pairs_of_codes,
     ragged_codes,
     round_to,
+    row_order,
     sum_of_shares,
 )
-
-
-@triton.jit
-def row_order(BLOCK_N: tl.constexpr, WARPS: tl.constexpr):
-    """The row of a program at each of its places: a lane of mma.sync or wgmma gets BLOCK_N / (8 * WARPS) neighbours."""
-    place = tl.arange(0, BLOCK_N)
-    lane = place // 16 % WARPS * 8 + place % 8
-    return lane * (BLOCK_N // (8 * WARPS)) + place // (16 * WARPS) * 2 + place // 8 % 2
 
 
 @triton.constexpr_function

@@ -122,6 +122,14 @@ def column_order(PAIRS: tl.constexpr):
 
 
 @triton.jit
+def row_order(BLOCK_N: tl.constexpr, WARPS: tl.constexpr):
+    """The row of a program at each of its places: a lane of mma.sync or wgmma gets BLOCK_N / (8 * WARPS) neighbours."""
+    place = tl.arange(0, BLOCK_N)
+    lane = place // 16 % WARPS * 8 + place % 8
+    return lane * (BLOCK_N // (8 * WARPS)) + place // (16 * WARPS) * 2 + place // 8 % 2
+
+
+@triton.jit
 def dot(a, b, accumulator, UPCAST: tl.constexpr):
     """a @ b + accumulator, in fp32 throughout where UPCAST."""
     if UPCAST:
@@ -199,27 +207,40 @@ def ragged_codes(row_ptr, k, tile, K, BITS: tl.constexpr, TAIL: tl.constexpr):
 
 
 @triton.jit
+def _share_places(exist, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Where the sums of a share lie; where only some rows of x exist, all sums of a row lie together."""
+    n, m = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[None, :]
+    return n * BLOCK_M + m if exist is None else m * BLOCK_N + n
+
+
+@triton.jit
 def leave_share(
     accumulator, partial_ptr, arrived_ptr, where, share,
-    SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, exist=None,
 ):  # fmt: skip
-    """Stores a share's partial sums of block `where`, and says whether other shares are still to come."""
-    place = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    """Stores a share's partial sums of block `where`, and says whether other shares are still to come.
+
+    exist [1, BLOCK_M]: only these rows of x are stored.
+    """
     partial_ptr += (where.to(tl.int64) * SPLIT_K + share) * (BLOCK_N * BLOCK_M)
-    tl.store(partial_ptr + place, accumulator)
+    tl.store(partial_ptr + _share_places(exist, BLOCK_N, BLOCK_M), accumulator, mask=exist)
     tl.debug_barrier()  # all of this share is written before it is counted
     return tl.atomic_add(arrived_ptr + where, 1, sem="acq_rel") != SPLIT_K - 1
 
 
 @triton.jit
 def sum_of_shares(
-    partial_ptr, arrived_ptr, where, SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr
+    partial_ptr, arrived_ptr, where, SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, exist=None
 ):  # fmt: skip
-    """The shares of block `where` added in order, fp32 [BLOCK_N, BLOCK_M]; for the program that came last."""
+    """The shares of block `where` added in order, fp32 [BLOCK_N, BLOCK_M]; for the program that came last.
+
+    exist [1, BLOCK_M]: only these rows of x are read, as they were stored; others are 0.
+    """
     tl.store(arrived_ptr + where, 0)  # ready for the next launch
-    place = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-    partial_ptr += where.to(tl.int64) * (SPLIT_K * BLOCK_N * BLOCK_M) + place
+    partial_ptr += where.to(tl.int64) * (SPLIT_K * BLOCK_N * BLOCK_M) + _share_places(exist, BLOCK_N, BLOCK_M)
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    other_value = None if exist is None else 0.0
     for other in range(SPLIT_K):
-        total += tl.load(partial_ptr + other * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+        part_ptr = partial_ptr + other * (BLOCK_N * BLOCK_M)
+        total += tl.load(part_ptr, mask=exist, other=other_value, cache_modifier=".cg")
     return total

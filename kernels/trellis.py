@@ -90,4 +90,4 @@ def dequantized(codes: Tensor, scale: Tensor, bits: int, state_bits: int, out_fe
         bits, state_bits: K and L.
         out_features: places in use.
     """
-    return evaluate(states(codes, bits, state_bits)[:out_features]) * scale
+    return table(state_bits, codes.device)[states(codes, bits, state_bits)[:out_features].long()] * scale

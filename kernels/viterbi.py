@@ -78,8 +78,8 @@ def _cuts(
     sizes, pieces = edges.diff(), []
     for size in sizes.unique().tolist():
         here = (sizes == size).nonzero().flatten()
-        parts = edges[here].unsqueeze(1) + torch.arange(size), here, (here + 1) % count
-        pieces.append(tuple(part.to(device) for part in parts))
+        own = edges[here].unsqueeze(1) + torch.arange(size)
+        pieces.append((own.to(device), here.to(device), ((here + 1) % count).to(device)))
     return near.to(device), pieces
 
 

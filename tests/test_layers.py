@@ -7,11 +7,12 @@ import pytest
 from .conftest import ROOT
 
 RANKS = [
-    ["kernels.bitpack", "kernels.tuning", "kernels.timing", "kernels.codebook_table"],
+    ["kernels.bitpack", "kernels.tuning", "kernels.timing", "kernels.codebook_table", "kernels.trellis"],
     ["kernels.tiles"],
     [
         *["kernels.codebook_matmul_triton", "kernels.hadamard_triton", "kernels.int_group_matmul_triton"],
         *["kernels.pyramid_matmul_triton", "kernels.kv_attention_triton"],
+        *["kernels.trellis_matmul_triton", "kernels.viterbi_triton", "kernels.viterbi_numba"],
         *["kernels.codebook_rule", "kernels.launching", "kernels.pyramid"],
     ],
     ["kernels.operators"],
@@ -23,7 +24,7 @@ RANKS = [
     ["quantizers.*"],
     ["linear", "model", "plan", "kvcache.config", "kvcache.codec"],
     ["kvcache.storage"],
-    ["forward", "fuse"],
+    ["embedding", "forward", "fuse"],
     ["calibrate", "shards"],
     ["rotate"],
     ["checkpoint", "recipe", "report"],
@@ -45,7 +46,7 @@ RANKS = [
     ["search.session"],
     ["search.picture"],
     ["__init__"],
-    ["evals.reference.recall", "evals.perplexity", "evals.decode", "evals.kernel_families", "evals.memory"],
+    ["evals.reference.recall", "evals.perplexity", "evals.decode", "evals.kernel_families", "evals.memory", "evals.rate_distortion"],
     ["evals.kernel_speed"],
     ["evals.*"],
     ["cli.display", "cli.options"],

@@ -10,12 +10,14 @@ Steps have five significant bits, so that a product with a number of fp16 or bf1
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from quantkit.kernels import trellis
-from quantkit.weight import QuantizedWeight
+from quantkit.kernels import launching, trellis
+from quantkit.kernels.trellis_matmul import trellis_matmul
+from quantkit.weight import QuantizedWeight, corrected
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,17 +82,36 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """value * step * scale in fp32, then cast."""
         places = _places(self.out_features, self.width)
-        values = trellis.evaluate(trellis.states(self.codes, self.bits, self.state_bits)[:places])
+        states = trellis.states(self.codes, self.bits, self.state_bits)[:places]
+        values = trellis.table(self.state_bits, states.device)[states.long()]
         values = columns_of(values, self.width)[: self.out_features, : len(self.scales)]
         return (values * step(self.scales) * self.scale).to(dtype)
 
     def matmul(
         self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
     ) -> Tensor:
-        """The fused kernel, where rings go along one column."""
+        """The fused kernel, where rings go along one column; steps go into x, which rounds it once in its own type."""
         if self.width > 1:
             return super().matmul(x, bias, up, down)
-        return super().matmul(x, bias, up, down)
+        scaled = x * self._steps(x.dtype)
+        y = trellis_matmul(scaled, self.codes, self.scale, self.bits, self.state_bits, self.out_features, bias)
+        return corrected(y, x, up, down)
+
+    def prepare(self) -> None:
+        """Allocates what launches on a GPU share, and makes the steps."""
+        if self.codes.is_cuda:
+            launching.prepare(self.codes.device)
+            self._steps(torch.bfloat16)
+
+    def _steps(self, dtype: torch.dtype) -> Tensor:
+        """Steps of the columns, made once a type."""
+        if dtype not in self._made:
+            self._made[dtype] = step(self.scales).to(dtype)
+        return self._made[dtype]
+
+    @cached_property
+    def _made(self) -> dict[torch.dtype, Tensor]:
+        return {}
 
 
 def step(scales: Tensor) -> Tensor:

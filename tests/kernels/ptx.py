@@ -196,6 +196,14 @@ def _wide(a, b, c):
     return np.asarray(a).astype(np.uint64) * np.uint64(b) + np.uint64(c)
 
 
+def _funnel(low, high, by):
+    both = np.asarray(low).astype(np.uint64) | np.asarray(high).astype(np.uint64) << np.uint64(32)
+    return (both >> np.asarray(by).astype(np.uint64)).astype(np.uint32)
+
+
+_LOGIC = {0xEA: lambda a, b, c: (a & b) | c, 0x6A: lambda a, b, c: (a & b) ^ c}
+
+
 _OPERATIONS = {
     "mov.b32": lambda a: a.view(np.float32) if isinstance(a, np.ndarray) and a.ndim else a,
     "mov.u32": lambda a: a,
@@ -203,10 +211,11 @@ _OPERATIONS = {
     "and.b32": lambda a, b: np.asarray(a).view(np.uint32) & b,
     "shl.b32": lambda a, b: a << b,
     "shr.u32": lambda a, b: a >> b,
+    "shf.r.wrap.b32": _funnel,
     "add.u32": lambda a, b: a + b,
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "mad.wide.u32": _wide,
-    "lop3.b32": lambda a, b, c, table: (a & b) | c if table == 0xEA else None,
+    "lop3.b32": lambda a, b, c, table: _LOGIC[int(table)](a, b, c),
     "prmt.b32": _permute_bytes,
     "fma.rn.bf16x2": _on_pairs(_fma, _of_bf16, bf16),
     "fma.rn.f16x2": _on_pairs(_fma, _of_fp16, fp16),

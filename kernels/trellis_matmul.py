@@ -1,0 +1,230 @@
+"""Multiply by a trellis-coded weight without materialising it: y = x @ W^T + (x @ D^T) @ U^T + bias.
+
+    W[n, k] = value(the L bits of ring k from bit K n on) * scale
+
+`quantkit.kernels.trellis` has the code: rings of bits along N, one for each column; a value is the sum of two bf16
+that a multiplication, a mask and a flip make of a state. `codes` int32 [words, in_features] hold the i-th words of all
+rings side by side; the word behind a ring's last is its first. `scale` is fp32 [1]. U [N, r] and D [r, in_features] are
+an optional low-rank correction, bias is [N].
+
+Bytes moved: N * in_features * bits / 8 for W, 2 * M * in_features for x, 2 * M * N for y. From the caches a run of 16
+weights is read together with the first 16 bits of the next. Up to 3 bits a weight it is instructions that take time.
+
+Two regimes by M, the rows of x:
+
+    few     weights are decoded in the registers that the tensor core multiplies. They are not rounded, and neither is
+            x: the scale is applied to the fp32 sums.
+    many    W is written out, rounded to x's dtype, and torch multiplies.
+
+Results are deterministic; x = I gives exactly the dequantized weight. The kernels stand in `trellis_matmul_triton.py`,
+so that this file imports where there is no Triton.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.kernels import launching, operators, trellis
+from quantkit.kernels.launching import or_stand_in
+from quantkit.kernels.trellis import STATE_BITS, ring_length
+from quantkit.kernels.tuning import Config, chosen
+
+CROSSOVERS = {"default": 32}
+"""By GPU name: the most rows for which weights are decoded in registers. The default is a model's guess."""
+BLOCK_N = 128
+"""Rows of W a program: 16 for each row of lanes."""
+_TILE = 128
+"""Columns of four warps."""
+
+
+def dequantized(
+    codes: Tensor, scale: Tensor, bits: int, state_bits: int, out_features: int, in_features: int
+) -> Tensor:
+    """The specification of the weight, on any device: fp32 [out_features, in_features]."""
+    return trellis.dequantized(codes, scale, bits, state_bits, out_features)
+
+
+def reference(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bits: int,
+    state_bits: int,
+    out_features: int,
+    bias: Tensor | None = None,
+    up: Tensor | None = None,
+    down: Tensor | None = None,
+) -> Tensor:
+    """The specification of the product, on any device: y [..., out_features] in x's dtype for x [..., K_in]."""
+    weight = dequantized(codes, scale, bits, state_bits, out_features, x.shape[-1])
+    return operators.product(x, weight, bias, up, down)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a launch depends on, beyond the tensors' addresses.
+
+    Attributes:
+        M, N, K: rows of x, rows of W, columns of both.
+        bits, state_bits: of a symbol and of a state.
+        dtype: of x.
+        capability: compute capability of the GPU, e.g. 90.
+        multiprocessors: of the GPU.
+        stride: of the rows of x; None for K.
+    """
+
+    M: int
+    N: int
+    K: int
+    bits: int
+    state_bits: int
+    dtype: torch.dtype
+    capability: int = 90
+    multiprocessors: int = 132
+    stride: int | None = None
+
+    @property
+    def wide(self) -> bool:
+        """Whether four neighbours can be read at once from every row of x and line of codes."""
+        return self.K % 16 == 0 and (self.stride or 0) % 16 == 0
+
+    def key(self) -> str:
+        """Names the launch in a table of measured choices."""
+        return f"trellis_matmul m{rule(self).block_m} n{self.N} k{self.K} b{self.bits} s{self.state_bits} {self.dtype}"
+
+
+def registers(problem: Problem, config: Config) -> int:
+    """The most that the assembler may use for a thread, lest it spills; what lets 16, 12 or 8 warps run beside."""
+    parts = problem.dtype == torch.float32 or (problem.dtype == torch.float16 and problem.bits > 6)
+    return (128, 168, 255)[min(2, config.block_m // 16 + (parts or not problem.wide))]
+
+
+@lru_cache(maxsize=4096)  # asked at every launch
+def rule(problem: Problem) -> Config:
+    """Sizes for a launch on a GPU that nobody has measured: three programs a multiprocessor, four tiles of K each."""
+    block_m = 8 if problem.M <= 8 else 16 if problem.M <= 16 else 32
+    tiles = -(-problem.K // _TILE)
+    if problem.dtype != torch.bfloat16 and (problem.dtype == torch.float32 or problem.bits > 4 or problem.K % _TILE):
+        block_m = min(block_m, 16)  # parts of x take registers too
+    programs, split = -(-problem.N // BLOCK_N) * -(-problem.M // block_m), 1
+    while programs * split < 3 * problem.multiprocessors and split < 32 and tiles // (2 * split) >= 4:
+        split *= 2
+    return Config(block_m, BLOCK_N, split, num_warps=4, num_stages=1)
+
+
+def constants(problem: Problem, warps: int) -> dict[str, Any]:
+    """The compile-time arguments that both kernels share, beside the machine."""
+    return {"BITS": problem.bits, "STATE_BITS": problem.state_bits, "WIDE": problem.wide, "WARPS": warps}
+
+
+def tile_constants(problem: Problem, config: Config) -> dict[str, Any]:
+    """Those of the kernel of few rows that follow from its sizes."""
+    ragged = problem.K % (32 * config.num_warps) != 0
+    return {"RAGGED": ragged, "SPLIT_K": config.split_k, "BLOCK_M": config.block_m}
+
+
+def launch(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bits: int,
+    state_bits: int,
+    out_features: int,
+    bias: Tensor | None = None,
+    up: Tensor | None = None,
+    down: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """Runs the Triton kernels; arguments and result as in `reference`.
+
+    Args:
+        config: sizes for the kernel of few rows, instead of those chosen for the shape; block_n is `BLOCK_N`.
+
+    Raises:
+        ValueError: shapes or dtypes that the kernels' addresses do not allow.
+    """
+    check(x, codes, scale, bits, state_bits, out_features, bias, up, down)
+    rows = launching.rows_of(x)
+    if not len(rows):
+        return x.new_empty(*x.shape[:-1], out_features)
+    capability, multiprocessors, gpu = launching.properties(x.device)
+    shape = len(rows), out_features, x.shape[-1], bits, state_bits
+    problem = Problem(*shape, x.dtype, capability, multiprocessors, rows.stride(0))
+    inner = None if up is None or down is None else rows @ down.T
+    if problem.M > CROSSOVERS.get(gpu, CROSSOVERS["default"]) and config is None:
+        y = operators.dense(rows, _write_out(codes, scale, problem), bias, inner, up)
+    else:
+        y = torch.empty(problem.M, problem.N, dtype=x.dtype, device=x.device)
+        if config is None:
+            config = rule(problem)
+            config = chosen(x.device, problem.key(), config) if x.is_cuda else config
+        with torch.cuda.device_of(x):
+            _fused(rows, codes, scale, bias, up, inner, y, problem, config)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _fused(rows, codes, scale, bias, up, inner, y, problem: Problem, config: Config) -> None:
+    from quantkit.kernels.trellis_matmul_triton import multiply_kernel  # Triton exists on Linux alone
+
+    grid = -(-problem.N // BLOCK_N), -(-problem.M // config.block_m), config.split_k
+    partial, arrived = y, y
+    if config.split_k > 1:
+        size = grid[0] * grid[1] * config.split_k * BLOCK_N * config.block_m
+        partial = torch.empty(size, dtype=torch.float32, device=y.device)
+        arrived = launching.counters(y.device, grid[0] * grid[1])
+    multiply_kernel[grid](
+        rows, codes, scale, *(or_stand_in(tensor, y) for tensor in (bias, up, inner)), y, partial, arrived,
+        problem.M, problem.N, problem.K, len(codes), rows.stride(0), 0 if up is None else up.shape[1],
+        **constants(problem, config.num_warps), **tile_constants(problem, config), HAS_BIAS=bias is not None,
+        BLOCK_R=launching.block_r(up), **launching.machine(y), num_warps=config.num_warps, num_stages=1,
+        maxnreg=registers(problem, config),
+    )  # fmt: skip
+
+
+def _write_out(codes: Tensor, scale: Tensor, problem: Problem) -> Tensor:
+    """The dequantized weight [N, K_in], by the kernel."""
+    from quantkit.kernels.trellis_matmul_triton import dequantize_kernel
+
+    weight = torch.empty(problem.N, problem.K, dtype=problem.dtype, device=codes.device)
+    with torch.cuda.device_of(codes):
+        dequantize_kernel[(-(-problem.N // BLOCK_N), -(-problem.K // 64))](
+            codes, scale, weight, problem.N, problem.K, len(codes), **constants(problem, 4),
+            **launching.machine(codes), num_warps=4,
+        )  # fmt: skip
+    return weight
+
+
+def check(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bits: int,
+    state_bits: int,
+    out_features: int,
+    bias: Tensor | None = None,
+    up: Tensor | None = None,
+    down: Tensor | None = None,
+) -> None:
+    """Raises ValueError unless every address that follows from the arguments lies inside the tensors."""
+    if bits not in range(1, 9) or state_bits not in range(STATE_BITS[0], STATE_BITS[1] + 1):
+        raise ValueError(
+            f"bits={bits}, state_bits={state_bits}: symbols have 1 to 8 bits, states {STATE_BITS[0]} to {STATE_BITS[1]}"
+        )
+    expected = {
+        "codes": (codes, torch.int32, (ring_length(out_features) * bits // 32, x.shape[-1])),
+        "scale": (scale, torch.float32, (1,)),
+    }
+    operators.check(x, out_features, expected, bias, up, down)
+
+
+trellis_matmul = operators.register(
+    "trellis_matmul",
+    "Tensor codes, Tensor scale, int bits, int state_bits, int out_features",
+    lambda *weight: weight[-1],
+    dequantized,
+    reference,
+    launch,
+)

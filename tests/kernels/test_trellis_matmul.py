@@ -1,0 +1,249 @@
+"""The trellis' Triton kernels, through the interpreter, and their assembly, against the dequantized weight."""
+
+import numpy as np
+import pytest
+import torch
+
+from quantkit.kernels import launching, trellis
+from quantkit.kernels import trellis_matmul as kernel
+from quantkit.kernels import trellis_matmul_triton as jit
+from quantkit.kernels.tuning import Config
+
+from . import ptx
+from .conftest import error
+
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 4e-3, torch.float32: 1e-6}
+OPERATOR = torch.ops.quantkit.trellis_matmul
+FORMS = [(bits, state_bits) for bits in range(1, 9) for state_bits in (16, 12, 8)]
+
+
+def make(out_features, in_features, bits=2, state_bits=16):
+    """(arguments of `trellis_matmul` after x, the weight in fp64): any bits are a code."""
+    words = trellis.ring_length(out_features) * bits // 32
+    codes = torch.randint(-(2**31), 2**31, (words, in_features)).int()
+    arguments = codes, torch.tensor([0.37]), bits, state_bits, out_features
+    return arguments, trellis.dequantized(*arguments).double()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("bits", "state_bits"), FORMS)
+def test_against_fp64(bits, state_bits, dtype):
+    arguments, weight = make(70, 160, bits, state_bits)
+    for rows in (5, 40) if state_bits < 16 else (5, 14, 40):
+        x = torch.randn(rows, 160).to(dtype)
+        y = kernel.launch(x, *arguments)
+        assert y.dtype == dtype
+        assert error(y, x.double() @ weight.T) < TOLERANCE[dtype]
+    assert error(kernel.reference(x, *arguments), x.double() @ weight.T) < 1.5 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("rows", range(1, 34))
+def test_any_number_of_rows(rows):
+    arguments, weight = make(65, 128)
+    x = torch.randn(rows, 128).half()
+    assert error(kernel.launch(x, *arguments), x.double() @ weight.T) < 2e-3
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "bits"),
+    [
+        *[(1, 1, 2), (1, 33, 8), (7, 300, 1), (32, 16, 4), (33, 70, 2), (33, 144, 3), (129, 100, 5), (129, 128, 8)],
+        *[(128, 128, 7), (128, 40, 6), (270, 65, 2), (270, 80, 3), (128, 1024, 2)],
+    ],
+)
+def test_identity_gives_the_dequantized_weight_exactly(out_features, in_features, bits, dtype):
+    """Windows around the rings' ends among them; few rows of x and many."""
+    arguments, weight = make(out_features, in_features, bits)
+    expected = weight.to(dtype)
+    for identity in torch.eye(in_features, dtype=dtype).split(32)[:: max(1, in_features // 40)]:
+        columns = identity.argmax(1)
+        assert torch.equal(kernel.launch(identity, *arguments).T, expected[:, columns])
+    many = torch.eye(in_features, dtype=dtype).repeat(-(-40 // in_features), 1)
+    assert torch.equal(kernel.launch(many, *arguments)[:in_features].T, expected)
+
+
+@pytest.mark.parametrize("config", [(8, 1), (8, 4), (16, 2), (16, 8), (32, 4)])
+@pytest.mark.parametrize("split_k", [1, 5])
+@pytest.mark.parametrize(("bits", "in_features"), [(2, 384), (3, 290)])
+def test_every_configuration_agrees(bits, in_features, split_k, config):
+    """Shares of unequal length and those that get no tile."""
+    arguments, weight = make(100, in_features, bits)
+    x = torch.randn(9, in_features).bfloat16()
+    block_m, num_warps = config
+    y = kernel.launch(x, *arguments, config=Config(block_m, kernel.BLOCK_N, split_k, num_warps))
+    assert error(y, x.double() @ weight.T) < 4e-3
+
+
+@pytest.mark.parametrize(("rows", "in_features"), [(3, 256), (3, 200), (50, 256)])
+@pytest.mark.parametrize("rank", [0, 1, 70])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_bias_and_low_rank_correction(dtype, rank, rows, in_features):
+    """Which the scale of the weight leaves alone."""
+    arguments, weight = make(70, in_features)
+    x, bias = torch.randn(rows, in_features).to(dtype), torch.randn(70)
+    exact, up, down = x.double() @ weight.T + bias.double(), None, None
+    if rank:
+        up, down = torch.randn(70, rank).to(dtype), (torch.randn(rank, in_features) / 16).to(dtype)
+        exact += x.double() @ down.double().T @ up.double().T
+    assert error(kernel.launch(x, *arguments, bias, up, down), exact) < 1.5 * TOLERANCE[dtype]
+    assert error(kernel.reference(x, *arguments, bias, up, down), exact) < 1.5 * TOLERANCE[dtype]
+
+
+def test_split_k_adds_the_bias_once():
+    arguments, _ = make(70, 640)
+    x, bias = torch.randn(3, 640).half(), torch.full((70,), 1000.0).half()
+    one, four = (kernel.launch(x, *arguments, bias, config=Config(8, 128, split, 2)) for split in (1, 4))
+    torch.testing.assert_close(one, four, rtol=1e-3, atol=0.5)
+    assert torch.equal(four, kernel.launch(x, *arguments, bias, config=Config(8, 128, 4, 2)))
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_shares_hold_the_rows_that_exist_alone(rows, monkeypatch):
+    arguments, weight = make(130, 512)
+    x, taken, empty = torch.randn(rows, 512).half(), [], torch.empty
+
+    def keep(*size, **how):
+        taken.append(empty(*size, **how))
+        return taken[-1]
+
+    monkeypatch.setattr(torch, "empty", keep)
+    y = kernel.launch(x, *arguments, config=Config(8, 128, 2, 4))
+    assert error(y, x.double() @ weight.T) < 2e-3
+    partial = next(tensor for tensor in taken if tensor.dtype == torch.float32)
+    written = ~partial.view(2, -(-rows // 8), 2, 8, 128).isnan()  # rows of W, of x, shares
+    assert torch.equal(written.any(-1), written.all(-1))
+    assert int(written.all(-1).sum()) == 2 * 2 * rows
+
+
+def test_leading_dimensions_strides_and_no_rows():
+    arguments, weight = make(40, 128)
+    for x in (torch.randn(2, 3, 256)[..., ::2], torch.randn(3, 2, 128).transpose(0, 1), torch.randn(6, 300)[:, :128]):
+        y = kernel.launch(x.half(), *arguments)
+        assert y.shape == (*x.shape[:-1], 40)
+        assert error(y, x.half().double() @ weight.T) < 2e-3
+    assert kernel.launch(torch.randn(0, 128), *arguments).shape == (0, 40)
+    assert kernel.launch(torch.randn(2, 0, 128), *arguments).shape == (2, 0, 40)
+
+
+def test_what_would_read_out_of_bounds_is_refused():
+    (codes, scale, *form), _ = make(40, 128, 3)
+    x, up, down = torch.randn(2, 128), torch.randn(40, 4), torch.randn(4, 128)
+    for call, message in [
+        ((x[:, :0], codes[:, :0], scale, *form), "0 columns"),
+        ((torch.randn(2, 129), codes, scale, *form), "codes are"),
+        ((x, codes, scale, 4, 16, 40), "codes are"),
+        ((x, codes, scale, 3, 16, 65), "codes are"),
+        ((x, codes, scale, 3, 16, 0), "0 rows"),
+        ((x, codes, scale, 0, 16, 40), "bits=0"),
+        ((x, codes, scale, 9, 16, 40), "bits=9"),
+        ((x, codes, scale, 3, 7, 40), "state_bits=7"),
+        ((x, codes, scale, 3, 17, 40), "state_bits=17"),
+        ((x, codes.long(), scale, *form), "codes are"),
+        ((x, codes[:-1], scale, *form), "codes are"),
+        ((x, codes[0], scale, *form), "codes are"),
+        ((x, codes.T.contiguous().T, scale, *form), "codes are"),
+        ((x, codes, scale.half(), *form), "scale are"),
+        ((x, codes, scale[0], *form), "scale are"),
+        ((x.double(), codes, scale, *form), "takes float16"),
+        ((x, codes, scale, *form, torch.randn(39)), "bias are"),
+        ((x, codes, scale, *form, None, up, down[:, :100]), "down are"),
+        ((x, codes, scale, *form, None, up.half(), down), "up are"),
+        ((x, codes, scale, *form, None, up, None), "both up and down"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            kernel.launch(*call)
+
+
+def test_is_a_proper_torch_operator():
+    arguments, _ = make(16, 128)
+    for x in (torch.randn(2, 128), torch.randn(2, 3, 128).half()):
+        torch.library.opcheck(OPERATOR.default, (x, *arguments))
+        extra = torch.randn(16).to(x.dtype), torch.randn(16, 4).to(x.dtype), torch.randn(4, 128).to(x.dtype)
+        torch.library.opcheck(OPERATOR.default, (x, *arguments, *extra))
+
+
+def test_compiles_into_one_graph():
+    arguments, weight = make(24, 128)
+    x = torch.randn(4, 128)
+    compiled = torch.compile(lambda x: OPERATOR(x, *arguments) + 1, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), x @ weight.float().T + 1, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_flow_through_the_packed_weight():
+    """To x, the bias and the low-rank correction, as through a dense linear of the same weight."""
+    arguments, weight = make(24, 128)
+    x, bias, up, down = (torch.randn(*shape) for shape in ((2, 5, 128), (24,), (24, 4), (4, 128)))
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, bias, up, down)]
+    y = OPERATOR(leaves[0], *arguments, *leaves[1:])
+    twins = [tensor.clone().requires_grad_() for tensor in (x, bias, up, down)]
+    dense = torch.nn.functional.linear(twins[0], weight.float(), twins[1]) + (twins[0] @ twins[3].T) @ twins[2].T
+    torch.testing.assert_close(y, dense, rtol=1e-4, atol=1e-3)
+    loss = torch.randn_like(y)
+    (y * loss).sum().backward()
+    (dense * loss).sum().backward()
+    for leaf, twin in zip(leaves, twins, strict=True):
+        torch.testing.assert_close(leaf.grad, twin.grad, rtol=1e-4, atol=1e-3)
+    alone = x.clone().requires_grad_()
+    OPERATOR(alone, *arguments).sum().backward()
+    torch.testing.assert_close(alone.grad, weight.float().sum(0).expand_as(x), rtol=1e-4, atol=1e-3)
+
+
+def test_autocast_does_not_reach_inside():
+    arguments, _ = make(24, 128)
+    x = torch.randn(4, 128)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = OPERATOR(x, *arguments)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, OPERATOR(x, *arguments))
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90, 100, 103, 120])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_rules_fill_a_gpu_and_leave_no_row_out(dtype, capability):
+    for size in ((4096, 4096), (14336, 4096), (4096, 14336), (256, 128), (300, 100)):
+        for rows in (1, 8, 16, 32):
+            problem = kernel.Problem(rows, *size, 2, 16, dtype, capability)
+            config = kernel.rule(problem)
+            programs = -(-size[0] // config.block_n) * -(-rows // config.block_m) * config.split_k
+            if size[0] * size[1] >= 4096 * 4096:
+                assert programs * config.num_warps >= 7 * 132
+            assert config.split_k == 1 or size[1] // 128 // config.split_k >= 4
+            assert config.num_warps * 32 * kernel.registers(problem, config) <= 65536
+    assert launching.machine(torch.zeros(1)) == {"ASM": False, "INTERPRETED": True}
+
+
+@pytest.mark.parametrize(("bits", "state_bits"), FORMS)
+def test_the_assembly_of_a_run_gives_its_pairs(bits, state_bits):
+    """Runs of every state, from words on, against the specification's halves."""
+    ring = torch.randint(-(2**31), 2**31, (16 * bits, 2**12)).int()
+    states = trellis.states(ring, bits, state_bits).view(-1, 16, 2**12)[::2].long()  # those that begin with a word
+    count = jit.words_of_run(bits, state_bits, False)
+    words = [ring.roll(-i, 0)[::bits].flatten().numpy().view(np.uint32) for i in range(count)]
+    found = ptx.run(jit.run_text(bits, state_bits), words, 16, {})
+    pairs = (states * trellis.MULTIPLIER + trellis.INCREMENT) & trellis.MASK ^ trellis.FLIP
+    assert torch.equal(torch.from_numpy(np.stack(found).astype(np.int64)), pairs.transpose(0, 1).flatten(1))
+
+
+@pytest.mark.parametrize(("dtype", "parts"), [(torch.float16, 2), (torch.float32, 3)])
+def test_parts_of_x_are_exact(dtype, parts):
+    """Every fp16, and as many fp32."""
+    bits = torch.arange(2**16)
+    values = bits.to(torch.int16).view(torch.float16).float() if parts == 2 else torch.randn(2**16) * 2.0 ** (bits % 99)
+    values = values[values.isfinite()]
+    words = ptx.run(jit.split_text(parts), [values.numpy()], parts, {})
+    halves = [torch.from_numpy((word << np.uint32(16)).view(np.float32).copy()) for word in words]
+    assert all((word >> np.uint32(16) == word & np.uint32(0xFFFF)).all() for word in words)
+    assert torch.equal(sum(half.double() for half in halves), values.double())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("bits", "state_bits"), [(1, 16), (2, 16), (3, 16), (7, 16), (8, 16), (3, 12), (4, 8)])
+def test_kernels_with_their_assembly_give_the_same(bits, state_bits, dtype, monkeypatch):
+    arguments, _ = make(150, 160, bits, state_bits)
+    few, many = torch.randn(5, 160).to(dtype), torch.eye(160, dtype=dtype)
+    plain = kernel.launch(few, *arguments), kernel.launch(many, *arguments)
+    ptx.Machine().install(monkeypatch)
+    monkeypatch.setattr(launching, "machine", lambda tensor: {"ASM": True, "INTERPRETED": True})
+    assert torch.equal(kernel.launch(few, *arguments), plain[0])
+    assert torch.equal(kernel.launch(many, *arguments), plain[1])
