@@ -24,7 +24,7 @@ def inspect_command(
     weights = {name: QuantizedWeight.empty(metadata) for name, metadata in packed_layers(folder).items()}
     total = Shards(folder).nbytes()
     packed = sum(weight.nbytes for weight in weights.values())
-    count = sum(weight.shape[0] * weight.shape[1] for weight in weights.values())
+    count = sum(weight.shape[0] * weight.shape[1] for weight in weights.values() if weight.state())
     if as_json:
         rows = {name: _row(weight) for name, weight in weights.items()}
         print(json.dumps({"layers": rows, "bits_per_weight": 8 * packed / count, "bytes": total}, indent=2))

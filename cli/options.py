@@ -16,6 +16,9 @@ Text = Annotated[str, typer.Option(help=TEXTS)]
 NumSamples = Annotated[int, typer.Option(help="Calibration windows.")]
 Seqlen = Annotated[int | None, typer.Option(help="Tokens a window; by default 2048 or the model's context.")]
 Shift = Annotated[float, typer.Option("--target-shift", help="0 (off) to 1: aim at the full-precision output.")]
+HeadBits = Annotated[
+    int | None, typer.Option(help="Pack the head (GPTQ) and the input embedding too, at 1 to 8 bits; dense by default.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output or unfinished run.")]

@@ -132,6 +132,7 @@ def quantize_command(
         Path | None,
         typer.Option(help="quantkit_plan.json of a search: each layer's own method and bits, instead of --bits."),
     ] = None,
+    head_bits: options.HeadBits = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave dense; may be repeated.")] = None,
     group_size: _GroupSize = None,
     symmetric: _Symmetric = None,
@@ -178,9 +179,8 @@ def quantize_command(
     tuner = BlockTuning(tune_blocks) if tune_blocks else None
     rules: dict[str, Quantizer | None] = {**read_plan(plan)} if plan else {}
     rules |= dict.fromkeys(ignore or ())
-    recipe = Recipe(
-        None if plan else quantizer, rules, target_shift, text, true_sequential, rotation, low_rank_bits, tuner
-    )
+    base = None if plan else quantizer
+    recipe = Recipe(base, rules, target_shift, text, true_sequential, rotation, low_rank_bits, tuner, head_bits)
     folder = resolve_folder(model)
     output = output or Path(f"{Path(model).resolve().name}-{method.lower()}-{bits:g}bit")
     if dry_run:

@@ -22,9 +22,10 @@ from quantkit.device import parse_dtype
 from quantkit.errors import Interrupted, QuantkitError
 from quantkit.folder import ModelFolder, load_tokenizer, resolve_folder
 from quantkit.kvcache.config import KVCacheConfig
-from quantkit.model import block_linears
+from quantkit.model import block_linears, ends
+from quantkit.plan import tied
 from quantkit.protocols import Quantizer
-from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, parse_quantizer
+from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, in_words, parse_quantizer
 from quantkit.search.budget import Budget, parse_size, read_timings
 from quantkit.search.build import Database, build
 from quantkit.search.evolve import Evolution, State, parse_stages, stages_text
@@ -35,6 +36,8 @@ from quantkit.search.spaces import BlockSpace, CandidateSpace, Space
 
 _BUDGET, _SEARCH, _CANDIDATES = "The budget", "The search", "Candidates"
 CANDIDATES = "gptq:2,gptq:3,gptq:4,gptq:5,gptq:6,gptq:8"
+HEAD_BITS = 6
+"""Of head and embedding, where a budget is for all of the model."""
 STAGES = stages_text(Evolution.stages)
 SPARSITY_STEPS = (-0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3)
 
@@ -83,6 +86,14 @@ _Base = Annotated[
         rich_help_panel=_CANDIDATES,
     ),
 ]
+_HeadBits = Annotated[
+    int | None,
+    typer.Option(
+        show_default="6 with --size and --fit",
+        help="Of the head (GPTQ) and the input embedding, which are not searched, 1 to 8; 0 or 16 leaves them dense.",
+        rich_help_panel=_CANDIDATES,
+    ),
+]
 _Include = Annotated[
     list[str] | None,
     typer.Option(help="Pattern of layers outside the blocks to pack too, e.g. lm_head.", rich_help_panel=_CANDIDATES),
@@ -127,6 +138,7 @@ def search_command(
     kv_bits: options.KvBits = None,
     candidates: _Candidates = None,
     base: _Base = None,
+    head_bits: _HeadBits = None,
     include: _Include = None,
     ignore: _Ignore = None,
     database: _Database = None,
@@ -161,7 +173,8 @@ def search_command(
     if unfinished.exists() and not (resume or overwrite):
         raise QuantkitError(f"{unfinished} holds an unfinished search; --resume continues it, --overwrite starts anew")
     processes, where = options.begin_processes(device)
-    room = (fit, context, batch, kv_bits, where)
+    ends_bits = _ends_bits(head_bits, total is not None or fit is not None, drop_blocks is not None)
+    room = (fit, context, batch, kv_bits, where, ends_bits is not None)
     budget = _budget(folder, avg_bits, total, room, latency_ms, timings, sparsity, drop_blocks)
     evolution = Evolution(generations, offspring, parse_stages(stages))
     settings = SearchSettings(evolution, measure, start, held_out, top, seed=seed)
@@ -169,7 +182,7 @@ def search_command(
     offers, first = _candidates(candidates, base, sparsity)
     rules: dict[str, Quantizer | None] = dict.fromkeys(include or (), first)
     rules |= dict.fromkeys(ignore or ())
-    recipe = Recipe(first, rules, target_shift, Calibration(calibration, num_samples, seqlen))
+    recipe = Recipe(first, rules, target_shift, Calibration(calibration, num_samples, seqlen), head_bits=ends_bits)
     place = database or Path(f"{Path(model).resolve().name}-candidates")
     main = processes.is_main_process
     check_text(search_samples, settings)
@@ -183,7 +196,8 @@ def search_command(
                     made = build(
                         folder, recipe, tuple(offers.values()), place, budget=budget, device=where, progress=told
                     )
-                if main and (more := budget.check(made.source, tuple(made.blocks), made.quantizers.values())):
+                more = budget.check(made.source, tuple(made.blocks), made.quantizers.values(), made.fixed)
+                if main and more:
                     console.print(f"note: {more}")
             make_space: Callable[..., Space] = BlockSpace
             if made is not None:
@@ -191,7 +205,7 @@ def search_command(
             predictions = unfinished if made is None else place
             session = Session(folder, make_space, predictions, text, settings, where, told)
             names = session.space.names
-            allowed = budget.units(made.source if made else None, names)
+            allowed = budget.units(made.source, names, made.fixed) if made else budget.units(None, names)
             session.space.index.check_budget(allowed)
             unfinished.mkdir(parents=True, exist_ok=True)
 
@@ -221,6 +235,17 @@ def _remove(unfinished: Path) -> None:
         unfinished.rmdir()
 
 
+def _ends_bits(head_bits: int | None, of_all: bool, drops: bool) -> int | None:
+    """Bits of head and embedding; None leaves them dense."""
+    if head_bits is None:
+        return HEAD_BITS if of_all else None
+    if head_bits not in (0, 16, *range(1, 9)):
+        raise QuantkitError(f"--head-bits {head_bits}: give 1 to 8, or 0 (or 16) to leave head and embedding dense")
+    if drops:
+        raise QuantkitError("--head-bits is given with --drop-blocks, which makes a dense model; leave it out")
+    return head_bits % 16 or None
+
+
 def _candidates(
     candidates: str | None, base: str | None, sparsity: float | None
 ) -> tuple[dict[str, Quantizer], Quantizer]:
@@ -242,7 +267,7 @@ def _budget(
     folder: Path,
     avg_bits: float | None,
     total: str | None,
-    room: tuple[str | None, int | None, int, int | None, torch.device],
+    room: tuple[str | None, int | None, int, int | None, torch.device, bool],
     latency_ms: float | None,
     timings: Path | None,
     sparsity: float | None,
@@ -287,7 +312,13 @@ def _budget(
 
 
 def _fitting(
-    folder: Path, fit: str | None, context: int | None, batch: int, kv_bits: int | None, device: torch.device
+    folder: Path,
+    fit: str | None,
+    context: int | None,
+    batch: int,
+    kv_bits: int | None,
+    device: torch.device,
+    packs_head: bool,
 ) -> int:
     """Bytes of weights that leave room for what generation needs beside them."""
     assert fit is not None
@@ -295,7 +326,8 @@ def _fitting(
         raise QuantkitError("--fit needs --context, the tokens that the KV cache is to hold, and --batch of at least 1")
     source = ModelFolder(folder, structure_only=True)
     kv = None if kv_bits is None else KVCacheConfig.gear(kv_bits)
-    need = beside_weights(source.model, [*block_linears(source.model)], context, batch, kv, device)
+    head = ends(source.model)[1] if packs_head else None
+    need = beside_weights(source.model, [*block_linears(source.model)], context, batch, kv, device, head)
     left = parse_size(fit) - need.total
     console.print(
         f"{fit} at {context:,} tokens x {batch}: {size(need.cache)} of KV cache, {size(need.activations)} of "
@@ -323,6 +355,8 @@ def _publish(
     assert isinstance(space, CandidateSpace)
     chosen = space.chosen(outcome.assignment)
     plan = {layer: texts[database.quantizers[key]] for layer, key in chosen.items()}
+    shared = tied(database.fixed)
+    plan |= {layer: in_words(database.fixed[shared.get(layer, layer)]) for layer in database.fixed}
     files = {
         "quantkit_plan.json": json.dumps({"layers": plan}, indent=2) + "\n",
         SEARCH_RECORD: _record(session, outcome, plan),

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
+from quantkit.embedding import QuantizedEmbedding
 from quantkit.errors import QuantkitError
 from quantkit.kvcache.cache import GearCache
 from quantkit.model import context_length, tensor_bytes
@@ -156,6 +157,8 @@ def bytes_per_token(model: nn.Module) -> int:
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     head = model.get_output_embeddings()  # type: ignore[operator]
     total = tensor_bytes(model)
+    if isinstance(embedding, QuantizedEmbedding):
+        return total if embedding.head is not None else total - embedding.packed.nbytes
     if head is None or head._parameters.get("weight") is not embedding.weight:
         total -= embedding.weight.numel() * embedding.weight.element_size()
     return total

@@ -7,7 +7,9 @@ the same tensor together (q, k, v; gate, up), so that each sees its own block's 
 quantized and one Hessian serves all that share an input.
 
 Two streams of activations may be carried: `quantized`, behind the layers quantized so far, and `full`,
-of the untouched model, for quantizers that read both. Memory is one block plus the streams.
+of the untouched model, for quantizers that read both. An input embedding that is packed by itself comes first, so that
+the blocks see it; one that shares the head's weight comes with the head, last. Memory is one block plus the streams,
+and a packed embedding.
 """
 
 import copy
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.device import free_memory
+from quantkit.embedding import put
 from quantkit.errors import CalibrationError, QuantkitError
 from quantkit.forward import (
     Batch,
@@ -36,10 +39,10 @@ from quantkit.forward import (
     run_block,
     settings,
 )
-from quantkit.linear import QuantizedLinear, new_linear
+from quantkit.linear import QuantizedLinear
 from quantkit.metrics import proxy_loss
-from quantkit.model import find_blocks, linear_weight
-from quantkit.plan import Plan, plan_needs
+from quantkit.model import find_blocks, is_lookup, linear_weight
+from quantkit.plan import Plan, plan_needs, tied
 from quantkit.protocols import Needs, Quantizer
 from quantkit.quantizers.target_shift import TargetShift
 from quantkit.stats import LayerStats, StatsAccumulator
@@ -108,6 +111,7 @@ def walk(
     device: torch.device,
     true_sequential: bool = True,
     tuner: Tuner | None = None,
+    lookups_first: bool = True,
     batch_tokens: int = 8192,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> None:
@@ -123,6 +127,7 @@ def walk(
         true_sequential: let each layer see its own block's earlier layers quantized, at the price of a pass of the
             streams per group of layers instead of one per block.
         tuner: improves every block that has packed layers; None for none.
+        lookups_first: let the blocks see the packed embedding.
         batch_tokens: tokens that run through a block together.
         progress: called with (blocks done, blocks in all, name of the block begun or "").
 
@@ -133,11 +138,20 @@ def walk(
     needs = plan_needs(plan)
     batches: list[Batch] = []
     wrap: Wrap = bare
+    outer = {layer: quantizer for layer, quantizer in plan.items() if not layer.startswith(f"{prefix}.")}
+    front = {
+        layer: quantizer for layer, quantizer in outer.items()
+        if lookups_first and layer not in tied(plan) and is_lookup(model.get_submodule(layer))
+    }  # fmt: skip
     if needs > Needs.NOTHING or tuner is not None:
         if windows is None:
             raise CalibrationError("this run reads what flows through the layers; give calibration text")
         size = batch_tokens if tuner is None else min(batch_tokens, tuner.batch_tokens)
         batches, wrap = capture(model, blocks, windows, source, device, size)
+    found = _quantize_outer(model, blocks, front, batches, wrap, source, device)
+    if front and batches and windows is not None:
+        for batch, behind in zip(batches, capture(model, blocks, windows, source, device, size)[0], strict=True):
+            batch.quantized = behind.quantized
     order: Order | None = None
     before: list[tuple] = []
     for index, block in enumerate(blocks):
@@ -168,8 +182,8 @@ def walk(
             if isinstance(module, QuantizedLinear):
                 module.release()
         source.release(name, block)
-    outer = {layer: quantizer for layer, quantizer in plan.items() if not layer.startswith(f"{prefix}.")}
-    sink.write(-1, "", _quantize_outer(model, blocks, outer, batches, wrap, source, device))
+    rest = {layer: quantizer for layer, quantizer in outer.items() if layer not in front}
+    sink.write(-1, "", found | _quantize_outer(model, blocks, rest, batches, wrap, source, device))
     progress(len(blocks), len(blocks), "")
 
 
@@ -330,12 +344,15 @@ def _quantize_outer(
     source: WeightSource,
     device: torch.device,
 ) -> dict[str, LayerResult]:
-    """Quantizes layers behind the blocks (lm_head): their inputs are the model's own forward with stubbed blocks."""
+    """Quantizes layers outside the blocks; a head's inputs are those of the model's own forward with stubbed blocks."""
     results: dict[str, LayerResult] = {}
     if not plan:
         return results
     source.load("", model, device)
+    sharing = tied(plan)
     for name, quantizer in plan.items():
+        if name in sharing:
+            continue
         stats = None
         if quantizer.needs > Needs.NOTHING:
             accumulator = None
@@ -352,17 +369,21 @@ def _quantize_outer(
             assert accumulator is not None
             stats = accumulator.finish(name)
         results[name] = quantize_layer(model.get_submodule(name), quantizer, stats, name)
-        model.set_submodule(name, new_linear(results[name].weight, model.get_submodule(name)))
+        put(model, name, results[name].weight)
+    for name, head in sharing.items():
+        layout = plan[name].layout(*results[head].weight.shape)
+        results[name] = replace(results[head], weight=layout)
+        put(model, name, layout)
     source.release("", model)
     return results
 
 
 def _swap(root: nn.Module, name: str, weight: QuantizedWeight) -> None:
     """Puts the packed layer in place, its weight unpacked for as long as the calibration text runs through it."""
-    replaced = root.get_submodule(name)
-    linear = new_linear(weight, replaced)
-    linear.hold(linear_weight(replaced).dtype)
-    root.set_submodule(name, linear)
+    dtype = linear_weight(root.get_submodule(name)).dtype
+    linear = put(root, name, weight)
+    assert isinstance(linear, QuantizedLinear)
+    linear.hold(dtype)
 
 
 def _shared_copy(block: nn.Module) -> nn.Module:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from quantkit.calibrate import LayerResult
 from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.formats.tied import TiedWeight
 from quantkit.shards import DTYPES, INDEX, Shards, open_shard
 from quantkit.weight import QuantizedWeight
 
@@ -321,6 +322,8 @@ def check_tensors(layers: Mapping[str, Any], specs: Mapping[str, tuple[str, list
         weight = QuantizedWeight.empty(metadata)
         try:
             weight.validate()
+            if isinstance(weight, TiedWeight):
+                _check_tied(weight, layers)
         except ValueError as error:
             raise CheckpointError(f"{layer}: {error}; config.json is damaged") from error
         declared = {k: (v.dtype, list(v.shape)) for k, v in weight.state().items()}
@@ -332,6 +335,14 @@ def check_tensors(layers: Mapping[str, Any], specs: Mapping[str, tuple[str, list
                 raise CheckpointError(
                     f"{layer}.{key} is {found[0]} {found[1]} in its file; config.json declares {dtype} {shape}"
                 )
+
+
+def _check_tied(weight: TiedWeight, layers: Mapping[str, Any]) -> None:
+    """Raises ValueError unless another packed layer of the same shape is there to be looked up."""
+    other = QuantizedWeight.empty(layers[weight.layer]) if weight.layer in layers else None
+    if other is None or isinstance(other, TiedWeight) or other.shape != weight.shape:
+        found = "is not there" if other is None else f"is {other.label} {list(other.shape)}"
+        raise ValueError(f"it is tied to {weight.layer}, {list(weight.shape)}, which {found}")
 
 
 def write_json(path: Path, value: Any) -> None:

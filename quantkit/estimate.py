@@ -9,7 +9,7 @@ from quantkit.calibrate import REPLAY_SHARE
 from quantkit.device import compute_dtype, free_memory, pick_device
 from quantkit.folder import ModelFolder
 from quantkit.model import context_length, linear_weight
-from quantkit.plan import plan_needs
+from quantkit.plan import plan_needs, tied
 from quantkit.protocols import Needs
 from quantkit.ranks import with_ranks
 from quantkit.recipe import Recipe, window_length
@@ -54,15 +54,15 @@ def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimat
     model = source.model
     plan = recipe.plan(model)
     shapes = {name: tuple(linear_weight(model.get_submodule(name)).shape) for name in plan}
-    packed_weights = sum(out * inner for out, inner in shapes.values())
+    packed_weights = sum(out * inner for name, (out, inner) in shapes.items() if name not in tied(plan))
     without = with_ranks(plan, dict.fromkeys(plan, 0)) if recipe.low_rank_bits else plan
     packed_bytes = sum(quantizer.layout(*shapes[name]).nbytes for name, quantizer in without.items())
     packed_bytes += int(recipe.low_rank_bits * packed_weights / 8)
     before = source.nbytes()
     if recipe.rotation is not None:
         source.rotate(recipe.rotation)
-    dense_bytes = source.nbytes() - source.packed_nbytes(plan)
     source.untie(plan)
+    dense_bytes = source.nbytes() - source.packed_nbytes(plan)
     return Estimate(
         layers=len(plan),
         packed_weights=packed_weights,

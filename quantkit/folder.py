@@ -119,11 +119,11 @@ class ModelFolder:
 
     @property
     def untied(self) -> bool:
-        """Whether a head that was tied to the embedding has got a weight of its own."""
+        """Whether a tie of head and embedding was ended, be it that they are packed as one weight."""
         return len(tied_names(self.model)) < self._ties
 
     def untie(self, plan: Plan) -> None:
-        """Gives a planned layer that is tied to the embedding its own weight."""
+        """Ends the ties of planned layers; see `shards.untie`."""
         untie(self.model, plan, self._mapping)
 
     def rotate(self, rotation: Rotation) -> None:

@@ -13,9 +13,11 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit.checkpoint import METHOD, VERSION, check_tensors, check_version, packed_layers, read_config
+from quantkit.embedding import put
 from quantkit.errors import CheckpointError, QuantkitError, first_line
-from quantkit.linear import QuantizedLinear, new_linear
-from quantkit.model import is_linear
+from quantkit.formats.tied import TiedWeight
+from quantkit.linear import Packed, QuantizedLinear
+from quantkit.model import is_linear, is_lookup, linear_weight
 from quantkit.shards import Shards, open_shard
 from quantkit.weight import QuantizedWeight
 
@@ -37,7 +39,7 @@ class QuantkitConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class QuantkitHfQuantizer(HfQuantizer):
-    """Puts QuantizedLinear modules in place before transformers loads tensors into them."""
+    """Puts packed modules in place before transformers loads tensors into them."""
 
     requires_calibration = True
     is_qat_trainable = False
@@ -51,26 +53,32 @@ class QuantkitHfQuantizer(HfQuantizer):
         layers = check_version({"version": config.version, "layers": config.layers})
         if checkpoint_files:
             check_tensors(layers, _specs(checkpoint_files))
-        for name, metadata in layers.items():
+        weights = {name: QuantizedWeight.empty(metadata) for name, metadata in layers.items()}
+        for name, weight in sorted(weights.items(), key=lambda item: isinstance(item[1], TiedWeight)):
             try:
-                linear = model.get_submodule(name)
+                layer = model.get_submodule(name)
             except AttributeError:
                 raise CheckpointError(
                     f"{type(model).__name__} has no layer {name!r} that the checkpoint declares"
                 ) from None
-            weight = QuantizedWeight.empty(metadata)
-            if not is_linear(linear):
+            if not (is_linear(layer) or is_lookup(layer)):
                 raise CheckpointError(
-                    f"{name} is a {type(linear).__name__}, not a linear layer; is this the right model class?"
+                    f"{name} is a {type(layer).__name__}, no linear layer or embedding; is this the right model class?"
                 )
-            model.set_submodule(name, new_linear(weight, linear))
+            if is_lookup(layer) and weight.shape != linear_weight(layer).shape:
+                raise CheckpointError(
+                    f"{name} is {list(linear_weight(layer).shape)} in {type(model).__name__}, and the checkpoint's "
+                    f"{list(weight.shape)}; it is damaged, or of another model"
+                )
+            put(model, name, weight)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> None:
         for name, module in model.named_modules():
-            if isinstance(module, QuantizedLinear):
+            if isinstance(module, Packed):
                 try:
                     module.packed.validate()
-                    module.packed.prepare()
+                    if isinstance(module, QuantizedLinear):
+                        module.packed.prepare()
                 except ValueError as error:
                     raise CheckpointError(f"{name}: {error}; the checkpoint is damaged") from error
 

@@ -44,8 +44,35 @@ class _Payload(nn.Module):
         return self
 
 
-class QuantizedLinear(_Payload):
-    """y = x W^T + b with W in packed form; buffers carry the checkpoint's local tensor names.
+class Packed(_Payload):
+    """A module with a packed weight; buffers carry the checkpoint's local tensor names.
+
+    Args:
+        weight: the packed weight.
+
+    Attributes:
+        metadata: of the weight that a checkpoint has under this module's name.
+    """
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        super().__init__(weight)
+        self.metadata = weight.metadata()
+        self._cached: QuantizedWeight | None = None
+
+    @property
+    def packed(self) -> QuantizedWeight:
+        """The weight, made of this module's present buffers."""
+        if self._cached is None or not _is_current(self._cached, self):
+            state = {name: buffer for name, buffer in self.named_buffers()}
+            self._cached = QuantizedWeight.from_state(self.metadata, state)
+        return self._cached
+
+    def _forget(self) -> None:
+        self._cached = None
+
+
+class QuantizedLinear(Packed):
+    """y = x W^T + b with W in packed form.
 
     Args:
         weight: the packed weight.
@@ -56,19 +83,9 @@ class QuantizedLinear(_Payload):
         super().__init__(weight)
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self._metadata = weight.metadata()
-        self._cached: QuantizedWeight | None = None
         self._held: Tensor | None = None
         self.shared: Outputs | None = None
         self._slot = 0
-
-    @property
-    def packed(self) -> QuantizedWeight:
-        """The weight, made of this module's present buffers."""
-        if self._cached is None or not _is_current(self._cached, self):
-            state = {name: buffer for name, buffer in self.named_buffers()}
-            self._cached = QuantizedWeight.from_state(self._metadata, state)
-        return self._cached
 
     @property
     def weight(self) -> Tensor:
@@ -108,7 +125,8 @@ class QuantizedLinear(_Payload):
 
     def _forget(self) -> None:
         self.unshare()
-        self._cached = self._held = None
+        self._held = None
+        super()._forget()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
@@ -127,8 +145,8 @@ class QuantizedLinear(_Payload):
 
     def extra_repr(self) -> str:
         """Shape, format and measured bits per weight."""
-        meta = self._metadata
-        return f"{self.in_features}, {self.out_features}, format={meta['format']}, bias={self.bias is not None}"
+        form = self.metadata["format"]
+        return f"{self.in_features}, {self.out_features}, format={form}, bias={self.bias is not None}"
 
 
 def _replace(module: nn.Module, weight: QuantizedWeight) -> None:

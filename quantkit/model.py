@@ -1,4 +1,4 @@
-"""Finds a transformers model's decoder blocks and linear layers, and replaces the latter."""
+"""Finds a transformers model's decoder blocks, linear layers and input embedding."""
 
 from typing import Any
 
@@ -22,8 +22,28 @@ _LINEAR_IN_OTHER_WORDS = {"FalconLinear"}
 """Subclasses of nn.Linear whose own forward is x @ W^T + b all the same; others may do anything."""
 
 
+def is_lookup(module: nn.Module) -> bool:
+    """Whether a module gives rows of its weight, times `embed_scale` where it is one of transformers' scaled ones."""
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+        return False
+    scaled = type(module).__name__.endswith("ScaledWordEmbedding") and len(list(module.parameters())) == 1
+    return scaled or type(module).forward is nn.Embedding.forward
+
+
+def ends(model: nn.Module) -> tuple[str | None, str | None]:
+    """Names of the input embedding and of the head, as the model gives them; None for what it does not give."""
+    names = {module: name for name, module in model.named_modules()}
+    found: list[str | None] = []
+    for give in (model.get_input_embeddings, model.get_output_embeddings):
+        try:
+            found.append(names.get(give()))  # type: ignore[operator]
+        except NotImplementedError:
+            found.append(None)
+    return found[0], found[1]
+
+
 def linear_weight(module: nn.Module) -> Tensor:
-    """The weight of a Linear or Conv1D as [out_features, in_features]."""
+    """The weight of a Linear, Conv1D or Embedding as [out_features, in_features]."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.T if isinstance(module, Conv1D) else weight
@@ -99,7 +119,8 @@ def context_length(model: nn.Module) -> int | None:
 
 def check_vocabulary(tokens: Tensor, model: nn.Module) -> None:
     """Raises QuantkitError where a token has no row in the model's embedding."""
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    rows = embedding.weight.shape[0] if isinstance(embedding, nn.Embedding) else embedding.num_embeddings
     largest = int(tokens.max())
     if largest >= rows:
         raise QuantkitError(

@@ -23,9 +23,9 @@ from quantkit.errors import QuantkitError
 from quantkit.folder import ModelFolder, load_tokenizer, refuse_quantized
 from quantkit.forward import WeightSource
 from quantkit.hf import attach
-from quantkit.linear import QuantizedLinear
+from quantkit.linear import Packed
 from quantkit.model import fused_expert_parameters, linear_weight, tensor_bytes
-from quantkit.plan import Plan, Rules
+from quantkit.plan import Plan, Rules, tied
 from quantkit.protocols import Quantizer
 from quantkit.ranks import share_ranks, summary, survey_plan, with_ranks
 from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, make_quantizer
@@ -102,6 +102,7 @@ def quantize(
     rotate_model: bool = False,
     tune_blocks: int | BlockTuning = 0,
     rules: Rules | None = None,
+    head_bits: int | None = None,
     target_shift: float = TARGET_SHIFT,
     calibration: str | Path | list[str] | Calibration = "wikitext2",
     num_samples: int = 128,
@@ -127,7 +128,9 @@ def quantize(
         tune_blocks: steps in which each block is tuned once it is quantized (see `tuning.block`), 0 for none; or the
             settings of those steps.
         rules: patterns over layer names -> quantizer, or None to leave layers dense; the last match decides, e.g.
-            {"*.down_proj": GPTQ(bits=4), "model.layers.0.*": GPTQ(bits=8), "lm_head": None}.
+            {"*.down_proj": GPTQ(bits=4), "model.layers.0.*": GPTQ(bits=8), "lm_head": None}. An embedding is only
+            reached by its full name, and by quantizers that read no statistics.
+        head_bits: pack the head and the input embedding too, at 1 to 8 bits (see `Recipe`); rules go before it.
         target_shift: 0 (off) to 1; see `quantizers.target_shift`.
         calibration: a dataset name, file, hub id, list of documents, or a `Calibration`.
         num_samples, seqlen, seed: the calibration's windows, where `calibration` is not a `Calibration`.
@@ -158,6 +161,7 @@ def quantize(
         rotation=rotation,
         low_rank_bits=low_rank_bits,
         tuner=tuner,
+        head_bits=head_bits,
     )
     refuse_quantized(model.config)
     plan = recipe.plan(model)
@@ -170,7 +174,7 @@ def quantize(
     if rotation is not None:
         turn(model, rotation.seed, rotation.heads)
     untie(model, plan)
-    notes = model_notes(model, ties > len(tied_names(model)), rotation is not None)
+    notes = model_notes(model, plan, ties > len(tied_names(model)), rotation is not None)
     was_training = model.training
     model.eval()
     counts, sink = count_weights(model, plan), _MemorySink()
@@ -194,7 +198,7 @@ def quantize(
             tuner=recipe.tuner,
         )
     except QuantkitError as error:
-        if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        if any(isinstance(module, Packed) for module in model.modules()):
             error.args = (f"{error}; the model in memory is partly packed now: load it anew",)
         raise
     finally:
@@ -244,13 +248,13 @@ def quantize_checkpoint(
     before = source.nbytes()
     if recipe.rotation is not None:
         source.rotate(recipe.rotation)
-    dense_bytes = source.nbytes() - source.packed_nbytes(plan)
     source.untie(plan)
+    dense_bytes = source.nbytes() - source.packed_nbytes(plan)
     weights = count_weights(model, plan)
     windows = None
     if recipe.reads_text(plan):
         windows = recipe.calibration.windows(load_tokenizer(folder), model)
-    notes = model_notes(model, source.untied, recipe.rotation is not None)
+    notes = model_notes(model, plan, source.untied, recipe.rotation is not None)
     if recipe.low_rank_bits:
         plan, note = _shared_ranks(model, plan, windows, recipe, source.source(plan), where, progress)
         source = ModelFolder(folder, dtype or compute_dtype(where))  # the first pass packed the other's layers
@@ -364,16 +368,18 @@ def _described(entry: dict[str, Any]) -> LayerResult:
 
 def count_weights(model: nn.Module, plan: Plan) -> tuple[int, int]:
     """(weights in the plan's layers, weights of the model)."""
-    packed = sum(linear_weight(model.get_submodule(name)).numel() for name in plan)
+    packed = sum(linear_weight(model.get_submodule(name)).numel() for name in plan.keys() - tied(plan).keys())
     return packed, sum(p.numel() for p in model.parameters())
 
 
-def model_notes(model: nn.Module, untied: bool, rotated: bool) -> tuple[str, ...]:
-    """What a user should know of a packed model: what is rotated, untied, or stays dense."""
+def model_notes(model: nn.Module, plan: Plan, untied: bool, rotated: bool) -> tuple[str, ...]:
+    """What a user should know of a packed model: what is rotated, tied, untied, or stays dense."""
     notes = []
     if rotated:
         notes.append("the residual stream is rotated: embedding, norms and head differ from the original model's")
-    if untied:
+    for embedding, head in tied(plan).items():
+        notes.append(f"{embedding} and {head} stay one weight, packed as {head}, stored and counted once")
+    if untied and not tied(plan):
         notes.append("the head was tied to the embedding; each is stored by itself now")
     fused = fused_expert_parameters(model)
     if fused:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,23 @@ from torch import Tensor, nn
 from quantkit.calibrate import Tuner
 from quantkit.data import calibration_windows, documents
 from quantkit.errors import QuantkitError
-from quantkit.model import block_linears, check_vocabulary, context_length, linear_weight, outer_linears
+from quantkit.model import (
+    block_linears,
+    check_vocabulary,
+    context_length,
+    ends,
+    is_lookup,
+    linear_weight,
+    outer_linears,
+)
 from quantkit.plan import Plan, Rules, make_plan, plan_needs
 from quantkit.protocols import Needs, Quantizer
+from quantkit.quantizers.gptq import GPTQ
 from quantkit.quantizers.hadamard import Hadamard
 from quantkit.quantizers.low_rank import LowRank
+from quantkit.quantizers.rtn import RTN
 from quantkit.quantizers.target_shift import TargetShift
+from quantkit.quantizers.tied import Tied
 from quantkit.registry import resolve
 from quantkit.rotate import Rotation
 
@@ -141,6 +153,13 @@ def parse_quantizer(text: str) -> Quantizer:
     return make_quantizer(method, values.pop("hadamard", None), values.pop("low_rank", None), **values)
 
 
+def in_words(quantizer: Quantizer) -> str:
+    """What `parse_quantizer` reads, of one that a `head_bits` stands for; its shift belongs to the recipe."""
+    grid = core(quantizer)
+    assert isinstance(grid, GPTQ | RTN)
+    return f"{type(grid).__name__.lower()}:{grid.bits}:group_size={grid.group_size}"
+
+
 def read_plan(path: Path) -> dict[str, Quantizer]:
     """Quantizers by layer from a plan: JSON {"layers": {layer: what `parse_quantizer` reads}}.
 
@@ -173,10 +192,67 @@ def core(quantizer: Quantizer) -> Quantizer:
     return quantizer
 
 
+def with_bits(quantizer: Quantizer, bits: float) -> Any:
+    """The same quantizer, wrappers and all, with other bits in its core."""
+    if isinstance(inner := getattr(quantizer, "inner", None), Quantizer):
+        return dataclasses.replace(quantizer, inner=with_bits(inner, bits))  # type: ignore[type-var]
+    return dataclasses.replace(quantizer, bits=bits)  # type: ignore[type-var]
+
+
+def share_fractions(plan: Plan, weights: Mapping[str, int]) -> Plan:
+    """Gives layers whole numbers of bits where their method has no others and a fraction is asked for on average.
+
+    The smallest layers of those that share a quantizer get the number above it, as far as the average allows: a bit
+    there costs least, and keys and values, small where heads share them, gain most by one. Of layers of one size some
+    do, evenly over the depth, where not all can.
+
+    Args:
+        plan: quantizers by layer, in model order.
+        weights: of every layer.
+    """
+    parts: dict[Quantizer, list[str]] = {}
+    for name, quantizer in plan.items():
+        inner = core(quantizer)
+        if getattr(inner, "whole_bits", False) and inner.bits != int(inner.bits):  # type: ignore[attr-defined]
+            parts.setdefault(quantizer, []).append(name)
+    changed: Plan = {}
+    for quantizer, names in parts.items():
+        low, rest = divmod(core(quantizer).bits, 1)  # type: ignore[attr-defined]
+        budget = rest * sum(weights[name] for name in names)
+        for size in sorted({weights[name] for name in names}):
+            alike = [name for name in names if weights[name] == size]
+            more = min(len(alike), int(budget / size + 1e-9))
+            budget -= more * size
+            for i, name in enumerate(alike):
+                extra = (i + 1) * more // len(alike) - i * more // len(alike)
+                changed[name] = with_bits(quantizer, int(low) + extra)
+    return plan | changed
+
+
 def _check_quantizer(what: str, value: object) -> None:
     if isinstance(value, type) or not isinstance(value, Quantizer):
         found = value.__name__ if isinstance(value, type) else type(value).__name__
         raise QuantkitError(f"{what} is given {found}; give a quantizer object such as GPTQ(bits=4)")
+
+
+def _check_embedding(model: nn.Module, name: str, quantizer: Quantizer) -> None:
+    """Raises QuantkitError where the input embedding cannot be packed by this quantizer."""
+    module = model.get_submodule(name)
+    if not is_lookup(module):
+        raise QuantkitError(
+            f"{name} is a {type(module).__name__}, which gives more than rows of its weight; leave it dense "
+            f"(--ignore {name})"
+        )
+    if quantizer.needs > Needs.NOTHING:
+        raise QuantkitError(
+            f"{name}: {core(quantizer)} reads statistics of a layer's inputs, and an embedding has none; give it one "
+            "that reads none, such as RTN(bits=6)"
+        )
+
+
+def _group(in_features: int) -> int:
+    """A group size that divides a layer's width, where one of the usual ones does."""
+    return next((size for size in (128, 64, 32) if in_features % size == 0), min(128, in_features))
 
 
 @dataclass(frozen=True)
@@ -193,6 +269,9 @@ class Recipe:
         low_rank_bits: bits per weight that low-rank corrections may cost, shared out over the layers (see
             `quantkit.ranks`); 0 for the ranks that the quantizers have.
         tuner: improves every block once it is quantized; None to leave it as it is.
+        head_bits: of the head (GPTQ; RTN where nothing else reads text) and the input embedding (RTN), symmetric, in
+            groups of 128 or what divides; where they are tied one weight serves both, quantized as the head. Rules go
+            before it. None leaves both dense.
     """
 
     quantizer: Quantizer | None
@@ -203,12 +282,17 @@ class Recipe:
     rotation: Rotation | None = None
     low_rank_bits: float = 0
     tuner: Tuner | None = None
+    head_bits: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.target_shift <= 1:
             raise QuantkitError(f"target shift {self.target_shift}: use 0 (off) to 1 (least squares)")
         if not 0 <= self.low_rank_bits <= 16:
             raise QuantkitError(f"{self.low_rank_bits:g} extra bits for corrections: give 0 (off) to 16, such as 0.1")
+        if self.head_bits not in (None, *range(1, 9)):
+            raise QuantkitError(
+                f"{self.head_bits} bits for head and embedding: give 1 to 8, or none to leave them dense"
+            )
         for pattern, quantizer in self.rules.items():
             if quantizer is not None:
                 _check_quantizer(f"the rule {pattern!r}", quantizer)
@@ -221,10 +305,22 @@ class Recipe:
         """Each layer's quantizer, shifted where it reads statistics.
 
         Raises:
-            QuantkitError: no decoder blocks, a rule that matches nothing, or a group size wider than every layer.
+            QuantkitError: no decoder blocks, a rule that matches nothing, a group size wider than every layer, or an
+                embedding that cannot be packed so.
         """
         rules = {pattern: self._shifted(quantizer) for pattern, quantizer in self.rules.items()}
-        plan = make_plan(block_linears(model), outer_linears(model), self._shifted(self.quantizer), rules)
+        embedding, head = ends(model)
+        defaults: dict[str, Quantizer | None] = {} if embedding is None else {embedding: None}
+        defaults |= dict.fromkeys(block_linears(model), self._shifted(self.quantizer))
+        defaults |= dict.fromkeys(outer_linears(model))
+        if self.head_bits is not None:
+            defaults |= self._for_ends(model, embedding, head)
+        plan = make_plan(defaults, rules, [] if embedding is None else [embedding])
+        if embedding is not None and embedding in plan:
+            if head in plan and plan[head] == plan[embedding] and self._keeps_tie(model, embedding, head):
+                plan[embedding] = Tied(head)
+            _check_embedding(model, embedding, plan[embedding])
+        plan = share_fractions(plan, {name: linear_weight(model.get_submodule(name)).numel() for name in plan})
         widest: dict[Quantizer, int] = {}
         for name, quantizer in plan.items():
             inner = core(quantizer)
@@ -237,6 +333,27 @@ class Recipe:
                     "use -1 for one group a row"
                 )
         return plan
+
+    def _for_ends(self, model: nn.Module, embedding: str | None, head: str | None) -> Plan:
+        """What `head_bits` gives the input embedding and the head."""
+        if embedding is None or head not in outer_linears(model):
+            raise QuantkitError(
+                f"{type(model).__name__} gives no embedding and no linear head that could be packed at "
+                f"{self.head_bits} bits; leave --head-bits (head_bits) out"
+            )
+        assert self.head_bits is not None and head is not None
+        groups = {name: _group(linear_weight(model.get_submodule(name)).shape[1]) for name in (embedding, head)}
+        others = [quantizer for quantizer in (self.quantizer, *self.rules.values()) if quantizer is not None]
+        text = self.tuner or self.low_rank_bits or any(quantizer.needs > Needs.NOTHING for quantizer in others)
+        last = self._shifted((GPTQ if text else RTN)(self.head_bits, groups[head]))
+        assert last is not None
+        tied = self._keeps_tie(model, embedding, head)
+        return {embedding: Tied(head) if tied else RTN(self.head_bits, groups[embedding]), head: last}
+
+    def _keeps_tie(self, model: nn.Module, embedding: str, head: str) -> bool:
+        """Whether the head's weight is the embedding's; a rotation of the model ends that."""
+        weights = [getattr(model.get_submodule(name), "weight", None) for name in (embedding, head)]
+        return self.rotation is None and weights[0] is weights[1]
 
     def _shifted(self, quantizer: Quantizer | None) -> Quantizer | None:
         if quantizer is None or quantizer.needs != Needs.HESSIAN or self.target_shift == 0:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quantkit.errors import CheckpointError, QuantkitError
-from quantkit.linear import QuantizedLinear
+from quantkit.linear import Packed
 from quantkit.model import find_blocks, linear_weight
+from quantkit.plan import tied
 
 _SAMPLES, _SAMPLE_BYTES = 64, 2**14
 INDEX = "model.safetensors.index.json"
@@ -165,22 +166,25 @@ def belongs(name: str, layers: Collection[str]) -> bool:
     return name.endswith(".weight") and name.removesuffix(".weight") in layers
 
 
-def untie(model: PreTrainedModel, layers: Collection[str], mapping: dict[str, str] | None = None) -> None:
-    """Ends the tie of each of the layers, so that changing its weight leaves the embedding as it is.
+def untie(model: PreTrainedModel, plan: Collection[str], mapping: dict[str, str] | None = None) -> None:
+    """Ends the ties of planned layers, so that changing one's weight leaves the other's as it is.
 
     Args:
         model: changed in place, its config too.
-        layers: names of layers that may be tied.
+        plan: layers that may be tied; where it is a plan that keeps two of them together, to be packed as one weight,
+            they stay one here, and only transformers no longer knows.
         mapping: see `match_names`; gets an entry for each weight that was not stored.
     """
-    tied = tied_names(model)
-    ended = {name: origin for name, origin in tied.items() if belongs(name, layers)}
+    ties = tied_names(model)
+    ended = {name: origin for name, origin in ties.items() if belongs(name, plan) or belongs(origin, plan)}
+    together = [set(pair) for pair in tied(plan).items()] if isinstance(plan, dict) else []
     for name, origin in ended.items():
-        tied.pop(name)
+        ties.pop(name)
         if mapping:
             mapping.setdefault(name, mapping[origin])
-        layer = model.get_submodule(name.rpartition(".")[0])
-        layer.weight = torch.nn.Parameter(linear_weight(layer).detach(), requires_grad=False)
+        if {name.removesuffix(".weight"), origin.removesuffix(".weight")} not in together:
+            layer = model.get_submodule(name.rpartition(".")[0])
+            layer.weight = torch.nn.Parameter(linear_weight(layer).detach(), requires_grad=False)
     if ended:
         model.config.tie_word_embeddings = False
 
@@ -227,10 +231,13 @@ class ShardedWeights:
         self._unused = tuple(f"{name}." for name in unused)
 
     def _names(self, module_name: str) -> list[str]:
+        """The stored tensors of a block, or ("") of everything outside the blocks, but for what is packed by now."""
         if module_name:
-            return [name for name in self._tensors.mapping if name.startswith(f"{module_name}.")]
-        outer = (name for name in self._tensors.mapping if not name.startswith(self._blocks))
-        return [name for name in outer if not name.startswith(self._unused)]
+            names = [name for name in self._tensors.mapping if name.startswith(f"{module_name}.")]
+        else:
+            outer = (name for name in self._tensors.mapping if not name.startswith(self._blocks))
+            names = [name for name in outer if not name.startswith(self._unused)]
+        return [name for name in names if not isinstance(self._model.get_submodule(name.rpartition(".")[0]), Packed)]
 
     def load(self, name: str, module: nn.Module, device: torch.device) -> None:
         """Reads the tensors of a block, or ("") of everything outside the blocks."""
@@ -247,12 +254,10 @@ class ShardedWeights:
     def release(self, name: str, module: nn.Module) -> None:
         """Sends the module's stored tensors back to the meta device, packed ones included; computed buffers stay."""
         for child in module.modules() if name else ():
-            if isinstance(child, QuantizedLinear):
+            if isinstance(child, Packed):
                 child.to("meta")
         for local in self._names(name):
-            owner, _, _ = local.rpartition(".")
-            if not isinstance(self._model.get_submodule(owner), QuantizedLinear):
-                set_module_tensor_to_device(self._model, local, "meta")
+            set_module_tensor_to_device(self._model, local, "meta")
         if not name:
             self._model.tie_weights()  # type: ignore[operator]
         _return_freed_memory()

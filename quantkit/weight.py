@@ -46,6 +46,25 @@ class QuantizedWeight(ABC):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the payload stands for, [out_features, in_features]."""
 
+    def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows of the weight, as an embedding gives them.
+
+        Args:
+            index: int32 or int64 [...], of output features.
+            dtype: of the result.
+
+        Returns:
+            [..., in_features], what `dequantize` gives there.
+
+        Raises:
+            IndexError: an index is negative or too large; on a GPU, as from torch's embedding, an assertion there.
+        """
+        return self._rows(index.reshape(-1)).to(dtype).view(*index.shape, self.shape[1])
+
+    def _rows(self, index: Tensor) -> Tensor:
+        """Rows [n, in_features] for an index [n]; by default the whole weight is dequantized for it, each time."""
+        return self.dequantize().index_select(0, index)
+
     def matmul(
         self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
     ) -> Tensor:

@@ -42,6 +42,7 @@ CONFIGS = {
     "llama_small": LlamaConfig(**_SMALL),
     "gpt2_small": GPT2Config(vocab_size=VOCABULARY, n_embd=80, n_inner=136, n_layer=2, n_head=4, n_positions=256),
     "llama_tied": LlamaConfig(**_ODD, tie_word_embeddings=True),
+    "llama_tied_small": LlamaConfig(**_SMALL, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**_ODD, tie_word_embeddings=True),
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=320, n_inner=704, n_layer=2, n_head=5, n_positions=256),
     "neox": GPTNeoXConfig(**{k: v for k, v in _SMALL.items() if k != "num_key_value_heads"}),

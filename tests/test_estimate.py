@@ -5,10 +5,11 @@ from quantkit.estimate import estimate
 from quantkit.pipeline import quantize_checkpoint
 
 
+@pytest.mark.parametrize("head_bits", [None, 6])
 @pytest.mark.parametrize("architecture", ["llama_tied", "neox", "mixtral"])
-def test_sizes_are_those_of_the_run_and_no_weight_is_read(architecture, model_folder, tmp_path, monkeypatch):
+def test_sizes_are_those_of_the_run_and_no_weight_is_read(architecture, head_bits, model_folder, tmp_path, monkeypatch):
     """Also for models whose shards have another form (NeoX, fused experts), which the run itself loads whole."""
-    folder, recipe = model_folder(architecture), Recipe(RTN(3, 32))
+    folder, recipe = model_folder(architecture), Recipe(RTN(3, 32), head_bits=head_bits)
     report = quantize_checkpoint(folder, recipe, tmp_path / "packed")
 
     def refuse(*_args, **_kwargs):

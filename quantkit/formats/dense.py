@@ -27,3 +27,7 @@ class DenseWeight(QuantizedWeight, format="dense"):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight itself."""
         return self.weight.to(dtype)
+
+    def _rows(self, index: Tensor) -> Tensor:
+        """The rows themselves."""
+        return self.weight.index_select(0, index)

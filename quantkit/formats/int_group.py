@@ -88,6 +88,12 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         weight = dequantized(self.codes, self.scales, self.zeros, self.bits, self.group_size, self.in_features)
         return weight.to(dtype)
 
+    def _rows(self, index: Tensor) -> Tensor:
+        """Reads the words and scales of these rows alone."""
+        codes, scales = self.codes.index_select(0, index), self.scales.index_select(1, index)
+        zeros = None if self.zeros is None else self.zeros.index_select(1, index)
+        return dequantized(codes, scales, zeros, self.bits, self.group_size, self.in_features)
+
     def prepare(self) -> None:
         """Allocates what launches on the codes' GPU share."""
         prepare(self.codes.device)

@@ -76,6 +76,11 @@ class LowRankWeight(QuantizedWeight, format="low_rank"):
         up, down = self.factors()
         return (self.base.dequantize() + up @ down).to(dtype)
 
+    def _rows(self, index: Tensor) -> Tensor:
+        """Rows of the base, and of the correction."""
+        up, down = self.factors()
+        return self.base.rows(index) + up.index_select(0, index) @ down
+
     def prepare(self) -> None:
         """The base's."""
         self.base.prepare()

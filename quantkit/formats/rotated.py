@@ -58,6 +58,12 @@ class RotatedWeight(QuantizedWeight, format="rotated"):
         weight = rotate(self.base.dequantize(), self.in_signs, True)
         return self._outputs_back(weight.T).T.to(dtype)
 
+    def _rows(self, index: Tensor) -> Tensor:
+        """Rows of the base rotated back; where outputs are rotated too, every row depends on all of the base's."""
+        return (
+            super()._rows(index) if self.out_signs is not None else rotate(self.base.rows(index), self.in_signs, True)
+        )
+
     def prepare(self) -> None:
         """The base's."""
         self.base.prepare()

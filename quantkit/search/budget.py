@@ -1,7 +1,8 @@
 """Budgets that users have, as bytes that the searched layers may take.
 
-Every stored byte counts: the dense rest of the model (embeddings, norms, head) and the files' headers come first, and
-what is left is the layers'. A model that is to fit a device beside its cache and activations leaves room for those:
+Every stored byte counts: the rest of the model (embedding, norms, head, packed or dense) and the files' headers come
+first, and what is left is the layers'. A model that is to fit a device beside its cache and activations leaves room for
+those:
 
     weights + KV cache (context x batch) + activations (the longest prompt in one pass) + reserve <= device
 """
@@ -17,6 +18,7 @@ from typing import Literal
 from quantkit.errors import QuantkitError
 from quantkit.folder import ModelFolder
 from quantkit.model import linear_weight
+from quantkit.plan import Plan
 from quantkit.protocols import Quantizer
 from quantkit.recipe import core
 from quantkit.weight import QuantizedWeight
@@ -56,25 +58,28 @@ class Budget:
     kind: Literal["bits", "bytes", "weights", "latency", "blocks"]
     timings: Mapping[tuple[str, int, int], float] | None = None
 
-    def units(self, source: ModelFolder | None, layers: Sequence[str]) -> int:
+    def units(self, source: ModelFolder | None, layers: Sequence[str], fixed: Plan | None = None) -> int:
         """What the searched layers may cost, in units of `cost`.
 
         Args:
             source: the full-precision model; not read for a number of blocks.
             layers: their names.
+            fixed: quantizers of layers that are packed too, and not searched.
         """
-        factor, rest = self._scale(source, layers)
+        factor, rest = self._scale(source, layers, fixed or {})
         return int(self.amount * factor) - rest
 
-    def _scale(self, source: ModelFolder | None, layers: Sequence[str]) -> tuple[float, int]:
+    def _scale(self, source: ModelFolder | None, layers: Sequence[str], fixed: Plan) -> tuple[float, int]:
         """(units in one of `amount`, units that all else takes)."""
         if self.kind == "blocks" or source is None:
             return 1, 0
         if self.kind == "latency":
             return 1e6, 0
         if self.kind == "bytes":
-            dense = source.nbytes() - source.packed_nbytes(layers)
-            return 1, dense + HEADER_BYTES * (len(source.model.state_dict()) + TENSORS * len(layers))
+            rest = source.nbytes() - source.packed_nbytes([*layers, *fixed])
+            shapes = {name: linear_weight(source.model.get_submodule(name)).shape for name in fixed}
+            rest += sum(quantizer.layout(*shapes[name]).nbytes for name, quantizer in fixed.items())
+            return 1, rest + HEADER_BYTES * (len(source.model.state_dict()) + TENSORS * (len(layers) + len(fixed)))
         weights = sum(linear_weight(source.model.get_submodule(name)).numel() for name in layers)
         return weights / 8 if self.kind == "bits" else weights, 0
 
@@ -100,8 +105,14 @@ class Budget:
             return rows * columns - round(getattr(core(quantizer), "sparsity", 0.0) * rows * columns)
         return weight.nbytes
 
-    def check(self, source: ModelFolder, layers: Sequence[str], quantizers: Iterable[Quantizer]) -> str:
+    def check(
+        self, source: ModelFolder, layers: Sequence[str], quantizers: Iterable[Quantizer], fixed: Plan | None = None
+    ) -> str:
         """Holds the budget against what the candidates' layouts cost, before any of them is made.
+
+        Args:
+            source, layers, fixed: see `units`.
+            quantizers: the candidates.
 
         Returns:
             What is to be said of it: that it is more than the dearest candidates take, or nothing.
@@ -114,9 +125,9 @@ class Budget:
             shape = linear_weight(source.model.get_submodule(name)).shape
             costs = [self.cost(quantizer.layout(*shape), quantizer) for quantizer in quantizers]
             least, most = least + min(costs), most + max(costs)
-        factor, rest = self._scale(source, layers)
+        factor, rest = self._scale(source, layers, fixed or {})
         low, high = (self._said((units + rest) / factor) for units in (least, most))
-        allowed = self.units(source, layers)
+        allowed = self.units(source, layers, fixed)
         if allowed < least:
             raise QuantkitError(f"{self._said(self.amount)} is impossible with these candidates: from {low} to {high}")
         if allowed > most:

@@ -3,6 +3,8 @@
 Statistics are gathered once. A layer's candidates share its Hessian and, where they have the same damping and order of
 columns, its factor. The prefix that feeds them is packed by one of the candidates, the base (EvoPress, section 4: all
 levels are calibrated behind the same prefix), so that a layer's candidates do not depend on which others were chosen.
+The head and the embedding may be packed beside them, in one way each (`Recipe.head_bits`): nothing is searched there,
+and candidates do not see it.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantkit.calibrate import LayerResult, relative_error, walk
 from quantkit.checkpoint import alone, remove_strays
 from quantkit.device import compute_dtype, pick_device
+from quantkit.errors import QuantkitError
 from quantkit.folder import ModelFolder, load_tokenizer
-from quantkit.plan import Plan
+from quantkit.model import is_lookup
+from quantkit.plan import Plan, tied
 from quantkit.protocols import Needs, Quantizer
 from quantkit.quantizers.target_shift import TargetShift
 from quantkit.recipe import Recipe
@@ -75,8 +79,9 @@ class Several:
 class _Sink:
     """Writes what a walk finds into the database."""
 
-    def __init__(self, store: Store, quantizers: Mapping[str, Quantizer], base: str, found: Found) -> None:
+    def __init__(self, store: Store, quantizers: Mapping[str, Quantizer], base: str, found: Found, fixed: Plan) -> None:
         self._store, self._quantizers, self._base, self._found = store, quantizers, base, found
+        self._fixed = fixed
 
     def finished(self, index: int) -> dict[str, QuantizedWeight] | None:
         """The block as the base packs it, where all candidates are there."""
@@ -86,12 +91,25 @@ class _Sink:
 
     def write(self, index: int, name: str, layers: dict[str, LayerResult]) -> None:
         """Takes the block's candidates."""
+        searched = [layer for layer in layers if layer in self._found]
         for key, quantizer in self._quantizers.items():
-            made = {layer: self._found[layer][quantizer] for layer in layers if quantizer in self._found[layer]}
+            made = {layer: self._found[layer][quantizer] for layer in searched if quantizer in self._found[layer]}
             if made:
                 self._store.write(index, key, quantizer, made)
-        for layer in layers:
+        for layer in searched:
             self._found[layer].clear()
+        for layer in (layer for layer in layers if layer in self._fixed):
+            self._store.write(index, _end_key(layer, self._fixed[layer]), self._fixed[layer], {layer: layers[layer]})
+
+
+def _end_key(layer: str, quantizer: Quantizer) -> str:
+    """The name of the file of a layer that is packed in one way."""
+    return f"{layer}-{candidate_key(quantizer)}"
+
+
+def _stored(fixed: Plan) -> Plan:
+    """Those of the layers packed in one way that have a weight of their own."""
+    return {name: quantizer for name, quantizer in fixed.items() if name not in tied(fixed)}
 
 
 @dataclass(frozen=True)
@@ -101,7 +119,8 @@ class Database:
     Attributes:
         store: on disk.
         quantizers: by key, in the order asked for.
-        blocks: each layer's block, -1 for layers outside the blocks; in model order.
+        blocks: each searched layer's block, -1 for layers outside the blocks; in model order.
+        fixed: quantizers of the layers that are packed in one way, the head and the embedding.
         source: the model's folder.
         settings: JSON of the calibration.
         bytes_before: of all tensors of the full model.
@@ -110,9 +129,22 @@ class Database:
     store: Store
     quantizers: dict[str, Quantizer]
     blocks: dict[str, int]
+    fixed: Plan
     source: ModelFolder
     settings: dict[str, Any]
     bytes_before: int
+
+    def ends(self) -> dict[str, LayerResult]:
+        """The layers of `fixed`, packed."""
+        results = {}
+        for name, quantizer in _stored(self.fixed).items():
+            key = _end_key(name, quantizer)
+            made = self.store.candidates(-1, key)[name]
+            results[name] = LayerResult(self.store.load_one(-1, key, name), made.relative_error, made.damping)
+        for name, layer in tied(self.fixed).items():
+            layout = self.fixed[name].layout(*results[layer].weight.shape)
+            results[name] = replace(results[layer], weight=layout)
+        return results
 
 
 def build(
@@ -129,7 +161,8 @@ def build(
 
     Args:
         folder: the full-precision model.
-        recipe: its quantizer is the base; its rules say which layers are left out.
+        recipe: its quantizer is the base; its rules say which layers are left out; its `head_bits` are those of the
+            head and the embedding, where no rule gives them the base.
         candidates: ways to pack a layer; the base is one more, if it is not among them.
         database: folder of the database; made where there is none.
         budget: of the search to come; one that no candidates keep is refused before any is made.
@@ -145,9 +178,9 @@ def build(
     source = ModelFolder(folder, compute_dtype(where))
     for quantizer in (base, *candidates):
         replace(recipe, quantizer=quantizer).plan(source.model)  # raises where a candidate does not fit the model
-    plan = recipe.plan(source.model)
+    plan, fixed = _divided(recipe, source.model)
     before = source.nbytes()
-    source.untie(plan)
+    source.untie(plan | fixed)
     windows = recipe.calibration.windows(load_tokenizer(folder), source.model)
     settings = recipe.settings(plan, windows)
     identity = {key: value for key, value in settings.items() if key != "quantizers"} | {
@@ -160,24 +193,40 @@ def build(
     }
     quantizers = {candidate_key(quantizer): quantizer for quantizer in (*candidates, base)}
     if budget is not None:
-        budget.check(source, tuple(plan), quantizers.values())
+        budget.check(source, tuple(plan), quantizers.values(), fixed)
     store = Store(database, identity, len(source.blocks))
     indices = {f"{source.prefix}.{index}.": index for index in range(len(source.blocks))}
     blocks = {name: next((i for prefix, i in indices.items() if name.startswith(prefix)), -1) for name in plan}
-    if not all(store.has(index, key) for index in set(blocks.values()) for key in quantizers):
+    wanted = [(index, key) for index in set(blocks.values()) for key in quantizers]
+    wanted += [(-1, _end_key(name, quantizer)) for name, quantizer in _stored(fixed).items()]
+    if not all(store.has(*place) for place in wanted):
         with alone(store.folder):
             for place in store.folder.glob("block-*"):
                 remove_strays(place)
-            _fill(store, source, plan, quantizers, blocks, recipe, windows, where, progress)
+            _fill(store, source, fixed, quantizers, blocks, recipe, windows, where, progress)
         source = ModelFolder(folder, compute_dtype(where))  # the walk packed the other's layers
-        source.untie(plan)
-    return Database(store, quantizers, blocks, source, settings, before)
+        source.untie(plan | fixed)
+    return Database(store, quantizers, blocks, fixed, source, settings, before)
+
+
+def _divided(recipe: Recipe, model: nn.Module) -> tuple[Plan, Plan]:
+    """(the layers that are searched, those that are packed in one way).
+
+    Raises:
+        QuantkitError: an embedding is to be searched.
+    """
+    plan, searched = recipe.plan(model), replace(recipe, head_bits=None).plan(model)
+    for name in searched:
+        if is_lookup(model.get_submodule(name)):
+            raise QuantkitError(f"{name} is an embedding, and candidates are for linear layers; --head-bits packs it")
+    fixed = {name: quantizer for name, quantizer in plan.items() if name not in searched}
+    return searched, {name: quantizer for name, quantizer in fixed.items() if tied(fixed).get(name) not in searched}
 
 
 def _fill(
     store: Store,
     source: ModelFolder,
-    plan: Plan,
+    fixed: Plan,
     quantizers: dict[str, Quantizer],
     blocks: dict[str, int],
     recipe: Recipe,
@@ -189,7 +238,7 @@ def _fill(
     base = recipe.quantizer
     assert base is not None
     key = candidate_key(base)
-    found: Found = {name: {} for name in plan}
+    found: Found = {name: {} for name in blocks}
     several: Plan = {}
     for name, index in blocks.items():
         missing = tuple(quantizer for other, quantizer in quantizers.items() if not store.has(index, other))
@@ -197,11 +246,12 @@ def _fill(
         several[name] = Several(base, missing, recipe.target_shift, found[name], stored)
     walk(
         source.model,
-        several,
+        several | fixed,
         windows,
-        source=source.source(plan),
-        sink=_Sink(store, quantizers, key, found),
+        source=source.source(several | fixed),
+        sink=_Sink(store, quantizers, key, found, _stored(fixed)),
         device=device,
         progress=progress,
         true_sequential=recipe.true_sequential,
+        lookups_first=False,
     )

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from quantkit.errors import first_line
+from quantkit.kernels.int_group_matmul import AT_ONCE, CROSSOVERS
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.model import key_heads, linear_weight
 
@@ -61,19 +62,24 @@ def beside_weights(
     batch: int,
     kv: KVCacheConfig | None,
     device: torch.device,
+    head: str | None = None,
 ) -> Beside:
     """What generation needs beside the weights, at its peak.
 
     Args:
         model: on the meta device, in the dtype in which it will run; has no use afterwards.
-        packed: its layers that are packed.
+        packed: its layers that are packed, in the blocks.
         context: tokens of each sequence.
         batch: sequences.
         kv: of a compressed cache; None for a plain one.
         device: of its kind generation will take place on.
+        head: that is packed too, in an integer format: each sequence's last token alone is multiplied with it.
     """
     itemsize = model.dtype.itemsize
     largest = max((linear_weight(model.get_submodule(name)).numel() for name in packed), default=0)
+    if head is not None and (device.type == "cpu" or batch > CROSSOVERS["default"][1]):
+        weights = linear_weight(model.get_submodule(head)).numel()
+        largest = max(largest, min(weights, AT_ONCE) if device.type == "cpu" else weights)
     try:
         peak, left = prompt_bytes(model, context, batch)
         cache, activations = left, peak - left

@@ -290,19 +290,20 @@ def assemble(
     """
     where, now = begin(device)
     source, store = database.source, database.store
-    plan = {layer: database.quantizers[key] for layer, key in chosen.items()}
+    plan = {layer: database.quantizers[key] for layer, key in chosen.items()} | database.fixed
     dense_bytes = source.nbytes() - source.packed_nbytes(plan)
     described = {**database.settings, **settings, "quantizers": {layer: repr(plan[layer]) for layer in plan}}
-    notes = model_notes(source.model, source.untied, rotated=False)
+    notes = model_notes(source.model, plan, source.untied, rotated=False)
     weights = count_weights(source.model, plan)
     run = Run(now if start is None else start, where, database.bytes_before, weights, described, notes)
     identity = {**settings, "chosen": dict(chosen), "database": database.store.identity}
+    identity["fixed"] = {layer: repr(quantizer) for layer, quantizer in database.fixed.items()}
     writer = CheckpointWriter(
         output, len(source.blocks), source.dense, identity, resume=not overwrite, overwrite=overwrite
     )
     for index in (*range(len(source.blocks)), -1):
         layers = {layer: key for layer, key in chosen.items() if database.blocks[layer] == index}
-        results = {}
+        results = database.ends() if index < 0 else {}
         for layer, key in layers.items():
             candidate = store.candidates(index, key)[layer]
             weight = store.load_one(index, key, layer)

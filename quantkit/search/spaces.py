@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quantkit.device import free_memory
+from quantkit.embedding import put
 from quantkit.forward import Wrap, bare
-from quantkit.linear import QuantizedLinear, new_linear
+from quantkit.linear import Packed, QuantizedLinear, new_linear
 from quantkit.model import find_blocks
 from quantkit.protocols import Quantizer
 from quantkit.search.build import Database
@@ -53,7 +54,8 @@ def _nbytes(weight: QuantizedWeight, _quantizer: Quantizer) -> int:
 class CandidateSpace:
     """Layers that take one of their candidates. Only layers that changed are touched.
 
-    A layer's level is its candidate by cost; one that costs no less than another with less error is left out.
+    A layer's level is its candidate by cost; one that costs no less than another with less error is left out. The head
+    and the embedding are packed from the beginning, where the database has them.
 
     Args:
         model: the full-precision model, on its device; its layers are replaced.
@@ -64,6 +66,8 @@ class CandidateSpace:
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype, database: Database, cost: Cost = _nbytes) -> None:
         self.model, self._dtype, self.database = model, dtype, database
+        for name, result in database.ends().items():
+            _unpack(put(model, name, result.weight.map(lambda tensor: tensor.to(model.device))), dtype)
         self.names = list(database.blocks)
         self.keys: list[tuple[str, ...]] = []
         self.losses = []
@@ -82,7 +86,8 @@ class CandidateSpace:
             self.losses.append(tuple(loss for _, loss, _ in kept))
             self.keys.append(tuple(key for _, _, key in kept))
         self.index = Index(tuple(costs))
-        self.identity: Any = [database.store.identity, self.keys]
+        fixed = {name: repr(quantizer) for name, quantizer in database.fixed.items()}
+        self.identity: Any = [database.store.identity, self.keys, fixed]
         self._present: list[str | None] = [None] * len(self.names)
         self._linears: OrderedDict[tuple[str, str], QuantizedLinear] = OrderedDict()
         self._budget = int(CACHE_SHARE * free_memory(model.device))
@@ -105,8 +110,7 @@ class CandidateSpace:
             weight = self.database.store.load_one(self.database.blocks[name], key, name)
             weight = weight.map(lambda tensor: tensor.to(self.model.device))
             linear = new_linear(weight, self.model.get_submodule(name))
-            linear.packed.prepare()
-            linear.hold(self._dtype)
+            _unpack(linear, self._dtype)
             self._linears[name, key] = linear
         self._linears.move_to_end((name, key))
         return self._linears[name, key]
@@ -122,6 +126,13 @@ class CandidateSpace:
             if size <= self._budget:
                 return
             size -= _held_bytes(self._linears.pop(old), self._dtype)
+
+
+def _unpack(module: Packed, dtype: torch.dtype) -> None:
+    """Readies a linear layer for many inputs."""
+    if isinstance(module, QuantizedLinear):
+        module.packed.prepare()
+        module.hold(dtype)
 
 
 def _held_bytes(linear: QuantizedLinear, dtype: torch.dtype) -> int:

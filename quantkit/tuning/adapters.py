@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quantkit.embedding import QuantizedEmbedding
 from quantkit.errors import QuantkitError
 from quantkit.formats.low_rank import LowRankWeight
 from quantkit.hf import attach
-from quantkit.linear import QuantizedLinear
+from quantkit.linear import Packed, QuantizedLinear
 from quantkit.tuning.tunable import Coded
 from quantkit.weight import QuantizedWeight
 
@@ -148,14 +149,18 @@ def peft_config(config: Any) -> Any:
 
 
 def packed_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """The packed layers by name, each with tensors of its own.
+    """The packed linear layers by name, each with tensors of its own; a head that is the embedding too stays as it is.
 
     Raises:
         QuantkitError: there is none, or they are being trained already.
     """
     if any(isinstance(module, AdaptedLinear) for module in model.modules()):
         raise QuantkitError("the model's corrections are being trained already; quantkit.finished(model) ends that")
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    shared = [module.head for module in model.modules() if isinstance(module, QuantizedEmbedding)]
+    packed = {
+        name: module for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear) and module not in shared
+    }  # fmt: skip
     if not packed:
         raise QuantkitError("the model has no packed layers; quantize it first")
     for module in packed.values():
@@ -176,6 +181,6 @@ def _with_correction(weight: QuantizedWeight, rank: int, generator: torch.Genera
 def _metadata(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear | AdaptedLinear) and not name.startswith(inside):
-            yield name, module.packed.metadata()
+        if isinstance(module, Packed | AdaptedLinear) and not name.startswith(inside):
+            yield name, module.metadata if isinstance(module, Packed) else module.packed.metadata()
             inside = (*inside, f"{name}.")

@@ -109,6 +109,31 @@ def test_dry_run_predicts_the_sizes_and_touches_nothing(packed, model_folder, te
     assert not list(tmp_path.glob("no*"))
 
 
+@pytest.mark.parametrize("architecture", ["llama_small", "llama_tied_small"])
+def test_head_and_embedding_at_their_own_bits(architecture, model_folder, text_file, tmp_path):
+    """They are predicted, reported, listed and evaluated like all other layers."""
+    folder, output = model_folder(architecture), tmp_path / "packed"
+    settings = ["--bits", 4, "--group-size", 32, "--head-bits", 6, "--calibration", text_file]
+    settings += ["--num-samples", 3, "--seqlen", 128, "--output", output]
+    expected = run("quantize", folder, *settings, "--dry-run")
+    made = run("quantize", folder, *settings)
+    assert made.returncode == 0, made.stderr
+    report = json.loads((output / "quantkit_report.json").read_text())
+    assert f"{report['bits_per_weight']:.3f}" in expected.stdout
+    assert f"{report['bytes_after'] / 2**10:.2f} KiB" in expected.stdout
+    assert "model.embed_tokens" in made.stdout and "lm_head" in made.stdout
+    assert ("tied to lm_head" in made.stdout) == (architecture == "llama_tied_small")
+    listing = json.loads(run("inspect", output, "--json").stdout)
+    assert listing["bits_per_weight"] == pytest.approx(report["bits_per_weight"])
+    assert len(listing["layers"]) == 16
+    found = run(
+        "eval", output, "--data", text_file, "--seqlen", 128, "--max-windows", 2, "--baseline", folder, "--json"
+    )
+    assert 0 < json.loads(found.stdout)["kl"] < 0.1
+    ignored = run("quantize", folder, *settings, "--ignore", "lm_head", "--ignore", "model.embed_tokens", "--dry-run")
+    assert "layers to pack     14" in ignored.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -122,6 +147,7 @@ def test_dry_run_predicts_the_sizes_and_touches_nothing(packed, model_folder, te
         (["--ignore", "*.nothing"], "matches none"),
         (["--device", "cuda:77"], "torch sees"),
         (["--num-samples", "0"], "at least one window"),
+        (["--head-bits", "9"], "9 bits for head and embedding: give 1 to 8"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, model_folder, text_file, tmp_path, complaint):

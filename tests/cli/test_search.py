@@ -50,7 +50,7 @@ def test_a_checkpoint_a_plan_and_a_picture(searched, model_folder):
 
 def test_a_killed_search_goes_on(searched, model_folder):
     place, _ = searched
-    arguments = ["search", model_folder("llama"), "--size", "3.6MB", *SHORT, "--database", place / "candidates"]
+    arguments = ["search", model_folder("llama"), "--size", "1.8MB", *SHORT, "--database", place / "candidates"]
     arguments = [*map(str, [*arguments, "--output", place / "second", "--generations", 12])]
     process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     state, deadline = place / "second.search" / "search.json", time.monotonic() + 240
@@ -65,9 +65,29 @@ def test_a_killed_search_goes_on(searched, model_folder):
     assert refused.returncode == 2 and "--resume continues it" in refused.stderr
     done = run(*arguments, "--resume")
     assert done.returncode == 0, done.stderr
-    assert sum(path.stat().st_size for path in (place / "second").glob("*.safetensors")) <= 3_600_000
+    assert 1_700_000 < sum(path.stat().st_size for path in (place / "second").glob("*.safetensors")) <= 1_800_000
+    report = json.loads((place / "second" / "quantkit_report.json").read_text())
+    bits = {layer["name"]: layer["bits_per_weight"] for layer in report["layers"]}
+    assert bits["lm_head"] == bits["model.embed_tokens"] == 6.25, "a budget of all weights is theirs too"
+    plan = json.loads((place / "second" / "quantkit_plan.json").read_text())["layers"]
+    assert plan["lm_head"] == "gptq:6:group_size=64" and plan["model.embed_tokens"] == "rtn:6:group_size=64"
     history = json.loads((place / "second" / "quantkit_search.json").read_text())["history"]
     assert [[*line.values()] for line in history[: len(former)]] == former and len(history) == 12
+
+
+def test_room_beside_generation_goes_to_head_and_embedding_too(searched, model_folder, tmp_path):
+    """At 4 bits and at none: the smaller they are, the more is left for the layers."""
+    place, _ = searched
+    arguments = [*SHORT, "--database", place / "candidates", "--generations", 1, "--fit", "58MB", "--context", 64]
+    spent = []
+    for bits in (4, 0):
+        output = tmp_path / f"head-{bits}"
+        done = run("search", model_folder("llama"), *arguments, "--head-bits", bits, "--output", output)
+        assert done.returncode == 0, done.stderr
+        packed = quantkit.load(output)
+        assert isinstance(packed.get_input_embeddings(), torch.nn.Embedding) == (bits == 0)
+        spent.append(json.loads((output / "quantkit_search.json").read_text())["budget"])
+    assert 1_000_000 < spent[0] - spent[1] < 2_000_000
 
 
 def test_a_plan_leaves_nothing_to_say(searched, model_folder, tmp_path, complaint):
@@ -109,6 +129,8 @@ def test_pruning(model_folder, tmp_path):
         (["--avg-bits", 3, "--top", 100], "top=100"),
         (["--sparsity", 1], "between 0 and 1"),
         (["--drop-blocks", 0], "give at least 1"),
+        (["--avg-bits", 3, "--head-bits", 9], "give 1 to 8, or 0 (or 16) to leave head and embedding dense"),
+        (["--drop-blocks", 1, "--head-bits", 6], "which makes a dense model"),
         (["--drop-blocks", 2], "the model has 2 blocks, and one must stay"),
         (["--fit", "1GB", "--context", 99, "--kv-bits", -100], "a cache has 2, 3, 4 or 8 bits"),
         (["--avg-bits", 3, "--kv-bits", 4], "--kv-bits is given without --fit"),

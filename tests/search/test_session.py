@@ -7,16 +7,19 @@ import pytest
 import torch
 
 import quantkit
-from quantkit import GPTQ
+from quantkit import GPTQ, RTN, Calibration
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.metrics import token_kl
-from quantkit.recipe import Recipe, read_plan
+from quantkit.plan import tied
+from quantkit.recipe import Recipe, in_words, parse_quantizer, read_plan
 from quantkit.search.budget import Budget
+from quantkit.search.build import build
 from quantkit.search.evolve import Evolution
 from quantkit.search.session import assemble
-from quantkit.search.spaces import BlockSpace
+from quantkit.search.spaces import BlockSpace, CandidateSpace
+from quantkit.search.store import candidate_key
 
-from .conftest import SHORT, TEXT, make_session
+from .conftest import CANDIDATES, SHORT, TEXT, make_session
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +140,72 @@ def test_a_size_counts_every_byte_of_the_files(session, database, reference, tmp
     )  # fmt: skip
     size = sum(path.stat().st_size for path in (tmp_path / "found").glob("*.safetensors"))
     assert 0.98 * asked < size <= asked
+
+
+@pytest.fixture(scope="module")
+def with_ends(reference, recipe, database, place):
+    """The same candidates, with head and embedding at 6 bits beside them."""
+    return build(reference, dataclasses.replace(recipe, head_bits=6), CANDIDATES, place, device="cpu")
+
+
+def test_head_and_embedding_are_packed_beside_the_candidates(with_ends, database, reference, place, tmp_path):
+    """They leave candidates alone, are measured, counted and stored, and a plan makes them again."""
+    assert with_ends.blocks == database.blocks and with_ends.store.identity == database.store.identity
+    assert list(with_ends.fixed) == ["model.embed_tokens", "lm_head"] and not database.fixed
+    session, source = make_session(reference, with_ends, place, start="uniform"), with_ends.source
+    asked = int(0.25 * source.nbytes())
+    budget = Budget(asked, "bytes")
+    allowed = budget.units(source, session.space.names, with_ends.fixed)
+    assert allowed > budget.units(source, session.space.names) + 1_000_000
+    assert budget.check(source, session.space.names, CANDIDATES, with_ends.fixed) == ""
+    outcome = session.search(allowed)
+    report = assemble(
+        reference, with_ends, session.space.chosen(outcome.assignment), tmp_path / "found", settings={}, files={},
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    size = sum(path.stat().st_size for path in (tmp_path / "found").glob("*.safetensors"))
+    assert 0.97 * asked < size <= asked
+    rows = {row.name: row for row in report.layers}
+    assert rows["lm_head"].bits_per_weight == rows["model.embed_tokens"].bits_per_weight == 6.125
+    assert "GPTQ" in rows["lm_head"].quantizer and "RTN" in rows["model.embed_tokens"].quantizer
+    loaded = quantkit.load(tmp_path / "found", dtype=torch.float32).eval()
+    session.space.apply(outcome.assignment)
+    for linear in session.space.model.modules():
+        if hasattr(linear, "release"):
+            linear.release()
+    tokens = session.fitness.windows[:1, :40]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, session.space.model(tokens).logits, rtol=1e-4, atol=1e-4)
+    rules = {name: parse_quantizer(in_words(quantizer)) for name, quantizer in with_ends.fixed.items()}
+    planned = Recipe(None, rules).plan(quantkit.load(reference))
+    assert planned == with_ends.fixed
+
+
+def test_a_tied_head_is_one_weight_in_a_search_too(model_folder, tmp_path):
+    folder = model_folder("llama_tied_small")
+    recipe = Recipe(GPTQ(3, 32), calibration=Calibration("stdlib", 4, 64), head_bits=6)
+    made = build(folder, recipe, (GPTQ(4, 32),), tmp_path / "c", device="cpu")
+    assert tied(made.fixed) == {"model.embed_tokens": "lm_head"}
+    chosen = dict.fromkeys(made.blocks, candidate_key(GPTQ(4, 32)))
+    report = assemble(folder, made, chosen, tmp_path / "found", settings={}, files={}, device=torch.device("cpu"))
+    loaded = quantkit.load(tmp_path / "found", dtype=torch.float32).eval()
+    assert loaded.get_input_embeddings().head is loaded.lm_head and loaded.lm_head.packed.bits == 6
+    space = CandidateSpace(quantkit.load(folder, dtype=torch.float32), torch.float32, made)
+    space.apply(tuple(len(costs) - 1 for costs in space.index.costs))
+    tokens = torch.arange(40).view(1, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, space.model(tokens).logits, rtol=1e-4, atol=1e-4)
+    units = Budget(1_000_000, "bytes").units(made.source, [*made.blocks], made.fixed)
+    packed = sum(made.store.candidates(made.blocks[name], key)[name].nbytes for name, key in chosen.items())
+    others = 1_000_000 - units - loaded.lm_head.packed.nbytes
+    assert report.bytes_after - packed - loaded.lm_head.packed.nbytes < others < 40_000, "norms and headers"
+    words = {name: parse_quantizer(in_words(made.fixed["lm_head"])) for name in made.fixed}
+    assert Recipe(None, words).plan(quantkit.load(folder)) == made.fixed
+    searched = dataclasses.replace(recipe, rules={"lm_head": GPTQ(3, 32)})
+    assert not build(folder, searched, (GPTQ(4, 32),), tmp_path / "with-head", device="cpu").fixed
+    named = Recipe(RTN(3, 32), {"model.embed_tokens": RTN(3, 32)}, calibration=recipe.calibration)
+    with pytest.raises(QuantkitError, match="is an embedding, and candidates are for linear layers"):
+        build(folder, named, (RTN(4, 32),), tmp_path / "no", device="cpu")
 
 
 def test_impossible_budgets_say_what_is_possible(session):
