@@ -80,6 +80,17 @@ def test_fewer_bits_of_cache_leave_more_for_weights(reference):
     assert less.reserve < full.reserve
 
 
+def test_a_packed_head_is_dequantized_on_a_cpu_and_for_many_sequences(reference):
+    """In parts on a CPU; a GPU's kernels take the last token of up to 192 sequences as it is."""
+    weights = empty(reference).lm_head.weight.numel()
+
+    def beside(batch, device, head):
+        return beside_weights(empty(reference), [], 20, batch, None, torch.device(device), head).activations
+
+    for device, batch, bytes_each in (("cpu", 1, 24), ("cuda", 192, 0), ("cuda", 193, 2)):
+        assert beside(batch, device, "lm_head") - beside(batch, device, None) == bytes_each * weights
+
+
 def test_generation_stays_below_what_was_reserved(reference):
     """In its own process: the peak beyond the libraries, with the weights in full precision."""
     context, batch = 500, 8
