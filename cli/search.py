@@ -25,7 +25,7 @@ from quantkit.kvcache.config import KVCacheConfig
 from quantkit.model import block_linears, ends
 from quantkit.plan import tied
 from quantkit.protocols import Quantizer
-from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, in_words, parse_quantizer
+from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, fraction_of, in_words, parse_quantizer
 from quantkit.search.budget import Budget, parse_size, read_timings
 from quantkit.search.build import Database, build
 from quantkit.search.evolve import Evolution, State, parse_stages, stages_text
@@ -260,6 +260,13 @@ def _candidates(
         raise QuantkitError(f"--candidates {candidates!r} names none; give some such as {CANDIDATES}")
     base = base or ("gptq:3" if "gptq:3" in texts else texts[0])
     offers = {text: parse_quantizer(text) for text in dict.fromkeys((*texts, base))}
+    for text, quantizer in offers.items():
+        if (bits := fraction_of(quantizer)) is not None:
+            method = text.split(":")[0]
+            raise QuantkitError(
+                f"the candidate {text!r}: {method} gives a layer a whole number of bits; offer {method}:{int(bits)} "
+                f"and {method}:{int(bits) + 1}, and the search mixes them"
+            )
     return offers, offers[base]
 
 
@@ -367,7 +374,7 @@ def _publish(
         start=begun, overwrite=overwrite,
     )  # fmt: skip
     report_table(report)
-    bits = {layer.name: layer.bits_per_weight for layer in report.layers}
+    bits = {layer.name: layer.bits_per_weight for layer in report.layers if layer.name not in shared}
     try:
         draw(outcome, bits, session.settings.measure, output / "quantkit_search.png")
     except ImportError:

@@ -148,6 +148,8 @@ def walk(
             raise CalibrationError("this run reads what flows through the layers; give calibration text")
         size = batch_tokens if tuner is None else min(batch_tokens, tuner.batch_tokens)
         batches, wrap = capture(model, blocks, windows, source, device, size)
+    for layer in front:
+        progress(0, len(blocks), layer)
     found = _quantize_outer(model, blocks, front, batches, wrap, source, device)
     if front and batches and windows is not None:
         for batch, behind in zip(batches, capture(model, blocks, windows, source, device, size)[0], strict=True):

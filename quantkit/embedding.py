@@ -59,7 +59,7 @@ class QuantizedEmbedding(Packed):
         rows = weight.rows(index.to(place), self.dtype).to(index.device)
         if self._scale is None:
             return rows
-        return rows * (float(torch.tensor(self._scale, dtype=self.dtype)) if self._cast_scale else self._scale)
+        return rows * (torch.tensor(self._scale, dtype=self.dtype) if self._cast_scale else self._scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)

@@ -199,6 +199,12 @@ def with_bits(quantizer: Quantizer, bits: float) -> Any:
     return dataclasses.replace(quantizer, bits=bits)  # type: ignore[type-var]
 
 
+def fraction_of(quantizer: Quantizer) -> float | None:
+    """Bits that are a fraction where a layer can only have a whole number of them, or None."""
+    inner: Any = core(quantizer)
+    return inner.bits if getattr(inner, "whole_bits", False) and inner.bits != int(inner.bits) else None
+
+
 def share_fractions(plan: Plan, weights: Mapping[str, int]) -> Plan:
     """Gives layers whole numbers of bits where their method has no others and a fraction is asked for on average.
 
@@ -212,12 +218,11 @@ def share_fractions(plan: Plan, weights: Mapping[str, int]) -> Plan:
     """
     parts: dict[Quantizer, list[str]] = {}
     for name, quantizer in plan.items():
-        inner = core(quantizer)
-        if getattr(inner, "whole_bits", False) and inner.bits != int(inner.bits):  # type: ignore[attr-defined]
+        if fraction_of(quantizer) is not None:
             parts.setdefault(quantizer, []).append(name)
     changed: Plan = {}
     for quantizer, names in parts.items():
-        low, rest = divmod(core(quantizer).bits, 1)  # type: ignore[attr-defined]
+        low, rest = divmod(fraction_of(quantizer) or 0.0, 1)
         budget = rest * sum(weights[name] for name in names)
         for size in sorted({weights[name] for name in names}):
             alike = [name for name in names if weights[name] == size]
@@ -342,13 +347,14 @@ class Recipe:
                 f"{self.head_bits} bits; leave --head-bits (head_bits) out"
             )
         assert self.head_bits is not None and head is not None
+        bits = int(self.head_bits)
         groups = {name: _group(linear_weight(model.get_submodule(name)).shape[1]) for name in (embedding, head)}
         others = [quantizer for quantizer in (self.quantizer, *self.rules.values()) if quantizer is not None]
         text = self.tuner or self.low_rank_bits or any(quantizer.needs > Needs.NOTHING for quantizer in others)
-        last = self._shifted((GPTQ if text else RTN)(self.head_bits, groups[head]))
+        last = self._shifted((GPTQ if text else RTN)(bits, groups[head]))
         assert last is not None
         tied = self._keeps_tie(model, embedding, head)
-        return {embedding: Tied(head) if tied else RTN(self.head_bits, groups[embedding]), head: last}
+        return {embedding: Tied(head) if tied else RTN(bits, groups[embedding]), head: last}
 
     def _keeps_tie(self, model: nn.Module, embedding: str, head: str) -> bool:
         """Whether the head's weight is the embedding's; a rotation of the model ends that."""

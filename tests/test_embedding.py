@@ -199,6 +199,8 @@ def test_a_tie_holds(architecture, packed_folder, tmp_path):
     with pytest.raises(TypeError, match="QuantizedEmbedding"):
         model.resize_token_embeddings(VOCABULARY + 8)
     assert torch.equal(logits(model), before)
+    placed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu").eval()
+    assert torch.equal(logits(placed), before)
     other = copy.deepcopy(model)
     assert other.get_input_embeddings().head is other.lm_head is not model.lm_head
     other.lm_head.scales.mul_(2)

@@ -133,6 +133,7 @@ def test_pruning(model_folder, tmp_path):
         (["--avg-bits", 3, "--candidates", "gptk:3"], "did you mean 'gptq'"),
         (["--avg-bits", 3, "--candidates", "gptq"], "'gptq' is no quantizer; write METHOD:BITS"),
         (["--avg-bits", 3, "--candidates", ","], "names none"),
+        (["--avg-bits", 3, "--candidates", "trellis:2.5"], "offer trellis:2 and trellis:3"),
         (["--avg-bits", 3, "--held-out", 0], "held_out=0"),
         (["--avg-bits", 3, "--generations", -1], "generations=-1"),
     ],
