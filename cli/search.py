@@ -44,7 +44,7 @@ SPARSITY_STEPS = (-0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3)
 
 _AvgBits = Annotated[
     float | None,
-    typer.Option(help="Bits per weight of the packed layers, every stored byte counted.", rich_help_panel=_BUDGET),
+    typer.Option(help="Bits per weight of the searched layers, every stored byte counted.", rich_help_panel=_BUDGET),
 ]
 _Total = Annotated[
     str | None,

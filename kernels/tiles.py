@@ -222,8 +222,9 @@ def leave_share(
 
     exist [1, BLOCK_M]: only these rows of x are stored.
     """
+    place = _share_places(exist, BLOCK_N, BLOCK_M)
     partial_ptr += (where.to(tl.int64) * SPLIT_K + share) * (BLOCK_N * BLOCK_M)
-    tl.store(partial_ptr + _share_places(exist, BLOCK_N, BLOCK_M), accumulator, mask=exist)
+    tl.store(partial_ptr + place, accumulator, mask=exist)
     tl.debug_barrier()  # all of this share is written before it is counted
     return tl.atomic_add(arrived_ptr + where, 1, sem="acq_rel") != SPLIT_K - 1
 
@@ -237,7 +238,8 @@ def sum_of_shares(
     exist [1, BLOCK_M]: only these rows of x are read, as they were stored; others are 0.
     """
     tl.store(arrived_ptr + where, 0)  # ready for the next launch
-    partial_ptr += where.to(tl.int64) * (SPLIT_K * BLOCK_N * BLOCK_M) + _share_places(exist, BLOCK_N, BLOCK_M)
+    place = _share_places(exist, BLOCK_N, BLOCK_M)
+    partial_ptr += where.to(tl.int64) * (SPLIT_K * BLOCK_N * BLOCK_M) + place
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     other_value = None if exist is None else 0.0
     for other in range(SPLIT_K):

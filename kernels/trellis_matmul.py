@@ -105,10 +105,10 @@ def registers(problem: Problem, config: Config) -> int:
 @lru_cache(maxsize=4096)  # asked at every launch
 def rule(problem: Problem) -> Config:
     """Sizes for a launch on a GPU that nobody has measured: three programs a multiprocessor, four tiles of K each."""
-    block_m = 8 if problem.M <= 8 else 16 if problem.M <= 16 else 32
-    tiles = -(-problem.K // _TILE)
-    if problem.dtype != torch.bfloat16 and (problem.dtype == torch.float32 or problem.bits > 4 or problem.K % _TILE):
-        block_m = min(block_m, 16)  # parts of x take registers too
+    tiles, few_words = -(-problem.K // _TILE), problem.bits in (1, 2, 4) and problem.K % _TILE == 0
+    # parts of x take registers too
+    most = 32 if problem.dtype == torch.bfloat16 or (problem.dtype == torch.float16 and few_words) else 16
+    block_m = 8 if problem.M <= 8 else min(most, 16 if problem.M <= 16 else 32)
     programs, split = -(-problem.N // BLOCK_N) * -(-problem.M // block_m), 1
     while programs * split < 3 * problem.multiprocessors and split < 32 and tiles // (2 * split) >= 4:
         split *= 2

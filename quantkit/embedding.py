@@ -1,5 +1,6 @@
 """QuantizedEmbedding: an input embedding whose rows are unpacked when they are looked up."""
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,8 @@ from quantkit.formats.tied import TiedWeight
 from quantkit.linear import Packed, QuantizedLinear, new_linear
 from quantkit.model import is_lookup
 from quantkit.weight import QuantizedWeight
+
+logger = logging.getLogger(__name__)
 
 
 class QuantizedEmbedding(Packed):
@@ -84,6 +87,8 @@ def put(root: nn.Module, name: str, weight: QuantizedWeight) -> Packed:
         head = root.get_submodule(weight.layer) if isinstance(weight, TiedWeight) else None
         assert head is None or isinstance(head, QuantizedLinear)
         module: Packed = QuantizedEmbedding(weight, replaced, head)
+        if not module.packed.by_rows:
+            logger.warning("%s: %s is unpacked as a whole at every lookup; int_group is not", name, module.packed.label)
     else:
         module = new_linear(weight, replaced)
     root.set_submodule(name, module)

@@ -65,6 +65,12 @@ class QuantkitHfQuantizer(HfQuantizer):
                 raise CheckpointError(
                     f"{name} is a {type(layer).__name__}, no linear layer or embedding; is this the right model class?"
                 )
+            if isinstance(weight, TiedWeight):
+                head = dict(model.named_modules()).get(weight.layer)
+                if not (is_lookup(layer) and isinstance(head, QuantizedLinear)):
+                    raise CheckpointError(
+                        f"{name} is no embedding that {weight.layer} could serve; config.json is damaged"
+                    )
             if is_lookup(layer) and weight.shape != linear_weight(layer).shape:
                 raise CheckpointError(
                     f"{name} is {list(linear_weight(layer).shape)} in {type(model).__name__}, and the checkpoint's "

@@ -46,6 +46,11 @@ class QuantizedWeight(ABC):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the payload stands for, [out_features, in_features]."""
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether `rows` reads no more than the rows that it is asked for."""
+        return False
+
     def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows of the weight, as an embedding gives them.
 

@@ -85,6 +85,7 @@ def test_a_lookup_does_not_dequantize_everything(method, monkeypatch):
     def refuse(*_args):
         raise AssertionError("all rows are dequantized")
 
+    assert packed.by_rows
     for part in (packed, *packed.nested().values()):
         monkeypatch.setattr(type(part), "dequantize", refuse)
     torch.testing.assert_close(packed.rows(torch.arange(4, 9)), expected, rtol=1e-5, atol=1e-6)
@@ -358,6 +359,17 @@ def test_tuning_leaves_the_embedding_as_it_is(architecture, model_folder, packed
     assert torch.equal(quantkit.finished(model).get_input_embeddings()(TOKENS), rows)
 
 
+def test_a_lookup_that_unpacks_everything_is_said(model_folder, caplog):
+    rules = {"model.embed_tokens": Hadamard(RTN(6, 64))}
+    model = quantkit.quantize(load(model_folder("llama_small")), method="rtn", bits=4, group_size=32, rules=rules)
+    assert "model.embed_tokens: rotated(int_group) is unpacked as a whole at every lookup" in caplog.text
+    weight = model.model.embed_tokens.packed
+    assert torch.equal(model.model.embed_tokens(TOKENS), weight.dequantize()[TOKENS])
+    caplog.clear()
+    quantkit.quantize(load(model_folder("llama_small")), method="rtn", bits=4, group_size=32, head_bits=6)
+    assert not caplog.text
+
+
 def test_senseless_requests_are_refused(model_folder):
     for bits in (0, 9, 2.5):
         with pytest.raises(QuantkitError, match=f"{bits} bits for head and embedding: give 1 to 8"):
@@ -405,6 +417,8 @@ def test_damaged_checkpoints_are_refused(packed_folder, tmp_path):
     expect("tied to nothing, .* which is not there", lambda c: layers(c)[name].update(layer="nothing"))
     expect("which is tied to model.embed_tokens", lambda c: layers(c)[name].update(layer=name))
     expect("which is int_group", lambda c: layers(c)[name].update(out_features=7))
+    query = "model.layers.0.self_attn.q_proj"
+    expect("no embedding that lm_head could serve", lambda c: layers(c).update({query: layers(c)[name]}))
     expect("does not fit its metadata", lambda c: layers(c)[name].pop("layer"))
     expect("in LlamaForCausalLM, and the checkpoint's", lambda c: c.update(vocab_size=VOCABULARY + 1))
     with pytest.raises(ValueError, match="that of lm_head"):

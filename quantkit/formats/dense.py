@@ -28,6 +28,11 @@ class DenseWeight(QuantizedWeight, format="dense"):
         """The weight itself."""
         return self.weight.to(dtype)
 
+    @property
+    def by_rows(self) -> bool:
+        """Yes."""
+        return True
+
     def _rows(self, index: Tensor) -> Tensor:
         """The rows themselves."""
         return self.weight.index_select(0, index)

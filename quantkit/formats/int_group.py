@@ -88,6 +88,11 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         weight = dequantized(self.codes, self.scales, self.zeros, self.bits, self.group_size, self.in_features)
         return weight.to(dtype)
 
+    @property
+    def by_rows(self) -> bool:
+        """Yes: a row has words and scales of its own."""
+        return True
+
     def _rows(self, index: Tensor) -> Tensor:
         """Reads the words and scales of these rows alone."""
         codes, scales = self.codes.index_select(0, index), self.scales.index_select(1, index)

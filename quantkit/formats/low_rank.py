@@ -76,6 +76,11 @@ class LowRankWeight(QuantizedWeight, format="low_rank"):
         up, down = self.factors()
         return (self.base.dequantize() + up @ down).to(dtype)
 
+    @property
+    def by_rows(self) -> bool:
+        """Where the base does."""
+        return self.base.by_rows
+
     def _rows(self, index: Tensor) -> Tensor:
         """Rows of the base, and of the correction."""
         up, down = self.factors()

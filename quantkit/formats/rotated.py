@@ -58,8 +58,13 @@ class RotatedWeight(QuantizedWeight, format="rotated"):
         weight = rotate(self.base.dequantize(), self.in_signs, True)
         return self._outputs_back(weight.T).T.to(dtype)
 
+    @property
+    def by_rows(self) -> bool:
+        """Where the base does, unless outputs are rotated too: then every row depends on all of the base's."""
+        return self.out_signs is None and self.base.by_rows
+
     def _rows(self, index: Tensor) -> Tensor:
-        """Rows of the base rotated back; where outputs are rotated too, every row depends on all of the base's."""
+        """Rows of the base rotated back, or all rows where outputs are rotated too."""
         return (
             super()._rows(index) if self.out_signs is not None else rotate(self.base.rows(index), self.in_signs, True)
         )
