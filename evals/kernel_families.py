@@ -21,7 +21,7 @@ PYRAMID_BARS = {("factored", 4, 32): 4.0, ("table", 16, 8): 5.6}
 """The same, by form, bits and dimension."""
 CODEBOOK_BARS = {(4, 8, 0): 3.0, (6, 12, 0): 3.0}
 """The same, by v, bits and residual bits."""
-TRELLIS_BARS = {(1, 8): 4.2, (2, 8): 4.1, (3, 8): 4.9, (4, 8): 4.1, (1, 16): 4.6, (2, 16): 4.5, (4, 16): 4.5}
+TRELLIS_BARS = {(1, 8): 4.6, (2, 8): 4.5, (3, 8): 5.2, (4, 8): 4.5, (1, 16): 5.0, (2, 16): 4.9, (4, 16): 4.9}
 """The same, by bits and rows of x."""
 NO_BAR = float("inf")
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -222,8 +222,9 @@ def _codebook(kernel: str, p: codebook_rule.Problem, rank: int) -> Build:
 def trellis(arch: int, quick: bool) -> Iterator[Build]:
     """Builds of `trellis_matmul`."""
 
-    def build(kernel: str, M: int, bits: int, dtype=BRAIN, rank=0, K=_SIZE, state_bits=16) -> Build:
-        return _trellis(kernel, trellis_matmul.Problem(M, _SIZE, K, bits, state_bits, dtype, arch, stride=K), rank)
+    def build(kernel: str, M: int, bits: int, dtype=BRAIN, rank=0, K=_SIZE, state_bits=16, ends=()) -> Build:
+        form = bits, state_bits, dtype, arch, 132, K, ends
+        return _trellis(kernel, trellis_matmul.Problem(M, _SIZE, K, *form), rank)
 
     for bits in (2,) if quick else range(1, 9):
         for M in (8, 16) if quick else (8, 16, 32):
@@ -235,7 +236,9 @@ def trellis(arch: int, quick: bool) -> Iterator[Build]:
     for bits in (2, 3):
         yield build("dequantize", 256, bits)
         yield build("multiply", 8, bits, HALF if quick else torch.float32)
+        yield build("multiply", 8, bits, ends=(16, 24))
         if not quick:
+            yield build("dequantize", 256, bits, ends=(16, 24))
             for M in (8, 16, 32):
                 yield build("multiply", M, bits, state_bits=12)
                 yield build("multiply", M, bits, K=4112)
@@ -253,9 +256,11 @@ def _trellis(kernel: str, p: trellis_matmul.Problem, rank: int) -> Build:
         config = trellis_matmul.rule(p)
         constants = trellis_matmul.constants(p, config.num_warps) | trellis_matmul.tile_constants(p, config)
         maxnreg = trellis_matmul.registers(p, config)
-    types, values = {"codes_ptr": "*i32", "scale_ptr": "*fp32"}, {"lines": ring_length(p.N) * p.bits // 32}
+    types = {"codes_ptr": "*i32", "scales_ptr": "*u8", "scale_ptr": "*fp32"}
+    values = {"lines": ring_length(p.N) * p.bits // 32}
     name = f"trellis {kernel} K={p.bits} L={p.state_bits} M={p.M} {_NAMES[p.dtype]}"
     name += (f" rank {rank}" if rank else "") + (f" {p.K} columns" if p.K % 128 else "")
+    name += f" {len(p.ends) + 1} parts" if p.ends else ""
     plain = kernel == "multiply" and (p.capability, p.dtype, p.state_bits, p.K % 128) == (90, BRAIN, 16, 0)
     found = _product(
         name, f"trellis_matmul_triton.{kernel}_kernel", p, config, types, values, constants, rank,

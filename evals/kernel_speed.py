@@ -164,7 +164,8 @@ def trellises(bits: int, state_bits: int = 16) -> Kind:
 
     def make(N: int, K: int, device: torch.device, generator: torch.Generator) -> Weight:
         codes = _words(ring_length(N) * bits // 32, K, device, generator)
-        arguments = codes, torch.full((1,), 0.5, device=device), bits, state_bits, N
+        steps = torch.randint(200, 256, (1, K), dtype=torch.uint8, device=device, generator=generator)
+        arguments = codes, steps, torch.full((1,), 0.5, device=device), bits, state_bits, [N]
         return Weight(arguments, trellis_matmul.trellis_matmul, trellis_matmul.dequantized)
 
     return Kind(f"trellis K={bits}{f' L={state_bits}' if state_bits < 16 else ''}", make)

@@ -14,9 +14,15 @@ halves by the same number of x adds them without another instruction. The mask i
 hold as well. `evals/trellis_codes.py` compares codes.
 
 Rings run along the outputs of a weight [out_features, in_features], one for each column. Stored: int32 [words,
-in_features], bit i of a ring being bit i % 32 of word i // 32.
+in_features], bit i of a ring being bit i % 32 of word i // 32. Each column has a step, a byte c that stands for
+
+    step(c) = (16 + c % 16) / 16 * 2^(c // 16 - 15)
+
+with five significant bits, so that a product with a number of fp16 is exact in two bf16. Weights over the same inputs
+can lie side by side: rings, steps and scales of the first, then those of the next.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -81,13 +87,38 @@ def states(codes: Tensor, bits: int, state_bits: int) -> Tensor:
     return (windows & (1 << state_bits) - 1).to(torch.int32)
 
 
-def dequantized(codes: Tensor, scale: Tensor, bits: int, state_bits: int, out_features: int) -> Tensor:
-    """The specification of the weight, on any device: fp32 [out_features, in_features].
+def step(codes: Tensor) -> Tensor:
+    """fp32 steps of codes uint8."""
+    codes = codes.int()
+    return torch.ldexp(1 + (codes & 15) / 16, (codes >> 4) - 15)
+
+
+def nearest_step(wanted: Tensor) -> Tensor:
+    """uint8 codes of the steps that are nearest to fp32 numbers, in their ratio."""
+    steps = step(torch.arange(256, device=wanted.device))
+    return torch.bucketize(wanted, (steps[1:] * steps[:-1]).sqrt()).to(torch.uint8)
+
+
+def lines(parts: Sequence[int], bits: int) -> list[int]:
+    """Words of the rings of parts with so many outputs."""
+    return [ring_length(part) * bits // 32 for part in parts]
+
+
+def dequantized(
+    codes: Tensor, scales: Tensor, scale: Tensor, bits: int, state_bits: int, parts: Sequence[int]
+) -> Tensor:
+    """The specification of the weight, on any device: fp32 [sum of parts, in_features], value * step * scale.
 
     Args:
-        codes: int32 [words, in_features].
-        scale: fp32 [1], of all values.
+        codes: int32 [words of all parts, in_features].
+        scales: uint8 [parts, in_features], the columns' steps.
+        scale: fp32 [parts], of all values.
         bits, state_bits: K and L.
-        out_features: places in use.
+        parts: outputs of each part.
     """
-    return table(state_bits, codes.device)[states(codes, bits, state_bits)[:out_features].long()] * scale
+    values, factors = table(state_bits, codes.device), step(scales)
+    found = []
+    for i, rings in enumerate(codes.split(lines(parts, bits))):
+        known = values[states(rings, bits, state_bits)[: parts[i]].long()]
+        found.append(known * factors[i] * scale[i])
+    return found[0] if len(found) == 1 else torch.cat(found)

@@ -1,27 +1,30 @@
 """Multiply by a trellis-coded weight without materialising it: y = x @ W^T + (x @ D^T) @ U^T + bias.
 
-    W[n, k] = value(the L bits of ring k from bit K n on) * scale
+    W[n, k] = value(the L bits of ring k from bit K n on) * step(scales[k]) * scale
 
 `quantkit.kernels.trellis` has the code: rings of bits along N, one for each column; a value is the sum of two bf16
 that a multiplication, a mask and a flip make of a state. `codes` int32 [words, in_features] hold the i-th words of all
-rings side by side; the word behind a ring's last is its first. `scale` is fp32 [1]. U [N, r] and D [r, in_features] are
-an optional low-rank correction, bias is [N].
+rings side by side; the word behind a ring's last is its first. `scales` are uint8 [parts, in_features] and `scale` fp32
+[parts], for weights that lie side by side (q, k, v): each has its own rings, steps and scale. U [N, r] and D [r,
+in_features] are an optional low-rank correction, bias is [N].
 
 Bytes moved: N * in_features * bits / 8 for W, 2 * M * in_features for x, 2 * M * N for y. From the caches a run of 16
 weights is read together with the first 16 bits of the next. Up to 3 bits a weight it is instructions that take time.
 
 Two regimes by M, the rows of x:
 
-    few     weights are decoded in the registers that the tensor core multiplies. They are not rounded, and neither is
-            x: the scale is applied to the fp32 sums.
+    few     weights are decoded in the registers that the tensor core multiplies, without a rounding. Steps go into x,
+            which is exact but for one rounding of x in bf16 and fp32; the scale is applied to the fp32 sums.
     many    W is written out, rounded to x's dtype, and torch multiplies.
 
 Results are deterministic; x = I gives exactly the dequantized weight. The kernels stand in `trellis_matmul_triton.py`,
 so that this file imports where there is no Triton.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,7 +32,7 @@ from torch import Tensor
 
 from quantkit.kernels import launching, operators, trellis
 from quantkit.kernels.launching import or_stand_in
-from quantkit.kernels.trellis import STATE_BITS, ring_length
+from quantkit.kernels.trellis import STATE_BITS
 from quantkit.kernels.tuning import Config, chosen
 
 CROSSOVERS = {"default": 32}
@@ -41,25 +44,26 @@ _TILE = 128
 
 
 def dequantized(
-    codes: Tensor, scale: Tensor, bits: int, state_bits: int, out_features: int, in_features: int
+    codes: Tensor, scales: Tensor, scale: Tensor, bits: int, state_bits: int, parts: Sequence[int], in_features: int
 ) -> Tensor:
     """The specification of the weight, on any device: fp32 [out_features, in_features]."""
-    return trellis.dequantized(codes, scale, bits, state_bits, out_features)
+    return trellis.dequantized(codes, scales, scale, bits, state_bits, parts)
 
 
 def reference(
     x: Tensor,
     codes: Tensor,
+    scales: Tensor,
     scale: Tensor,
     bits: int,
     state_bits: int,
-    out_features: int,
+    parts: Sequence[int],
     bias: Tensor | None = None,
     up: Tensor | None = None,
     down: Tensor | None = None,
 ) -> Tensor:
-    """The specification of the product, on any device: y [..., out_features] in x's dtype for x [..., K_in]."""
-    weight = dequantized(codes, scale, bits, state_bits, out_features, x.shape[-1])
+    """The specification of the product, on any device: y [..., sum of parts] in x's dtype for x [..., K_in]."""
+    weight = trellis.dequantized(codes, scales, scale, bits, state_bits, parts)
     return operators.product(x, weight, bias, up, down)
 
 
@@ -74,6 +78,7 @@ class Problem:
         capability: compute capability of the GPU, e.g. 90.
         multiprocessors: of the GPU.
         stride: of the rows of x; None for K.
+        ends: the tile of W's rows behind each part's last, but for the last part.
     """
 
     M: int
@@ -85,6 +90,7 @@ class Problem:
     capability: int = 90
     multiprocessors: int = 132
     stride: int | None = None
+    ends: tuple[int, ...] = ()
 
     @property
     def wide(self) -> bool:
@@ -117,7 +123,8 @@ def rule(problem: Problem) -> Config:
 
 def constants(problem: Problem, warps: int) -> dict[str, Any]:
     """The compile-time arguments that both kernels share, beside the machine."""
-    return {"BITS": problem.bits, "STATE_BITS": problem.state_bits, "WIDE": problem.wide, "WARPS": warps}
+    shared = {"BITS": problem.bits, "STATE_BITS": problem.state_bits, "WIDE": problem.wide, "WARPS": warps}
+    return shared | {"ENDS": problem.ends}
 
 
 def tile_constants(problem: Problem, config: Config) -> dict[str, Any]:
@@ -129,10 +136,11 @@ def tile_constants(problem: Problem, config: Config) -> dict[str, Any]:
 def launch(
     x: Tensor,
     codes: Tensor,
+    scales: Tensor,
     scale: Tensor,
     bits: int,
     state_bits: int,
-    out_features: int,
+    parts: Sequence[int],
     bias: Tensor | None = None,
     up: Tensor | None = None,
     down: Tensor | None = None,
@@ -146,27 +154,28 @@ def launch(
     Raises:
         ValueError: shapes or dtypes that the kernels' addresses do not allow.
     """
-    check(x, codes, scale, bits, state_bits, out_features, bias, up, down)
-    rows = launching.rows_of(x)
+    check(x, codes, scales, scale, bits, state_bits, parts, bias, up, down)
+    rows, out_features = launching.rows_of(x), sum(parts)
     if not len(rows):
         return x.new_empty(*x.shape[:-1], out_features)
     capability, multiprocessors, gpu = launching.properties(x.device)
     shape = len(rows), out_features, x.shape[-1], bits, state_bits
-    problem = Problem(*shape, x.dtype, capability, multiprocessors, rows.stride(0))
+    ends = tuple(end // BLOCK_N for end in accumulate(parts[:-1]))
+    problem = Problem(*shape, x.dtype, capability, multiprocessors, rows.stride(0), ends)
     inner = None if up is None or down is None else rows @ down.T
     if problem.M > CROSSOVERS.get(gpu, CROSSOVERS["default"]) and config is None:
-        y = operators.dense(rows, _write_out(codes, scale, problem), bias, inner, up)
+        y = operators.dense(rows, _write_out(codes, scales, scale, problem), bias, inner, up)
     else:
         y = torch.empty(problem.M, problem.N, dtype=x.dtype, device=x.device)
         if config is None:
             config = rule(problem)
             config = chosen(x.device, problem.key(), config) if x.is_cuda else config
         with torch.cuda.device_of(x):
-            _fused(rows, codes, scale, bias, up, inner, y, problem, config)
+            _fused(rows, codes, scales, scale, bias, up, inner, y, problem, config)
     return y.view(*x.shape[:-1], out_features)
 
 
-def _fused(rows, codes, scale, bias, up, inner, y, problem: Problem, config: Config) -> None:
+def _fused(rows, codes, scales, scale, bias, up, inner, y, problem: Problem, config: Config) -> None:
     from quantkit.kernels.trellis_matmul_triton import multiply_kernel  # Triton exists on Linux alone
 
     grid = -(-problem.N // BLOCK_N), -(-problem.M // config.block_m), config.split_k
@@ -176,7 +185,7 @@ def _fused(rows, codes, scale, bias, up, inner, y, problem: Problem, config: Con
         partial = torch.empty(size, dtype=torch.float32, device=y.device)
         arrived = launching.counters(y.device, grid[0] * grid[1])
     multiply_kernel[grid](
-        rows, codes, scale, *(or_stand_in(tensor, y) for tensor in (bias, up, inner)), y, partial, arrived,
+        rows, codes, scales, scale, *(or_stand_in(tensor, y) for tensor in (bias, up, inner)), y, partial, arrived,
         problem.M, problem.N, problem.K, len(codes), rows.stride(0), 0 if up is None else up.shape[1],
         **constants(problem, config.num_warps), **tile_constants(problem, config), HAS_BIAS=bias is not None,
         BLOCK_R=launching.block_r(up), **launching.machine(y), num_warps=config.num_warps, num_stages=1,
@@ -184,14 +193,14 @@ def _fused(rows, codes, scale, bias, up, inner, y, problem: Problem, config: Con
     )  # fmt: skip
 
 
-def _write_out(codes: Tensor, scale: Tensor, problem: Problem) -> Tensor:
+def _write_out(codes: Tensor, scales: Tensor, scale: Tensor, problem: Problem) -> Tensor:
     """The dequantized weight [N, K_in], by the kernel."""
     from quantkit.kernels.trellis_matmul_triton import dequantize_kernel
 
     weight = torch.empty(problem.N, problem.K, dtype=problem.dtype, device=codes.device)
     with torch.cuda.device_of(codes):
         dequantize_kernel[(-(-problem.N // BLOCK_N), -(-problem.K // 64))](
-            codes, scale, weight, problem.N, problem.K, len(codes), **constants(problem, 4),
+            codes, scales, scale, weight, problem.N, problem.K, len(codes), **constants(problem, 4),
             **launching.machine(codes), num_warps=4,
         )  # fmt: skip
     return weight
@@ -200,10 +209,11 @@ def _write_out(codes: Tensor, scale: Tensor, problem: Problem) -> Tensor:
 def check(
     x: Tensor,
     codes: Tensor,
+    scales: Tensor,
     scale: Tensor,
     bits: int,
     state_bits: int,
-    out_features: int,
+    parts: Sequence[int],
     bias: Tensor | None = None,
     up: Tensor | None = None,
     down: Tensor | None = None,
@@ -213,17 +223,22 @@ def check(
         raise ValueError(
             f"bits={bits}, state_bits={state_bits}: symbols have 1 to 8 bits, states {STATE_BITS[0]} to {STATE_BITS[1]}"
         )
+    if min(parts, default=0) < 1 or any(part % BLOCK_N for part in parts[:-1]):
+        raise ValueError(
+            f"parts={list(parts)}: a weight has rows; side by side, multiples of {BLOCK_N} but for the last"
+        )
     expected = {
-        "codes": (codes, torch.int32, (ring_length(out_features) * bits // 32, x.shape[-1])),
-        "scale": (scale, torch.float32, (1,)),
+        "codes": (codes, torch.int32, (sum(trellis.lines(parts, bits)), x.shape[-1])),
+        "scales": (scales, torch.uint8, (len(parts), x.shape[-1])),
+        "scale": (scale, torch.float32, (len(parts),)),
     }
-    operators.check(x, out_features, expected, bias, up, down)
+    operators.check(x, sum(parts), expected, bias, up, down)
 
 
 trellis_matmul = operators.register(
     "trellis_matmul",
-    "Tensor codes, Tensor scale, int bits, int state_bits, int out_features",
-    lambda *weight: weight[-1],
+    "Tensor codes, Tensor scales, Tensor scale, int bits, int state_bits, int[] parts",
+    lambda *weight: sum(weight[-1]),
     dequantized,
     reference,
     launch,

@@ -9,7 +9,8 @@ of each of the few lines of codes that hold the run's windows. They are read str
 before is decoded, in the layout that is multiplied. The warps of a program share out the columns of a tile, two chunks
 each; their products are a batch, which is summed at the end.
 
-Where x is not bf16 it is split into bf16 whose sum it is exactly, two of fp16 and three of fp32.
+x is multiplied by the columns' steps, and then split into bf16 whose sum it is: one of bf16, which is rounded, two of
+fp16 and three of fp32.
 """
 
 # Tuples grow by an entry at a time here, which mypy takes for errors.
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 
 from quantkit.kernels import trellis
-from quantkit.kernels.tiles import dot, finish, leave_share, round_to, row_order, sum_of_shares
+from quantkit.kernels.tiles import dot, finish, leave_share, mask_or, round_to, row_order, sum_of_shares
 
 _MULTIPLIER, _INCREMENT = tl.constexpr(trellis.MULTIPLIER), tl.constexpr(trellis.INCREMENT)
 _MASK, _FLIP = tl.constexpr(trellis.MASK), tl.constexpr(trellis.FLIP)
@@ -182,22 +183,20 @@ def split_text(parts: int) -> str:
 
 
 @triton.jit
-def _parts(x, ASM: tl.constexpr, INTERPRETED: tl.constexpr):
-    """x, of any shape -> the bf16s [shape, 2] whose sum it is exactly, each twice; a tuple."""
+def _parts(x, steps, ASM: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x times the steps of columns, of any shape -> the bf16s [shape, 2] whose sum it is, each twice; a tuple."""
     found = ()
     PARTS: tl.constexpr = 1 if x.dtype == tl.bfloat16 else 2 if x.dtype == tl.float16 else 3
-    if PARTS == 1:
-        found = (tl.join(x, x),)
-    elif ASM:
-        HOW: tl.constexpr = "=&r,=&r,f" if PARTS == 2 else "=&r,=&r,=&r,f"
+    rest = x.to(tl.float32) * steps
+    if ASM:
+        HOW: tl.constexpr = "=r,f" if PARTS == 1 else "=&r,=&r,f" if PARTS == 2 else "=&r,=&r,=&r,f"
         words = tl.inline_asm_elementwise(
-            split_text(PARTS), HOW, [x.to(tl.float32)], dtype=(tl.int32,) * PARTS, is_pure=True, pack=1
+            split_text(PARTS), HOW, [rest], dtype=(tl.int32,) * PARTS, is_pure=True, pack=1
         )
         for i in tl.static_range(PARTS):
             low, high = _halves(words[i], False)
             found = found + (tl.join(low, high),)
     else:
-        rest = x.to(tl.float32)
         for _ in tl.static_range(PARTS):
             part = round_to(rest, tl.bfloat16, INTERPRETED)
             rest -= part.to(tl.float32)
@@ -212,13 +211,37 @@ def _place(lanes, WARPS: tl.constexpr, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def _line_pointers(codes_ptr, row, column, K, lines, BITS: tl.constexpr, STATE_BITS: tl.constexpr):
-    """Where the words of lanes' runs begin, around the rings' ends: a tuple of [lanes]."""
-    line = (tl.program_id(0) * 8 + row) * BITS // 2
+def _part(tile, ENDS: tl.constexpr):
+    """(the part that a tile of rows belongs to, its first tile, the tile behind its last or -1 for all that follow)."""
+    part, first, behind = tile * 0, tile * 0, tile * 0 - 1
+    for i in tl.static_range(len(ENDS)):
+        past = tile >= ENDS[i]
+        part += past.to(tl.int32)
+        first = tl.where(past, ENDS[i], first)
+    for i in tl.static_range(len(ENDS)):
+        behind = tl.where(part == i, ENDS[i], behind)
+    return part, first, behind
+
+
+@triton.jit
+def _line_pointers(
+    codes_ptr, row, column, K, lines, first, behind, BITS: tl.constexpr, STATE_BITS: tl.constexpr, ENDS: tl.constexpr
+):  # fmt: skip
+    """Where the words of lanes' runs begin, around the ends of their part's rings: a tuple of [lanes]."""
+    line = ((tl.program_id(0) - first) * 8 + row) * BITS // 2
+    if len(ENDS) > 0:
+        codes_ptr += first.to(tl.int64) * (4 * BITS) * K
+        lines = tl.where(behind < 0, lines, behind * (4 * BITS)) - first * (4 * BITS)
     found = ()
     for i in tl.static_range(words_of_run(BITS, STATE_BITS, True)):
         found = found + (codes_ptr + ((line + i) % lines).to(tl.int64) * K + column,)
     return found
+
+
+@triton.jit
+def _neighbours(n):
+    """Four tensors [lanes] -> [lanes, 4]."""
+    return tl.reshape(tl.join(tl.join(n[0], n[2]), tl.join(n[1], n[3])), (n[0].shape[0], 4))
 
 
 @triton.jit
@@ -234,8 +257,23 @@ def _load(pointer, at, column, K, WIDE: tl.constexpr, RAGGED: tl.constexpr):
         n = ()
         for i in tl.static_range(4):
             n = n + (tl.load(pointer + at + i, mask=at + i + column < K, other=0),)
-        x = tl.reshape(tl.join(tl.join(n[0], n[2]), tl.join(n[1], n[3])), (pointer.shape[0], 4))
+        x = _neighbours(n)
     return x
+
+
+@triton.jit
+def _steps(pointer, at, column, K, WIDE: tl.constexpr, RAGGED: tl.constexpr, ASM: tl.constexpr):
+    """fp32 steps of four neighbours from `at` columns behind pointers [lanes] to uint8 on, [lanes, 4].
+
+    WIDE: a word of four bytes. Each is moved to where a fp32 has its exponent's last bits and its fraction's first.
+    """
+    if WIDE:
+        inside = at + column < K if RAGGED else None
+        word = tl.load((pointer + at).to(tl.pointer_type(tl.int32)), mask=inside, other=0 if RAGGED else None)
+        moved = _neighbours((word << 19, word << 11, word << 3, word >> 5))
+    else:
+        moved = _load(pointer, at, column, K, False, True).to(tl.int32) << 19
+    return mask_or(moved, 0xFF << 19, 112 << 23, ASM).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -249,11 +287,11 @@ def _loaded(line_ptrs, at, column, K, WIDE: tl.constexpr, RAGGED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])  # one binary for 1 to BLOCK_M rows
 def multiply_kernel(
-    x_ptr, codes_ptr, scale_ptr, bias_ptr, up_ptr, inner_ptr, y_ptr, partial_ptr, arrived_ptr,
+    x_ptr, codes_ptr, scales_ptr, scale_ptr, bias_ptr, up_ptr, inner_ptr, y_ptr, partial_ptr, arrived_ptr,
     M, N, K, lines, stride_xm, rank,
-    BITS: tl.constexpr, STATE_BITS: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_R: tl.constexpr, WARPS: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, ASM: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BITS: tl.constexpr, STATE_BITS: tl.constexpr, ENDS: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr, WARPS: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    ASM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Few rows of x: 128 rows of W times BLOCK_M rows of x, over one of SPLIT_K shares of K's tiles.
 
@@ -264,12 +302,14 @@ def multiply_kernel(
     tile_n, tile_m, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_row_m = tile_m.to(tl.int64) * BLOCK_M
     row, column = _place(tl.arange(0, 32 * WARPS), WARPS, 2)
-    line_ptrs = _line_pointers(codes_ptr, row, column, K, lines, BITS, STATE_BITS)
+    part, first, behind = _part(tile_n, ENDS)
+    line_ptrs = _line_pointers(codes_ptr, row, column, K, lines, first, behind, BITS, STATE_BITS, ENDS)
     middle = (row * (16 * BITS) % 32)[:, None]
     places = tl.arange(0, 4 * WARPS * BLOCK_M)  # of x: the lanes, once for every 8 of its rows
     row_m, column_x = _place(places, WARPS, 2)
     row_m += first_row_m + places // (32 * WARPS) * 8
     x_row_ptr = x_ptr + tl.minimum(row_m, M - 1) * stride_xm + column_x
+    step_ptr = scales_ptr + part * K + column_x
     accumulator = tl.zeros((WARPS, 128, BLOCK_M), dtype=tl.float32)
     tiles = tl.cdiv(K, STEP)
     per_share = tl.cdiv(tiles, SPLIT_K)
@@ -280,8 +320,9 @@ def multiply_kernel(
             at = tile * STEP + 16 if chunk == 0 else tl.minimum(tile + 1, end - 1) * STEP
             following = _loaded(line_ptrs, at, column, K, WIDE, RAGGED)
             x = _load(x_row_ptr, tile * STEP + 16 * chunk, column_x, K, WIDE, RAGGED)
-            pairs = _pairs(words, middle, BITS, STATE_BITS, ASM)
-            accumulator = _multiplied(pairs, _parts(x, ASM, INTERPRETED), accumulator, WARPS, BLOCK_M, INTERPRETED)
+            steps = _steps(step_ptr, tile * STEP + 16 * chunk, column_x, K, WIDE, RAGGED, ASM)
+            pairs, parts = _pairs(words, middle, BITS, STATE_BITS, ASM), _parts(x, steps, ASM, INTERPRETED)
+            accumulator = _multiplied(pairs, parts, accumulator, WARPS, BLOCK_M, INTERPRETED)
             words = following
     total = tl.sum(accumulator, 0)
     rows_n = tile_n.to(tl.int64) * 128 + row_order(128, 1)
@@ -292,7 +333,7 @@ def multiply_kernel(
         if leave_share(total, partial_ptr, arrived_ptr, where, share, SPLIT_K, 128, BLOCK_M, exist):
             return
         total = sum_of_shares(partial_ptr, arrived_ptr, where, SPLIT_K, 128, BLOCK_M, exist)
-    total *= tl.load(scale_ptr)
+    total *= tl.load(scale_ptr + part)
     finish(
         total, bias_ptr, up_ptr, inner_ptr, y_ptr, rows_n, rows_m, M, N, rank, HAS_BIAS, BLOCK_R, INTERPRETED, UPCAST
     )
@@ -300,18 +341,21 @@ def multiply_kernel(
 
 @triton.jit
 def dequantize_kernel(
-    codes_ptr, scale_ptr, weight_ptr, N, K, lines,
-    BITS: tl.constexpr, STATE_BITS: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr, ASM: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    codes_ptr, scales_ptr, scale_ptr, weight_ptr, N, K, lines,
+    BITS: tl.constexpr, STATE_BITS: tl.constexpr, ENDS: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr,
+    ASM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """W [N, K] in weight_ptr's type; one program 128 rows and 16 columns a warp."""
     COLUMNS: tl.constexpr = 16 * WARPS
     first_row, at = tl.program_id(0).to(tl.int64) * 128, tl.program_id(1) * COLUMNS
     row, column = _place(tl.arange(0, 32 * WARPS), WARPS, 1)
-    line_ptrs = _line_pointers(codes_ptr, row, column, K, lines, BITS, STATE_BITS)
+    part, first, behind = _part(tl.program_id(0), ENDS)
+    line_ptrs = _line_pointers(codes_ptr, row, column, K, lines, first, behind, BITS, STATE_BITS, ENDS)
     middle = (row * (16 * BITS) % 32)[:, None]
     low, high = _halves(_pairs(_loaded(line_ptrs, at, column, K, WIDE, True), middle, BITS, STATE_BITS, ASM), True)
-    weight = tl.reshape((low + high) * tl.load(scale_ptr), (WARPS, 8, 4, 4, 2, 2, 2, 2))
+    steps = _steps(scales_ptr + part * K + column, at, column, K, WIDE, True, ASM)
+    weight = (low + high) * steps[:, :, None, None, None, None] * tl.load(scale_ptr + part)
+    weight = tl.reshape(weight, (WARPS, 8, 4, 4, 2, 2, 2, 2))
     weight = tl.permute(weight, (1, 7, 6, 5, 4, 0, 2, 3))
     weight = round_to(tl.reshape(weight, (128, COLUMNS)), weight_ptr.dtype.element_ty, INTERPRETED)
     rows_n, columns = first_row + tl.arange(0, 128), at + tl.arange(0, COLUMNS)

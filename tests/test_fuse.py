@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import quantkit
-from quantkit import RTN
+from quantkit import RTN, Hadamard, Trellis
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.linear import QuantizedLinear
 
-from .conftest import VOCABULARY
+from .conftest import CONFIGS, VOCABULARY
 
 
 def packed(folder, **options):
@@ -51,6 +51,21 @@ def test_unlike_siblings_stay_apart(model_folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     quantkit.quantize(model, method=RTN(4, 32), rules={"*.k_proj": RTN(3, 32), "*.layers.0.mlp.up_proj": None})
     assert quantkit.fuse(model) == len(model.model.layers) - 1
+
+
+def test_trellis_codes_side_by_side(tokenizer):
+    """Where outputs are multiples of the kernel's tiles: gate and up here, and not queries, keys and values."""
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.intermediate_size = 256
+    model = AutoModelForCausalLM.from_config(config).eval()
+    method = Hadamard(Trellis(2, 8))
+    quantkit.quantize(model, tokenizer, method=method, calibration="stdlib", num_samples=2, seqlen=64)
+    tokens = torch.randint(0, VOCABULARY, (2, 20))
+    with torch.no_grad():
+        before, state = model(tokens).logits, {name: t.clone() for name, t in model.state_dict().items()}
+        assert quantkit.fuse(model) == len(model.model.layers)
+        torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-5)
+        assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
 
 
 def test_a_changed_input_is_computed_anew(model_folder):

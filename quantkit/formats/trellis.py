@@ -1,23 +1,23 @@
 """trellis: weights as windows of rings of bits, their values computed (`quantkit.kernels.trellis` has the code).
 
-    W[n, k] = value(state[n, k]) * step(scales[k]) * scale,    step(c) = (16 + c % 16) / 16 * 2^(c // 16 - 15)
+    W[n, k] = value(state[n, k]) * step(scales[k]) * scale
 
 A ring goes along the outputs of one column, or of `width` neighbouring ones: then in tiles of width x width, row tile
 after row tile, column after column within a tile (QTIP's order; no kernel, such weights are multiplied dequantized).
-Steps have five significant bits, so that a product with a number of fp16 or bf16 is exact in two bf16.
+Weights over the same inputs can be put side by side, each part with its own rings, steps and scale.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from quantkit.kernels import launching, trellis
-from quantkit.kernels.trellis_matmul import trellis_matmul
-from quantkit.weight import QuantizedWeight, corrected
+from quantkit.kernels.trellis_matmul import BLOCK_N, trellis_matmul
+from quantkit.weight import QuantizedWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +25,12 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
     """A trellis-coded weight.
 
     Attributes:
-        codes: int32 [words, rings], see `quantkit.kernels.trellis`.
-        scales: uint8 [in_features], steps of the columns.
-        scale: fp32 [1].
+        codes: int32 [words, rings], see `quantkit.kernels.trellis`; those of all parts, one after the other.
+        scales: uint8 [parts, in_features], steps of the columns.
+        scale: fp32 [parts].
         bits: K, of a weight.
         state_bits: L, of the window that a weight is computed from.
-        out_features: rows of the weight.
+        parts: rows of the weights that lie side by side; mostly one.
         width: columns that a ring goes through.
     """
 
@@ -39,21 +39,21 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
     scale: Tensor
     bits: int
     state_bits: int
-    out_features: int
+    parts: list[int]
     width: int = 1
 
     @classmethod
-    def layout(cls, out_features: int, in_features: int, bits: int, state_bits: int, width: int = 1) -> TrellisWeight:
+    def layout(cls, parts: list[int], in_features: int, bits: int, state_bits: int, width: int = 1) -> TrellisWeight:
         """The layout for a shape, on the meta device."""
-        words = trellis.ring_length(_places(out_features, width)) * bits // 32
+        words = sum(trellis.lines([_places(part, width) for part in parts], bits))
         codes = torch.empty(words, -(-in_features // width), dtype=torch.int32, device="meta")
-        scales = torch.empty(in_features, dtype=torch.uint8, device="meta")
-        return cls(codes, scales, torch.empty(1, device="meta"), bits, state_bits, out_features, width)
+        scales = torch.empty(len(parts), in_features, dtype=torch.uint8, device="meta")
+        return cls(codes, scales, torch.empty(len(parts), device="meta"), bits, state_bits, parts, width)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        return self.out_features, len(self.scales)
+        return sum(self.parts), self.scales.shape[-1]
 
     @property
     def label(self) -> str:
@@ -64,12 +64,17 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
         """Checks shapes and that the scale is finite; any bits are valid codes."""
         low, high = trellis.STATE_BITS
         known = self.bits in range(1, 9) and self.state_bits in range(max(low, 2 * self.bits), high + 1)
-        if not known or self.width not in range(1, 257) or self.out_features < 1:
+        if not known or self.width not in range(1, 257):
             raise ValueError(
-                f"bits={self.bits}, state_bits={self.state_bits}, width={self.width}, out_features="
-                f"{self.out_features}: trellis codes take 1 to 8 bits and windows of twice as many to {high}"
+                f"bits={self.bits}, state_bits={self.state_bits}, width={self.width}: trellis codes take 1 to 8 bits "
+                f"and windows of twice as many to {high}"
             )
-        wanted = TrellisWeight.layout(*self.shape, self.bits, self.state_bits, self.width).tensors()
+        counts = self.parts and all(isinstance(part, int) and part > 0 for part in self.parts)
+        if not counts or len(self.parts) > 1 and (self.width > 1 or any(part % BLOCK_N for part in self.parts[:-1])):
+            raise ValueError(f"parts={self.parts}: weights side by side have multiples of {BLOCK_N} rows, but the last")
+        if self.scales.dim() != 2:
+            raise ValueError(f"scales have {self.scales.dim()} dimensions; trellis codes take [parts, in_features]")
+        wanted = TrellisWeight.layout(self.parts, self.shape[1], self.bits, self.state_bits, self.width).tensors()
         for name, tensor in self.tensors().items():
             if tensor.dtype != wanted[name].dtype or tensor.shape != wanted[name].shape:
                 raise ValueError(
@@ -81,49 +86,50 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """value * step * scale in fp32, then cast."""
-        places = _places(self.out_features, self.width)
-        states = trellis.states(self.codes, self.bits, self.state_bits)[:places]
-        values = trellis.table(self.state_bits, states.device)[states.long()]
-        values = columns_of(values, self.width)[: self.out_features, : len(self.scales)]
-        return (values * step(self.scales) * self.scale).to(dtype)
+        form = self.bits, self.state_bits
+        if self.width == 1:
+            return trellis.dequantized(self.codes, self.scales, self.scale, *form, self.parts).to(dtype)
+        out_features, in_features = self.shape
+        states = trellis.states(self.codes, *form)[: _places(out_features, self.width)]
+        values = columns_of(trellis.table(self.state_bits, states.device)[states.long()], self.width)
+        return (values[:out_features, :in_features] * trellis.step(self.scales) * self.scale).to(dtype)
 
     def matmul(
         self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
     ) -> Tensor:
-        """The fused kernel, where rings go along one column; steps go into x, which rounds it once in its own type."""
+        """The fused kernel, where rings go along one column."""
         if self.width > 1:
             return super().matmul(x, bias, up, down)
-        scaled = x * self._steps(x.dtype)
-        y = trellis_matmul(scaled, self.codes, self.scale, self.bits, self.state_bits, self.out_features, bias)
-        return corrected(y, x, up, down)
+        form = self.bits, self.state_bits, self.parts
+        return trellis_matmul(x, self.codes, self.scales, self.scale, *form, bias, up, down)
 
     def prepare(self) -> None:
-        """Allocates what launches on a GPU share, and makes the steps."""
+        """Allocates what launches on a GPU share."""
         if self.codes.is_cuda:
             launching.prepare(self.codes.device)
-            self._steps(torch.bfloat16)
 
-    def _steps(self, dtype: torch.dtype) -> Tensor:
-        """Steps of the columns, made once a type."""
-        if dtype not in self._made:
-            self._made[dtype] = step(self.scales).to(dtype)
-        return self._made[dtype]
+    @classmethod
+    def concatenated(cls, weights: Sequence[QuantizedWeight]) -> TrellisWeight | None:
+        """One weight with the outputs of all, where bits and windows are alike and parts fill the kernel's tiles."""
+        alike = [weight for weight in weights if isinstance(weight, TrellisWeight)]
+        first, parts = alike[0], [part for weight in alike for part in weight.parts]
+        forms = {(weight.bits, weight.state_bits, weight.shape[1], weight.width) for weight in alike}
+        if len(forms) > 1 or first.width > 1 or any(part % BLOCK_N for part in parts[:-1]):
+            return None
+        codes, scales, scale = (
+            torch.cat([weight.tensors()[name] for weight in alike]) for name in ("codes", "scales", "scale")
+        )
+        return cls(codes, scales, scale, first.bits, first.state_bits, parts)
 
-    @cached_property
-    def _made(self) -> dict[torch.dtype, Tensor]:
-        return {}
-
-
-def step(scales: Tensor) -> Tensor:
-    """fp32 steps of codes uint8."""
-    scales = scales.int()
-    return torch.ldexp(1 + (scales & 15) / 16, (scales >> 4) - 15)
-
-
-def nearest_step(wanted: Tensor) -> Tensor:
-    """uint8 codes of the steps that are nearest to fp32 numbers, in their ratio."""
-    steps = step(torch.arange(256, device=wanted.device))
-    return torch.bucketize(wanted, (steps[1:] * steps[:-1]).sqrt()).to(torch.uint8)
+    def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
+        """Views of the parts that were put side by side."""
+        if list(sizes) != self.parts:
+            raise ValueError(f"rings of {self.parts} outputs do not split into {list(sizes)}")
+        codes = self.codes.split(trellis.lines(sizes, self.bits))
+        return [
+            TrellisWeight(own, scales, scale, self.bits, self.state_bits, [size])
+            for own, scales, scale, size in zip(codes, self.scales.split(1), self.scale.split(1), sizes, strict=True)
+        ]
 
 
 def rings_of(columns: Tensor, width: int) -> Tensor:

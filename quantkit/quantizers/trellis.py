@@ -23,7 +23,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from quantkit.formats.trellis import TrellisWeight, columns_of, nearest_step, rings_of, step
+from quantkit.formats.trellis import TrellisWeight, columns_of, rings_of
 from quantkit.kernels import trellis
 from quantkit.kernels.viterbi import encode
 from quantkit.protocols import Needs
@@ -87,7 +87,7 @@ class Trellis:
 
     def layout(self, out_features: int, in_features: int) -> TrellisWeight:
         """The packed weight's layout for a shape, on the meta device."""
-        return TrellisWeight.layout(out_features, in_features, self._whole(), self.state_bits, self.width)
+        return TrellisWeight.layout([out_features], in_features, self._whole(), self.state_bits, self.width)
 
     def quantize(self, weight: Tensor, stats: LayerStats | None) -> TrellisWeight:
         """Quantizes fp32 or fp64 [out_features, in_features].
@@ -132,9 +132,9 @@ class _Paths:
 
     def round(self, index: int, column: Tensor) -> Tensor:
         columns = column.view(-1, self._out_features)
-        codes = nearest_step(columns.float().square().mean(1).sqrt() / self._unit)
+        codes = trellis.nearest_step(columns.float().square().mean(1).sqrt() / self._unit)
         self._scales[index : index + len(columns)] = codes
-        steps = (step(codes) * self._unit).unsqueeze(1)
+        steps = (trellis.step(codes) * self._unit).unsqueeze(1)
         rings = rings_of((columns.float() / steps).T, self.width)
         words = trellis.pack_rings(encode(rings.T, self._values, self._bits), self._bits)
         self._codes.append(words)
@@ -148,4 +148,4 @@ class _Paths:
         if places is not None:
             codes, scales = codes[:, places], scales[places]
         bits, state_bits = self._bits, self._state_bits
-        return TrellisWeight(codes, scales, self._scale, bits, state_bits, self._out_features, self.width)
+        return TrellisWeight(codes, scales[None], self._scale, bits, state_bits, [self._out_features], self.width)

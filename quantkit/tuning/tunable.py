@@ -22,7 +22,7 @@ from quantkit.formats.int_group import IntGroupWeight
 from quantkit.formats.low_rank import LowRankWeight
 from quantkit.formats.pyramid import PyramidWeight, factors
 from quantkit.formats.rotated import RotatedWeight
-from quantkit.formats.trellis import TrellisWeight, columns_of, nearest_step, rings_of, step
+from quantkit.formats.trellis import TrellisWeight, columns_of, rings_of
 from quantkit.kernels import pyramid, trellis, viterbi
 from quantkit.kernels.bitpack import pack, unpack
 from quantkit.kernels.codebook_rule import range_width
@@ -329,7 +329,7 @@ class TunableTrellis(Coded):
         self.register_buffer("symbols", trellis.unpack_rings(weight.codes, weight.bits))
         self.register_buffer("begin", torch.zeros((), dtype=torch.int64))
         self.register_buffer("scale", weight.scale.float())
-        self.scales = Scaled(step(weight.scales) * weight.scale, each=True)
+        self.scales = Scaled(trellis.step(weight.scales[0]) * weight.scale, each=True)
         self._piece = next(size for size in (128, 64, 32) if len(self.symbols) % size == 0)
 
     def _states(self) -> Tensor:
@@ -343,7 +343,7 @@ class TunableTrellis(Coded):
         """Scales as they are stored, through which gradients pass; fp32 [in_features]."""
         scales = self.scales()
         with torch.no_grad():
-            stored = step(nearest_step(scales / self.scale)) * self.scale
+            stored = trellis.step(trellis.nearest_step(scales / self.scale)) * self.scale
         return scales + (stored - scales).detach()
 
     def forward(self) -> Tensor:
@@ -394,8 +394,8 @@ class TunableTrellis(Coded):
     def packed(self) -> TrellisWeight:
         """See `Tunable`."""
         codes = trellis.pack_rings(self.symbols, self._weight.bits)
-        scales = nearest_step(self.scales() / self.scale)
-        return replace(self._weight, codes=codes, scales=scales, scale=self.scale.clone())
+        scales = trellis.nearest_step(self.scales() / self.scale)
+        return replace(self._weight, codes=codes, scales=scales[None], scale=self.scale.clone())
 
 
 class TunableRotation(Tunable):

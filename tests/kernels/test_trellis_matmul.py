@@ -18,10 +18,14 @@ FORMS = [(bits, state_bits) for bits in range(1, 9) for state_bits in (16, 12, 8
 
 
 def make(out_features, in_features, bits=2, state_bits=16):
-    """(arguments of `trellis_matmul` after x, the weight in fp64): any bits are a code."""
-    words = trellis.ring_length(out_features) * bits // 32
-    codes = torch.randint(-(2**31), 2**31, (words, in_features)).int()
-    arguments = codes, torch.tensor([0.37]), bits, state_bits, out_features
+    """(arguments of `trellis_matmul` after x, the weight in fp64): any bits are a code.
+
+    out_features: of one weight, or of several side by side.
+    """
+    parts = [out_features] if isinstance(out_features, int) else out_features
+    codes = torch.randint(-(2**31), 2**31, (sum(trellis.lines(parts, bits)), in_features)).int()
+    scales = torch.randint(208, 256, (len(parts), in_features), dtype=torch.uint8)
+    arguments = codes, scales, torch.rand(len(parts)) + 0.1, bits, state_bits, parts
     return arguments, trellis.dequantized(*arguments).double()
 
 
@@ -90,6 +94,23 @@ def test_bias_and_low_rank_correction(dtype, rank, rows, in_features):
     assert error(kernel.reference(x, *arguments, bias, up, down), exact) < 1.5 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("parts", [[128, 256, 70], [256, 128], [384, 1]])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_weights_side_by_side(parts, bits):
+    """Each keeps its rings, steps and scale: exactly the outputs that it has alone, whichever kernel runs."""
+    arguments, weight = make(parts, 96, bits)
+    codes, scales, scale, *form, _ = arguments
+    pieces = zip(parts, codes.split(trellis.lines(parts, bits)), scales.split(1), scale.split(1), strict=True)
+    alone = [(own, steps, factor, *form, [part]) for part, own, steps, factor in pieces]
+    for rows in (3, 40):
+        x = torch.randn(rows, 96).bfloat16()
+        y = kernel.launch(x, *arguments)
+        assert error(y, x.double() @ weight.T) < 4e-3
+        assert torch.equal(y, torch.cat([kernel.launch(x, *one) for one in alone], dim=1))
+        assert torch.equal(kernel.reference(x, *arguments), torch.cat([kernel.reference(x, *one) for one in alone], 1))
+    torch.library.opcheck(OPERATOR.default, (torch.randn(2, 96), *arguments))
+
+
 def test_split_k_adds_the_bias_once():
     arguments, _ = make(70, 640)
     x, bias = torch.randn(3, 640).half(), torch.full((70,), 1000.0).half()
@@ -127,29 +148,34 @@ def test_leading_dimensions_strides_and_no_rows():
 
 
 def test_what_would_read_out_of_bounds_is_refused():
-    (codes, scale, *form), _ = make(40, 128, 3)
+    (codes, scales, scale, *form), _ = make(40, 128, 3)
     x, up, down = torch.randn(2, 128), torch.randn(40, 4), torch.randn(4, 128)
     for call, message in [
-        ((x[:, :0], codes[:, :0], scale, *form), "0 columns"),
-        ((torch.randn(2, 129), codes, scale, *form), "codes are"),
-        ((x, codes, scale, 4, 16, 40), "codes are"),
-        ((x, codes, scale, 3, 16, 65), "codes are"),
-        ((x, codes, scale, 3, 16, 0), "0 rows"),
-        ((x, codes, scale, 0, 16, 40), "bits=0"),
-        ((x, codes, scale, 9, 16, 40), "bits=9"),
-        ((x, codes, scale, 3, 7, 40), "state_bits=7"),
-        ((x, codes, scale, 3, 17, 40), "state_bits=17"),
-        ((x, codes.long(), scale, *form), "codes are"),
-        ((x, codes[:-1], scale, *form), "codes are"),
-        ((x, codes[0], scale, *form), "codes are"),
-        ((x, codes.T.contiguous().T, scale, *form), "codes are"),
-        ((x, codes, scale.half(), *form), "scale are"),
-        ((x, codes, scale[0], *form), "scale are"),
-        ((x.double(), codes, scale, *form), "takes float16"),
-        ((x, codes, scale, *form, torch.randn(39)), "bias are"),
-        ((x, codes, scale, *form, None, up, down[:, :100]), "down are"),
-        ((x, codes, scale, *form, None, up.half(), down), "up are"),
-        ((x, codes, scale, *form, None, up, None), "both up and down"),
+        ((x[:, :0], codes[:, :0], scales, scale, *form), "0 columns"),
+        ((torch.randn(2, 129), codes, scales, scale, *form), "codes are"),
+        ((x, codes, scales, scale, 4, 16, [40]), "codes are"),
+        ((x, codes, scales, scale, 3, 16, [65]), "codes are"),
+        ((x, codes, scales, scale, 3, 16, [0]), "has rows"),
+        ((x, codes, scales, scale, 0, 16, [40]), "bits=0"),
+        ((x, codes, scales, scale, 9, 16, [40]), "bits=9"),
+        ((x, codes, scales, scale, 3, 7, [40]), "state_bits=7"),
+        ((x, codes, scales, scale, 3, 17, [40]), "state_bits=17"),
+        ((x, codes.long(), scales, scale, *form), "codes are"),
+        ((x, codes[:-1], scales, scale, *form), "codes are"),
+        ((x, codes[0], scales, scale, *form), "codes are"),
+        ((x, codes.T.contiguous().T, scales, scale, *form), "codes are"),
+        ((x, codes, scales, scale.half(), *form), "scale are"),
+        ((x, codes, scales, scale[0], *form), "scale are"),
+        ((x, codes, scales[0], scale, *form), "scales are"),
+        ((x, codes, scales.int(), scale, *form), "scales are"),
+        ((x, codes, scales, scale, 3, 16, []), "has rows"),
+        ((x, codes, scales, scale, 3, 16, [-128, 168]), "has rows"),
+        ((x, codes, scales, scale, 3, 16, [8, 32]), "multiples of 128"),
+        ((x.double(), codes, scales, scale, *form), "takes float16"),
+        ((x, codes, scales, scale, *form, torch.randn(39)), "bias are"),
+        ((x, codes, scales, scale, *form, None, up, down[:, :100]), "down are"),
+        ((x, codes, scales, scale, *form, None, up.half(), down), "up are"),
+        ((x, codes, scales, scale, *form, None, up, None), "both up and down"),
     ]:
         with pytest.raises(ValueError, match=message):
             kernel.launch(*call)
@@ -227,10 +253,12 @@ def test_the_assembly_of_a_run_gives_its_pairs(bits, state_bits):
 
 @pytest.mark.parametrize(("dtype", "parts"), [(torch.float16, 2), (torch.float32, 3)])
 def test_parts_of_x_are_exact(dtype, parts):
-    """Every fp16, and as many fp32."""
+    """Every fp16 times a step, and as many fp32."""
     bits = torch.arange(2**16)
     values = bits.to(torch.int16).view(torch.float16).float() if parts == 2 else torch.randn(2**16) * 2.0 ** (bits % 99)
     values = values[values.isfinite()]
+    if parts == 2:
+        values = values * trellis.step(bits[: len(values)] % 256)
     words = ptx.run(jit.split_text(parts), [values.numpy()], parts, {})
     halves = [torch.from_numpy((word << np.uint32(16)).view(np.float32).copy()) for word in words]
     assert all((word >> np.uint32(16) == word & np.uint32(0xFFFF)).all() for word in words)

@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from quantkit import GPTQ, Calibration, Hadamard, LowRank, Recipe, Trellis
 from quantkit.errors import QuantkitError
-from quantkit.formats.trellis import columns_of, nearest_step, rings_of, step
+from quantkit.formats.trellis import columns_of, rings_of
+from quantkit.kernels import trellis
+from quantkit.kernels.trellis import nearest_step, step
 from quantkit.metrics import proxy_loss
-from quantkit.quantizers import trellis
+from quantkit.quantizers import trellis as module
 from quantkit.recipe import core, make_quantizer
 from quantkit.stats import LayerStats
 
@@ -75,7 +77,7 @@ def test_scales_follow_the_feedback(monkeypatch):
     """A scale for each column as it stands when its turn comes, against one for all."""
     weight, stats = layer()
     own = loss(Trellis(2, 12), weight, stats)
-    same = nearest_step(torch.tensor([1 / trellis._HEADROOM]))
+    same = nearest_step(torch.tensor([1 / module._HEADROOM]))
     monkeypatch.setattr(trellis, "nearest_step", lambda wanted: same.expand(len(wanted)))
     assert own < 0.99 * loss(Trellis(2, 12), weight, stats)
 
@@ -124,7 +126,8 @@ def test_bad_settings():
 def test_damaged_weights_are_refused():
     packed = Trellis(2, 12).layout(64, 32).map(lambda t: torch.zeros(t.shape, dtype=t.dtype))
     packed.validate()
-    for change in ({"bits": 9}, {"state_bits": 3}, {"width": 0}, {"out_features": 4096}, {"scale": torch.ones(2)}):
+    sizes = {"parts": [4096]}, {"parts": [32, 32]}, {"parts": []}
+    for change in ({"bits": 9}, {"state_bits": 3}, {"width": 0}, *sizes, {"scale": torch.ones(2)}):
         with pytest.raises(ValueError):
             dataclasses.replace(packed, **change).validate()
 
