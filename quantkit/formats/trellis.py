@@ -70,7 +70,7 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
                 f"and windows of twice as many to {high}"
             )
         counts = self.parts and all(isinstance(part, int) and part > 0 for part in self.parts)
-        if not counts or len(self.parts) > 1 and (self.width > 1 or any(part % BLOCK_N for part in self.parts[:-1])):
+        if not counts or (len(self.parts) > 1 and (self.width > 1 or any(part % BLOCK_N for part in self.parts[:-1]))):
             raise ValueError(f"parts={self.parts}: weights side by side have multiples of {BLOCK_N} rows, but the last")
         if self.scales.dim() != 2:
             raise ValueError(f"scales have {self.scales.dim()} dimensions; trellis codes take [parts, in_features]")
