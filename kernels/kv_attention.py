@@ -69,7 +69,7 @@ def launch_shape(
 ) -> tuple[int, int, int]:
     """(tokens at a time, at most `group`; warps; stages): what leaves every number in a register.
 
-    `evals/kernel_build` asserts it: the planes of 3 bits and corrections together are what is tight.
+    `evals/kernel_build` asserts it: what is tight are words of 8 bits, and planes of 3 bits with corrections.
     """
     three, newer = 3 in (k_bits, v_bits), capability >= 100
     if size <= 64:
@@ -77,7 +77,7 @@ def launch_shape(
         return math.gcd(group, 32 if tight else 64), 1, 2
     if size == 128:
         tight = three and (kept > 0 or (rank > 0 and capability != 90))
-        return math.gcd(group, 16 if tight else 32), 1, 1 if tight else 2
+        return math.gcd(group, 16 if tight else 32), 1, 1 if tight or k_bits + v_bits == 16 else 2
     return math.gcd(group, 16 if three and kept > 0 and newer else 32), 2, 2
 
 

@@ -104,16 +104,15 @@ class Problem:
 
 def registers(problem: Problem, config: Config) -> int:
     """The most that the assembler may use for a thread, lest it spills; what lets 16, 12 or 8 warps run beside."""
-    parts = problem.dtype == torch.float32 or (problem.dtype == torch.float16 and problem.bits > 6)
-    return (128, 168, 255)[min(2, config.block_m // 16 + (parts or not problem.wide))]
+    half = problem.dtype == torch.float16 and (problem.bits > 6 or problem.K % _TILE != 0)
+    return (128, 168, 255)[min(2, config.block_m // 16 + (half or problem.dtype == torch.float32) + (not problem.wide))]
 
 
 @lru_cache(maxsize=4096)  # asked at every launch
 def rule(problem: Problem) -> Config:
     """Sizes for a launch on a GPU that nobody has measured: three programs a multiprocessor, four tiles of K each."""
-    tiles, few_words = -(-problem.K // _TILE), problem.bits in (1, 2, 4) and problem.K % _TILE == 0
-    # parts of x take registers too
-    most = 32 if problem.dtype == torch.bfloat16 or (problem.dtype == torch.float16 and few_words) else 16
+    tiles, plain = -(-problem.K // _TILE), problem.dtype == torch.bfloat16 and problem.K % _TILE == 0
+    most = 32 if plain else 16 if problem.wide else 8  # parts of x, and where it ends, take registers too
     block_m = 8 if problem.M <= 8 else min(most, 16 if problem.M <= 16 else 32)
     programs, split = -(-problem.N // BLOCK_N) * -(-problem.M // block_m), 1
     while programs * split < 3 * problem.multiprocessors and split < 32 and tiles // (2 * split) >= 4:
