@@ -49,7 +49,13 @@ def _row(weight: QuantizedWeight) -> dict[str, Any]:
     return {
         "format": weight.label,
         "shape": list(weight.shape),
-        "bits": getattr(weight, "bits", None),
+        "bits": _bits(weight),
         "bits_per_weight": weight.bits_per_weight,
         "bytes": weight.nbytes,
     }
+
+
+def _bits(weight: QuantizedWeight) -> int | None:
+    """Of the codes, however deep they lie."""
+    own = getattr(weight, "bits", None)
+    return own if own is not None or "base" not in weight.nested() else _bits(weight.nested()["base"])

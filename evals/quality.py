@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,7 @@ import quantkit
 from quantkit import GPTQ, RTN, VPTQ, Hadamard, LowRank, Pyramid, Trellis
 from quantkit.data import documents, evaluation_tokens
 from quantkit.device import compute_dtype, pick_device
+from quantkit.errors import QuantkitError
 from quantkit.evals.perplexity import evaluate
 from quantkit.evals.rate_distortion import figure_class
 from quantkit.folder import load_tokenizer, resolve_folder
@@ -36,7 +38,12 @@ from quantkit.report import Report
 def quantizers_of(arguments: argparse.Namespace) -> list[Quantizer]:
     """The quantizers that were asked for, each checked before the first of them runs."""
     names = {kind.__name__: kind for kind in (GPTQ, RTN, VPTQ, Hadamard, LowRank, Pyramid, Trellis)}
-    written = [eval(text, {"__builtins__": {}}, names) for text in arguments.quantizers or ()]  # one's own command line
+    written = []
+    for text in arguments.quantizers or ():
+        try:
+            written.append(eval(text, {"__builtins__": {}}, names))  # one's own command line
+        except Exception as error:
+            raise QuantkitError(f"--quantizers {text!r}: {error}") from error
     methods = arguments.methods or ([] if written else ["rtn", "gptq"])
     integer = {"group_size": arguments.group_size, "symmetric": not arguments.asym}
     return [
@@ -70,6 +77,7 @@ def label(quantizer: Quantizer) -> str:
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Quantizes and evaluates every row; prints a markdown line for each as it is done."""
+    rows = settings_of(arguments)
     device = pick_device(arguments.device)
     folder = resolve_folder(arguments.model)
     tokenizer = load_tokenizer(folder)
@@ -79,7 +87,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     print("| method | target shift | windows | bits/weight | perplexity | KL x 1000 | seconds |")
     print("|---|---|---|---|---|---|---|")
     results = []
-    for row in settings_of(arguments):
+    for row in rows:
         model = copy.deepcopy(baseline)
         quantizer, shift, samples = row["quantizer"], row["target_shift"], row["num_samples"]
         calibration = Calibration(arguments.calibration, max(samples, 1), arguments.seqlen, arguments.seed)
@@ -145,7 +153,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.png:
         figure_class()  # so that a run of minutes does not end in an error
-    results = measure(arguments)
+    try:
+        results = measure(arguments)
+    except QuantkitError as error:
+        sys.exit(f"error: {error}")
     if arguments.output:
         arguments.output.write_text(json.dumps(results, indent=2) + "\n")
     if arguments.png:

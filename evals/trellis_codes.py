@@ -5,7 +5,7 @@
 1. Ways to make a number out of a state of 16 (12) bits: mean squared error on N(0, 1) at the best scale for each, and
    the instructions a weight, sm_90, from a word of the ring to an operand of the tensor core, counted in a loop that
    does nothing else.
-2. Rings against paths with free ends, by the numbers that decide a cut (`viterbi.reach`).
+2. Rings against paths with free ends, by the length of the ring and of the pieces it is searched in.
 3. States of an exact search, and beams that keep as many of 2^16 (each with its own history): error and sums a weight.
 
 Samples are the same in all rows. Published ways are computed from their papers' formulas.
@@ -171,13 +171,17 @@ def rings(x: Tensor, quick: bool) -> Iterator[Row]:
     state_bits = 12 if quick else 16
     for bits in (1, 2, 3, 4):
         values = trellis.table(state_bits, x.device) / trellis.deviation(state_bits) * SPREAD[bits]
-        free = viterbi.search(x, values, bits)
-        yield Row("free ends", state_bits, bits, float((x - values[free.long()]).square().mean()), 1.0)
-        for piece in (x.shape[1], 512, 256):
-            symbols = viterbi.encode(x, values, bits, piece)
-            states = trellis.states(trellis.pack_rings(symbols, bits), bits, state_bits)
-            found = float((x.T - values[states.long()]).square().mean())
-            yield Row(f"rings, pieces of {piece}", state_bits, bits, found, 1 + 2 * viterbi.reach(bits) / piece)
+        for length, pieces in ((512, (512, 256)), (2048, (2048, 512, 256))):
+            paths = x.reshape(-1, length)
+            free = viterbi.search(paths, values, bits)
+            found = float((paths - values[free.long()]).square().mean())
+            yield Row(f"free ends, {length}", state_bits, bits, found, 1.0)
+            for piece in pieces:
+                symbols = viterbi.encode(paths, values, bits, piece)
+                states = trellis.states(trellis.pack_rings(symbols, bits), bits, state_bits)
+                found = float((paths.T - values[states.long()]).square().mean())
+                cost = 1 + 2 * viterbi.reach(bits) / piece
+                yield Row(f"rings of {length}, pieces of {piece}", state_bits, bits, found, cost)
 
 
 def beam(x: Tensor, values: Tensor, bits: int, kept_bits: int) -> Tensor:

@@ -155,6 +155,8 @@ def launch(
     """
     check(x, codes, scales, scale, bits, state_bits, parts, bias, up, down)
     rows, out_features = launching.rows_of(x), sum(parts)
+    if scales.data_ptr() % 4:  # read by words
+        scales = scales.clone()
     if not len(rows):
         return x.new_empty(*x.shape[:-1], out_features)
     capability, multiprocessors, gpu = launching.properties(x.device)

@@ -158,6 +158,6 @@ def _has_numba() -> bool:
     try:
         import numba  # noqa: F401
     except ImportError:
-        logger.warning("trellis codes are searched for by torch: with `pip install numba` it takes a tenth of the time")
+        logger.warning("trellis codes are searched for by torch; `pip install numba` makes that many times as fast")
         return False
     return True

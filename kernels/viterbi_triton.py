@@ -103,7 +103,7 @@ def search(x: Tensor, values: Tensor, bits: int, first: Tensor, last: Tensor) ->
     paths, steps = x.shape
     constants, options = sizes(bits, len(values))
     states = torch.empty(paths, steps, dtype=torch.int32, device=x.device)
-    cost = torch.empty(paths, 2, constants["COUNT"], device=x.device)
+    cost = torch.empty(paths, 2, constants["COUNT"], dtype=torch.float32, device=x.device)
     choice = torch.empty(paths, steps, constants["COUNT"], dtype=torch.uint8, device=x.device)
     with torch.cuda.device_of(x):
         search_kernel[(paths,)](x, values, first, last, states, cost, choice, steps, **constants, **options)

@@ -69,10 +69,11 @@ def elimination_order(hessian: Tensor, damp: float) -> Tensor:
 
     Args:
         hessian: H, symmetric [n, n].
-        damp: added to its diagonal, as a share of the mean.
+        damp: added to its diagonal, as a share of the mean; 0.001 at least.
     """
     left = torch.arange(len(hessian), device=hessian.device)
-    rest = hessian + damp * hessian.diagonal().mean().clamp_min(1e-30) * torch.eye(len(hessian)).to(hessian)
+    rest = hessian.clone()
+    rest.diagonal().add_(max(damp, 1e-3) * hessian.diagonal().mean().clamp_min(1e-30))  # any order is a valid one
     size, order = max(1, len(hessian) // 64), []
     while len(left):
         by_variance = rest.diagonal().argsort(stable=True)

@@ -68,6 +68,16 @@ def test_trellis_codes_side_by_side(tokenizer):
         assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
 
 
+def test_fused_models_with_biases_are_copied(model_folder):
+    model = packed(model_folder("qwen2"))
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    quantkit.fuse(model)
+    tokens = torch.randint(0, VOCABULARY, (1, 20))
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(model)(tokens).logits, model(tokens).logits)
+
+
 def test_a_changed_input_is_computed_anew(model_folder):
     model = packed(model_folder("llama"))
     attention = model.model.layers[0].self_attn

@@ -45,6 +45,13 @@ def test_non_finite_and_negative_matrices_are_refused():
         damped_inverse_factor(torch.tensor([[1.0, 9.0], [9.0, 1.0]]), 0.01)
 
 
+def test_elimination_order_without_damping_and_with_dead_inputs():
+    x = torch.randn(50, 80)
+    x[:, ::3] = 0
+    for hessian in (x.T @ x, torch.zeros(80, 80)):
+        assert sorted(elimination_order(hessian, 0.0).tolist()) == list(range(80))
+
+
 def test_elimination_order_lessens_what_feedback_pays():
     """A permutation; the unexplained variances have the same product in any order, and here a smaller sum."""
     generator = torch.Generator().manual_seed(0)

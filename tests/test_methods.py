@@ -70,6 +70,23 @@ def test_layout_state_and_validity(method, shape):
 
 
 @each
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16])
+def test_layouts_do_not_depend_on_the_default_type(method, default):
+    """Which is the model's own while transformers loads it."""
+    expected = method.layout(100, 70).metadata(), {name: t.dtype for name, t in method.layout(100, 70).state().items()}
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        layout = method.layout(100, 70)
+        empty = QuantizedWeight.empty(expected[0])
+        empty.validate()
+    finally:
+        torch.set_default_dtype(before)
+    assert layout.metadata() == empty.metadata() == expected[0]
+    assert {name: t.dtype for name, t in layout.state().items()} == expected[1]
+
+
+@each
 def test_matmul_is_the_dequantized_weights(method):
     weight, stats = layer(100, 70)
     packed = method.quantize(weight, stats)

@@ -56,7 +56,7 @@ class RotatedWeight(QuantizedWeight, format="rotated"):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """R_out^T W' R_in in fp32, then cast."""
         weight = rotate(self.base.dequantize(), self.in_signs, True)
-        return self._outputs_back(weight.T).T.to(dtype)
+        return self.outputs_back(weight.T).T.to(dtype)
 
     @property
     def by_rows(self) -> bool:
@@ -80,7 +80,7 @@ class RotatedWeight(QuantizedWeight, format="rotated"):
         rotated = rotate(x, self.in_signs, False)
         if self.out_signs is None:
             return corrected(self.base.matmul(rotated, bias), x, up, down)
-        y = self._outputs_back(self.base.matmul(rotated))
+        y = self.outputs_back(self.base.matmul(rotated))
         return corrected(y if bias is None else y + bias.to(y.dtype), x, up, down)
 
     @classmethod
@@ -105,10 +105,7 @@ class RotatedWeight(QuantizedWeight, format="rotated"):
         signs = self.out_signs.split([_sign_bytes(size) for size in sizes])
         return [RotatedWeight(base, self.in_signs, own) for base, own in zip(bases, signs, strict=True)]
 
-    def _parts(self) -> list[int]:
-        return [self.shape[0]] if self.out_parts is None else self.out_parts
-
-    def _outputs_back(self, y: Tensor) -> Tensor:
+    def outputs_back(self, y: Tensor) -> Tensor:
         """R_out^T y over the last dimension."""
         if self.out_signs is None:
             return y
@@ -116,6 +113,9 @@ class RotatedWeight(QuantizedWeight, format="rotated"):
         signs = self.out_signs.split([_sign_bytes(size) for size in parts])
         back = [rotate(part, own, True) for part, own in zip(y.split(parts, dim=-1), signs, strict=True)]
         return back[0] if len(back) == 1 else torch.cat(back, dim=-1)
+
+    def _parts(self) -> list[int]:
+        return [self.shape[0]] if self.out_parts is None else self.out_parts
 
 
 def _sign_bytes(features: int) -> int:

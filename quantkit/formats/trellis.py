@@ -48,7 +48,8 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
         words = sum(trellis.lines([_places(part, width) for part in parts], bits))
         codes = torch.empty(words, -(-in_features // width), dtype=torch.int32, device="meta")
         scales = torch.empty(len(parts), in_features, dtype=torch.uint8, device="meta")
-        return cls(codes, scales, torch.empty(len(parts), device="meta"), bits, state_bits, parts, width)
+        scale = torch.empty(len(parts), dtype=torch.float32, device="meta")  # whatever the default type is
+        return cls(codes, scales, scale, bits, state_bits, parts, width)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -63,14 +64,16 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
     def validate(self) -> None:
         """Checks shapes and that the scale is finite; any bits are valid codes."""
         low, high = trellis.STATE_BITS
-        known = self.bits in range(1, 9) and self.state_bits in range(max(low, 2 * self.bits), high + 1)
-        if not known or self.width not in range(1, 257):
+        form = self.bits, self.state_bits, self.width
+        known = all(type(number) is int for number in form) and 1 <= self.bits <= 8 and 1 <= self.width <= 256
+        if not known or not max(low, 2 * self.bits) <= self.state_bits <= high:
             raise ValueError(
                 f"bits={self.bits}, state_bits={self.state_bits}, width={self.width}: trellis codes take 1 to 8 bits "
                 f"and windows of twice as many to {high}"
             )
-        counts = self.parts and all(isinstance(part, int) and part > 0 for part in self.parts)
-        if not counts or (len(self.parts) > 1 and (self.width > 1 or any(part % BLOCK_N for part in self.parts[:-1]))):
+        parts = self.parts if isinstance(self.parts, list) else []
+        whole = all(type(part) is int and part > 0 for part in parts)
+        if not parts or not whole or (len(parts) > 1 and (self.width > 1 or any(p % BLOCK_N for p in parts[:-1]))):
             raise ValueError(f"parts={self.parts}: weights side by side have multiples of {BLOCK_N} rows, but the last")
         if self.scales.dim() != 2:
             raise ValueError(f"scales have {self.scales.dim()} dimensions; trellis codes take [parts, in_features]")

@@ -82,8 +82,8 @@ def check_feedback(damp: float, block_size: int) -> None:
     """Raises ValueError where a quantizer's settings of the loop make no sense."""
     if not 0 <= damp <= 1:
         raise ValueError(f"damp={damp}: a share of the mean diagonal, from 0 to 1")
-    if block_size < 1:
-        raise ValueError(f"block_size={block_size}: at least one column")
+    if type(block_size) is not int or block_size < 1:
+        raise ValueError(f"block_size={block_size!r}: a whole number of columns, at least one")
 
 
 def _block_end(start: int, stop: int, group: int, in_features: int) -> int:

@@ -82,7 +82,7 @@ class LowRank:
         """The inner method's layout, and both factors."""
         rank = min(self.rank, out_features, in_features)
         options: dict[str, Any] = {"device": "meta", "dtype": torch.float16 if self.adapter_bits == 16 else torch.int8}
-        scales = None if self.adapter_bits == 16 else torch.empty(rank, device="meta")
+        scales = None if self.adapter_bits == 16 else torch.empty(rank, dtype=torch.float32, device="meta")
         up, down = torch.empty(out_features, rank, **options), torch.empty(rank, in_features, **options)
         return LowRankWeight(self.inner.layout(out_features, in_features), up, down, scales)
 

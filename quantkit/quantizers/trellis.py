@@ -36,7 +36,7 @@ TILE = 16
 """Columns and rows of a tile of `axis="in"`."""
 SPREAD = (0.0, 0.88, 1.02, 1.06, 1.1, 1.2, 1.26, 1.32, 1.4)
 """By K: the root mean square of all values that suits numbers of root mean square 1 (`evals/trellis_codes.py`)."""
-_HEADROOM = 4.0  # largest step, over what the largest column needs: the feedback adds to columns
+_HEADROOM = 4.0  # a step of 1, over what the largest column needs: the feedback adds to columns
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Trellis:
             raise ValueError(f"bits={self.bits}: trellis codes take 1 to 8 bits a weight")
         low, high = trellis.STATE_BITS
         least = max(low, 2 * -(-self.bits // 1))
-        if not least <= self.state_bits <= high:
+        if type(self.state_bits) is not int or not least <= self.state_bits <= high:
             raise ValueError(f"state_bits={self.state_bits}: with {self.bits} bits a weight use {least:g} to {high}")
         check_feedback(self.damp, self.block_size)
 
@@ -119,7 +119,7 @@ class _Paths:
         unit = SPREAD[bits] / trellis.deviation(state_bits)
         self._values = trellis.table(state_bits, weight.device) * unit
         largest = weight.square().mean(0).amax().sqrt().float()
-        self._unit = torch.where(largest > 0, _HEADROOM * largest, 1.0)  # steps are in units of it
+        self._unit = _HEADROOM * largest.clamp_min(1e-30)  # steps are in units of it
         self._scale = (self._unit * unit).view(1)
         self._scales = torch.empty(in_features, dtype=torch.uint8, device=weight.device)
         self._codes: list[Tensor] = []

@@ -5,6 +5,7 @@ keeps state for the factors alone (INT2.1, arXiv 2306.08162: LoRA's adapters ove
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from transformers import PreTrainedModel
 from quantkit.embedding import QuantizedEmbedding
 from quantkit.errors import QuantkitError
 from quantkit.formats.low_rank import LowRankWeight
+from quantkit.formats.rotated import RotatedWeight
 from quantkit.hf import attach
+from quantkit.kernels.hadamard import rotate
 from quantkit.linear import Packed, QuantizedLinear
 from quantkit.tuning.tunable import Coded
 from quantkit.weight import QuantizedWeight
@@ -168,7 +171,20 @@ def packed_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
     return packed
 
 
+def correction_outside(weight: QuantizedWeight) -> QuantizedWeight:
+    """The same weight with its correction, if it has one inside a rotation, in front of the rotation.
+
+    R_out^T (W' + U D) R_in = R_out^T W' R_in + (R_out^T U) (D R_in)
+    """
+    if not isinstance(weight, RotatedWeight) or not isinstance(weight.base, LowRankWeight):
+        return weight
+    up, down = weight.base.factors()
+    down = rotate(down, weight.in_signs, True)
+    return LowRankWeight(replace(weight, base=weight.base.base), weight.outputs_back(up.T).T.half(), down.half())
+
+
 def _with_correction(weight: QuantizedWeight, rank: int, generator: torch.Generator) -> LowRankWeight:
+    weight = correction_outside(weight)
     if isinstance(weight, LowRankWeight):
         return weight
     out_features, in_features = weight.shape

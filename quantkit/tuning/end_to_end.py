@@ -36,7 +36,7 @@ from quantkit.forward import patched_forwards
 from quantkit.linear import QuantizedLinear
 from quantkit.model import check_vocabulary
 from quantkit.recipe import Calibration
-from quantkit.tuning.adapters import AdaptedLinear, packed_linears
+from quantkit.tuning.adapters import AdaptedLinear, correction_outside, packed_linears
 from quantkit.tuning.pv import PVOptimizer, PVSettings, TunedLinear, TunedTensor, rate
 from quantkit.tuning.teacher import CachedTeacher, Teacher, predict
 from quantkit.tuning.tunable import tunable
@@ -423,7 +423,7 @@ def _layers(model: PreTrainedModel, corrections: bool) -> dict[str, Any]:
     packed = packed_linears(model)
     if not corrections:
         return {name: TunedLinear(tunable(linear.packed), linear.bias) for name, linear in packed.items()}
-    found = {name: linear.packed for name, linear in packed.items()}
+    found = {name: correction_outside(linear.packed) for name, linear in packed.items()}
     adapted = {
         name: AdaptedLinear(weight, packed[name].bias)
         for name, weight in found.items()

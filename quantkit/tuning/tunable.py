@@ -413,7 +413,7 @@ class TunableRotation(Tunable):
     def forward(self) -> Tensor:
         """R_out^T W' R_in."""
         weight = rotate(self.base(), self._weight.in_signs, True)
-        return self._weight._outputs_back(weight.T).T
+        return self._weight.outputs_back(weight.T).T
 
     def packed(self) -> RotatedWeight:
         """See `Tunable`."""

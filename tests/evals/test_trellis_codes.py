@@ -36,8 +36,11 @@ def test_rings_cost_no_more_than_the_bits_that_they_save(tables):
     """Free ends take L - K bits more, 2^-2b of the error for b bits a number."""
     rows = {(row["what"], row["bits"]): row["mse"] for row in tables["rings"]}
     for bits in (1, 2, 3, 4):
-        worth = 4 ** ((12 - bits) / 512)
-        assert rows["rings, pieces of 512", bits] < 1.01 * worth * rows["free ends", bits]
+        for length, pieces in ((512, (512, 256)), (2048, (2048, 512, 256))):
+            worth = 4 ** ((12 - bits) / length)
+            for piece in pieces:
+                ring = rows[f"rings of {length}, pieces of {piece}", bits]
+                assert ring < 1.025 * worth * rows[f"free ends, {length}", bits]
 
 
 def test_states_beat_a_beam_of_as_many(tables):

@@ -147,6 +147,13 @@ def test_leading_dimensions_strides_and_no_rows():
     assert kernel.launch(torch.randn(2, 0, 128), *arguments).shape == (2, 0, 40)
 
 
+def test_steps_that_do_not_begin_with_a_word():
+    (codes, scales, *form), _ = make(40, 128)
+    moved = torch.zeros(129, dtype=torch.uint8)[1:].view(1, 128).copy_(scales)
+    x = torch.randn(3, 128).half()
+    assert torch.equal(kernel.launch(x, codes, moved, *form), kernel.launch(x, codes, scales, *form))
+
+
 def test_what_would_read_out_of_bounds_is_refused():
     (codes, scales, scale, *form), _ = make(40, 128, 3)
     x, up, down = torch.randn(2, 128), torch.randn(40, 4), torch.randn(4, 128)

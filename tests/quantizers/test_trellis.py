@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import quantkit
 from quantkit import GPTQ, Calibration, Hadamard, LowRank, Recipe, Trellis
 from quantkit.errors import QuantkitError
 from quantkit.formats.trellis import columns_of, rings_of
@@ -111,6 +112,9 @@ def test_bad_settings():
         ({"bits": 0}, "1 to 8 bits"),
         ({"bits": 9}, "1 to 8 bits"),
         ({"state_bits": 17}, "use 8 to 16"),
+        ({"state_bits": 12.5}, "use 8 to 16"),
+        ({"state_bits": "x"}, "use 8 to 16"),
+        ({"block_size": 4.5}, "whole number of columns"),
         ({"bits": 7, "state_bits": 12}, "use 14 to 16"),
         ({"axis": "both"}, "axis='both'"),
         ({"order": "act"}, "known orders are least, none"),
@@ -126,10 +130,25 @@ def test_bad_settings():
 def test_damaged_weights_are_refused():
     packed = Trellis(2, 12).layout(64, 32).map(lambda t: torch.zeros(t.shape, dtype=t.dtype))
     packed.validate()
-    sizes = {"parts": [4096]}, {"parts": [32, 32]}, {"parts": []}
-    for change in ({"bits": 9}, {"state_bits": 3}, {"width": 0}, *sizes, {"scale": torch.ones(2)}):
+    changes = [{"parts": parts} for parts in ([4096], [32, 32], [], 64, [64.0])]
+    changes += [{"bits": 9}, {"bits": 2.0}, {"state_bits": 3}, {"state_bits": 12.0}, {"width": 0}]
+    for change in (*changes, {"scale": torch.ones(2)}):
         with pytest.raises(ValueError):
             dataclasses.replace(packed, **change).validate()
+
+
+def test_loads_in_half_precision(model_folder, tokenizer, tmp_path):
+    """Where a model's type is the default one while it is loaded; the scale stays fp32."""
+    found = AutoModelForCausalLM.from_pretrained(model_folder("llama"), dtype=torch.bfloat16)
+    method = Hadamard(Trellis(2, 8))
+    quantkit.quantize(found, tokenizer, method=method, calibration="stdlib", num_samples=2, seqlen=32)
+    found.save_pretrained(tmp_path)
+    tokens = torch.randint(0, 64, (1, 8))
+    for dtype in (None, torch.bfloat16, torch.float16, torch.float32):
+        loaded = quantkit.load(tmp_path, **({} if dtype is None else {"dtype": dtype}))
+        weight = loaded.model.layers[0].mlp.up_proj.packed.base
+        assert loaded.dtype == (dtype or torch.bfloat16) and weight.scale.dtype == torch.float32
+        assert torch.isfinite(loaded(tokens).logits).all()
 
 
 def test_works_on_a_layer_without_inputs():

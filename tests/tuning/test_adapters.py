@@ -9,8 +9,9 @@ from transformers import Trainer, TrainingArguments
 import quantkit
 from quantkit import RTN, Calibration, Hadamard, LowRank, PVSettings, TuningSettings
 from quantkit.errors import QuantkitError
+from quantkit.formats.low_rank import LowRankWeight
 from quantkit.linear import QuantizedLinear
-from quantkit.tuning.adapters import AdaptedLinear
+from quantkit.tuning.adapters import AdaptedLinear, correction_outside
 
 TOKENS = torch.arange(40).view(2, 20) * 37 % 2048
 
@@ -89,6 +90,18 @@ def test_corrections_learn_from_the_teacher(loss, teacher, tokenizer):
     history = model.quantkit_tuning
     assert min(entry["kl"] for entry in history) < history[0]["kl"]
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in frozen.items())
+
+
+def test_corrections_inside_a_rotation_are_trained_in_front_of_it(teacher, tokenizer):
+    """The same product before, up to the rounding of factors."""
+    model = quantized(teacher, tokenizer, Hadamard(LowRank(RTN(2), 4)))
+    layer = model.model.layers[0].mlp.up_proj.packed
+    outside = correction_outside(layer)
+    assert type(outside) is LowRankWeight and outside.rank == 4
+    torch.testing.assert_close(outside.dequantize(), layer.dequantize(), rtol=0, atol=2e-3)
+    settings = TuningSettings(2, 4, 4, evaluate_every=2, held_out=2, corrections=True, pv=PVSettings(lr=2e-2))
+    quantkit.tune(model, teacher, tokenizer, calibration=Calibration("stdlib", 6, 64), settings=settings)
+    assert type(model.model.layers[0].mlp.up_proj.packed) is LowRankWeight
 
 
 def test_recomputed_activations_give_the_same_gradients(teacher, tokenizer):
