@@ -114,7 +114,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     """KL over measured bits, a line for each way to quantize."""
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for row in results:
-        family = re.sub(r"bits [\d.]+(, )?", "", row["label"]).replace("()", "")
+        family = re.sub(r"\bbits [\d.]+(, )?", "", row["label"]).replace("()", "")
         shift = (
             "" if row["num_samples"] == 0 or row["target_shift"] == TARGET_SHIFT else f", shift {row['target_shift']:g}"
         )
