@@ -36,7 +36,8 @@ class PVSettings:
     Attributes:
         mode: see the module.
         lr: of continuous parts, in units of their size.
-        code_lr: of targets, in units of what a code can tell apart: a layer's root mean square weight / 2^bits.
+        code_lr: of targets, in units of what a code can tell apart: a layer's root mean square weight / 2^bits; half
+            of it for trellis codes (`Coded.pace`).
         share: of a layer's units that may be coded again in a step.
         trust: largest relative change of a layer's weights by codes in a step.
         decay: pull of targets towards the weights, 0 to 1.
@@ -206,7 +207,7 @@ class PVOptimizer:
                 weight = part()
             size = float(weight.square().mean().sqrt()) * 2.0**-part.bits
             self.targets.append(nn.Parameter(weight.detach().clone()))
-            groups.append({"params": [self.targets[-1]], "lr": settings.code_lr * size})
+            groups.append({"params": [self.targets[-1]], "lr": settings.code_lr * part.pace * size})
         self.adam = torch.optim.Adam(groups, betas=settings.betas)
         for group in self.adam.param_groups:
             group["initial_lr"] = group["lr"]

@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,8 @@ class Coded(Tunable):
     latest: Tensor
     bits: float
     """Of a weight's code."""
+    pace: ClassVar[float] = 1.0
+    """Of its targets, as a share of `PVSettings.code_lr`."""
 
     def coded(self) -> Iterator["Coded"]:
         """Itself."""
@@ -318,6 +320,7 @@ class TunableTrellis(Coded):
     elsewhere each time, so that all bits can move.
     """
 
+    pace = 0.5  # another path changes a whole piece for what some of its weights gain; at 1 that gained nothing
     symbols: Tensor  # uint8 [places, rings]
     scale: Tensor
     begin: Tensor  # int64 [], where the first piece of each ring begins
