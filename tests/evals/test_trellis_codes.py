@@ -40,7 +40,8 @@ def test_rings_cost_no_more_than_the_bits_that_they_save(tables):
             worth = 4 ** ((12 - bits) / length)
             for piece in pieces:
                 ring = rows[f"rings of {length}, pieces of {piece}", bits]
-                assert ring < 1.025 * worth * rows[f"free ends, {length}", bits]
+                few = 1.0 if length == 512 else 1.01  # a quick run has four of the long ones, and their chance
+                assert ring < 1.01 * few * worth * rows[f"free ends, {length}", bits]
 
 
 def test_states_beat_a_beam_of_as_many(tables):
