@@ -32,6 +32,7 @@ def bench_command(
     ] = None,
     fuse: Annotated[bool, typer.Option(help="Run projections that share an input as one launch.")] = True,
     kv_bits: options.KvBits = None,
+    unpack: options.Unpack = None,
     tune: Annotated[
         bool, typer.Option("--autotune", help="First measure the kernels' sizes for this model and GPU, and keep them.")
     ] = False,
@@ -46,7 +47,7 @@ def bench_command(
     kind = parse_dtype(dtype) or (torch.float32 if where.type == "cpu" else "auto")
     results: dict[str, Decoding] = {}
     for name in [model] if baseline is None else [model, baseline]:
-        subject: Any = quantkit.load(resolve_folder(name), dtype=kind, device=where).eval()
+        subject: Any = quantkit.load(resolve_folder(name), dtype=kind, device=where, unpack=unpack).eval()
         if fuse:
             quantkit.fuse(subject)
         with torch.cuda.device(where) if where.type == "cuda" else nullcontext():

@@ -35,6 +35,7 @@ def evaluate_command(
     baseline: Annotated[str | None, typer.Option(help="Full-precision model to compare with.")] = None,
     max_windows: Annotated[int | None, typer.Option(help="Stop after so many windows.")] = None,
     device: options.Device = "auto",
+    unpack: options.Unpack = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; by default float32 on a CPU.")
     ] = None,
@@ -96,7 +97,7 @@ def evaluate_command(
     folder = resolve_folder(model)
     tokenizer = load_tokenizer(folder)
     tokens, bytes_per_token = evaluation_tokens(documents(data, "evaluation"), tokenizer)
-    subject = quantkit.load(folder, dtype=kind, device=where).eval()
+    subject = quantkit.load(folder, dtype=kind, device=where, unpack=unpack).eval()
     reference = None if baseline is None else quantkit.load(resolve_folder(baseline), dtype=kind, device=where).eval()
     for loaded in (subject, reference):
         if loaded is not None:

@@ -30,6 +30,7 @@ def generate_command(
     kv_bits: options.KvBits = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     device: options.Device = "auto",
+    unpack: options.Unpack = None,
     dtype: Annotated[str | None, typer.Option(help="Of the computation; by default float32 on a CPU.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
 ) -> None:
@@ -42,7 +43,7 @@ def generate_command(
     where, folder = pick_device(device), resolve_folder(model)
     tokenizer: Any = load_tokenizer(folder)
     subject: Any = quantkit.load(
-        folder, dtype=parse_dtype(dtype) or compute_dtype(where) or "auto", device=where
+        folder, dtype=parse_dtype(dtype) or compute_dtype(where) or "auto", device=where, unpack=unpack
     ).eval()
     if chat:
         if not tokenizer.chat_template:

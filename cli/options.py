@@ -22,6 +22,13 @@ HeadBits = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output or unfinished run.")]
+Unpack = Annotated[
+    bool | None,
+    typer.Option(
+        "--unpack/--no-unpack",
+        help="On a CPU, unpack packed layers once; by default those that are faster so, as far as memory allows.",
+    ),
+]
 KvBits = Annotated[
     int | None,
     typer.Option(help="Compress the KV cache (GEAR) to codes of 2, 3, 4 or 8 bits.", rich_help_panel="KV cache"),

@@ -22,12 +22,13 @@ All accumulate in fp32 and are deterministic; x = I gives exactly the dequantize
 import torch
 from torch import Tensor
 
-from quantkit.kernels import launching, operators
+from quantkit.kernels import cpu, launching, operators
 from quantkit.kernels.bitpack import TILE, row_words, unpack
 from quantkit.kernels.codebook_rule import Problem, lookup, range_width, rule
 from quantkit.kernels.launching import or_stand_in
 from quantkit.kernels.tuning import Config, chosen
 
+COMPILED = "quantkit.kernels.codebook_numba"
 CROSSOVERS = {"default": 32}
 """By GPU name: the most rows for which `decode` is used. The default is a model's guess."""
 
@@ -52,6 +53,19 @@ def dequantized(
     if residual_codes is not None and residual_books is not None:
         vectors = vectors + _stage(residual_codes, residual_books, in_features)
     return vectors.transpose(1, 2).flatten(0, 1)[:out_features]
+
+
+def unpacked(
+    codes: Tensor,
+    books: Tensor,
+    residual_codes: Tensor | None,
+    residual_books: Tensor | None,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    """As `dequantized`, compiled on a CPU."""
+    weight = codes, books, residual_codes, residual_books, out_features
+    return cpu.unpacked(COMPILED, dequantized, weight, out_features, in_features)
 
 
 def reference(
@@ -210,4 +224,6 @@ codebook_matmul = operators.register(
     dequantized,
     reference,
     launch,
+    COMPILED,
+    check,
 )

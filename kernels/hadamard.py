@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quantkit.kernels import launching
+from quantkit.kernels import cpu, launching
 
 LARGEST_CORE = 256
 """The largest order of C that is used: C costs a dense product."""
@@ -34,6 +34,7 @@ LARGEST_BLOCK = 2**17
 """The largest block that the kernel takes: each of its programs reads all of it."""
 FEW = 256
 """Programs up to which blocks count as few: a model's guess, about two for each multiprocessor."""
+COMPILED = "quantkit.kernels.hadamard_numba"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -293,6 +294,10 @@ def _fake(x, signs, inverse):
 
 
 def _on_cpu(x, signs, inverse):
+    if cpu.takes(COMPILED, x) and x.numel() // x.shape[-1] <= cpu.compiled(COMPILED).FEW:
+        check(x, signs)
+        rotated = cpu.compiled(COMPILED).rotate(x.reshape(-1, x.shape[-1]).float(), signs, inverse)
+        return rotated.to(x.dtype).view(x.shape)
     return launching.in_own_types(reference, x, signs, inverse)
 
 

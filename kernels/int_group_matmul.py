@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.kernels import launching, operators
+from quantkit.kernels import cpu, launching, operators
 from quantkit.kernels.bitpack import TILE, row_words, unpack
 from quantkit.kernels.launching import or_stand_in
 from quantkit.kernels.tuning import Config, chosen, shares
@@ -35,6 +35,7 @@ CROSSOVERS = {"default": (32, 192)}
 """By GPU name: the most rows for which `decode`, and for which `gemm`, is used. The default is a model's guess."""
 GROUPS_IN_A_TILE = (32, 64)
 """Group sizes below 128 that the decode kernel takes."""
+COMPILED = "quantkit.kernels.int_group_numba"
 AT_ONCE = 2**24
 """Weights that the reference dequantizes at a time: a head has many times as many."""
 
@@ -49,6 +50,14 @@ def dequantized(
     grouped -= (2**bits - 1) / 2 if zeros is None else zeros.float().T.unsqueeze(2)
     grouped *= scales.float().T.unsqueeze(2)
     return grouped.flatten(1)[:, :in_features]
+
+
+def unpacked(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, in_features: int
+) -> Tensor:
+    """As `dequantized`, compiled on a CPU."""
+    weight = codes, scales, zeros, bits, group_size
+    return cpu.unpacked(COMPILED, dequantized, weight, len(codes), in_features)
 
 
 def reference(
@@ -280,4 +289,6 @@ int_group_matmul = operators.register(
     dequantized,
     reference,
     launch,
+    COMPILED,
+    check,
 )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.kernels import launching
+from quantkit.kernels import cpu, launching
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor | None, down: Tensor | None) -> Tensor:
@@ -66,6 +66,8 @@ def register(
     dequantized: Callable[..., Tensor],
     reference: Callable[..., Tensor],
     launch: Callable[..., Tensor],
+    compiled: str = "",
+    check: Callable[..., None] | None = None,
 ) -> Any:
     """Makes the operator quantkit::`name`(x, *weight, bias, up, down), differentiable but for the weight.
 
@@ -75,6 +77,9 @@ def register(
         dequantized: the weight in fp32, from its arguments and in_features.
         reference, launch: the product on other devices than NVIDIA's GPUs since sm_80, and on those: older ones lack
             the kernels' instructions and shared memory.
+        compiled: the module of a CPU's compiled loops, see `cpu`; empty for none.
+        check: raises ValueError for arguments (x, *weight, bias, up, down) whose addresses compiled loops must not
+            follow.
     """
     last = 1 + len(arguments.split(","))  # x and the weight; then bias, up and down
     _LIBRARY.define(f"{name}(Tensor x, {arguments}, Tensor? bias=None, Tensor? up=None, Tensor? down=None) -> Tensor")
@@ -83,7 +88,12 @@ def register(
         return x.new_empty(*x.shape[:-1], rows(*others[: last - 1]))
 
     def elsewhere(x, *others):
-        return launching.in_own_types(reference, x, *others)
+        weight, extra = others[: last - 1], others[last - 1 :]
+        if not cpu.takes(compiled, x):
+            return launching.in_own_types(reference, x, *others)
+        if check is not None:
+            check(x, *others)
+        return launching.in_own_types(cpu.product, x, compiled, weight, rows(*weight), *extra)
 
     def on_gpu(x, *others):
         new = launching.properties(x.device)[0] >= 80
@@ -103,7 +113,8 @@ def register(
         flat_grad = grad.reshape(-1, grad.shape[-1])
         found: list[Tensor | None] = [None] * (last + 3)
         if ctx.needs_input_grad[0]:
-            grad_x = flat_grad @ dequantized(*weight, ctx.shape[-1]).to(grad.dtype)
+            whole = cpu.unpacked(compiled, dequantized, weight, rows(*weight), ctx.shape[-1])
+            grad_x = flat_grad @ whole.to(grad.dtype)
             grad_x = grad_x if up is None else grad_x + (flat_grad @ up) @ down
             found[0] = grad_x.view(ctx.shape)
         if any(ctx.needs_input_grad[last : last + 1]):  # trailing arguments that were left out are not counted

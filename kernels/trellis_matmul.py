@@ -30,13 +30,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.kernels import launching, operators, trellis
+from quantkit.kernels import cpu, launching, operators, trellis
 from quantkit.kernels.launching import or_stand_in
 from quantkit.kernels.trellis import STATE_BITS
 from quantkit.kernels.tuning import Config, chosen
 
 CROSSOVERS = {"default": 32}
 """By GPU name: the most rows for which weights are decoded in registers. The default is a model's guess."""
+COMPILED = "quantkit.kernels.trellis_numba"
 BLOCK_N = 128
 """Rows of W a program: 16 for each row of lanes."""
 _TILE = 128
@@ -48,6 +49,14 @@ def dequantized(
 ) -> Tensor:
     """The specification of the weight, on any device: fp32 [out_features, in_features]."""
     return trellis.dequantized(codes, scales, scale, bits, state_bits, parts)
+
+
+def unpacked(
+    codes: Tensor, scales: Tensor, scale: Tensor, bits: int, state_bits: int, parts: Sequence[int], in_features: int
+) -> Tensor:
+    """As `dequantized`, compiled on a CPU."""
+    weight = codes, scales, scale, bits, state_bits, parts
+    return cpu.unpacked(COMPILED, dequantized, weight, sum(parts), in_features)
 
 
 def reference(
@@ -243,4 +252,6 @@ trellis_matmul = operators.register(
     dequantized,
     reference,
     launch,
+    COMPILED,
+    check,
 )

@@ -33,9 +33,16 @@ def fuse(model: nn.Module) -> int:
     for module in list(model.modules()):
         for names in SIBLINGS:
             layers = [getattr(module, name, None) for name in names]
-            if all(isinstance(layer, QuantizedLinear) and layer.shared is None for layer in layers):
+            if all(
+                isinstance(layer, QuantizedLinear) and layer.shared is None and not _dense(layer) for layer in layers
+            ):
                 fused += _fuse_layers([layer for layer in layers if isinstance(layer, QuantizedLinear)])
     return fused
+
+
+def _dense(layer: QuantizedLinear) -> bool:
+    """Whether a layer will run unpacked where its tensors are."""
+    return layer.unpacked and next(layer.buffers()).device.type == "cpu"
 
 
 def _fuse_layers(layers: Sequence[QuantizedLinear]) -> bool:

@@ -4,6 +4,7 @@ Importing this module registers quant_method "quantkit". Without that registrati
 about the unknown method and runs with random weights, so `quantkit.load` is the documented way in.
 """
 
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ from quantkit.formats.tied import TiedWeight
 from quantkit.linear import Packed, QuantizedLinear
 from quantkit.model import is_linear, is_lookup, linear_weight
 from quantkit.shards import Shards, open_shard
+from quantkit.unpacking import choose_unpacked
 from quantkit.weight import QuantizedWeight
+
+_UNPACK: ContextVar[bool | None] = ContextVar("unpack", default=None)
+"""What `load` was asked for, while transformers loads."""
 
 
 @register_quantization_config(METHOD)
@@ -87,6 +92,8 @@ class QuantkitHfQuantizer(HfQuantizer):
                         module.packed.prepare()
                 except ValueError as error:
                     raise CheckpointError(f"{name}: {error}; the checkpoint is damaged") from error
+        if not torch.cuda.is_available():  # else `load` knows better where the model will run
+            choose_unpacked(model, _UNPACK.get())
 
     def is_serializable(self) -> bool:
         """Packed layers save as they are."""
@@ -125,7 +132,11 @@ def attach(model: PreTrainedModel, layers: dict[str, Any], trainable: bool = Fal
 
 
 def load(
-    folder: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None
+    folder: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    unpack: bool | None = None,
 ) -> PreTrainedModel:
     """Loads a packed checkpoint, or any transformers causal language model.
 
@@ -133,9 +144,12 @@ def load(
         folder: a folder, or an id on the hub.
         dtype: of activations and dense weights; packed tensors keep their own.
         device: where to put the model; by default the CPU.
+        unpack: on a CPU, unpack each packed layer at its first use (True) or never (False); by default those that run
+            faster so, as far as memory allows. A line of the log says what that costs.
 
     Raises:
         CheckpointError: damaged or incomplete files, or an unknown format.
+        QuantkitError: unpack=True, and memory does not suffice.
     """
     path = Path(folder)
     if path.is_dir():
@@ -144,19 +158,25 @@ def load(
             packed_layers(path)
         elif any(path.glob("*.safetensors*")):
             Shards(path)
+    asked = _UNPACK.set(unpack)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except QuantkitError:
         raise
     except Exception as error:  # transformers raises many kinds
         raise CheckpointError(f"{folder} does not load as a causal language model ({first_line(error)})") from error
+    finally:
+        _UNPACK.reset(asked)
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} tensors of the model, {missing[0]} among them; fetch it anew"
         )
-    return model if device is None else model.to(device)
+    model = model if device is None else model.to(device)
+    if torch.cuda.is_available():
+        choose_unpacked(model, unpack)
+    return model
 
 
 def _specs(files: list[str]) -> dict[str, tuple[str, list[int]]]:

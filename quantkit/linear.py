@@ -77,6 +77,9 @@ class QuantizedLinear(Packed):
     Args:
         weight: the packed weight.
         bias: [out_features] or None, added in the activations' dtype.
+
+    Attributes:
+        unpacked: whether the first product on a CPU unpacks the weight for all that follow; see `quantkit.unpacking`.
     """
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
@@ -84,6 +87,7 @@ class QuantizedLinear(Packed):
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._held: Tensor | None = None
+        self.unpacked = False
         self.shared: Outputs | None = None
         self._slot = 0
 
@@ -98,6 +102,9 @@ class QuantizedLinear(Packed):
         """x [..., in_features] -> [..., out_features], in x's dtype."""
         if self.shared is not None:
             return self.shared.output(self._slot, x)
+        if self.unpacked and self._held is None and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            with torch.inference_mode(False), torch.no_grad():  # it is kept longer than the caller's mode
+                self.hold(x.dtype)
         if self._held is None:
             return self.packed.matmul(x, self.bias)
         mixed = torch.is_autocast_enabled(x.device.type)  # casts by itself, and need not cast twice

@@ -34,6 +34,7 @@ from quantkit.rotate import Rotation
 from quantkit.rotate import rotate_model as turn
 from quantkit.shards import LoadedWeights, tied_names, untie
 from quantkit.tuning.block import BlockTuning
+from quantkit.unpacking import choose_unpacked
 from quantkit.weight import QuantizedWeight
 
 Progress = Callable[[int, int, str], None]
@@ -207,6 +208,7 @@ def quantize(
     attach(model, {name: result.weight.metadata() for name, result in results.items()})
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     model.quantkit_report = run.report(name, plan, results, tensor_bytes(model))  # type: ignore[assignment]
+    choose_unpacked(model)
     return model
 
 

@@ -20,6 +20,9 @@ from torch import Tensor
 from quantkit.errors import CheckpointError
 from quantkit.registry import resolve
 
+UNPACKED_EACH_TIME = 20.0
+"""`cpu_slowdown` of weights that are unpacked in each product, by torch's operations."""
+
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight(ABC):
@@ -96,6 +99,14 @@ class QuantizedWeight(ABC):
     def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
         """The inverse of `side_by_side`: views of `sizes` outputs each."""
         raise NotImplementedError(f"{self.format} does not split")
+
+    @property
+    def cpu_slowdown(self) -> float:
+        """Time of a product with one row on a CPU, in times of a dense fp32 one's of a large layer.
+
+        `python -m quantkit.evals.cpu_decode` measures it. Formats without compiled loops are unpacked in each product.
+        """
+        return UNPACKED_EACH_TIME
 
     def prepare(self) -> None:  # noqa: B027  (most formats have nothing to prepare)
         """Called when the tensors have come to where they will be used."""

@@ -7,14 +7,15 @@ import pytest
 from .conftest import ROOT
 
 RANKS = [
-    ["kernels.bitpack", "kernels.tuning", "kernels.timing", "kernels.codebook_table", "kernels.trellis"],
+    ["kernels.bitpack", "kernels.tuning", "kernels.timing", "kernels.codebook_table", "kernels.trellis", "kernels.cpu"],
     ["kernels.tiles"],
     [
         *["kernels.codebook_matmul_triton", "kernels.hadamard_triton", "kernels.int_group_matmul_triton"],
         *["kernels.pyramid_matmul_triton", "kernels.kv_attention_triton"],
         *["kernels.trellis_matmul_triton", "kernels.viterbi_triton", "kernels.viterbi_numba"],
-        *["kernels.codebook_rule", "kernels.launching", "kernels.pyramid"],
+        *["kernels.codebook_rule", "kernels.launching", "kernels.pyramid", "kernels.numba_words"],
     ],
+    ["kernels.hadamard"],
     ["kernels.operators"],
     ["kernels.*", "errors", "linalg", "metrics", "corpus"],
     ["registry", "device", "stats", "data"],
@@ -24,7 +25,7 @@ RANKS = [
     ["quantizers.*"],
     ["linear", "model", "plan", "kvcache.config", "kvcache.codec"],
     ["kvcache.storage"],
-    ["embedding", "forward", "fuse"],
+    ["embedding", "forward", "fuse", "unpacking"],
     ["calibrate", "shards"],
     ["rotate"],
     ["checkpoint", "recipe", "report"],

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels import launching
-from quantkit.kernels.bitpack import pack, row_words
-from quantkit.kernels.codebook_matmul import codebook_matmul, dequantized
+from quantkit.kernels.bitpack import pack, planes, row_words
+from quantkit.kernels.codebook_matmul import codebook_matmul, unpacked
 from quantkit.kernels.codebook_rule import book_bytes, expected_speed, range_width, served_from
+from quantkit.kernels.cpu import has_numba
 from quantkit.weight import QuantizedWeight, corrected
 
 logger = logging.getLogger(__name__)
@@ -127,8 +128,16 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
 
     def _stored(self) -> Tensor:
         """fp32 [out_features, in_features] in the stored order, without scales."""
-        weight = dequantized(*self._stages, self.out_features, self.columns)
+        weight = unpacked(*self._stages, self.out_features, self.columns)
         return weight if self.outliers is None else torch.cat([self.outliers._stored(), weight], dim=1)
+
+    @property
+    def cpu_slowdown(self) -> float:
+        """Of each stage, the decoding of codes and the sums of their vectors, four entries at a time."""
+        if not has_numba():
+            return super().cpu_slowdown
+        v = self.books.shape[2]
+        return sum((len(planes(_bits(books))) + 1.2 * -(-v // 4) * 4) / v for _, books in self.stages())
 
     def prepare(self) -> None:
         """Allocates what launches on the codes' GPU share; warns where books are too large to be fast there."""

@@ -16,10 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.kernels.bitpack import pack, row_words
-from quantkit.kernels.int_group_matmul import dequantized, int_group_matmul
+from quantkit.kernels.bitpack import pack, planes, row_words
+from quantkit.kernels.cpu import has_numba
+from quantkit.kernels.int_group_matmul import int_group_matmul, unpacked
 from quantkit.kernels.launching import prepare
 from quantkit.weight import QuantizedWeight
+
+_PASS = {8: 0.8, 4: 0.6, 2: 0.5, 1: 0.4}
+"""`cpu_slowdown` of a plane of codes by its width."""
+_DECODED = 2.0
+"""That of codes that have to be put into the order of columns first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +91,16 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(code - zero) * scale in fp32, then cast."""
-        weight = dequantized(self.codes, self.scales, self.zeros, self.bits, self.group_size, self.in_features)
+        weight = unpacked(self.codes, self.scales, self.zeros, self.bits, self.group_size, self.in_features)
         return weight.to(dtype)
+
+    @property
+    def cpu_slowdown(self) -> float:
+        """By the planes of a code, each of which is a pass over the row."""
+        if not has_numba():
+            return super().cpu_slowdown
+        regular = self.group_size in (32, 64) or self.group_size % 128 == 0 or self.group_size >= self.in_features
+        return sum(_PASS[width] for width in planes(self.bits)) if regular else _DECODED
 
     @property
     def by_rows(self) -> bool:
@@ -97,7 +111,7 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         """Reads the words and scales of these rows alone."""
         codes, scales = self.codes.index_select(0, index), self.scales.index_select(1, index)
         zeros = None if self.zeros is None else self.zeros.index_select(1, index)
-        return dequantized(codes, scales, zeros, self.bits, self.group_size, self.in_features)
+        return unpacked(codes, scales, zeros, self.bits, self.group_size, self.in_features)
 
     def prepare(self) -> None:
         """Allocates what launches on the codes' GPU share."""

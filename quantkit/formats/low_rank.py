@@ -86,6 +86,12 @@ class LowRankWeight(QuantizedWeight, format="low_rank"):
         up, down = self.factors()
         return self.base.rows(index) + up.index_select(0, index) @ down
 
+    @property
+    def cpu_slowdown(self) -> float:
+        """The base's, and that of the factors, which are dense."""
+        out_features, in_features = self.shape
+        return self.base.cpu_slowdown + self.rank * (out_features + in_features) / (out_features * in_features)
+
     def prepare(self) -> None:
         """The base's."""
         self.base.prepare()

@@ -69,6 +69,12 @@ class RotatedWeight(QuantizedWeight, format="rotated"):
             super()._rows(index) if self.out_signs is not None else rotate(self.base.rows(index), self.in_signs, True)
         )
 
+    @property
+    def cpu_slowdown(self) -> float:
+        """The base's, and as much as some hundred more rows for either rotation."""
+        out_features, in_features = self.shape
+        return self.base.cpu_slowdown + 100 / out_features + (0 if self.out_signs is None else 100 / in_features)
+
     def prepare(self) -> None:
         """The base's."""
         self.base.prepare()

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels import launching, trellis
-from quantkit.kernels.trellis_matmul import BLOCK_N, trellis_matmul
+from quantkit.kernels.cpu import has_numba
+from quantkit.kernels.trellis_matmul import BLOCK_N, trellis_matmul, unpacked
 from quantkit.weight import QuantizedWeight
 
 
@@ -91,7 +92,7 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
         """value * step * scale in fp32, then cast."""
         form = self.bits, self.state_bits
         if self.width == 1:
-            return trellis.dequantized(self.codes, self.scales, self.scale, *form, self.parts).to(dtype)
+            return unpacked(self.codes, self.scales, self.scale, *form, self.parts, self.shape[1]).to(dtype)
         out_features, in_features = self.shape
         states = trellis.states(self.codes, *form)[: _places(out_features, self.width)]
         values = columns_of(trellis.table(self.state_bits, states.device)[states.long()], self.width)
@@ -105,6 +106,11 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
             return super().matmul(x, bias, up, down)
         form = self.bits, self.state_bits, self.parts
         return trellis_matmul(x, self.codes, self.scales, self.scale, *form, bias, up, down)
+
+    @property
+    def cpu_slowdown(self) -> float:
+        """The same for all bits: a weight is computed from its window."""
+        return 1.2 if has_numba() and self.width == 1 else super().cpu_slowdown
 
     def prepare(self) -> None:
         """Allocates what launches on a GPU share."""
