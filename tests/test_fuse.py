@@ -10,13 +10,16 @@ import quantkit
 from quantkit import RTN, Hadamard, Trellis
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.linear import QuantizedLinear
+from quantkit.unpacking import choose_unpacked
 
 from .conftest import CONFIGS, VOCABULARY
 
 
 def packed(folder, **options):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return quantkit.quantize(model, method=RTN(4, 32, **options))
+    quantkit.quantize(model, method=RTN(4, 32, **options))
+    choose_unpacked(model, False)  # as on a GPU
+    return model
 
 
 @pytest.fixture
@@ -50,6 +53,7 @@ def test_unlike_siblings_stay_apart(model_folder):
     folder = model_folder("llama")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     quantkit.quantize(model, method=RTN(4, 32), rules={"*.k_proj": RTN(3, 32), "*.layers.0.mlp.up_proj": None})
+    choose_unpacked(model, False)
     assert quantkit.fuse(model) == len(model.model.layers) - 1
 
 
@@ -60,6 +64,7 @@ def test_trellis_codes_side_by_side(tokenizer):
     model = AutoModelForCausalLM.from_config(config).eval()
     method = Hadamard(Trellis(2, 8))
     quantkit.quantize(model, tokenizer, method=method, calibration="stdlib", num_samples=2, seqlen=64)
+    choose_unpacked(model, False)
     tokens = torch.randint(0, VOCABULARY, (2, 20))
     with torch.no_grad():
         before, state = model(tokens).logits, {name: t.clone() for name, t in model.state_dict().items()}

@@ -107,7 +107,7 @@ def test_load_decides(tmp_path, reference, caplog):
     logits = {}
     for unpack, count in ((None, 42), (True, 42), (False, 0)):
         caplog.clear()
-        loaded = quantkit.load(tmp_path, unpack=unpack)
+        loaded = quantkit.load(tmp_path, dtype=torch.float32, unpack=unpack)
         assert len(chosen(loaded)) == count
         assert len(caplog.records) == 1  # what was decided, once
         logits[unpack] = loaded(token).logits
