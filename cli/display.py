@@ -1,16 +1,20 @@
 """What the verbs print: one console, progress bars, tables."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from quantkit.report import Report
-from quantkit.tuning.end_to_end import Progress as TuningProgress
+if TYPE_CHECKING:
+    from quantkit.report import Report
+    from quantkit.tuning.end_to_end import Progress as TuningProgress
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 

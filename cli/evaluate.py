@@ -1,26 +1,21 @@
 """`quantkit eval`: perplexity, and with a baseline the KL to it; with quantized activations if asked for."""
 
+from __future__ import annotations
+
 import json
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import quantkit
 from quantkit.cli import options
 from quantkit.cli.display import console, window_progress
-from quantkit.data import documents, evaluation_tokens
-from quantkit.device import compute_dtype, parse_dtype, pick_device
 from quantkit.errors import QuantkitError
-from quantkit.evals.activations import ActivationCode, Observed, activation_code, quantized_activations
-from quantkit.evals.kv_quality import retrieval
-from quantkit.evals.perplexity import Quality, evaluate
-from quantkit.folder import load_tokenizer, resolve_folder
-from quantkit.kvcache.config import KVCacheConfig
-from quantkit.kvcache.prefix import compressed_prefix
-from quantkit.model import check_vocabulary, context_length
-from quantkit.recipe import window_length
+
+if TYPE_CHECKING:
+    from quantkit.evals.activations import ActivationCode, Observed
+    from quantkit.evals.perplexity import Quality
 
 _ACTIVATIONS = "Quantized activations"
 
@@ -85,6 +80,18 @@ def evaluate_command(
 
     With --kv-bits the baseline is, unless another is given, the model itself with an exact cache.
     """
+    import quantkit
+    from quantkit.data import documents, evaluation_tokens
+    from quantkit.device import compute_dtype, parse_dtype, pick_device
+    from quantkit.evals.activations import quantized_activations
+    from quantkit.evals.kv_quality import retrieval
+    from quantkit.evals.perplexity import evaluate
+    from quantkit.folder import load_tokenizer, resolve_folder
+    from quantkit.kvcache.config import KVCacheConfig
+    from quantkit.kvcache.prefix import compressed_prefix
+    from quantkit.model import check_vocabulary, context_length
+    from quantkit.recipe import window_length
+
     code = _activation_code(activation_bits, activation_method, activation_dimension, activation_hadamard)
     if kv_bits is None and (kv_prefix, kv_retrieval) != (None, None):
         raise QuantkitError("--kv-prefix and --kv-retrieval say nothing without --kv-bits; add e.g. --kv-bits 4")
@@ -157,6 +164,8 @@ def _activation_code(
         if (method, dimension, hadamard) != (None, None, None):
             raise QuantkitError("options for activations say nothing without --activation-bits; add e.g. 4")
         return None
+    from quantkit.evals.activations import activation_code
+
     method = method or "pyramid"
     if dimension is not None and method != "pyramid":
         raise QuantkitError(f"--activation-dimension belongs to pyramid; {method} has one scale a token and no groups")

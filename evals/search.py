@@ -24,8 +24,9 @@ from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, parse_quantizer
 from quantkit.search.baselines import best_of_random
 from quantkit.search.budget import Budget
 from quantkit.search.build import build
-from quantkit.search.evolve import Assignment, Evolution, parse_stages, stages_text
+from quantkit.search.evolve import Assignment
 from quantkit.search.session import SearchSettings, Session
+from quantkit.search.settings import Evolution, parse_stages, stages_text
 from quantkit.search.spaces import CandidateSpace
 
 
