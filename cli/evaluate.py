@@ -131,12 +131,12 @@ def evaluate_command(
                 for name, config in (("retrieval", kv), ("retrieval_exact", KVCacheConfig(16, 16))):
                     cache[name] = retrieval(subject, tokenizer, config, kv_retrieval)
     activations = None if observed is None else _figures(code, observed)
+    settings = {"model": model, "data": data, "seqlen": length, "stride": stride or length, "baseline": baseline}
+    settings |= {"activations": activations, "kv_cache": cache}
     if as_json:
-        settings = {"model": model, "data": data, "seqlen": length, "baseline": baseline}
-        settings |= {"activations": activations, "kv_cache": cache}
         print(json.dumps(settings | asdict(quality), indent=2))
     else:
-        _print(model, baseline, quality, activations)
+        _print(settings, quality)
         if cache is not None:
             _print_cache(cache)
 
@@ -183,8 +183,9 @@ def _figures(code: ActivationCode | None, observed: Observed) -> dict[str, Any]:
     }
 
 
-def _print(model: str, baseline: str | None, quality: Quality, activations: dict[str, Any] | None) -> None:
-    console.print(f"[bold]{model}[/]")
+def _print(settings: dict[str, Any], quality: Quality) -> None:
+    baseline, seqlen, activations = settings["baseline"], settings["seqlen"], settings["activations"]
+    console.print(f"[bold]{settings['model']}[/]")
     console.print(f"perplexity      {quality.perplexity:.4f} +- {quality.perplexity_se:.4f}")
     if baseline is not None:
         console.print(f"  before        {quality.baseline_perplexity:.4f}  ({baseline})")
@@ -193,7 +194,9 @@ def _print(model: str, baseline: str | None, quality: Quality, activations: dict
         console.print(f"KL to baseline  {quality.kl:.5f} +- {quality.kl_se:.5f} nats a token")
         console.print(f"top-1 agreement {100 * (quality.top1_agreement or 0):.2f}%")
         console.print(f"flip rate       {100 * (quality.flip_rate or 0):.2f}%")
-    console.print(f"over            {quality.tokens:,} tokens in {quality.windows} windows")
+    step = "" if settings["stride"] == seqlen else f" every {settings['stride']}"
+    console.print(f"text            {settings['data']}, windows of {seqlen} tokens{step}")
+    console.print(f"over            {quality.windows} of {quality.available} windows, {quality.tokens:,} tokens scored")
     if activations is not None:
         layers = f"{activations['layers_reached']} of {activations['layers']} layers"
         bits = activations["bits_per_activation"]
