@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.kernels import launching
+from quantkit.kernels import launching, self_check
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor | None, down: Tensor | None) -> Tensor:
@@ -74,7 +74,7 @@ def register(
         rows: the weight's rows, from its arguments.
         dequantized: the weight in fp32, from its arguments and in_features.
         reference, launch: the product on other devices than NVIDIA's GPUs since sm_80, and on those: older ones lack
-            the kernels' instructions and shared memory.
+            the kernels' instructions and shared memory. Where a kernel errs (`self_check`) the reference runs too.
     """
     last = 1 + len(arguments.split(","))  # x and the weight; then bias, up and down
     _LIBRARY.define(f"{name}(Tensor x, {arguments}, Tensor? bias=None, Tensor? up=None, Tensor? down=None) -> Tensor")
@@ -86,8 +86,8 @@ def register(
         return launching.in_own_types(reference, x, *others)
 
     def on_gpu(x, *others):
-        new = launching.properties(x.device)[0] >= 80
-        return launching.in_own_types(launch if new else reference, x, *others)
+        fit = launching.properties(x.device)[0] >= 80 and self_check.trusted(name, x.device)
+        return launching.in_own_types(launch if fit else reference, x, *others)
 
     def remember(ctx, inputs, output):
         x, weight, (bias, up, down) = inputs[0], inputs[1:last], inputs[last:]

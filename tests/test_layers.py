@@ -8,7 +8,7 @@ from .conftest import ROOT
 
 RANKS = [
     ["kernels.bitpack", "kernels.tuning", "kernels.timing", "kernels.codebook_table", "kernels.trellis"],
-    ["kernels.tiles"],
+    ["kernels.tiles", "kernels.self_check"],
     [
         *["kernels.codebook_matmul_triton", "kernels.hadamard_triton", "kernels.int_group_matmul_triton"],
         *["kernels.pyramid_matmul_triton", "kernels.kv_attention_triton"],
@@ -17,6 +17,7 @@ RANKS = [
     ],
     ["kernels.operators"],
     ["kernels.*", "constants", "errors", "linalg", "metrics", "corpus", "post_import"],
+    ["kernels.self_check_cases"],
     ["registry", "device", "stats", "data", "search.settings", "tuning.settings"],
     ["weight"],
     ["protocols", "formats.*"],
