@@ -62,6 +62,14 @@ def tuning_progress() -> Iterator[Callable[[int, int, str], None]]:
 
 
 @contextmanager
+def check_progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar over checks: yields a callback (done, in all, what is being checked)."""
+    with _bar() as bar:
+        task = bar.add_task("checks", total=None)
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name or "done")
+
+
+@contextmanager
 def tuning_bars() -> Iterator[dict[str, Callable]]:
     """A bar over the windows that are cached, then over tuning steps: yields `tune`'s callbacks by name."""
     with _bar() as bar:

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from quantkit import __version__
 from quantkit.cli.bench import bench_command
+from quantkit.cli.doctor import doctor_command
 from quantkit.cli.evaluate import evaluate_command
 from quantkit.cli.generate import generate_command
 from quantkit.cli.inspect import inspect_command
@@ -42,6 +43,7 @@ app.command("eval")(evaluate_command)
 app.command("generate")(generate_command)
 app.command("inspect")(inspect_command)
 app.command("bench")(bench_command)
+app.command("doctor")(doctor_command)
 
 
 def _say_version(asked: bool) -> None:
@@ -56,7 +58,8 @@ def _options(
         bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and end.")
     ] = False,
 ) -> None:
-    """Post-training quantization of language models: quantize, search, tune, evaluate, generate, inspect, bench."""
+    """Post-training quantization of language models: quantize, search, tune, evaluate, generate, inspect, bench,
+    doctor."""
 
 
 def main() -> None:

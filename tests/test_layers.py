@@ -53,7 +53,16 @@ RANKS = [
     ["evals.kernel_speed"],
     ["evals.*"],
     ["cli.display", "cli.options"],
-    ["cli.bench", "cli.evaluate", "cli.generate", "cli.inspect", "cli.quantize", "cli.search", "cli.tune"],
+    [
+        "cli.bench",
+        "cli.doctor",
+        "cli.evaluate",
+        "cli.generate",
+        "cli.inspect",
+        "cli.quantize",
+        "cli.search",
+        "cli.tune",
+    ],
     ["cli.main"],
     ["cli.__main__"],
 ]
