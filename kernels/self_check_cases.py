@@ -1,6 +1,6 @@
 """Small products of every family against fp64, for `self_check`: even and odd shapes, both half types, 1 and 17 rows.
 
-Each function yields one `Case` after the other; where that was not done before it compiles some five to ten kernels, at
+Each function yields one `Case` after the other; where that was not done before it compiles three to a dozen kernels, at
 0.5 to 2.5 s each. An error is the largest of any element, in units of the root mean square of all, so that one wrong
 element in thousands is seen.
 """

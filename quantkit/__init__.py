@@ -88,11 +88,13 @@ _PLACE = {name: f"quantkit.{module}" for module, found in _PLACES.items() for na
 after_import("transformers.quantizers", "quantkit.registration")
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PLACE:
-        raise AttributeError(f"module 'quantkit' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_PLACE[name]), name)
-    return value
+if not TYPE_CHECKING:  # a type checker knows all names, and is to see those that are none
+
+    def __getattr__(name: str) -> Any:
+        if name not in _PLACE:
+            raise AttributeError(f"module 'quantkit' has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_PLACE[name]), name)
+        return value
 
 
 def __dir__() -> list[str]:
