@@ -1,24 +1,24 @@
 """`quantkit bench`: how fast a model generates, beside the ideal and beside its full-precision original."""
 
+from __future__ import annotations
+
 import json
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich import box
 from rich.table import Table
 
-import quantkit
 from quantkit.cli import options
 from quantkit.cli.display import console, size, tuning_progress
-from quantkit.device import parse_dtype, pick_device
 from quantkit.errors import QuantkitError, first_line
-from quantkit.evals.autotune import autotune
-from quantkit.evals.decode import Decoding, measure
-from quantkit.folder import resolve_folder
-from quantkit.kvcache.attention import compressed_kv
+
+if TYPE_CHECKING:
+    import torch
+
+    from quantkit.evals.decode import Decoding
 
 
 def bench_command(
@@ -39,6 +39,15 @@ def bench_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure time to first token, tokens a second and memory; --baseline puts the original beside it."""
+    import torch
+
+    import quantkit
+    from quantkit.device import parse_dtype, pick_device
+    from quantkit.evals.autotune import autotune
+    from quantkit.evals.decode import measure
+    from quantkit.folder import resolve_folder
+    from quantkit.kvcache.attention import compressed_kv
+
     where = pick_device(device)
     if baseline == model:
         raise QuantkitError("--baseline is the model itself; give the one that it was made from")
@@ -70,6 +79,8 @@ def bench_command(
 
 
 def _name(device: torch.device) -> str:
+    import torch
+
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 

@@ -1,16 +1,20 @@
 """What the verbs print: one console, progress bars, tables."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from quantkit.report import Report
-from quantkit.tuning.end_to_end import Progress as TuningProgress
+if TYPE_CHECKING:
+    from quantkit.report import Report
+    from quantkit.tuning.end_to_end import Progress as TuningProgress
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
@@ -54,6 +58,14 @@ def tuning_progress() -> Iterator[Callable[[int, int, str], None]]:
     """A bar over kernel launches: yields a callback (done, in all, what is being measured)."""
     with _bar() as bar:
         task = bar.add_task("tuning", total=None)
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name or "done")
+
+
+@contextmanager
+def check_progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar over checks: yields a callback (done, in all, what is being checked)."""
+    with _bar() as bar:
+        task = bar.add_task("checks", total=None)
         yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name or "done")
 
 

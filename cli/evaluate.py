@@ -1,26 +1,21 @@
 """`quantkit eval`: perplexity, and with a baseline the KL to it; with quantized activations if asked for."""
 
+from __future__ import annotations
+
 import json
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import quantkit
 from quantkit.cli import options
 from quantkit.cli.display import console, window_progress
-from quantkit.data import documents, evaluation_tokens
-from quantkit.device import compute_dtype, parse_dtype, pick_device
 from quantkit.errors import QuantkitError
-from quantkit.evals.activations import ActivationCode, Observed, activation_code, quantized_activations
-from quantkit.evals.kv_quality import retrieval
-from quantkit.evals.perplexity import Quality, evaluate
-from quantkit.folder import load_tokenizer, resolve_folder
-from quantkit.kvcache.config import KVCacheConfig
-from quantkit.kvcache.prefix import compressed_prefix
-from quantkit.model import check_vocabulary, context_length
-from quantkit.recipe import window_length
+
+if TYPE_CHECKING:
+    from quantkit.evals.activations import ActivationCode, Observed
+    from quantkit.evals.perplexity import Quality
 
 _ACTIVATIONS = "Quantized activations"
 
@@ -86,6 +81,18 @@ def evaluate_command(
 
     With --kv-bits the baseline is, unless another is given, the model itself with an exact cache.
     """
+    import quantkit
+    from quantkit.data import documents, evaluation_tokens
+    from quantkit.device import compute_dtype, parse_dtype, pick_device
+    from quantkit.evals.activations import quantized_activations
+    from quantkit.evals.kv_quality import retrieval
+    from quantkit.evals.perplexity import evaluate
+    from quantkit.folder import load_tokenizer, resolve_folder
+    from quantkit.kvcache.config import KVCacheConfig
+    from quantkit.kvcache.prefix import compressed_prefix
+    from quantkit.model import check_vocabulary, context_length
+    from quantkit.recipe import window_length
+
     code = _activation_code(activation_bits, activation_method, activation_dimension, activation_hadamard)
     if kv_bits is None and (kv_prefix, kv_retrieval) != (None, None):
         raise QuantkitError("--kv-prefix and --kv-retrieval say nothing without --kv-bits; add e.g. --kv-bits 4")
@@ -125,12 +132,12 @@ def evaluate_command(
                 for name, config in (("retrieval", kv), ("retrieval_exact", KVCacheConfig(16, 16))):
                     cache[name] = retrieval(subject, tokenizer, config, kv_retrieval)
     activations = None if observed is None else _figures(code, observed)
+    settings = {"model": model, "data": data, "seqlen": length, "stride": stride or length, "baseline": baseline}
+    settings |= {"activations": activations, "kv_cache": cache}
     if as_json:
-        settings = {"model": model, "data": data, "seqlen": length, "baseline": baseline}
-        settings |= {"activations": activations, "kv_cache": cache}
         print(json.dumps(settings | asdict(quality), indent=2))
     else:
-        _print(model, baseline, quality, activations)
+        _print(settings, quality)
         if cache is not None:
             _print_cache(cache)
 
@@ -158,6 +165,8 @@ def _activation_code(
         if (method, dimension, hadamard) != (None, None, None):
             raise QuantkitError("options for activations say nothing without --activation-bits; add e.g. 4")
         return None
+    from quantkit.evals.activations import activation_code
+
     method = method or "pyramid"
     if dimension is not None and method != "pyramid":
         raise QuantkitError(f"--activation-dimension belongs to pyramid; {method} has one scale a token and no groups")
@@ -175,8 +184,9 @@ def _figures(code: ActivationCode | None, observed: Observed) -> dict[str, Any]:
     }
 
 
-def _print(model: str, baseline: str | None, quality: Quality, activations: dict[str, Any] | None) -> None:
-    console.print(f"[bold]{model}[/]")
+def _print(settings: dict[str, Any], quality: Quality) -> None:
+    baseline, seqlen, activations = settings["baseline"], settings["seqlen"], settings["activations"]
+    console.print(f"[bold]{settings['model']}[/]")
     console.print(f"perplexity      {quality.perplexity:.4f} +- {quality.perplexity_se:.4f}")
     if baseline is not None:
         console.print(f"  before        {quality.baseline_perplexity:.4f}  ({baseline})")
@@ -185,7 +195,9 @@ def _print(model: str, baseline: str | None, quality: Quality, activations: dict
         console.print(f"KL to baseline  {quality.kl:.5f} +- {quality.kl_se:.5f} nats a token")
         console.print(f"top-1 agreement {100 * (quality.top1_agreement or 0):.2f}%")
         console.print(f"flip rate       {100 * (quality.flip_rate or 0):.2f}%")
-    console.print(f"over            {quality.tokens:,} tokens in {quality.windows} windows")
+    step = "" if settings["stride"] == seqlen else f" every {settings['stride']}"
+    console.print(f"text            {settings['data']}, windows of {seqlen} tokens{step}")
+    console.print(f"over            {quality.windows} of {quality.available} windows, {quality.tokens:,} tokens scored")
     if activations is not None:
         layers = f"{activations['layers_reached']} of {activations['layers']} layers"
         bits = activations["bits_per_activation"]

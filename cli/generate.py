@@ -5,19 +5,12 @@ import time
 from contextlib import nullcontext
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
-from transformers import TextStreamer
 
-import quantkit
 from quantkit.cli import options
 from quantkit.cli.display import size
-from quantkit.device import compute_dtype, parse_dtype, pick_device
 from quantkit.errors import Interrupted, QuantkitError
-from quantkit.folder import load_tokenizer, resolve_folder
-from quantkit.kvcache.attention import compressed_kv
-from quantkit.model import context_length
 
 
 def generate_command(
@@ -40,6 +33,15 @@ def generate_command(
         raise QuantkitError("the prompt is empty; give --prompt or text on standard input")
     if max_new_tokens < 1 or temperature < 0:
         raise QuantkitError("give --max-new-tokens of at least 1 and a --temperature of at least 0")
+    import torch
+    from transformers import TextStreamer
+
+    import quantkit
+    from quantkit.device import compute_dtype, parse_dtype, pick_device
+    from quantkit.folder import load_tokenizer, resolve_folder
+    from quantkit.kvcache.attention import compressed_kv
+    from quantkit.model import context_length
+
     where, folder = pick_device(device), resolve_folder(model)
     tokenizer: Any = load_tokenizer(folder)
     subject: Any = quantkit.load(

@@ -1,18 +1,19 @@
 """`quantkit inspect`: what a packed checkpoint holds."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.table import Table
 
-from quantkit.checkpoint import packed_layers
 from quantkit.cli.display import console, size
-from quantkit.folder import resolve_folder
-from quantkit.shards import Shards
-from quantkit.weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    from quantkit.weight import QuantizedWeight
 
 
 def inspect_command(
@@ -20,6 +21,11 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List a packed checkpoint's layers: format, shape, measured bits per weight, size."""
+    from quantkit.checkpoint import packed_layers
+    from quantkit.folder import resolve_folder
+    from quantkit.shards import Shards
+    from quantkit.weight import QuantizedWeight
+
     folder = resolve_folder(folder)
     weights = {name: QuantizedWeight.empty(metadata) for name, metadata in packed_layers(folder).items()}
     total = Shards(folder).nbytes()

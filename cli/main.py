@@ -2,24 +2,36 @@
 
 import logging
 import sys
+from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from typer.core import TyperGroup
 
+from quantkit import __version__
 from quantkit.cli.bench import bench_command
+from quantkit.cli.doctor import doctor_command
 from quantkit.cli.evaluate import evaluate_command
 from quantkit.cli.generate import generate_command
 from quantkit.cli.inspect import inspect_command
 from quantkit.cli.quantize import quantize_command
 from quantkit.cli.search import search_command
 from quantkit.cli.tune import tune_command
-from quantkit.errors import QuantkitError
+from quantkit.errors import Interrupted, QuantkitError
+
+
+class _Verbs(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # a verb that keeps something says what
+            raise Interrupted("stopped") from None
+
 
 app = typer.Typer(
+    cls=_Verbs,
     name="quantkit",
-    help="Post-training quantization of language models: quantize, search, tune, evaluate, generate, inspect, bench.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,6 +43,23 @@ app.command("eval")(evaluate_command)
 app.command("generate")(generate_command)
 app.command("inspect")(inspect_command)
 app.command("bench")(bench_command)
+app.command("doctor")(doctor_command)
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"quantkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Post-training quantization of language models: quantize, search, tune, evaluate, generate, inspect, bench,
+    doctor."""
 
 
 def main() -> None:
@@ -44,15 +73,26 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         app()
-    except (QuantkitError, torch.OutOfMemoryError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            error = QuantkitError(
+    except QuantkitError as error:
+        _end(console, error)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        _end(
+            console,
+            QuantkitError(
                 "the GPU's memory is full; lower what is in it at a time (--seqlen, --num-samples, "
                 "--micro-batch), or use --device cpu"
-            )
-        console.print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True, highlight=False)
-        sys.exit(error.exit_code)
+            ),
+        )
 
 
-def _plain(error: Exception) -> str:
-    return " ".join(str(error).split()).replace("[", r"\[")
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    torch = sys.modules.get("torch")  # without it there was no GPU's memory to fill
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def _end(console: Console, error: QuantkitError) -> None:
+    text = " ".join(str(error).split()).replace("[", r"\[")
+    console.print(f"[bold red]error:[/] {text}", soft_wrap=True, highlight=False)
+    sys.exit(error.exit_code)

@@ -1,13 +1,18 @@
-"""What several verbs share: options of the same meaning, and how processes that share work begin."""
+"""What several verbs share: options of the same meaning, and how processes that share work begin.
 
-from datetime import timedelta
-from typing import Annotated
+Here as in the verbs' own files nothing that takes long to import is imported before a verb runs: `--help` needs none of
+it.
+"""
 
-import torch
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
 import typer
-from accelerate import PartialState
 
-from quantkit.device import pick_device
+if TYPE_CHECKING:
+    import torch
+    from accelerate import PartialState
 
 TEXTS = "wikitext2, c4, stdlib (offline), a .txt or .jsonl file, or a hub dataset id."
 
@@ -40,5 +45,12 @@ def begin_processes(device: str) -> tuple[PartialState, torch.device]:
 
     They wait a day for one another: the first may calibrate a large model while the others have nothing to do.
     """
+    from datetime import timedelta
+
+    import torch
+    from accelerate import PartialState
+
+    from quantkit.device import pick_device
+
     processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=1))
     return processes, processes.device if processes.num_processes > 1 else pick_device(device)

@@ -1,21 +1,20 @@
 """`quantkit quantize`: a model folder or hub id in, a packed checkpoint out."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from quantkit.checkpoint import check_output
 from quantkit.cli import options
 from quantkit.cli.display import block_progress, console, report_table, size
+from quantkit.constants import TARGET_SHIFT
 from quantkit.errors import Interrupted, QuantkitError
-from quantkit.estimate import estimate
-from quantkit.folder import resolve_folder
-from quantkit.pipeline import quantize_checkpoint
-from quantkit.protocols import Quantizer
-from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, make_quantizer, read_plan
-from quantkit.rotate import Rotation
-from quantkit.tuning.block import BlockTuning
+
+if TYPE_CHECKING:
+    from quantkit.protocols import Quantizer
+    from quantkit.recipe import Recipe
 
 _INTEGER, _PYRAMID, _VPTQ = "Integer grids (gptq, rtn)", "Pyramid codes (pyramid)", "Vector codebooks (vptq)"
 _TRELLIS = "Trellis codes (trellis)"
@@ -173,6 +172,13 @@ def quantize_command(
     if low_rank is not None and low_rank_bits:
         raise QuantkitError("--low-rank gives every layer one rank, --low-rank-bits shares ranks out; give one of them")
     low_rank = 1 if low_rank_bits else low_rank
+    from quantkit.checkpoint import check_output
+    from quantkit.folder import resolve_folder
+    from quantkit.pipeline import quantize_checkpoint
+    from quantkit.recipe import Calibration, Recipe, make_quantizer, read_plan
+    from quantkit.rotate import Rotation
+    from quantkit.tuning.block import BlockTuning
+
     quantizer = make_quantizer(method, hadamard, low_rank, bits=bits, **settings)
     text = Calibration(calibration, num_samples, seqlen, seed)
     rotation = Rotation() if rotate_model else None
@@ -199,6 +205,8 @@ def quantize_command(
 
 
 def _say_estimate(model: str, folder: Path, recipe: Recipe, output: Path, device: str) -> None:
+    from quantkit.estimate import estimate
+
     expected = estimate(folder, recipe, device=device)
     console.print(f"[bold]{model}[/] -> {output}")
     console.print(

@@ -1,5 +1,7 @@
 """`quantkit search`: the best candidate of every layer under a budget, as a packed checkpoint."""
 
+from __future__ import annotations
+
 import json
 import shutil
 import time
@@ -7,32 +9,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import typer
 from rich import box
 from rich.table import Table
-from transformers import AutoConfig
 
-from quantkit.checkpoint import SEARCH_RECORD, check_output, read_config, replace_folder
 from quantkit.cli import options
 from quantkit.cli.display import console, report_table, search_progress, size
-from quantkit.device import parse_dtype
+from quantkit.constants import TARGET_SHIFT
 from quantkit.errors import Interrupted, QuantkitError
-from quantkit.folder import ModelFolder, load_tokenizer, resolve_folder
-from quantkit.kvcache.config import KVCacheConfig
-from quantkit.model import block_linears, ends
-from quantkit.plan import tied
-from quantkit.protocols import Quantizer
-from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, fraction_of, in_words, parse_quantizer
-from quantkit.search.budget import Budget, parse_size, read_timings
-from quantkit.search.build import Database, build
-from quantkit.search.evolve import Evolution, State, parse_stages, stages_text
-from quantkit.search.memory import beside_weights
-from quantkit.search.picture import draw
-from quantkit.search.session import Outcome, SearchSettings, Session, assemble, check_text
-from quantkit.search.spaces import BlockSpace, CandidateSpace, Space
+from quantkit.search.settings import Evolution, parse_stages, stages_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from quantkit.protocols import Quantizer
+    from quantkit.search.budget import Budget
+    from quantkit.search.build import Database
+    from quantkit.search.evolve import State
+    from quantkit.search.session import Outcome, Session
+    from quantkit.search.spaces import Space
 
 _BUDGET, _SEARCH, _CANDIDATES = "The budget", "The search", "Candidates"
 CANDIDATES = "gptq:2,gptq:3,gptq:4,gptq:5,gptq:6,gptq:8"
@@ -165,6 +162,13 @@ def search_command(
     Beside the checkpoint lie quantkit_plan.json, which `quantkit quantize --plan` takes, quantkit_search.json and a
     picture. An interrupted search continues with --resume. Several processes share the work under torchrun.
     """
+    from quantkit.checkpoint import check_output
+    from quantkit.folder import resolve_folder
+    from quantkit.recipe import Calibration, Recipe
+    from quantkit.search.build import build
+    from quantkit.search.session import SearchSettings, Session, check_text
+    from quantkit.search.spaces import BlockSpace, CandidateSpace
+
     begun = time.monotonic()
     folder = resolve_folder(model)
     output = output or Path(f"{Path(model).resolve().name}-searched")
@@ -250,6 +254,8 @@ def _candidates(
     candidates: str | None, base: str | None, sparsity: float | None
 ) -> tuple[dict[str, Quantizer], Quantizer]:
     """(all candidates, by the text that names them in a plan; the base)."""
+    from quantkit.recipe import fraction_of, parse_quantizer
+
     if sparsity is not None and candidates is None:
         levels = sorted({round(max(0.0, min(0.95, sparsity + step)), 3) for step in SPARSITY_STEPS})
         texts = [f"sparse:sparsity={level:g}" for level in levels]
@@ -281,6 +287,10 @@ def _budget(
     drop_blocks: int | None,
 ) -> Budget:
     """The one budget that was given."""
+    from transformers import AutoConfig
+
+    from quantkit.search.budget import Budget, parse_size, read_timings
+
     fit, context = room[:2]
     budgets = {
         "--avg-bits": avg_bits, "--size": total, "--fit": fit, "--latency-ms": latency_ms, "--sparsity": sparsity,
@@ -328,6 +338,12 @@ def _fitting(
     packs_head: bool,
 ) -> int:
     """Bytes of weights that leave room for what generation needs beside them."""
+    from quantkit.folder import ModelFolder
+    from quantkit.kvcache.config import KVCacheConfig
+    from quantkit.model import block_linears, ends
+    from quantkit.search.budget import parse_size
+    from quantkit.search.memory import beside_weights
+
     assert fit is not None
     if context is None or context < 1 or batch < 1:
         raise QuantkitError("--fit needs --context, the tokens that the KV cache is to hold, and --batch of at least 1")
@@ -358,6 +374,13 @@ def _publish(
     overwrite: bool,
 ) -> None:
     """Makes a checkpoint of candidates, with its plan, its record and its picture."""
+    from quantkit.checkpoint import SEARCH_RECORD
+    from quantkit.plan import tied
+    from quantkit.recipe import in_words
+    from quantkit.search.picture import draw
+    from quantkit.search.session import assemble
+    from quantkit.search.spaces import CandidateSpace
+
     space = session.space
     assert isinstance(space, CandidateSpace)
     chosen = space.chosen(outcome.assignment)
@@ -383,6 +406,11 @@ def _publish(
 
 def _publish_pruned(folder: Path, session: Session, outcome: Outcome, unfinished: Path, output: Path) -> None:
     """Makes a dense checkpoint of the blocks that stay."""
+    from quantkit.checkpoint import SEARCH_RECORD, read_config, replace_folder
+    from quantkit.device import parse_dtype
+    from quantkit.folder import load_tokenizer
+    from quantkit.search.spaces import BlockSpace
+
     space = session.space
     assert isinstance(space, BlockSpace)
     kept = {name: bool(level) for name, level in zip(space.names, outcome.assignment, strict=True)}

@@ -1,5 +1,7 @@
 """`quantkit tune`: a packed checkpoint and its teacher in, a better checkpoint of the same size out."""
 
+from __future__ import annotations
+
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -8,16 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-import quantkit
-from quantkit.checkpoint import check_output, read_config, replace_folder, write_json
 from quantkit.cli import options
 from quantkit.cli.display import console, tuning_bars
-from quantkit.device import compute_dtype, parse_dtype
 from quantkit.errors import Interrupted, QuantkitError
-from quantkit.folder import load_tokenizer, resolve_folder
-from quantkit.recipe import Calibration
-from quantkit.tuning.end_to_end import TuningSettings, tune
-from quantkit.tuning.pv import PVSettings
+from quantkit.tuning.settings import PVSettings, TuningSettings
 
 _STEP, _LOSS = "A step", "The loss"
 
@@ -87,6 +83,13 @@ def tune_command(
     The size stays the same. An interrupted run continues with --resume and ends in the same model. Several processes
     share the work: accelerate launch -m quantkit.cli tune ..., or torchrun.
     """
+    import quantkit
+    from quantkit.checkpoint import check_output, read_config
+    from quantkit.device import compute_dtype, parse_dtype
+    from quantkit.folder import load_tokenizer, resolve_folder
+    from quantkit.recipe import Calibration
+    from quantkit.tuning.end_to_end import tune
+
     folder, teacher_folder = resolve_folder(model), resolve_folder(teacher)
     output = output or Path(f"{Path(model).resolve().name}-tuned")
     partial = output.with_name(output.name + ".tuning")
@@ -138,6 +141,8 @@ def tune_command(
 
 def _publish(student: Any, tokenizer: Any, record: dict[str, Any], partial: Path, output: Path) -> None:
     """Makes the output, whole, of what was found."""
+    from quantkit.checkpoint import replace_folder, write_json
+
     finished = partial / "checkpoint"
     shutil.rmtree(finished, ignore_errors=True)
     student.save_pretrained(finished)

@@ -32,6 +32,7 @@ class Quality:
         nll: mean nats a token.
         bits_per_byte: mean bits a byte of text.
         tokens, windows: tokens scored, windows they came from.
+        available: windows that the whole text has.
         kl, kl_se: mean KL(baseline || model) in nats a token; None without a baseline, like all that follows.
         top1_agreement: share of positions where both models' first choices are the same token.
         flip_rate: share of positions where exactly one of the two has the true token as its first choice.
@@ -44,6 +45,7 @@ class Quality:
     bits_per_byte: float
     tokens: int
     windows: int
+    available: int
     kl: float | None = None
     kl_se: float | None = None
     top1_agreement: float | None = None
@@ -86,7 +88,8 @@ def evaluate(
         raise QuantkitError(f"stride={stride}: use 1 to seqlen={seqlen}")
     if not 0 <= prefix < seqlen - 1:
         raise QuantkitError(f"a prefix of {prefix} leaves nothing to score of windows of {seqlen} tokens")
-    starts = list(range(0, len(tokens) - seqlen + 1, stride))[:max_windows]
+    available = range(0, len(tokens) - seqlen + 1, stride)
+    starts = list(available)[:max_windows]
     if not starts:
         raise QuantkitError(
             f"the text has {len(tokens)} tokens, one window takes seqlen={seqlen}; use a shorter --seqlen"
@@ -121,6 +124,7 @@ def evaluate(
         bits_per_byte=nll / math.log(2) / bytes_per_token,
         tokens=int(counts.sum()),
         windows=len(starts),
+        available=len(available),
         **compared,
     )
 

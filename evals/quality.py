@@ -23,6 +23,7 @@ from typing import Any
 
 import quantkit
 from quantkit import GPTQ, RTN, VPTQ, Hadamard, LowRank, Pyramid, Trellis
+from quantkit.constants import TARGET_SHIFT
 from quantkit.data import documents, evaluation_tokens
 from quantkit.device import compute_dtype, pick_device
 from quantkit.errors import QuantkitError
@@ -31,7 +32,7 @@ from quantkit.evals.rate_distortion import figure_class
 from quantkit.folder import load_tokenizer, resolve_folder
 from quantkit.model import context_length
 from quantkit.protocols import Needs, Quantizer
-from quantkit.recipe import TARGET_SHIFT, Calibration, core, make_quantizer, window_length
+from quantkit.recipe import Calibration, core, make_quantizer, window_length
 from quantkit.report import Report
 
 

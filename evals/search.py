@@ -16,16 +16,18 @@ from typing import Any
 import torch
 
 import quantkit
+from quantkit.constants import TARGET_SHIFT
 from quantkit.data import documents, evaluation_tokens
 from quantkit.device import pick_device
 from quantkit.evals.perplexity import Quality, evaluate
 from quantkit.folder import load_tokenizer, resolve_folder
-from quantkit.recipe import TARGET_SHIFT, Calibration, Recipe, parse_quantizer
+from quantkit.recipe import Calibration, Recipe, parse_quantizer
 from quantkit.search.baselines import best_of_random
 from quantkit.search.budget import Budget
 from quantkit.search.build import build
-from quantkit.search.evolve import Assignment, Evolution, parse_stages, stages_text
+from quantkit.search.evolve import Assignment
 from quantkit.search.session import SearchSettings, Session
+from quantkit.search.settings import Evolution, parse_stages, stages_text
 from quantkit.search.spaces import CandidateSpace
 
 

@@ -23,8 +23,9 @@ from quantkit.recipe import Calibration, Recipe
 from quantkit.search.baselines import uniform
 from quantkit.search.budget import Budget
 from quantkit.search.build import build
-from quantkit.search.evolve import Assignment, Evolution, evolve, parse_stages, stages_text
+from quantkit.search.evolve import Assignment, evolve
 from quantkit.search.session import SearchSettings, Session
+from quantkit.search.settings import Evolution, parse_stages, stages_text
 from quantkit.search.spaces import CandidateSpace
 
 Prepared = tuple[Session, int, Assignment]

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quantkit.kernels import cpu, launching
+from quantkit.kernels import cpu, launching, self_check
 
 LARGEST_CORE = 256
 """The largest order of C that is used: C costs a dense product."""
@@ -304,8 +304,8 @@ def _on_cpu(x, signs, inverse):
 def _on_gpu(x, signs, inverse):
     check(x, signs)  # either may be elsewhere
     # The kernel's shared memory and instructions are those of sm_80 and newer.
-    new = launching.properties(x.device)[0] >= 80
-    return launching.in_own_types(launch if new else reference, x, signs, inverse)
+    fit = launching.properties(x.device)[0] >= 80 and self_check.trusted("rotate", x.device)
+    return launching.in_own_types(launch if fit else reference, x, signs, inverse)
 
 
 def _remember(ctx, inputs, output):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.kernels import cpu, launching
+from quantkit.kernels import cpu, launching, self_check
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor | None, down: Tensor | None) -> Tensor:
@@ -76,7 +76,7 @@ def register(
         rows: the weight's rows, from its arguments.
         dequantized: the weight in fp32, from its arguments and in_features.
         reference, launch: the product on other devices than NVIDIA's GPUs since sm_80, and on those: older ones lack
-            the kernels' instructions and shared memory.
+            the kernels' instructions and shared memory. Where a kernel errs (`self_check`) the reference runs too.
         compiled: the module of a CPU's compiled loops, see `cpu`; empty for none.
         check: raises ValueError for arguments (x, *weight, bias, up, down) whose addresses compiled loops must not
             follow.
@@ -96,8 +96,8 @@ def register(
         return launching.in_own_types(cpu.product, x, compiled, weight, rows(*weight), *extra)
 
     def on_gpu(x, *others):
-        new = launching.properties(x.device)[0] >= 80
-        return launching.in_own_types(launch if new else reference, x, *others)
+        fit = launching.properties(x.device)[0] >= 80 and self_check.trusted(name, x.device)
+        return launching.in_own_types(launch if fit else reference, x, *others)
 
     def remember(ctx, inputs, output):
         x, weight, (bias, up, down) = inputs[0], inputs[1:last], inputs[last:]

@@ -18,6 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from quantkit.kernels import self_check
 from quantkit.kernels.trellis import PLACES, ring_length
 
 PIECE, PIECE_ON_GPU = 512, 256
@@ -120,7 +121,7 @@ def search(x: Tensor, values: Tensor, bits: int, first: Tensor | None = None, la
 
 
 def _search(x: Tensor, values: Tensor, bits: int, first: Tensor, last: Tensor) -> Tensor:
-    if x.is_cuda and torch.version.hip is None:
+    if x.is_cuda and torch.version.hip is None and self_check.trusted("viterbi_search", x.device):
         from quantkit.kernels import viterbi_triton
 
         return viterbi_triton.search(x, values, bits, first, last)

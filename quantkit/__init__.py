@@ -1,29 +1,36 @@
 """quantkit: post-training quantization of language models.
 
 import quantkit registers the format with transformers, so that `AutoModelForCausalLM.from_pretrained`
-loads packed checkpoints; `quantkit.load` does the same with checks.
+loads packed checkpoints; `quantkit.load` does the same with checks. Neither torch nor transformers is imported for
+it: the names below come on first use, and the registration when transformers does (`quantkit.post_import`).
 """
 
-from quantkit.fuse import fuse
-from quantkit.hf import load
-from quantkit.kvcache.attention import compressed_kv
-from quantkit.kvcache.cache import GearCache
-from quantkit.kvcache.config import KVCacheConfig
-from quantkit.pipeline import quantize, quantize_checkpoint
-from quantkit.quantizers.gptq import GPTQ
-from quantkit.quantizers.hadamard import Hadamard
-from quantkit.quantizers.low_rank import LowRank
-from quantkit.quantizers.pyramid import Pyramid
-from quantkit.quantizers.rtn import RTN
-from quantkit.quantizers.target_shift import TargetShift
-from quantkit.quantizers.trellis import Trellis
-from quantkit.quantizers.vptq import VPTQ
-from quantkit.recipe import Calibration, Recipe
-from quantkit.rotate import Rotation, rotate_model
-from quantkit.tuning.adapters import finetune, finished, peft_config
-from quantkit.tuning.block import BlockTuning
-from quantkit.tuning.end_to_end import TuningSettings, tune
-from quantkit.tuning.pv import PVSettings
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from quantkit.post_import import after_import
+
+if TYPE_CHECKING:
+    from quantkit.fusion import fuse
+    from quantkit.hf import load
+    from quantkit.kvcache.attention import compressed_kv
+    from quantkit.kvcache.cache import GearCache
+    from quantkit.kvcache.config import KVCacheConfig
+    from quantkit.pipeline import quantize, quantize_checkpoint
+    from quantkit.quantizers.gptq import GPTQ
+    from quantkit.quantizers.hadamard import Hadamard
+    from quantkit.quantizers.low_rank import LowRank
+    from quantkit.quantizers.pyramid import Pyramid
+    from quantkit.quantizers.rtn import RTN
+    from quantkit.quantizers.target_shift import TargetShift
+    from quantkit.quantizers.trellis import Trellis
+    from quantkit.quantizers.vptq import VPTQ
+    from quantkit.recipe import Calibration, Recipe
+    from quantkit.rotate import Rotation, rotate_model
+    from quantkit.tuning.adapters import finetune, finished, peft_config
+    from quantkit.tuning.block import BlockTuning
+    from quantkit.tuning.end_to_end import tune
+    from quantkit.tuning.settings import PVSettings, TuningSettings
 
 __version__ = "0.1.0"
 __all__ = [
@@ -54,3 +61,41 @@ __all__ = [
     "rotate_model",
     "tune",
 ]
+_PLACES = {
+    "fusion": ("fuse",),
+    "hf": ("load",),
+    "kvcache.attention": ("compressed_kv",),
+    "kvcache.cache": ("GearCache",),
+    "kvcache.config": ("KVCacheConfig",),
+    "pipeline": ("quantize", "quantize_checkpoint"),
+    "quantizers.gptq": ("GPTQ",),
+    "quantizers.hadamard": ("Hadamard",),
+    "quantizers.low_rank": ("LowRank",),
+    "quantizers.pyramid": ("Pyramid",),
+    "quantizers.rtn": ("RTN",),
+    "quantizers.target_shift": ("TargetShift",),
+    "quantizers.trellis": ("Trellis",),
+    "quantizers.vptq": ("VPTQ",),
+    "recipe": ("Calibration", "Recipe"),
+    "rotate": ("Rotation", "rotate_model"),
+    "tuning.adapters": ("finetune", "finished", "peft_config"),
+    "tuning.block": ("BlockTuning",),
+    "tuning.end_to_end": ("tune",),
+    "tuning.settings": ("PVSettings", "TuningSettings"),
+}
+_PLACE = {name: f"quantkit.{module}" for module, found in _PLACES.items() for name in found}
+
+after_import("transformers.quantizers", "quantkit.registration")
+
+
+if not TYPE_CHECKING:  # a type checker knows all names, and is to see those that are none
+
+    def __getattr__(name: str) -> Any:
+        if name not in _PLACE:
+            raise AttributeError(f"module 'quantkit' has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_PLACE[name]), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantkit.calibrate import LayerResult
+from quantkit.constants import METHOD, VERSION
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.formats.tied import TiedWeight
 from quantkit.shards import DTYPES, INDEX, Shards, open_shard
@@ -34,9 +35,6 @@ from quantkit.weight import QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
-"""1, of a pre-release, had scales [out_features, groups]; no reader of it is kept."""
-METHOD = "quantkit"
 SEARCH_RECORD = "quantkit_search.json"
 """What lies beside every model that a search has made, a pruned, dense one too."""
 _RUN = "run.json"

@@ -1,113 +1,20 @@
 """The transformers bridge: packed checkpoints load and save through transformers' own functions.
 
-Importing this module registers quant_method "quantkit". Without that registration transformers only warns
+quant_method "quantkit" is registered by `quantkit.registration`. Without that registration transformers only warns
 about the unknown method and runs with random weights, so `quantkit.load` is the documented way in.
 """
 
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quantkit.checkpoint import METHOD, VERSION, check_tensors, check_version, packed_layers, read_config
-from quantkit.embedding import put
+from quantkit.checkpoint import METHOD, packed_layers, read_config
 from quantkit.errors import CheckpointError, QuantkitError, first_line
-from quantkit.formats.tied import TiedWeight
-from quantkit.linear import Packed, QuantizedLinear
-from quantkit.model import is_linear, is_lookup, linear_weight
-from quantkit.shards import Shards, open_shard
-from quantkit.unpacking import choose_unpacked
-from quantkit.weight import QuantizedWeight
-
-_UNPACK: ContextVar[bool | None] = ContextVar("unpack", default=None)
-"""What `load` was asked for, while transformers loads."""
-
-
-@register_quantization_config(METHOD)
-class QuantkitConfig(QuantizationConfigMixin):
-    """config.json's quantization_config: metadata of every packed layer.
-
-    Args:
-        layers: metadata by layer name; see `QuantizedWeight.metadata`.
-        version: format version.
-    """
-
-    def __init__(self, layers: dict[str, Any] | None = None, version: int = VERSION, **_unknown: Any) -> None:
-        self.quant_method = METHOD  # type: ignore[assignment]
-        self.version = version
-        self.layers = layers  # None, which no checkpoint has, is refused when a model is loaded
-
-
-@register_quantizer(METHOD)
-class QuantkitHfQuantizer(HfQuantizer):
-    """Puts packed modules in place before transformers loads tensors into them."""
-
-    requires_calibration = True
-    is_qat_trainable = False
-    """Whether transformers' Trainer may train the model without adapters of peft's; `quantkit.finetune` sets it."""
-
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_kwargs: Any
-    ) -> None:
-        config = self.quantization_config
-        assert isinstance(config, QuantkitConfig)
-        layers = check_version({"version": config.version, "layers": config.layers})
-        if checkpoint_files:
-            check_tensors(layers, _specs(checkpoint_files))
-        weights = {name: QuantizedWeight.empty(metadata) for name, metadata in layers.items()}
-        for name, weight in sorted(weights.items(), key=lambda item: isinstance(item[1], TiedWeight)):
-            try:
-                layer = model.get_submodule(name)
-            except AttributeError:
-                raise CheckpointError(
-                    f"{type(model).__name__} has no layer {name!r} that the checkpoint declares"
-                ) from None
-            if not (is_linear(layer) or is_lookup(layer)):
-                raise CheckpointError(
-                    f"{name} is a {type(layer).__name__}, no linear layer or embedding; is this the right model class?"
-                )
-            if isinstance(weight, TiedWeight):
-                head = dict(model.named_modules()).get(weight.layer)
-                if not (is_lookup(layer) and isinstance(head, QuantizedLinear)):
-                    raise CheckpointError(
-                        f"{name} is no embedding that {weight.layer} could serve; config.json is damaged"
-                    )
-            if is_lookup(layer) and weight.shape != linear_weight(layer).shape:
-                raise CheckpointError(
-                    f"{name} is {list(linear_weight(layer).shape)} in {type(model).__name__}, and the checkpoint's "
-                    f"{list(weight.shape)}; it is damaged, or of another model"
-                )
-            put(model, name, weight)
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> None:
-        for name, module in model.named_modules():
-            if isinstance(module, Packed):
-                try:
-                    module.packed.validate()
-                    if isinstance(module, QuantizedLinear):
-                        module.packed.prepare()
-                except ValueError as error:
-                    raise CheckpointError(f"{name}: {error}; the checkpoint is damaged") from error
-        if not torch.cuda.is_available():  # else `load` knows better where the model will run
-            choose_unpacked(model, _UNPACK.get())
-
-    def is_serializable(self) -> bool:
-        """Packed layers save as they are."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """With adapters: gradients pass through packed layers, and codes stay."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """Kernels are torch.library operators."""
-        return True
+from quantkit.registration import QuantkitConfig, QuantkitHfQuantizer
+from quantkit.shards import Shards
+from quantkit.unpacking import ASKED, choose_unpacked
 
 
 def attach(model: PreTrainedModel, layers: dict[str, Any], trainable: bool = False) -> None:
@@ -158,7 +65,7 @@ def load(
             packed_layers(path)
         elif any(path.glob("*.safetensors*")):
             Shards(path)
-    asked = _UNPACK.set(unpack)
+    asked = ASKED.set(unpack)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except QuantkitError:
@@ -166,7 +73,7 @@ def load(
     except Exception as error:  # transformers raises many kinds
         raise CheckpointError(f"{folder} does not load as a causal language model ({first_line(error)})") from error
     finally:
-        _UNPACK.reset(asked)
+        ASKED.reset(asked)
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
@@ -177,13 +84,3 @@ def load(
     if torch.cuda.is_available():
         choose_unpacked(model, unpack)
     return model
-
-
-def _specs(files: list[str]) -> dict[str, tuple[str, list[int]]]:
-    specs = {}
-    for file in files:
-        with open_shard(Path(file)) as shard:
-            for name in shard.keys():
-                view = shard.get_slice(name)
-                specs[name] = (view.get_dtype(), view.get_shape())
-    return specs

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from quantkit.calibrate import Tuner
+from quantkit.constants import TARGET_SHIFT
 from quantkit.data import calibration_windows, documents
 from quantkit.errors import QuantkitError
 from quantkit.model import (
@@ -32,9 +33,6 @@ from quantkit.quantizers.target_shift import TargetShift
 from quantkit.quantizers.tied import Tied
 from quantkit.registry import resolve
 from quantkit.rotate import Rotation
-
-TARGET_SHIFT = 0.7
-"""Default amount of the target shift; README has the sweep."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,10 @@
-"""Names -> classes. Built-ins stand in one lazy table; third parties add entry points with the same strings."""
+"""Names -> classes. Built-ins stand in one lazy table; third parties add entry points with the same strings.
 
+Entry points are looked for once a process, for that reads the metadata of every installed package, and once more for a
+name that is not known: a package that was installed meanwhile is found. `rescan` forgets one that was removed.
+"""
+
+from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
 
@@ -39,6 +44,9 @@ def resolve(group: str, name: str) -> type:
         UnknownName: no built-in and no installed package offers it.
     """
     table = _table(group)
+    if name not in table and name.lower() not in table:
+        rescan()
+        table = _table(group)
     name = name if name in table else name.lower()
     if name not in table:
         raise UnknownName(group.rsplit(".", 1)[1].removesuffix("s"), name, table)
@@ -46,9 +54,19 @@ def resolve(group: str, name: str) -> type:
     return getattr(import_module(module), attribute)
 
 
+def rescan() -> None:
+    """Looks for installed packages anew at the next question."""
+    _installed.cache_clear()
+
+
 def _table(group: str) -> dict[str, str]:
     table = dict(_BUILT_IN[group])
-    for entry in entry_points(group=group):
-        if table.setdefault(entry.name, entry.value) != entry.value:
-            raise ValueError(f"{group}: {entry.value} and {table[entry.name]} both claim the name {entry.name!r}")
+    for name, value in _installed(group):
+        if table.setdefault(name, value) != value:
+            raise ValueError(f"{group}: {value} and {table[name]} both claim the name {name!r}")
     return table
+
+
+@lru_cache
+def _installed(group: str) -> tuple[tuple[str, str], ...]:
+    return tuple((entry.name, entry.value) for entry in entry_points(group=group))

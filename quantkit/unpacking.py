@@ -6,6 +6,7 @@ is saved and what moves to a GPU. By default each layer takes the faster way tha
 
 import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 
 import psutil
 import torch
@@ -17,6 +18,8 @@ from quantkit.linear import QuantizedLinear
 
 logger = logging.getLogger(__name__)
 
+ASKED: ContextVar[bool | None] = ContextVar("unpack", default=None)
+"""What `quantkit.load` was asked for, while transformers loads."""
 OVERHEAD = 2**18
 """Weights that a dense product reads in the time that a call of a packed one takes beside its loops."""
 MEMORY_FRACTION = 0.5

@@ -8,7 +8,7 @@ from .conftest import ROOT
 
 RANKS = [
     ["kernels.bitpack", "kernels.tuning", "kernels.timing", "kernels.codebook_table", "kernels.trellis", "kernels.cpu"],
-    ["kernels.tiles"],
+    ["kernels.tiles", "kernels.self_check"],
     [
         *["kernels.codebook_matmul_triton", "kernels.hadamard_triton", "kernels.int_group_matmul_triton"],
         *["kernels.pyramid_matmul_triton", "kernels.kv_attention_triton"],
@@ -17,15 +17,16 @@ RANKS = [
     ],
     ["kernels.hadamard"],
     ["kernels.operators"],
-    ["kernels.*", "errors", "linalg", "metrics", "corpus"],
-    ["registry", "device", "stats", "data"],
+    ["kernels.*", "constants", "errors", "linalg", "metrics", "corpus", "post_import"],
+    ["kernels.self_check_cases"],
+    ["registry", "device", "stats", "data", "search.settings", "tuning.settings"],
     ["weight"],
     ["protocols", "formats.*"],
     ["quantizers.grid", "quantizers.feedback", "quantizers.kmeans", "quantizers.target_shift"],
     ["quantizers.*"],
     ["linear", "model", "plan", "kvcache.config", "kvcache.codec"],
     ["kvcache.storage"],
-    ["embedding", "forward", "fuse", "unpacking"],
+    ["embedding", "forward", "fusion", "unpacking"],
     ["calibrate", "shards"],
     ["rotate"],
     ["checkpoint", "recipe", "report"],
@@ -33,6 +34,7 @@ RANKS = [
     ["tuning.tunable"],
     ["tuning.pv"],
     ["tuning.block"],
+    ["registration"],
     ["hf", "kvcache.cache"],
     ["kvcache.attention"],
     ["kvcache.prefix"],
@@ -52,7 +54,10 @@ RANKS = [
     ["evals.kernel_speed"],
     ["evals.*"],
     ["cli.display", "cli.options"],
-    ["cli.bench", "cli.evaluate", "cli.generate", "cli.inspect", "cli.quantize", "cli.search", "cli.tune"],
+    [
+        *["cli.bench", "cli.doctor", "cli.evaluate", "cli.generate", "cli.inspect", "cli.quantize", "cli.search"],
+        *["cli.tune"],
+    ],
     ["cli.main"],
     ["cli.__main__"],
 ]

@@ -37,8 +37,9 @@ def test_there_are_snippets():
 
 
 def test_every_option_in_readme_exists():
-    commands = typer.main.get_command(app).commands
-    known = {option for command in commands.values() for parameter in command.params for option in _names(parameter)}
+    program = typer.main.get_command(app)
+    parameters = [parameter for command in (program, *program.commands.values()) for parameter in command.params]
+    known = {option for parameter in parameters for option in _names(parameter)}
     blocks = re.findall(r"```(?:text|bash)\n(.*?)```", TEXT, re.S)
     used = {
         option

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from quantkit.errors import QuantkitError
-from quantkit.kernels import kv_attention
+from quantkit.kernels import kv_attention, self_check
 from quantkit.kvcache.cache import GearCache, GearLayer, LazyKV
 from quantkit.kvcache.config import KVCacheConfig
 
@@ -63,7 +63,7 @@ def attention(
     form = packed_form(layer) if boolean and kernel_pays(query, layer) else None
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     rows = query.shape[1] // key.shape[1] * query.shape[2]
-    if form is not None and kv_attention.supported(form, rows):
+    if form is not None and kv_attention.supported(form, rows) and self_check.trusted("kv_attention", query.device):
         _tell("attention reads the packed cache")
         return on_packed(query, layer, form, scaling, attention_mask).transpose(1, 2), None
     if layer.k.chunks:

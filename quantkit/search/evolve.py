@@ -13,17 +13,18 @@ way, which also moves bytes between layers of different sizes.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 import torch
 
 from quantkit.errors import QuantkitError
+from quantkit.search.settings import Evolution
 
 Assignment = tuple[int, ...]
-Rule = Literal["any", "size"]
+_DEFAULTS = Evolution()
 ATTEMPTS = 20
 """Draws per offspring before it is given up: near a corner of the search space few switches exist."""
 
@@ -68,62 +69,6 @@ class Fitness(Protocol):
 
 
 @dataclass(frozen=True)
-class Evolution:
-    """The search's settings.
-
-    Attributes:
-        generations: of the search.
-        offspring: drawn in each.
-        stages: (survivors, tokens) of each selection; the last has one survivor.
-        switches: most switches of an offspring; their number is the lesser of two draws from 1 to that.
-        rule: see the module.
-    """
-
-    generations: int = 100
-    offspring: int = 16
-    stages: tuple[tuple[int, int], ...] = ((4, 2048), (2, 8192), (1, 16384))
-    switches: int = 3
-    rule: Rule = "any"
-
-    def __post_init__(self) -> None:
-        if self.rule not in get_args(Rule):
-            raise QuantkitError(f"rule={self.rule!r}: known rules are {', '.join(get_args(Rule))}")
-        for name in ("offspring", "switches"):
-            if getattr(self, name) < 1:
-                raise QuantkitError(f"{name}={getattr(self, name)}: give at least 1")
-        if self.generations < 0:
-            raise QuantkitError(f"generations={self.generations}: give none (0) or more")
-        survivors = [count for count, _ in self.stages]
-        if (
-            min((tokens for _, tokens in self.stages), default=0) < 1
-            or survivors[-1] != 1
-            or min(survivors) < 1
-            or survivors != sorted(survivors, reverse=True)
-        ):
-            raise QuantkitError(f"stages={self.stages}: survivors must fall to 1, such as ((4, 2048), (1, 16384))")
-
-
-def stages_text(stages: Iterable[tuple[int, int]]) -> str:
-    """Stages as `parse_stages` reads them."""
-    return ",".join(f"{survivors}x{tokens}" for survivors, tokens in stages)
-
-
-def parse_stages(text: str) -> tuple[tuple[int, int], ...]:
-    """Stages in words: "4x2048,2x8192,1x16384", survivors x tokens.
-
-    Raises:
-        QuantkitError: it is none.
-    """
-    try:
-        pairs = [part.split("x") for part in text.split(",")]
-        return tuple((int(survivors), int(tokens)) for survivors, tokens in pairs)
-    except ValueError as error:
-        raise QuantkitError(
-            f"{text!r} are no stages; write survivors x tokens, such as 4x2048,2x8192,1x16384"
-        ) from error
-
-
-@dataclass(frozen=True)
 class Generation:
     """One line of a search's history.
 
@@ -160,7 +105,7 @@ def evolve(
     budget: int,
     generator: torch.Generator,
     start: Assignment | State,
-    settings: Evolution = Evolution(),
+    settings: Evolution = _DEFAULTS,
     progress: Callable[[State], None] = lambda _state: None,
 ) -> State:
     """Searches for the assignment of least fitness whose cost is at most the budget.

@@ -24,8 +24,9 @@ from quantkit.recipe import Calibration
 from quantkit.report import Report
 from quantkit.search.baselines import greedy, knapsack, uniform
 from quantkit.search.build import Database
-from quantkit.search.evolve import Assignment, Evolution, Generation, State, evolve
+from quantkit.search.evolve import Assignment, Generation, State, evolve
 from quantkit.search.fitness import Measure, ModelFitness
+from quantkit.search.settings import Evolution
 from quantkit.search.spaces import Space
 from quantkit.tuning.teacher import CachedTeacher, predict
 

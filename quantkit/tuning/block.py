@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from quantkit.errors import QuantkitError
 from quantkit.forward import Batch, run_block
 from quantkit.linear import QuantizedLinear
-from quantkit.tuning.pv import PVOptimizer, PVSettings, TunedLinear, rate
+from quantkit.tuning.pv import PVOptimizer, TunedLinear, rate
+from quantkit.tuning.settings import PVSettings
 from quantkit.tuning.tunable import tunable
 
 logger = logging.getLogger(__name__)

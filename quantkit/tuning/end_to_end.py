@@ -16,7 +16,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ from quantkit.linear import QuantizedLinear
 from quantkit.model import check_vocabulary
 from quantkit.recipe import Calibration
 from quantkit.tuning.adapters import AdaptedLinear, correction_outside, packed_linears
-from quantkit.tuning.pv import PVOptimizer, PVSettings, TunedLinear, TunedTensor, rate
+from quantkit.tuning.pv import PVOptimizer, TunedLinear, TunedTensor, rate
+from quantkit.tuning.settings import TuningSettings
 from quantkit.tuning.teacher import CachedTeacher, Teacher, predict
 from quantkit.tuning.tunable import tunable
 
@@ -45,64 +46,6 @@ logger = logging.getLogger(__name__)
 
 EMBEDDING_SHARE = 0.1
 """Learning rate of embedding and head, beside that of scales."""
-
-
-@dataclass(frozen=True)
-class TuningSettings:
-    """A run of tuning.
-
-    Attributes:
-        steps: of the optimizer.
-        batch: windows a step, over all processes.
-        micro_batch: windows that run through the models together; gradients are summed up to a batch.
-        warmup: share of the steps in which learning rates rise to their full size; then they fall linearly to a tenth.
-        evaluate_every: steps between measurements of the held-out windows.
-        held_out: windows that are measured, and not tuned on.
-        patience: measurements without a new best after which the run ends; None to go on.
-        norms: tune the model's norms too.
-        embeddings: tune the embedding and the head too, where they are dense; they stay of the model's dtype, and take
-            four times their size in fp32 meanwhile.
-        corrections: tune low-rank corrections alone (LREC): the packed weight stays as it is, and gradients and
-            optimizer are as small as the corrections.
-        kl, ce, hidden: weights of the loss's terms; see the module.
-        recompute: keep only the blocks' inputs for the backward pass and run each block once more; None for what suits:
-            with corrections alone, where activations are most of the memory.
-        mixed: multiply in bf16 and add up in fp32; None: on a CPU with instructions for it, where that takes two thirds
-            of the time. On a GPU models compute in the type that they were loaded in.
-        top: most likely successors of each token that a cache of the teacher keeps.
-        seed: of the order of windows.
-        pv: of a step.
-    """
-
-    steps: int = 200
-    batch: int = 8
-    micro_batch: int = 4
-    warmup: float = 0.05
-    evaluate_every: int = 20
-    held_out: int = 16
-    patience: int | None = None
-    norms: bool = True
-    embeddings: bool = False
-    corrections: bool = False
-    kl: float = 1.0
-    ce: float = 0.0
-    hidden: float = 0.0
-    recompute: bool | None = None
-    mixed: bool | None = None
-    top: int = 64
-    seed: int = 0
-    pv: PVSettings = field(default_factory=PVSettings)
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "micro_batch", "evaluate_every", "held_out", "top"):
-            if getattr(self, name) < 1:
-                raise QuantkitError(f"{name}={getattr(self, name)}: give at least 1")
-        if self.patience is not None and self.patience < 1:
-            raise QuantkitError(f"patience={self.patience}: give at least 1, or none")
-        weights = (self.kl, self.ce, self.hidden)
-        if min(weights) < 0 or max(weights) <= 0:
-            raise QuantkitError(f"the loss weighs kl {self.kl:g}, ce {self.ce:g}, hidden {self.hidden:g}: none may be "
-                                "negative, and one must be positive")  # fmt: skip
 
 
 @dataclass

@@ -17,50 +17,14 @@ taken for few weights at once. Modes say what S is:
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from quantkit.tuning.settings import PVSettings
 from quantkit.tuning.tunable import Coded, Tunable
 from quantkit.weight import QuantizedWeight
-
-MODES = ("buffer", "linearized", "straight-through", "continuous")
-
-
-@dataclass(frozen=True)
-class PVSettings:
-    """How a step is taken.
-
-    Attributes:
-        mode: see the module.
-        lr: of continuous parts, in units of their size.
-        code_lr: of targets, in units of what a code can tell apart: a layer's root mean square weight / 2^bits; half
-            of it for trellis codes (`Coded.pace`).
-        share: of a layer's units that may be coded again in a step.
-        trust: largest relative change of a layer's weights by codes in a step.
-        decay: pull of targets towards the weights, 0 to 1.
-        betas: Adam's.
-    """
-
-    mode: str = "buffer"
-    lr: float = 1e-2
-    code_lr: float = 0.12
-    share: float = 0.1
-    trust: float = 0.1
-    decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode={self.mode!r}: choose one of {', '.join(MODES)}")
-        for name in ("lr", "code_lr"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: from 0 to below 1")
-        for name in ("share", "trust", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a share, from 0 to 1")
 
 
 def rate(step: int, steps: int, warmup: float = 0.05) -> float:

@@ -1,6 +1,7 @@
 """The command line as a user meets it: whole processes, exit codes, one-line errors."""
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -74,12 +75,16 @@ def test_inspect_and_eval(packed, model_folder, text_file):
     )
     figures = json.loads(result.stdout)
     assert figures["windows"] == 3
+    assert figures["available"] > 3
     assert figures["kl"] > 0
     assert 0 <= figures["flip_rate"] <= 1
     same = json.loads(
         run("eval", model_folder("llama"), "--data", text_file, "--seqlen", 128, "--max-windows", 3, "--json").stdout
     )
     assert same["perplexity"] == pytest.approx(figures["baseline_perplexity"])
+    told = run("eval", output, "--data", text_file, "--seqlen", 128, "--stride", 64, "--max-windows", 2).stdout
+    assert f"{text_file.name}, windows of 128 tokens every 64" in "".join(told.splitlines())
+    assert re.search(r"over +2 of \d\d+ windows, 191 tokens scored", told)
 
 
 def test_dry_run_predicts_the_sizes_and_touches_nothing(packed, model_folder, text_file, tmp_path):

@@ -28,7 +28,7 @@ def test_uniform_model():
     assert quality.perplexity == pytest.approx(13)
     assert quality.perplexity_se == pytest.approx(0, abs=1e-4)
     assert quality.bits_per_byte == pytest.approx(math.log2(13) / 4)
-    assert (quality.windows, quality.tokens) == (10, 10 * 99)
+    assert (quality.windows, quality.available, quality.tokens) == (10, 10, 10 * 99)
     assert quality.kl is None
 
 

@@ -238,7 +238,10 @@ def test_generation_by_the_kernel_is_generation_by_decoding(model, prompts, monk
         assert not used
         monkeypatch.setattr(attention, "kernel_pays", lambda query, layer: True)
         assert torch.equal(model.generate(prompts, **settings), wanted)
-    assert len(used) == 5 * 6
+        assert len(used) == 5 * 6
+        monkeypatch.setattr(attention.self_check, "trusted", lambda family, device: family != "kv_attention")
+        assert torch.equal(model.generate(prompts, **settings), wanted)
+    assert len(used) == 5 * 6, "a kernel that errs is not used"
 
 
 def test_bad_input(model, prompts):

@@ -8,8 +8,8 @@ import torch
 
 from quantkit import GPTQ, RTN, Calibration, Recipe
 from quantkit.search.build import build
-from quantkit.search.evolve import Evolution
 from quantkit.search.session import SearchSettings, Session
+from quantkit.search.settings import Evolution
 from quantkit.search.spaces import CandidateSpace
 
 CANDIDATES = (GPTQ(2), GPTQ(3), GPTQ(4), RTN(3))

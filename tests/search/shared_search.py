@@ -10,8 +10,8 @@ from accelerate import PartialState
 
 from quantkit import GPTQ, RTN, Calibration, Recipe
 from quantkit.search.build import build
-from quantkit.search.evolve import Evolution
 from quantkit.search.session import SearchSettings, Session
+from quantkit.search.settings import Evolution
 from quantkit.search.spaces import CandidateSpace
 
 

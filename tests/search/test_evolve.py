@@ -8,7 +8,8 @@ import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.search.baselines import best_of_random, greedy, knapsack, random_assignment, uniform
-from quantkit.search.evolve import Evolution, Index, State, evolve, mutated, parse_stages
+from quantkit.search.evolve import Index, State, evolve, mutated
+from quantkit.search.settings import Evolution, parse_stages
 
 EVEN = Index(((100, 150, 200, 250),) * 10)
 """Ten equal layers."""

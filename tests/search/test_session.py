@@ -14,8 +14,8 @@ from quantkit.plan import tied
 from quantkit.recipe import Recipe, in_words, parse_quantizer, read_plan
 from quantkit.search.budget import Budget
 from quantkit.search.build import build
-from quantkit.search.evolve import Evolution
 from quantkit.search.session import assemble
+from quantkit.search.settings import Evolution
 from quantkit.search.spaces import BlockSpace, CandidateSpace
 from quantkit.search.store import candidate_key
 

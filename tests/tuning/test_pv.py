@@ -11,7 +11,8 @@ from quantkit import GPTQ, RTN, VPTQ, Hadamard, LowRank, Pyramid, Trellis
 from quantkit.errors import QuantkitError
 from quantkit.formats.dense import DenseWeight
 from quantkit.stats import LayerStats
-from quantkit.tuning.pv import MODES, PVOptimizer, PVSettings, TunedLinear
+from quantkit.tuning.pv import PVOptimizer, TunedLinear
+from quantkit.tuning.settings import MODES, PVSettings
 from quantkit.tuning.tunable import tunable
 
 METHODS = {
