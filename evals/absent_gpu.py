@@ -1,9 +1,9 @@
 """A GPU that is not there: launches as on one, with everything done but the launch itself.
 
-Inside `absent_gpu`, tensors on "cuda" have shapes and types but no memory (torch's meta device), torch's questions about
-the device are answered for the GPU that is named, the library's operators take their GPU path, and Triton compiles what
-is launched, with the very specialization that a launch there would ask for, into its cache on disk. Nothing runs. So
-every kernel that a program would launch can be compiled, and judged, on any machine, by calling the program itself; and
+Inside `absent_gpu`, tensors on "cuda" have shapes and types but no memory (torch's meta device), questions about the
+device are answered for the GPU that is named, the library's operators take their GPU path, and Triton compiles what is
+launched, with the very specialization that a launch there would ask for, into its cache on disk. Nothing runs. So every
+kernel that a program would launch can be compiled, and judged, on any machine, by calling the program itself; and
 another process with the same Triton and a real GPU of that kind finds the kernels in the cache.
 
 Answers that depend on numbers inside tensors (`item`, `tolist`) cannot be given: such code raises torch's own error.

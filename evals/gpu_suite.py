@@ -79,9 +79,11 @@ def plan(todo: Sequence[Part], minutes: float) -> str:
         late = "" if begin + part.expected < 60 * minutes else "  NOT IN TIME"
         lines.append(f"{begin:5.0f} s {part.expected:4.0f} s {part.seconds:4.0f} s  {part.name}{more}{late}")
     begin += widest
-    lines += ["-" * 60, f"{begin:.0f} s in all of {60 * minutes:.0f} s. A model, not measured on a GPU: {STARTUP:.0f} s a "
-              f"process to start (a guess), {BUILD} s a kernel and core to compile (measured), and for a group of "
-              "launches what PARTS says (a guess)."]  # fmt: skip
+    lines += ["-" * 60, f"{begin:.0f} s in all, of {60 * minutes:.0f} s"]
+    lines.append(
+        f"A model: {BUILD} s to compile a kernel on one core (measured); {STARTUP:.0f} s until a process begins"
+    )
+    lines.append("and the seconds of a group in suite_parts.PARTS are guesses, as no GPU was there to measure them.")
     missing = [name for name in ("humming", "gemlite", "torchao", "hqq") if name not in kernel_peers.present()]
     lines += [f"cannot be imported, so not measured beside: {', '.join(missing)}"] if missing else []
     return "\n".join(lines)
@@ -96,6 +98,27 @@ def missing_gpu() -> str:
         return "error: torch does not come back from looking for a GPU"
     advice = "`--compile-only` of quantkit.evals.gpu_suite needs none"
     return "" if found == 0 else f"error: this measures a GPU and there is none here; {advice}"
+
+
+def measure(todo: Sequence[Part], folder: Path, minutes: float, echo: bool = False) -> int | str:
+    """Runs processes and prints their table; the exit code, or why there is nothing to run on.
+
+    Args:
+        todo: see `parts`.
+        folder: for the results; those of an earlier run are removed.
+        minutes: nothing outlives them.
+        echo: lets the processes print here instead of into the log.
+    """
+    if problem := missing_gpu():
+        return problem
+    for name in (suite_driver.RESULTS, suite_driver.TABLE, suite_driver.LOG):
+        (folder / name).unlink(missing_ok=True)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(f"ended by {signal.Signals(number).name}"))
+    suite_driver.run(todo, folder, 60 * minutes, echo)
+    records = suite_driver.read(folder / suite_driver.RESULTS)
+    print(suite_driver.table(records))
+    wrong = any(record["kind"] == "check" and not record["ok"] for record in records)
+    return 1 if wrong or suite_driver.unfinished(records) else 0
 
 
 def main() -> None:
@@ -118,16 +141,7 @@ def main() -> None:
         return
     if arguments.out is None:
         sys.exit("error: give --out FOLDER for the results")
-    if problem := missing_gpu():
-        sys.exit(problem)
-    for name in (suite_driver.RESULTS, suite_driver.TABLE, suite_driver.LOG):
-        (arguments.out / name).unlink(missing_ok=True)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(f"ended by {signal.Signals(number).name}"))
-    suite_driver.run(todo, arguments.out, 60 * arguments.minutes)
-    records = suite_driver.read(arguments.out / suite_driver.RESULTS)
-    print(suite_driver.table(records))
-    wrong = any(record["kind"] == "check" and not record["ok"] for record in records)
-    sys.exit(1 if wrong or suite_driver.unfinished(records) else 0)
+    sys.exit(measure(todo, arguments.out, arguments.minutes))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m quantkit.evals.suite_builds PART ... [--results FILE] [--arch 90] [--jobs N]
 
-Processes that see no GPU call the parts' own groups on one that is not there (`absent_gpu`), so that what is compiled is
-what is launched. The kernels come to Triton's cache on disk, where the parts find them. Told are kernels that do not
+Processes that see no GPU call the parts' own groups on one that is not there (`absent_gpu`), so that what is compiled
+is what is launched. The kernels come to Triton's cache on disk, where the parts find them. Told are kernels that do not
 compile, spill registers, or ask for more shared memory than the GPU has; exit code 1 then.
 """
 
@@ -32,6 +32,7 @@ class Built:
         registers: a thread.
         spills: bytes of local memory a thread.
         shared: bytes of shared memory a program, static and dynamic.
+        seconds: of a processor, for all that the launch did since the one before it, which is to compile.
     """
 
     what: str
@@ -39,6 +40,7 @@ class Built:
     registers: int
     spills: int
     shared: int
+    seconds: float
 
     def faults(self, arch: int) -> list[str]:
         """What is wrong with it."""
@@ -65,11 +67,14 @@ def jobs_of(parts: Sequence[str], gpu: GPU) -> list[Job]:
 def compile_job(job: Job) -> tuple[list[Built], list[str]]:
     """(binaries, what failed) of a job."""
     parts, what, gpu = job
-    compiled: dict[str, Compiled] = {}
-    failed = []
+    compiled: dict[str, tuple[Compiled, float]] = {}
+    failed, before = [], _processor_seconds()
 
     def told(one: Compiled) -> None:
-        compiled.setdefault(one.key, one)
+        nonlocal before
+        now = _processor_seconds()
+        compiled.setdefault(one.key, (one, now - before))
+        before = now
 
     for part in parts.split("\n"):
         for group in PARTS[part].groups():
@@ -82,10 +87,15 @@ def compile_job(job: Job) -> tuple[list[Built], list[str]]:
                 lines = str(error).strip().splitlines() or [""]
                 failed.append(f"{what}, {group.place}: {type(error).__name__}: {lines[0]}")
     built = []
-    for one in compiled.values():
+    for one, seconds in compiled.values():
         registers, spills, static = resources(Path(one.cubin).read_bytes())
-        built.append(Built(what, one, registers, spills, one.shared + static))
+        built.append(Built(what, one, registers, spills, one.shared + static, seconds))
     return built, failed
+
+
+def _processor_seconds() -> float:
+    """Of this process and those that it waited for, the assembler among them."""
+    return sum(os.times()[:4])
 
 
 def compile_all(parts: Sequence[str], gpu: GPU, jobs: int) -> Iterator[tuple[list[Built], list[str]]]:
@@ -121,7 +131,7 @@ def run(parts: Sequence[str], gpu: GPU, jobs: int, results: Path | None = None) 
     """Compiles, prints a line for each binary and a sum, and returns the exit code."""
     import triton
 
-    begun, keys, wrong, seconds, spills = time.monotonic(), set(), [], 0.0, 0
+    begun, keys, wrong, seconds, spills, new = time.monotonic(), set(), [], 0.0, 0, 0
     print(f"triton {triton.__version__}, sm_{gpu.arch}, {jobs} processes")
     print(f"{'for':42} {'kernel':26} {'registers':>9} {'spills':>6} {'shared':>7} {'seconds':>7}")
     for built, failed in compile_all(parts, gpu, jobs):
@@ -132,14 +142,13 @@ def run(parts: Sequence[str], gpu: GPU, jobs: int, results: Path | None = None) 
             keys.add(one.compiled.key)
             wrong += one.faults(gpu.arch)
             spills += one.spills
-            seconds += 0.0 if one.compiled.cached else one.compiled.seconds
-            took = "cached" if one.compiled.cached else f"{one.compiled.seconds:.1f}"
-            print(
-                f"{one.what[:42]:42} {one.compiled.kernel:26} {one.registers:9} {one.spills:6} {one.shared:7} {took:>7}",
-                flush=True,
-            )
-    took = time.monotonic() - begun
-    text = f"{len(keys)} kernels in {took:.0f} s by {jobs} processes ({seconds:.0f} s of compiling), {spills} bytes spilled"
+            seconds += 0.0 if one.compiled.cached else one.seconds
+            new += not one.compiled.cached
+            took = "cached" if one.compiled.cached else f"{one.seconds:.1f}"
+            sizes = f"{one.registers:9} {one.spills:6} {one.shared:7} {took:>7}"
+            print(f"{one.what[:42]:42} {one.compiled.kernel:26} {sizes}", flush=True)
+    text = f"{len(keys)} kernels in {time.monotonic() - begun:.0f} s by {jobs} processes; {new} were new, "
+    text += f"{seconds:.0f} s of a processor; {spills} bytes spilled"
     for line in (text, *wrong):
         print(line, flush=True)
         if results:

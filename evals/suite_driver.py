@@ -12,6 +12,7 @@ died another chance behind the launch that it died of, and makes a Markdown tabl
 A time is shown only beside a check of the same launch, by the same part, that was passed.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -83,10 +84,8 @@ class _Running:
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: int) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it is gone
             os.killpg(self.process.pid, number)
-        except (ProcessLookupError, PermissionError):  # it is gone
-            pass
 
 
 def _died(code: int) -> str:
@@ -212,7 +211,9 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 def _section(records: Sequence[dict[str, Any]]) -> list[str]:
     columns = list(dict.fromkeys(r["column"] for r in records if r["kind"] != "begin"))
     lines = [f"| | | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
-    for key in dict.fromkeys((r["place"], r["what"]) for r in records):
+    places = list(dict.fromkeys(r["place"] for r in records))
+    ours = {(r["place"], r["what"]): not r.get("baseline") for r in records}
+    for key in sorted(ours, key=lambda key: (places.index(key[0]), ours[key])):  # what is compared with comes first
         own = [r for r in records if (r["place"], r["what"]) == key]
         parts = dict.fromkeys(r["part"] for r in own)
         timed = [part for part in parts if any(r["kind"] == "time" and r["part"] == part for r in own)]

@@ -57,6 +57,7 @@ class Report:
 
     def check(self, column: str, detail: str, ok: bool) -> bool:
         """The result of a comparison, which is returned."""
+        print(", ".join([*self._key.values(), column, detail]) + ("" if ok else ": WRONG"), flush=True)
         self._write("check", column=column, ok=ok, detail=detail)
         return ok
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from quantkit.evals import kernel_check, kernel_peers, kv_speed, suite_models
+from quantkit.evals import kernel_peers, kv_speed, suite_deep, suite_models
 from quantkit.evals.absent_gpu import Compiled, listener
 from quantkit.evals.kernel_kinds import TIMED, Kind, codebooks, integers, rotated, trellises
 from quantkit.evals.suite_groups import (
@@ -82,7 +82,7 @@ PARTS = {
     "peers": Contents(lambda: kernel_peers.groups((4, 3, 2), SHAPES, ROWS), seconds=10),
     "sweep trellis": Contents(lambda: suite_models.sweep_trellis(2, ENDS), seconds=0.5),
     "sweep int4": Contents(lambda: suite_models.sweep_integers(4, ENDS), seconds=0.5),
-    **{f"deep {name}": Contents(groups, False, deep=True) for name, groups in kernel_check.FAMILIES.items()},
+    **{f"deep {name}": Contents(groups, False, deep=True) for name, groups in suite_deep.FAMILIES.items()},
 }
 """In the order of their worth."""
 

@@ -1,17 +1,24 @@
 """The driver of the GPU suite with parts that fail in all ways that a GPU knows, and its builds, without a GPU."""
 
+import contextlib
 import json
 import os
-import signal
+import re
 import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from quantkit.evals import suite_driver
+from quantkit.evals import gpu_suite, suite_builds, suite_driver
+from quantkit.evals.absent_gpu import GPU, Compiled
+from quantkit.evals.suite_builds import Built
 from quantkit.evals.suite_driver import Part, append, read, run
+from quantkit.evals.suite_groups import Group
+from quantkit.evals.suite_parts import PARTS, Contents
 
 from ..conftest import ROOT
 
@@ -159,7 +166,7 @@ def test_what_a_part_leaves_behind_is_ended(tmp_path):
             os.kill(pid, 0)
         except ProcessLookupError:
             return
-        if open(f"/proc/{pid}/stat").read().split()[2] == "Z":
+        if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
             return
         time.sleep(0.1)
     pytest.fail("it goes on")
@@ -182,3 +189,109 @@ def test_the_driver_needs_nothing_but_python(tmp_path):
     )
     found = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert found.stdout == "False\n", found.stderr
+
+
+BARE = """
+import importlib.metadata, runpy, sys
+
+ABSENT = {
+    "auto_round", "compressed_tensors", "datasets", "gemlite", "hqq", "humming", "hypothesis", "llmcompressor",
+    "matplotlib", "peft", "pytest", "rich", "torchao", "typer",
+}
+
+class Bare:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in ABSENT else self.finder.find_spec(name, path, target)
+
+def distribution(name, found=importlib.metadata.Distribution.from_name):
+    if name.startswith("quantkit"):
+        raise importlib.metadata.PackageNotFoundError(name)
+    return found(name)
+
+sys.meta_path[:] = [Bare(finder) for finder in sys.meta_path]
+importlib.metadata.Distribution.from_name = staticmethod(distribution)
+sys.argv = ["gpu_suite", "--plan", "--jobs", "16", "--minutes", "9"]
+runpy.run_module("quantkit.evals.gpu_suite", run_name="__main__")
+import quantkit.evals.kernel_check
+assert not ABSENT & set(sys.modules)
+"""
+
+
+@pytest.fixture
+def bare():
+    """As on a machine that has the source folder and nothing of ours installed."""
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+
+
+def test_the_plan_needs_only_what_a_bare_gpu_machine_has(bare):
+    found = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True, env=bare, cwd=ROOT)
+    assert found.returncode == 0, found.stderr[-3000:]
+    lines = found.stdout.splitlines()
+    order = [line.split("  ")[-1] for line in lines if re.match(r" +\d+ s ", line)]
+    assert order[:2] == ["about", "compile"] and order[2].startswith("check int") and "side by side" in order[2]
+    assert [line for line in order if line.startswith("int4")] and "sweep int4 (80 groups)" in order[-1]
+    seconds = int(re.search(r"(\d+) s in all, of 540 s", found.stdout)[1])
+    assert 200 < seconds < 540, "all should fit, and a plan is not nothing"
+    assert "cannot be imported, so not measured beside: humming, gemlite, torchao, hqq" in lines
+
+
+def test_the_command_line_is_checked(bare):
+    command = [sys.executable, "-m", "quantkit.evals.gpu_suite"]
+    refused = subprocess.run([*command, "--only", "int5"], capture_output=True, text=True, env=bare)
+    assert refused.returncode == 2 and "invalid choice: 'int5'" in refused.stderr
+    short = subprocess.run([*command, "--plan", "--only", "int4", "host", "--minutes", "0.5"],
+                           capture_output=True, text=True, env=bare)  # fmt: skip
+    assert short.returncode == 0 and "check" not in short.stdout and "host (5 groups)  NOT IN TIME" in short.stdout
+
+
+def test_parts_are_processes_with_limits(tmp_path):
+    todo = {part.name: part for part in gpu_suite.parts(gpu_suite.SUITE, tmp_path, jobs=16)}
+    assert list(todo)[:2] == ["about", "compile"] and "peers" not in todo
+    assert list(todo).index("compile sweeps") == list(todo).index("sweep trellis") - 1
+    for part in todo.values():
+        assert part.expected < part.seconds < 600 and part.command[:2] == (sys.executable, "-m")
+    assert {part.together for name, part in todo.items() if name.startswith("check")} == {"check"}
+    assert {part.together for name, part in todo.items() if not name.startswith("check")} == {""}
+    deep = gpu_suite.parts(["deep int"], tmp_path)
+    assert [part.name for part in deep] == ["about", "compile", "deep int"]
+
+
+def test_builds_of_a_part_compile_without_a_gpu(bare, tmp_path):
+    """`host`: a layer of each of four kinds, one row of x."""
+    environment = bare | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    results = tmp_path / "results.jsonl"
+    append(results, {"kind": "about", "gpu": "some", "arch": 90, "multiprocessors": 114})
+    command = [sys.executable, "-m", "quantkit.evals.suite_builds", "host", "--jobs", "1", "--results", str(results)]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert found.returncode == 0, found.stdout + found.stderr[-3000:]
+    assert Counter(line[43:].split()[0] for line in found.stdout.splitlines()[2:-1]) == {
+        "decode_kernel": 2, "multiply_kernel": 1, "rotate_kernel": 1,
+    }  # fmt: skip
+    (note,) = [record["text"] for record in read(results) if record["kind"] == "note"]
+    assert re.match(r"4 kernels in \d+ s by 1 processes; 4 were new, \d+ s of a processor; 0 bytes spilled", note)
+
+
+def test_faults_of_builds_are_named():
+    compiled = Compiled("decode_kernel", "key", 200000, 1.0, False, "")
+    assert Built("int4", compiled, 100, 0, 200000, 1.0).faults(90) == []
+    assert Built("int4", compiled, 100, 0, 200000, 1.0).faults(80) == [
+        "int4: decode_kernel: 200000 bytes of shared memory; sm_80 has 166912"
+    ]
+    assert Built("int4", compiled, 255, 16, 0, 1.0).faults(90) == ["int4: decode_kernel: 16 bytes spilled"]
+
+
+def test_a_kernel_that_does_not_compile_is_named(monkeypatch):
+    def launch(device):
+        raise ValueError("PassManager::run failed\nmore")
+
+    broken = Group("product", "here", "broken", launch, lambda run: None)
+    monkeypatch.setitem(PARTS, "int4", Contents(lambda: [broken]))
+    monkeypatch.setattr(suite_builds, "absent_gpu", lambda gpu, told: contextlib.nullcontext("cuda"))
+    (job,) = suite_builds.jobs_of(["int4"], GPU())
+    assert suite_builds.compile_job(job) == ([], ["broken, here: ValueError: PassManager::run failed"])
