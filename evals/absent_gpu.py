@@ -24,7 +24,12 @@ from quantkit.kernels import launching
 
 DEVICE = torch.device("cuda", 0)
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
-"""Bytes that a program may use, by compute capability."""
+"""Bytes that a program may use, by compute capability; see `shared_memory` for others."""
+
+
+def shared_memory(arch: int) -> int:
+    """Bytes that a program may use: what the least of the GPUs since sm_80 has, where nothing else is known."""
+    return SHARED_MEMORY.get(arch, min(SHARED_MEMORY.values()))
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,12 @@ class _OnDevice(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answers questions about the device, and moves everything else."""
-        if func in (Tensor.is_cuda.__get__, Tensor.is_meta.__get__):  # type: ignore[attr-defined]
-            return func == Tensor.is_cuda.__get__  # type: ignore[attr-defined]
+        if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+            return args[0].is_meta
+        if func == Tensor.is_meta.__get__:  # type: ignore[attr-defined]
+            return False
         if func == Tensor.device.__get__:  # type: ignore[attr-defined]
-            return DEVICE
+            return DEVICE if args[0].is_meta else args[0].device
         if func == Tensor.data_ptr:  # kernels are compiled for its alignment
             return args[0].storage_offset() * args[0].element_size()
         moved = [_moved(value) for value in args]
@@ -96,7 +103,7 @@ class _Driver:
 
         self._target = GPUTarget("cuda", gpu.arch, 32)
         properties = {
-            "max_shared_mem": SHARED_MEMORY[gpu.arch], "multiprocessor_count": gpu.multiprocessors, "warpSize": 32,
+            "max_shared_mem": shared_memory(gpu.arch), "multiprocessor_count": gpu.multiprocessors, "warpSize": 32,
         }  # fmt: skip
         self.utils = SimpleNamespace(
             load_binary=lambda *binary: (1, 1, 0, 0, 1024), get_device_properties=lambda device: properties

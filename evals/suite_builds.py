@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.evals import suite_driver
-from quantkit.evals.absent_gpu import GPU, SHARED_MEMORY, Compiled, absent_gpu
+from quantkit.evals.absent_gpu import GPU, SHARED_MEMORY, Compiled, absent_gpu, shared_memory
 from quantkit.evals.kernel_build import resources
 from quantkit.evals.suite_parts import PARTS
 
@@ -44,7 +44,7 @@ class Built:
 
     def faults(self, arch: int) -> list[str]:
         """What is wrong with it."""
-        name, most = f"{self.what}: {self.compiled.kernel}", SHARED_MEMORY[arch]
+        name, most = f"{self.what}: {self.compiled.kernel}", shared_memory(arch)
         wrong = [f"{name}: {self.spills} bytes spilled"] if self.spills else []
         over = f"{name}: {self.shared} bytes of shared memory; sm_{arch} has {most}"
         return [*wrong, over] if self.shared > most else wrong

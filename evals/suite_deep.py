@@ -61,7 +61,8 @@ def _extra(N: int, K: int, dtype: torch.dtype, device: torch.device) -> tuple[Te
 
 
 def _compared(layer: Layer, weight: Tensor, x: Tensor) -> tuple[str, bool]:
-    bias, up, down = _extra(*weight.shape, x.dtype, x.device)
+    N, K = weight.shape
+    bias, up, down = _extra(N, K, x.dtype, x.device)
     exact = x.double() @ weight.double().T
     y = layer.matmul(x)
     errors = [relative_error(y, exact)]

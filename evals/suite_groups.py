@@ -321,6 +321,7 @@ def call(function: Callable, *arguments: Any) -> Callable[[], Any]:
     return lambda: function(*arguments)
 
 
+@torch.inference_mode()
 def run_groups(groups: Iterator[Group] | Sequence[Group], run: Run, seconds: float = math.inf) -> None:
     """Measures one after the other; none is begun after so many seconds."""
     end = time.monotonic() + seconds

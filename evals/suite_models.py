@@ -5,7 +5,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,8 @@ def _rotated(weight: Tensor) -> QuantizedWeight:
 
 def _random_trellis(weight: Tensor) -> QuantizedWeight:
     """Random codes, as large as the weight: the search for its own would take longer than everything else here."""
-    linear = trellises(2).make(*weight.shape, weight.device).linear
+    N, K = weight.shape
+    linear = trellises(2).make(N, K, weight.device).linear
     assert isinstance(linear, QuantizedLinear) and isinstance(linear.packed, TrellisWeight)
     packed = linear.packed
     return replace(packed, scale=packed.scale * weight.std() / packed.dequantize().std())
@@ -78,7 +78,8 @@ def _decode(run: Run, name: str, pack: Callable[[Tensor], QuantizedWeight] | Non
 
     from quantkit.evals import decode
 
-    model: Any = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.bfloat16).to(run.device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.bfloat16)
+    model = model.to(run.device).eval()
     if pack:
         dense = replace_linears(model, pack)
         tokens = torch.arange(2 * PROMPT, device=run.device).view(2, PROMPT)
@@ -153,9 +154,10 @@ def _launched(weight: Any, config: Config) -> Callable[[Tensor], Tensor]:
     if isinstance(weight, IntGroupWeight):
         own = weight.codes, weight.scales, weight.zeros, weight.bits, weight.group_size
         return lambda x: int_group_matmul.launch(x, *own, config=config)
-    form = weight.codes, weight.scales, weight.scale, weight.bits, weight.state_bits, weight.parts
-    return partial(_with_config, form, config)
-
-
-def _with_config(form: tuple, config: Config, x: Tensor) -> Tensor:
-    return trellis_matmul.launch(x, *form, config=config)
+    codes, scales, scale, form = (
+        weight.codes,
+        weight.scales,
+        weight.scale,
+        (weight.bits, weight.state_bits, weight.parts),
+    )
+    return lambda x: trellis_matmul.launch(x, codes, scales, scale, *form, config=config)
