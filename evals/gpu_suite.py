@@ -48,7 +48,7 @@ def parts(names: Sequence[str], folder: Path, jobs: int | None = None) -> list[P
         jobs_now = jobs or os.cpu_count() or 1
         command = ["-m", "quantkit.evals.suite_builds", *names, "--results", results, "--jobs", str(jobs_now)]
         expected = STARTUP + BUILD * BUILDS_A_GROUP * sum(len(PARTS[name].groups()) for name in names) / jobs_now
-        return Part(title, (sys.executable, *command), 3 * expected + 30, expected)
+        return Part(title, (sys.executable, *command), 3 * expected + 30, expected, least=expected)
 
     sweeps = [name for name in names if name.startswith("sweep")]
     first = [name for name in names if name not in sweeps and name != "peers"]

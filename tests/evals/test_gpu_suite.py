@@ -277,6 +277,31 @@ def test_builds_of_a_part_compile_without_a_gpu(bare, tmp_path):
     assert re.match(r"4 kernels in \d+ s by 1 processes; 4 were new, \d+ s of a processor; 0 bytes spilled", note)
 
 
+BUILDS = """
+from triton import knobs
+
+from quantkit.evals import kv_speed
+from quantkit.evals.absent_gpu import GPU, absent_gpu
+
+def hook(*, key, fn, **more):
+    keys.add((fn.name, str(key)))
+    return True  # not compiled
+
+knobs.runtime.jit_cache_hook = hook
+for form in (kv_speed.Form(4), kv_speed.Form(2, 4)):
+    keys = set()
+    for group in kv_speed.groups([(8192, 1), (16384, 1)], [form]):
+        with absent_gpu(GPU()) as device:
+            group.launch(device)
+    print(len(keys))
+"""
+
+
+def test_a_cache_that_grows_takes_the_same_kernels(bare):
+    found = subprocess.run([sys.executable, "-c", BUILDS], capture_output=True, text=True, env=bare)
+    assert found.stdout.split() == ["2", "2"], found.stderr[-2000:]
+
+
 def test_faults_of_builds_are_named():
     compiled = Compiled("decode_kernel", "key", 200000, 1.0, False, "")
     assert Built("int4", compiled, 100, 0, 200000, 1.0).faults(90) == []
