@@ -13,7 +13,7 @@ from quantkit.formats.int_group import IntGroupWeight
 from quantkit.formats.pyramid import PyramidWeight
 from quantkit.formats.rotated import RotatedWeight
 from quantkit.formats.trellis import TrellisWeight
-from quantkit.kernels import pyramid_matmul
+from quantkit.kernels import launching, pyramid_matmul
 from quantkit.kernels.bitpack import pack, row_words
 from quantkit.kernels.pyramid import count, index_bits
 from quantkit.kernels.trellis import ring_length
@@ -102,6 +102,7 @@ def pyramids(bits: int, dimension: int) -> Kind:
         factors = (0.5 + torch.rand(-(-N // dimension), K, device=device)).half() / 2**bits
         words = pack(factors.view(torch.int16).int() & 0xFFFF, 16)
         arguments = _words(N, row_words(K, bits), device), words, bits, dimension
+        launching.prepare(device)
 
         def product(x: Tensor, *extra: Tensor | None) -> Tensor:
             return pyramid_matmul.pyramid_matmul(x, *arguments, *extra)

@@ -17,6 +17,7 @@ def groups(bits: Sequence[int], shapes: Sequence[tuple[int, int]], rows: Sequenc
         return Group(
             "product", f"{N} x {K}", f"{name} int{width}", lambda device: None,
             lambda run: _measure(run, f"{name} int{width}", _LIBRARIES[name], width, N, K, rows),
+            patience=4,  # some compile or tune at their first call
         )  # fmt: skip
 
     return [group(name, width, N, K) for name in present() for N, K in shapes for width in bits]

@@ -27,7 +27,7 @@ ROWS = (1, 16, 64, 300)
 LIMIT = 6e-3
 """Of the relative error in bf16: one rounding of the result, and one of the weight or of x."""
 GROUP_SECONDS = 60
-"""A group that takes longer hangs: its process ends itself, and another goes on behind it."""
+"""What a group has; one that takes longer hangs: its process ends itself, and another goes on behind it."""
 
 
 class Report:
@@ -161,6 +161,7 @@ class Group:
         section, place, what: where a table shows them.
         launch: makes each once, on a device, to no end but that they are compiled.
         measure: checks and times them.
+        patience: times GROUP_SECONDS that the group has.
     """
 
     section: str
@@ -168,12 +169,13 @@ class Group:
     what: str
     launch: Callable[[torch.device], object]
     measure: Callable[[Run], object]
+    patience: int = 1
 
     def run(self, run: Run) -> None:
         """Measures, unless an earlier attempt did; what is raised is a wrong result, if the device still works."""
         if not run.report.begin(self.section, self.place, self.what):
             return
-        signal.alarm(GROUP_SECONDS)  # whose default action no waiting for a GPU holds up
+        signal.alarm(GROUP_SECONDS * self.patience)  # whose default action no waiting for a GPU holds up
         try:
             self.measure(run)
         except Exception as error:  # a kernel may raise anything
