@@ -1,7 +1,7 @@
 """The parts of the GPU suite by name, and the process that runs one:
 
-    python -m quantkit.evals.suite_parts NAME --results FILE [--seconds S]
-"""  # fmt: skip
+python -m quantkit.evals.suite_parts NAME --results FILE [--seconds S]
+"""
 
 import argparse
 import datetime
