@@ -2,7 +2,7 @@
 
     python -m quantkit.evals.kernel_check --out FOLDER [--minutes 20] [--only FAMILY ...]
 
-Some hundred kernels, compiled side by side first. A family is a process, and each launch is told as it is checked; one
+Some 650 kernels, compiled side by side first. A family is a process, and each launch is told as it is checked; one
 that is wrong, or of which the process dies, is named and the check goes on. Ends with exit code 1 where anything was
 wrong or did not finish. Nothing is timed.
 """
