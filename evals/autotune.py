@@ -9,12 +9,11 @@ from torch import nn
 from quantkit.errors import QuantkitError
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.kernels.int_group_matmul import Problem, launch, problem_of, rule
-from quantkit.kernels.timing import seconds_per_call
+from quantkit.kernels.timing import copies, seconds_per_call
 from quantkit.kernels.tuning import Config, cache_file, tune, variations
 from quantkit.linear import QuantizedLinear
 
 ROWS = (8, 16, 32)
-_CACHE_BYTES = 2**28  # more than the second-level cache of any GPU
 
 
 def autotune(model: nn.Module, progress: Callable[[int, int, str], None] = lambda done, total, name: None) -> int:
@@ -59,8 +58,7 @@ def _weights(model: nn.Module) -> Iterator[IntGroupWeight]:
 
 def _timer(weight: IntGroupWeight, problem: Problem) -> Callable[[Config], float]:
     """Seconds of a launch with a given configuration, over copies of the weight that no cache holds."""
-    count = min(64, max(8, _CACHE_BYTES // weight.nbytes + 1))
-    copies = [weight.map(torch.clone) for _ in range(count)]
+    clones = [weight.map(torch.clone) for _ in range(copies(weight.nbytes, most=64))]
     x = torch.randn(problem.M, problem.K, dtype=problem.dtype, device=weight.codes.device)
 
     def seconds(config: Config) -> float:
@@ -68,6 +66,6 @@ def _timer(weight: IntGroupWeight, problem: Problem) -> Callable[[Config], float
             arguments = copy.codes, copy.scales, copy.zeros, copy.bits, copy.group_size
             return lambda: launch(x, *arguments, config=config)
 
-        return seconds_per_call([call(copy) for copy in copies], repeats=5)
+        return seconds_per_call([call(clone) for clone in clones], repeats=5)
 
     return seconds

@@ -8,7 +8,6 @@ is one call of the model.
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from transformers import DynamicCache, StaticCache
 
 from quantkit.embedding import QuantizedEmbedding
 from quantkit.errors import QuantkitError
+from quantkit.kernels.timing import copy_bandwidth, timed
 from quantkit.kvcache.cache import GearCache
 from quantkit.model import context_length, tensor_bytes
 
@@ -83,7 +83,7 @@ def measure(
     model(prompt[:, :1], use_cache=False)  # compiles, and allocates what is allocated once
     cache, other = (make_cache() if make_cache else _cache(model, prompt_tokens + more) for more in (new_tokens + 8, 8))
     model(prompt, past_key_values=other, use_cache=True, logits_to_keep=1)
-    first, token = _timed(device, lambda: _next(model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)))
+    first, token = timed(device, lambda: _next(model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)))
 
     def step() -> None:
         token.copy_(_next(model(token, past_key_values=cache, use_cache=True)))
@@ -97,7 +97,7 @@ def measure(
     run, how = (_captured(step) if fixed else None) or step, "eager"
     if run is not step:
         how = "CUDA graph"
-    times = [_timed(device, run)[0] for _ in range(new_tokens - 1)]
+    times = [timed(device, run)[0] for _ in range(new_tokens - 1)]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else tensor_bytes(model)
     seconds, bandwidth = statistics.median(times), copy_bandwidth(device)
     needed = bytes_per_token(model) + _cache_bytes(cache)
@@ -123,16 +123,6 @@ def _cache(model: Any, length: int) -> Any:
 
 def _next(output: Any) -> torch.Tensor:
     return output.logits[:, -1:].argmax(-1)
-
-
-def _timed(device: torch.device, function: Any) -> tuple[float, Any]:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    result = function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start, result
 
 
 def _captured(step: Any) -> Any:
@@ -175,16 +165,3 @@ def _cache_bytes(cache: Any) -> int:
                 seen = min(int(layer.get_seq_length()), tensor.shape[2])
                 total += tensor.nbytes * seen // max(tensor.shape[2], 1)
     return total
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a large copy reads and writes."""
-    size = 2**30 if device.type == "cuda" else 2**27
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-
-    def copies() -> None:
-        for _ in range(4):
-            target.copy_(source)
-
-    return 4 * 2 * size / statistics.median([_timed(device, copies)[0] for _ in range(7)][2:])

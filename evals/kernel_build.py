@@ -24,10 +24,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit.evals.absent_gpu import SHARED_MEMORY
 from quantkit.evals.kernel_families import FAMILIES, Build
 
-SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
-"""Bytes that a program may use, by compute capability."""
 _MMA = re.compile(r"^(HMMA|HGMMA|UTCHMMA|UTCQMMA|QGMMA)\b")
 
 
@@ -80,17 +79,25 @@ def compile_build(build: Build) -> Any:
 def figures(build: Build) -> Figures:
     """Compiles, and reads the machine code."""
     binary = compile_build(build)
+    registers, spills, _ = resources(binary.asm["cubin"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        usage = _nvidia_tool("cuobjdump", "-res-usage", file.name)
         listing = _nvidia_tool("nvdisasm", "-c", file.name)
-    registers = int(re.findall(r"REG:(\d+)", usage)[0])
-    spills = sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
     loop = inner_loop(listing, build.whole)
     per_weight = len(loop) * 32 * build.num_warps / build.weights
     shared = binary.metadata.shared + build.static_shared
     return Figures(build.name, registers, spills, shared, round(per_weight, 2))
+
+
+def resources(cubin: bytes) -> tuple[int, int, int]:
+    """(registers a thread, bytes of local memory a thread, bytes of static shared memory a program) of a binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _nvidia_tool("cuobjdump", "-res-usage", file.name)
+    registers, shared = (int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "SHARED"))
+    return registers, sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)), shared
 
 
 def attempt(build: Build) -> Figures | str:

@@ -1,34 +1,27 @@
-"""Speed of attention on packed keys and values on a GPU, after its correctness on that very GPU.
-
-    python -m quantkit.evals.kv_speed --out FOLDER [--contexts 8192 32768 131072] [--batches 1 16] [--minutes 8]
+"""Attention on packed keys and values: random caches, their specification, and launches for the GPU suite.
 
 One decode step of one layer (8 key heads of 128 channels, 4 queries each) is timed inside a CUDA graph, over more
 tokens than the GPU's own cache holds, beside the faster of torch's bf16 attention and a bf16 split-KV kernel of our
-own. Rows with a low-rank correction and with outliers say what these cost over the same codes without. Writes
-kv_speed.json and kv_speed.md.
+own. Rows with a low-rank correction and with outliers say what these cost over the same codes without.
 """
 
-import argparse
 import math
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkit.evals.kernel_speed import Timer, call, copies, describe, write
+from quantkit.evals.suite_groups import Group, Run, call, relative_error
 from quantkit.kernels import launching
 from quantkit.kernels.kv_attention import Packed, Plain, packed_attention
 from quantkit.kernels.kv_attention_triton import merge_kernel, plain_share
-from quantkit.kernels.timing import seconds_per_call
 from quantkit.kvcache.codec import Grid, values
 
-TOLERANCE = 2e-3
+TOLERANCE, LIMIT = 2e-3, 4e-3
+"""Of the relative error: in fp16, and in bf16."""
 
 
 @dataclass(frozen=True)
@@ -56,36 +49,12 @@ class Form:
 FORMS = [Form(bits, rank, kept) for bits in (4, 3, 2) for rank, kept in ((0, 0), (4, 0), (4, 2))] + [Form(8)]
 
 
-@dataclass(frozen=True)
-class Timing:
-    """One launch.
-
-    Attributes:
-        what: a form's name, "torch bf16" or "split-KV bf16".
-        tokens, batch: in the cache.
-        microseconds: median of a call.
-        true_bits: of a cached number.
-        gigabytes_per_second: bytes of the cache over the time.
-        speed_up: time of the faster bf16 attention over this one's.
-        over_codes: time over that of the same codes without corrections.
-    """
-
-    what: str
-    tokens: int
-    batch: int
-    microseconds: float
-    true_bits: float
-    gigabytes_per_second: float
-    speed_up: float
-    over_codes: float
-
-
 def random_packed(form: Form, batch: int, heads: int, tokens: int, size: int, device: torch.device) -> Packed:
     """A cache of a form; groups of 64, `tokens` a multiple of that."""
 
-    def codes(channels: int, bits: int = 8) -> Tensor:
+    def codes(channels: int, bits: int = 8, largest: int = 255) -> Tensor:
         shape = (batch, heads, tokens, channels * bits // 8)
-        return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+        return torch.randint(0, largest + 1, shape, dtype=torch.uint8, device=device)
 
     def halves(*shape: int) -> Tensor:
         return torch.rand(batch, heads, *shape, device=device, dtype=torch.float16)
@@ -100,7 +69,7 @@ def random_packed(form: Form, batch: int, heads: int, tokens: int, size: int, de
         up = codes(form.rank), halves(groups, form.rank) / 1024, -halves(groups, form.rank) / 8
         packed = packed._replace(down=halves(size, form.rank) - 0.5, up=up[0], up_scale=up[1], up_low=up[2])
     if form.kept:
-        packed = packed._replace(places=codes(form.kept) % size, kept=halves(tokens, form.kept) - 0.5)
+        packed = packed._replace(places=codes(form.kept, largest=size - 1), kept=halves(tokens, form.kept) - 0.5)
     return packed
 
 
@@ -126,29 +95,39 @@ CASES = ((64, 4, 1, 192), (128, 1, 5, 1024), (128, 8, 1, 4096), (256, 2, 3, 256)
 """(channels, queries of a key head, new tokens, packed tokens) that are compared with fp64."""
 
 
-def faults(
-    device: torch.device, forms: Sequence[Form] = FORMS, cases: Sequence[tuple[int, int, int, int]] = CASES
-) -> Iterator[str]:
-    """What the kernels get wrong on this device; nothing, as it should be."""
-    for form in forms:
-        for size, siblings, new, tokens in cases:
-            if form.bits == 8 and size == 256:
-                continue  # groups of 64 are less than a word's field
+def deep_groups(forms: Sequence[Form] = FORMS, cases: Sequence[tuple[int, int, int, int]] = CASES) -> list[Group]:
+    """All forms in all cases, among them tokens before and behind the packed ones, to be compared with fp64."""
+
+    def group(form: Form, size: int, siblings: int, new: int, tokens: int) -> Group:
+        def inputs(device: torch.device) -> tuple:
             torch.manual_seed(tokens)
             packed = random_packed(form, 2, 2, tokens, size, device)
             extra = [torch.randn(2, 2, count, size, device=device, dtype=torch.float16) for count in (37, 37, 4, 4)]
-            buffer, sink = Plain(*extra[:2]), Plain(*extra[2:])
             q = torch.randn(2, 2, siblings * new, size, device=device, dtype=torch.float16)
-            scaling = size**-0.5
-            found = packed_attention(q, packed, scaling, buffer, sink, new)
-            plain = decoded(packed)
-            k, v = (torch.cat([a, b, c], 2).double() for a, b, c in zip(sink, plain, buffer, strict=True))
-            last = torch.arange(siblings * new, device=device) % new + k.shape[2] - new
-            hidden = torch.arange(k.shape[2], device=device)[None] > last[:, None]
-            wanted = (q.double() @ k.mT * scaling).masked_fill(hidden, -math.inf).softmax(-1) @ v
-            error = float((found.double() - wanted).norm() / wanted.norm())
-            if not error <= TOLERANCE:
-                yield f"{form.name}, heads of {size}, {siblings} x {new} queries: relative error {error:.2e}"
+            return q, packed, size**-0.5, Plain(*extra[:2]), Plain(*extra[2:]), new
+
+        def measure(run: Run) -> None:
+            q, packed, scaling, buffer, sink, _ = arguments = inputs(run.device)
+            error = relative_error(packed_attention(*arguments), exact(q, packed, scaling, buffer, sink, new))
+            run.report.check("fp16", f"relative error {error:.2e}", error <= TOLERANCE)
+
+        place = f"heads of {size}, {siblings} x {new} queries"
+        return Group("attention", place, form.name, lambda device: packed_attention(*inputs(device)), measure)
+
+    pairs = [(form, case) for form in forms for case in cases]
+    # groups of 64 of 256 channels are less than a word's field of 8 bits
+    return [group(form, *case) for form, case in pairs if not (form.bits == 8 and case[0] == 256)]
+
+
+def exact(
+    q: Tensor, packed: Packed, scaling: float, buffer: Plain | None = None, sink: Plain | None = None, new: int = 1
+) -> Tensor:
+    """The specification of `packed_attention`, fp64."""
+    parts = [part for part in (sink, decoded(packed), buffer) if part is not None]
+    k, v = (torch.cat(tensors, 2).double() for tensors in zip(*parts, strict=True))
+    last = torch.arange(q.shape[2], device=q.device) % new + k.shape[2] - new
+    hidden = torch.arange(k.shape[2], device=q.device)[None] > last[:, None]
+    return (q.double() @ k.mT * scaling).masked_fill(hidden, -math.inf).softmax(-1) @ v
 
 
 @triton.jit
@@ -187,121 +166,68 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, block_n: int, num_warps: in
     return output
 
 
-def measure(
-    device: torch.device,
-    contexts: Sequence[int],
-    batches: Sequence[int],
-    forms: Sequence[Form],
-    timer: Timer,
-    deadline: float = math.inf,
-    heads: int = 8,
-    size: int = 128,
-    siblings: int = 4,
-) -> Iterator[Timing]:
-    """Times all launches.
+def groups(
+    places: Sequence[tuple[int, int]], forms: Sequence[Form], heads: int = 8, size: int = 128, siblings: int = 4
+) -> list[Group]:
+    """One decode step of one layer.
 
     Args:
-        device: the GPU.
-        contexts: tokens of the cache, multiples of 64.
-        batches: sequences.
+        places: (tokens of the cache, a multiple of 64; sequences).
         forms: what is packed; one without corrections comes before those with.
-        timer: seconds of a call, given calls on distinct tensors.
-        deadline: of time.monotonic(); no launch is begun after it.
         heads, size, siblings: of the layer: key heads, channels, queries of a key head.
     """
-    for batch in batches:
-        for tokens in contexts:
-            elements = 2 * batch * heads * tokens * size
+
+    def group(form: Form, tokens: int, batch: int) -> Group:
+        def launch(device: torch.device) -> None:
             q = torch.randn(batch, heads, siblings, size, device=device, dtype=torch.bfloat16)
-            pairs = [
-                tuple(torch.randn(batch, heads, tokens, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-                for _ in range(copies(2 * elements, 1, 16))
-            ]
-            flat = q.view(batch, heads * siblings, 1, size)
-            base = timer([call(_torch, flat, *pair) for pair in pairs])
-            one = Timing("torch bf16", tokens, batch, 1e6 * base, 16.0, 2 * elements / base / 1e9, 1.0, 1.0)
-            ours = min(
-                timer([call(plain_attention, q, *pair, block_n, warps) for pair in pairs])
-                for block_n, warps in ((32, 1), (64, 2), (64, 4))
-            )
-            best = min(base, ours)
-            yield replace(one, speed_up=best / base)
-            yield replace(
-                one, what="split-KV bf16", microseconds=1e6 * ours, gigabytes_per_second=2 * elements / ours / 1e9,
-                speed_up=best / ours,
-            )  # fmt: skip
-            del pairs
-            codes: dict[int, float] = {}
-            for form in forms:
-                if time.monotonic() > deadline:
-                    return
-                first = random_packed(form, batch, heads, tokens, size, device)
-                size_of = nbytes(first)
-                caches = [first]
-                caches += [
-                    random_packed(form, batch, heads, tokens, size, device) for _ in range(copies(size_of, 1, 16) - 1)
-                ]
-                seconds = timer([call(packed_attention, q, cache, size**-0.5) for cache in caches])
-                codes.setdefault(form.bits, seconds)
-                yield Timing(
-                    form.name, tokens, batch, 1e6 * seconds, 8 * size_of / elements, size_of / seconds / 1e9,
-                    best / seconds, seconds / codes[form.bits],
-                )  # fmt: skip
+            packed_attention(q, random_packed(form, batch, heads, tokens, size, device), size**-0.5)
+
+        def measure(run: Run) -> None:
+            _step(run, form, (batch, heads, tokens, size), siblings)
+
+        return Group("attention", f"{tokens / 1024:g}k, batch {batch}", form.name, launch, measure)
+
+    return [group(form, *place) for place in places for form in forms]
+
+
+def _step(run: Run, form: Form, shape: tuple[int, int, int, int], siblings: int) -> None:
+    batch, heads, tokens, size = shape
+    best = run.once(("attention", shape), lambda: _dense(run, shape, siblings)) if run.timing else math.nan
+    first = random_packed(form, *shape, run.device)
+    read = nbytes(first)
+    caches = [first] + [random_packed(form, *shape, run.device) for _ in range(run.distinct(read, 1) - 1)]
+    q = run.random(batch, heads, siblings, size)
+    calls = [call(packed_attention, q, cache, size**-0.5) for cache in caches]
+    replays = run.checked("a step", calls, exact(q, first, size**-0.5), LIMIT)
+    if not replays or not run.timing:
+        return
+    seconds = replays.seconds()
+    run.report.time("a step", seconds, speed_up=best / seconds, bandwidth_share=read / seconds / run.bandwidth)
+    codes = run.once(("codes", shape, form.bits), lambda: seconds)
+    if form.rank or form.kept:
+        bits = 4 * read / (batch * heads * tokens * size)
+        run.report.note(
+            f"{form.name}, {tokens} tokens: {bits:.2f} bits, {seconds / codes - 1:+.0%} over the codes alone"
+        )
+
+
+def _dense(run: Run, shape: tuple[int, int, int, int], siblings: int) -> float:
+    """Seconds of the faster bf16 attention."""
+    batch, heads, _, size = shape
+    read = 4 * math.prod(shape)
+    q = run.random(batch, heads, siblings, size)
+    pairs = [(run.random(*shape), run.random(*shape)) for _ in range(run.distinct(read, 1))]
+    flat = q.view(batch, heads * siblings, 1, size)
+    found = {"torch bf16": run.replays([call(_torch, flat, *pair) for pair in pairs]).seconds()}
+    found["split-KV bf16"] = min(
+        run.replays([call(plain_attention, q, *pair, block_n, warps) for pair in pairs]).seconds()
+        for block_n, warps in ((32, 1), (64, 2), (64, 4))
+    )
+    best = min(found.values())
+    for what, seconds in found.items():
+        run.baseline(what, "a step", seconds, speed_up=best / seconds, bandwidth_share=read / seconds / run.bandwidth)
+    return best
 
 
 def _torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-
-def table(timings: Sequence[Timing]) -> str:
-    """Markdown: a row a form, a column a context and batch; speed-up over the faster bf16, microseconds."""
-    columns = list(dict.fromkeys((timing.batch, timing.tokens) for timing in timings))
-    heads = [f"{tokens / 1024:g}k, batch {batch}" for batch, tokens in columns]
-    lines = ["| cache | true bits | " + " | ".join(heads) + " |", "|---" * (len(columns) + 2) + "|"]
-    for what in dict.fromkeys(timing.what for timing in timings):
-        found = {(timing.batch, timing.tokens): timing for timing in timings if timing.what == what}
-        cells = []
-        for column in columns:
-            timing = found.get(column)
-            more = f", {100 * (timing.over_codes - 1):+.0f}%" if timing and timing.over_codes != 1 else ""
-            cells.append(f"{timing.speed_up:.2f}x ({timing.microseconds:.1f} us{more})" if timing else "")
-        bits = next(iter(found.values())).true_bits
-        lines.append(f"| {what} | {bits:.2f} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="folder for kv_speed.json and kv_speed.md")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768, 131072])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--minutes", type=float, default=8, help="no launch is begun after so long")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("error: this measures a GPU and there is none here")
-    if any(tokens % 64 or tokens < 64 for tokens in arguments.contexts):
-        sys.exit("error: --contexts are multiples of 64")
-    device, begun = torch.device("cuda"), time.monotonic()
-    about = describe(device)
-    print(", ".join(f"{key}: {value}" for key, value in about.items()))
-    wrong = list(faults(device))
-    for line in wrong:
-        print(line)
-    if wrong:
-        sys.exit("error: wrong results; nothing was timed")
-    timings = []
-    deadline = begun + 60 * arguments.minutes
-    try:
-        for timing in measure(device, arguments.contexts, arguments.batches, FORMS, seconds_per_call, deadline):
-            timings.append(timing)
-            place = f"{timing.what:28} {timing.tokens:7} x {timing.batch:2}"
-            print(f"{place} {timing.microseconds:9.1f} us {timing.speed_up:5.2f}x", flush=True)
-    finally:
-        write(Path(arguments.out), "kv_speed", about, timings, table(timings))
-    if time.monotonic() > deadline:
-        print(f"cut after {arguments.minutes:g} minutes; give more with --minutes")
-
-
-if __name__ == "__main__":
-    main()

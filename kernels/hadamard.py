@@ -322,6 +322,7 @@ def _backward(ctx, grad):
 torch.library.register_fake("quantkit::rotate", _fake, lib=_LIBRARY)
 _LIBRARY.impl("rotate", _on_cpu, "CompositeExplicitAutograd")
 _LIBRARY.impl("rotate", _on_gpu, "CUDA")
+launching.ON_GPU["rotate"] = _on_gpu
 torch.library.register_autograd("quantkit::rotate", _backward, setup_context=_remember, lib=_LIBRARY)
 
 

@@ -157,7 +157,7 @@ def packed_attention(
             BLOCK_N=block, D=size, K_BITS=packed.k_bits, V_BITS=packed.v_bits,
             K_GROUP=k_group, GROUPS=packed.v_scale.shape[3],
             RANK=rank, UP_BITS=16 if packed.up_scale is None else 8,
-            UP_GROUP=tokens if packed.up_scale is None else tokens // packed.up_scale.shape[2],
+            UP_GROUP=1 if packed.up_scale is None else tokens // packed.up_scale.shape[2],
             KEPT=kept, MASKED=mask is not None,
             **launching.machine(q), num_warps=warps, num_stages=stages,
             maxnreg=255,  # else the assembler rather spills a few than exceeds 168

@@ -1,11 +1,15 @@
 """What all launches share: rows of x, facts about the GPU, stand-ins for absent arguments, counters, autocast."""
 
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+ON_GPU: dict[str, Callable[..., Tensor]] = {}
+"""What torch's operators quantkit::NAME do on NVIDIA's GPUs, by name: for calls where there is none (`absent_gpu`)."""
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -80,6 +84,7 @@ class _Counters:
             return self._of_stream[stream]
 
     def _next(self, count: int) -> Tensor:
+        count = -(-count // 4) * 4  # kernels are compiled for an address that is a multiple of 16 bytes
         if self._used + count > len(self._zeros):
             return torch.zeros(count, dtype=torch.int32, device=self._zeros.device)
         self._used += count

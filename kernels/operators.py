@@ -127,5 +127,6 @@ def register(
     torch.library.register_fake(f"quantkit::{name}", fake, lib=_LIBRARY)
     _LIBRARY.impl(name, elsewhere, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, on_gpu, "CUDA")
+    launching.ON_GPU[name] = on_gpu
     torch.library.register_autograd(f"quantkit::{name}", backward, setup_context=remember, lib=_LIBRARY)
     return getattr(torch.ops.quantkit, name).default

@@ -1,6 +1,7 @@
-"""The kernel evals without a GPU: the build for real, the speed run on a CPU's clock."""
+"""The kernel evals without a GPU: the build for real, checks and timings on a CPU."""
 
-import json
+import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -9,7 +10,11 @@ import time
 import pytest
 import torch
 
-from quantkit.evals import kernel_build, kernel_speed, kv_speed
+from quantkit.evals import kernel_build, kv_speed, suite_deep, suite_models
+from quantkit.evals.absent_gpu import GPU, absent_gpu
+from quantkit.evals.kernel_kinds import Kind, codebooks, integers, rotated, trellises
+from quantkit.evals.suite_driver import RESULTS, read, table
+from quantkit.evals.suite_groups import Report, Run, host, products, rotations, run_groups, searches
 
 from ..conftest import ROOT
 
@@ -68,7 +73,7 @@ def test_the_inner_loop_is_the_one_that_multiplies():
     assert [text.split()[0] for text in kernel_build.inner_loop(listing)] == ["LDS", "HMMA.16816.F32", "BRA"]
 
 
-@pytest.mark.parametrize("name", ["kernel_speed", "kv_speed"])
+@pytest.mark.parametrize("name", ["gpu_suite", "kernel_check"])
 def test_speed_is_refused_without_a_gpu(tmp_path, name):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -79,81 +84,184 @@ def test_speed_is_refused_without_a_gpu(tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
-def clock(calls):
-    start = time.perf_counter()
-    for call in calls:
-        call()
-    return (time.perf_counter() - start) / len(calls)
+def test_an_absent_gpu_needs_the_compiler():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1 is set"), absent_gpu(GPU()):
+        pass
 
 
-def test_launches_are_timed_beside_torch():
-    kinds = [kernel_speed.integers(3), kernel_speed.codebooks(4, 8)]
-    timings = list(kernel_speed.measure(torch.device("cpu"), [(128, 256)], [1, 8], kinds, clock, 1e10))
-    assert [(t.what, t.M) for t in timings] == [
-        (what, M) for what in ("torch bf16", "int3 g128", "codebook v4 8 bits") for M in (1, 8)
+class Eager:
+    """Calls in the place of a graph's replays."""
+
+    def __init__(self, calls):
+        self.calls, self.results = calls, [call() for call in calls]
+
+    def replay(self):
+        for call, result in zip(self.calls, self.results, strict=True):
+            result.copy_(call())
+
+    def seconds(self, repeats=20):
+        start = time.perf_counter()
+        for call in self.calls:
+            call()
+        return (time.perf_counter() - start) / len(self.calls)
+
+
+@pytest.fixture
+def cpu_run(tmp_path):
+    report = Report(tmp_path / RESULTS, "part")
+    run = Run(torch.device("cpu"), report, replays=Eager, bandwidth=1e10)
+    run.distinct = lambda nbytes, least=8: 3
+    run.records = lambda kind: [record for record in read(tmp_path / RESULTS) if record["kind"] == kind]
+    return run
+
+
+def test_launches_are_timed_beside_torch(cpu_run):
+    run_groups(products([integers(3), codebooks(4, 8)], [(128, 256)], (1, 8)), cpu_run)
+    times = cpu_run.records("time")
+    assert [(t["what"], t["column"]) for t in times] == [
+        (what, column) for what in ("torch bf16", "int3 g128", "codebook v4 8 bits") for column in ("M=1", "M=8")
     ]
-    base = {t.M: t.microseconds for t in timings if t.what == "torch bf16"}
-    for timing in timings:
-        assert timing.speed_up == pytest.approx(base[timing.M] / timing.microseconds)
-        assert timing.bandwidth_share == pytest.approx(timing.gigabytes_per_second / 10)
-    lines = kernel_speed.table(timings).splitlines()
-    assert len(lines) == 5
-    assert lines[0] == "| N x K | kernel | M=1 | M=8 |"
-    json.dumps([vars(timing) for timing in timings])
+    base = {t["column"]: t["microseconds"] for t in times if t["what"] == "torch bf16"}
+    for time_ in times:
+        assert time_["speed_up"] == pytest.approx(base[time_["column"]] / time_["microseconds"], rel=1e-3)
+        assert 0 < time_["bandwidth_share"] < 10
+    checks = cpu_run.records("check")
+    assert len(checks) == 4 and all(check["ok"] for check in checks)
+    text = table([*cpu_run.records("begin"), *checks, *times])
+    assert "4 launches checked, 0 wrong" in text
+    assert [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| 128 x 256")] == [
+        "torch bf16", "int3 g128", "codebook v4 8 bits",
+    ]  # fmt: skip
 
 
-def test_wrong_results_are_found(monkeypatch):
-    device = torch.device("cpu")
-    monkeypatch.setattr(kernel_speed, "TOLERANCE", {torch.float16: 2e-3})
-    original = kernel_speed.product
+def broken(change):
+    """int4 with a fault."""
 
-    def wrong(x, weight, *extra):
-        y = original(x, weight, *extra)
-        if len(x) == 16:
-            y[3, 5] += 100
-        return y
+    def make(N, K, device):
+        layer = integers(4).make(N, K, device)
+        return dataclasses.replace(layer, linear=lambda x: change(layer.linear(x)))
 
-    monkeypatch.setattr(kernel_speed, "product", wrong)
-    first = next(kernel_speed.faults(device))
-    assert "M=16: relative error" in first
+    return Kind("broken", make, "int")
 
 
-def test_what_is_checked_is_right_by_the_specification(monkeypatch):
+def raised(y):
+    raise ValueError("no such launch")
+
+
+FAULTS = {
+    "wrong": (lambda y: y.index_fill(0, torch.tensor([0]), 7.0), "relative error"),
+    "not a number": (lambda y: y * math.nan, "relative error nan"),
+    "never the same": (lambda y: y * (1 + 0.05 * torch.rand(())), "two runs differ"),
+    "late": (lambda y: y + (len(COUNTED.append(0) or COUNTED) > 7), "replay gives another result"),
+    "raising": (raised, "ValueError: no such launch"),
+}
+COUNTED = []
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_is_wrong_is_not_timed(name, cpu_run):
+    COUNTED.clear()
+    change, message = FAULTS[name]
+    run_groups(products([broken(change), integers(4)], [(128, 256)], (1,)), cpu_run)
+    wrong, right = cpu_run.records("check")
+    assert not wrong["ok"] and message in wrong["detail"] and right["ok"]
+    assert [t["what"] for t in cpu_run.records("time")] == ["torch bf16", "int4 g128"]
+
+
+def test_groups_that_an_earlier_attempt_began_are_left_out(cpu_run, tmp_path):
+    todo = products([integers(3), integers(4)], [(128, 256)], (1,))
+    cpu_run.report.begin("product", "128 x 256", "int3 g128")
+    cpu_run.report = Report(tmp_path / RESULTS, "part")
+    run_groups(todo, cpu_run)
+    assert [check["what"] for check in cpu_run.records("check")] == ["int4 g128"]
+
+
+def test_the_deadline_ends_a_part(cpu_run):
+    run_groups(products([integers(3)], [(128, 256)], (1,)), cpu_run, seconds=-1)
+    assert not cpu_run.records("check") and "were not enough" in cpu_run.records("note")[0]["text"]
+
+
+def test_a_group_that_hangs_ends_its_process(tmp_path):
+    code = f"""
+import time, torch
+from pathlib import Path
+from quantkit.evals import suite_groups
+from quantkit.evals.suite_groups import Group, Report, Run
+suite_groups.GROUP_SECONDS = 1
+run = Run(torch.device("cpu"), Report(Path({str(tmp_path)!r}) / "results.jsonl", "part"), timing=False)
+Group("product", "here", "hanging", None, lambda run: time.sleep(60)).run(run)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -14
+    assert [record["kind"] for record in read(tmp_path / RESULTS)] == ["begin"]
+
+
+def test_other_groups_run(cpu_run, monkeypatch):
+    monkeypatch.setattr(suite_models, "PROMPT", 4)
+    monkeypatch.setattr(suite_models, "NEW", 4)
+    todo = [
+        *rotations([96], (1, 5)), *products([rotated(trellises(2))], [(128, 256)], (1,)),
+        *host([integers(4)], size=128, linears=3), *searches([(8, 2)], size=64), *suite_models.decoding(),
+    ]  # fmt: skip
+    run_groups(todo, cpu_run)
+    assert [check["detail"] for check in cpu_run.records("check") if not check["ok"]] == []
+    timed = {t["what"] for t in cpu_run.records("time")}
+    assert timed >= {"rotation", "rotated trellis K=2", "int4 g128", "trellis K=2 L=8", "dense bf16", "trellis K=2"}
+
+
+def test_launch_sizes_are_searched():
+    int4 = suite_models.sweep_integers(4, [(4096, 4096)])
+    trellis = suite_models.sweep_trellis(2, [(4096, 4096)])
+    assert len({group.what for group in int4}) == len(int4) == 40
+    assert "int4 g128: block_n 128, split 8, stages 4" in {group.what for group in int4}
+    assert "trellis K=2: block_n 128, split 8, stages 1" in {group.what for group in trellis}
+
+
+def test_what_is_checked_is_right_by_the_specification(monkeypatch, cpu_run):
     """All kinds, on the CPU's reference: a fault that is found on a GPU is then the kernel's."""
-    monkeypatch.setattr(kernel_speed, "_CHECKED", [(kind, 77, 256) for kind, _, _ in kernel_speed._CHECKED[::2]])
-    assert list(kernel_speed.faults(torch.device("cpu"))) == []
-
-
-def test_the_deadline_ends_a_run():
-    timings = kernel_speed.measure(
-        torch.device("cpu"), [(128, 256)], [1], [kernel_speed.integers(3)], clock, 1e10, time.monotonic() - 1
-    )
-    assert [t.what for t in timings] == ["torch bf16"]
+    monkeypatch.setattr(suite_deep, "CHECKED", [(kind, 77, 256) for kind, _, _ in suite_deep.CHECKED[::2]])
+    monkeypatch.setattr(suite_deep, "ROWS", (1, 31))
+    monkeypatch.setattr(suite_deep, "WIDTHS", (64, 96))
+    cpu_run.timing = False
+    for family, groups in suite_deep.FAMILIES.items():
+        if family != "attention":
+            run_groups(groups(), cpu_run)
+    checks = cpu_run.records("check")
+    assert len(checks) > 100
+    assert [(check["what"], check["place"], check["detail"]) for check in checks if not check["ok"]] == []
 
 
 FORMS = [kv_speed.Form(3), kv_speed.Form(3, 4), kv_speed.Form(3, 4, 2)]
 
 
-def test_attention_on_packed_keys_is_checked(monkeypatch):
-    device, cases = torch.device("cpu"), [(64, 4, 1, 192), (128, 1, 5, 128)]
-    assert list(kv_speed.faults(device, [*FORMS, kv_speed.Form(8)], cases)) == []
+def test_attention_on_packed_keys_is_checked(monkeypatch, cpu_run):
+    cases = [(64, 4, 1, 192), (128, 1, 5, 128)]
+    cpu_run.timing = False
+    run_groups(kv_speed.deep_groups([*FORMS, kv_speed.Form(8)], cases), cpu_run)
+    checks = cpu_run.records("check")
+    assert len(checks) == 8 and all(check["ok"] for check in checks)
     original = kv_speed.packed_attention
     monkeypatch.setattr(kv_speed, "packed_attention", lambda *given: 1.01 * original(*given))
-    assert "3 bits, heads of 64, 4 x 1 queries: relative error" in next(kv_speed.faults(device, FORMS, cases))
+    run_groups(kv_speed.deep_groups([kv_speed.Form(2)], cases[:1]), cpu_run)
+    assert not cpu_run.records("check")[-1]["ok"]
 
 
-def test_attention_is_timed_beside_torch():
+def test_outliers_lie_in_all_channels():
+    for size in (64, 128, 256):
+        packed = kv_speed.random_packed(kv_speed.Form(4, 0, 2), 1, 1, 4096, size, torch.device("cpu"))
+        assert packed.places.dtype == torch.uint8 and int(packed.places.max()) == size - 1
+
+
+def test_attention_is_timed_beside_torch(cpu_run, monkeypatch):
+    monkeypatch.setattr(kv_speed, "LIMIT", 2e-2)  # the interpreter's bf16
     small = {"heads": 2, "size": 64, "siblings": 2}
-    timings = list(kv_speed.measure(torch.device("cpu"), [128], [1], FORMS, lambda calls: clock(calls[:1]), **small))
+    cpu_run.distinct = lambda nbytes, least=8: 1
+    run_groups(kv_speed.groups([(128, 1)], FORMS, **small), cpu_run)
+    times = cpu_run.records("time")
     names = ["torch bf16", "split-KV bf16", "3 bits", "3 bits, rank 4", "3 bits, rank 4, 2 outliers"]
-    assert [timing.what for timing in timings] == names
-    best = min(timing.microseconds for timing in timings[:2])
-    assert all(timing.speed_up == pytest.approx(best / timing.microseconds) for timing in timings)
-    bits = [timing.true_bits for timing in timings[2:]]
-    assert bits[0] == 3.5 and bits == sorted(bits)
-    assert timings[3].over_codes == pytest.approx(timings[3].microseconds / timings[2].microseconds)
-    lines = kv_speed.table(timings).splitlines()
-    assert len(lines) == 7 and lines[0] == "| cache | true bits | 0.125k, batch 1 |"
+    assert [t["what"] for t in times] == names
+    best = min(t["microseconds"] for t in times[:2])
+    assert all(t["speed_up"] == pytest.approx(best / t["microseconds"], rel=1e-3) for t in times)
+    assert [note["text"].split(":")[0] for note in cpu_run.records("note")] == [f"{n}, 128 tokens" for n in names[3:]]
 
 
 def test_the_attention_to_compare_with_is_right():
