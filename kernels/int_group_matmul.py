@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.kernels import launching, operators
+from quantkit.kernels import launching, operators, plans
 from quantkit.kernels.bitpack import TILE, row_words, unpack
 from quantkit.kernels.launching import or_stand_in
 from quantkit.kernels.tuning import Config, chosen, shares
@@ -182,12 +182,12 @@ def launch(
     problem = problem_of(rows, codes, bits, group_size)
     gpu = launching.properties(x.device)[2]
     decode_rows, gemm_rows = CROSSOVERS.get(gpu, CROSSOVERS["default"])
-    inner = None if up is None or down is None else rows @ down.T
+    inner = None if up is None or down is None else plans.inner(rows, down)
     if problem.M > (gemm_rows if problem.tiled and problem.whole_groups else decode_rows) and config is None:
         weight = _write_out(codes, scales, zeros, problem)
         y = operators.dense(rows, weight, bias, inner, up)
     else:
-        y = torch.empty(problem.M, N, dtype=x.dtype, device=x.device)
+        y = plans.result((problem.M, N), x)
         with torch.cuda.device_of(x):
             if problem.decodes and (problem.M <= decode_rows or config is not None):
                 config = config or (chosen(x.device, problem.key(), rule(problem)) if x.is_cuda else rule(problem))
@@ -205,9 +205,9 @@ def _decode(rows, codes, scales, zeros, bias, up, inner, y, problem: Problem, co
     partial, arrived = y, y
     if config.split_k > 1:
         size = tiles[0] * tiles[1] * config.split_k * config.block_n * config.block_m
-        partial = torch.empty(size, dtype=torch.float32, device=y.device)
-        arrived = launching.counters(y.device, tiles[0] * tiles[1])
-    decode_kernel[(*tiles, config.split_k)](
+        partial, arrived = plans.workspace(size, y), plans.counters(y, tiles[0] * tiles[1])
+    plans.start(
+        decode_kernel, (*tiles, config.split_k),
         rows, codes, scales, or_stand_in(zeros, scales), *(or_stand_in(tensor, y) for tensor in (bias, up, inner)),
         y, partial, arrived,
         M, N, K // TILE, codes.shape[1], min(problem.group_size, K), rows.stride(0), 0 if up is None else up.shape[1],
@@ -223,7 +223,8 @@ def _gemm(rows, codes, scales, zeros, bias, up, inner, y, problem: Problem) -> N
 
     M, N, K = problem.M, problem.N, problem.K
     config = gemm_rule(problem)
-    gemm_kernel[(-(-N // config.block_n), -(-M // config.block_m))](
+    plans.start(
+        gemm_kernel, (-(-N // config.block_n), -(-M // config.block_m)),
         rows, codes, scales, or_stand_in(zeros, scales), *(or_stand_in(tensor, y) for tensor in (bias, up, inner)), y,
         M, N, K, codes.shape[1], min(problem.group_size, K), rows.stride(0), 0 if up is None else up.shape[1],
         **flags(problem, zeros is not None), HAS_BIAS=bias is not None, BLOCK_R=launching.block_r(up),

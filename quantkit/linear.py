@@ -1,6 +1,6 @@
 """QuantizedLinear: a linear layer that keeps its weight packed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -58,17 +58,33 @@ class Packed(_Payload):
         super().__init__(weight)
         self.metadata = weight.metadata()
         self._cached: QuantizedWeight | None = None
+        self._watched: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
 
     @property
     def packed(self) -> QuantizedWeight:
         """The weight, made of this module's present buffers."""
-        if self._cached is None or not _is_current(self._cached, self):
-            state = {name: buffer for name, buffer in self.named_buffers()}
-            self._cached = QuantizedWeight.from_state(self.metadata, state)
-        return self._cached
+        weight = self._cached
+        if weight is not None:
+            for buffers, name, tensor in self._watched:
+                if buffers[name] is not tensor:  # loaders replace them
+                    break
+            else:
+                return weight
+        state = {name: buffer for name, buffer in self.named_buffers()}
+        weight = QuantizedWeight.from_state(self.metadata, state)
+        self._cached, self._watched = weight, list(_places(weight, self))
+        return weight
 
     def _forget(self) -> None:
-        self._cached = None
+        self._cached, self._watched = None, []
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()  # what was derived from the tensors, whose values change
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files hold nothing that follows from the buffers."""
+        return self.__dict__ | {"_cached": None, "_watched": []}
 
 
 class QuantizedLinear(Packed):
@@ -95,7 +111,13 @@ class QuantizedLinear(Packed):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features], in x's dtype."""
+        """x [..., in_features] -> [..., out_features], in x's dtype.
+
+        Raises:
+            ValueError: x has another last dimension.
+        """
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x is {tuple(x.shape)}; this layer takes [..., {self.in_features}]")
         if self.shared is not None:
             return self.shared.output(self._slot, x)
         if self._held is None:
@@ -133,10 +155,6 @@ class QuantizedLinear(Packed):
         self.packed.prepare()
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.unshare()
-        super()._load_from_state_dict(*args, **kwargs)
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.shared is not None:  # views into a fused weight; files hold each layer's own
@@ -157,12 +175,12 @@ def _replace(module: nn.Module, weight: QuantizedWeight) -> None:
         _replace(module.get_submodule(name), inner)
 
 
-def _is_current(weight: QuantizedWeight, module: nn.Module) -> bool:
-    """Whether `weight` holds the very tensors that are now `module`'s buffers (loaders replace them)."""
-    buffers = module._buffers
-    return all(buffers[name] is tensor for name, tensor in weight.tensors().items()) and all(
-        _is_current(inner, module.get_submodule(name)) for name, inner in weight.nested().items()
-    )
+def _places(weight: QuantizedWeight, module: nn.Module) -> Iterator[tuple[dict[str, Tensor | None], str, Tensor]]:
+    """The buffers of a module that hold a weight's tensors, and each tensor's name there."""
+    for name, tensor in weight.tensors().items():
+        yield module._buffers, name, tensor
+    for name, inner in weight.nested().items():
+        yield from _places(inner, module.get_submodule(name))
 
 
 def new_linear(weight: QuantizedWeight, replaced: nn.Module) -> QuantizedLinear:

@@ -186,6 +186,10 @@ class QuantizedWeight(ABC):
         out_features, in_features = self.shape
         return 8 * self.nbytes / (out_features * in_features)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files hold the fields, and nothing that was derived from them."""
+        return self._fields()
+
     def _fields(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 

@@ -15,7 +15,7 @@ RANKS = [
         *["kernels.trellis_matmul_triton", "kernels.viterbi_triton", "kernels.viterbi_numba"],
         *["kernels.codebook_rule", "kernels.launching", "kernels.pyramid"],
     ],
-    ["kernels.operators"],
+    ["kernels.operators", "kernels.plans"],
     ["kernels.*", "errors", "linalg", "metrics", "corpus"],
     ["registry", "device", "stats", "data"],
     ["weight"],

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from quantkit.kernels import plans
 from quantkit.kernels.bitpack import pack, row_words
-from quantkit.kernels.int_group_matmul import dequantized, int_group_matmul
+from quantkit.kernels.int_group_matmul import dequantized, int_group_matmul, launch
 from quantkit.kernels.launching import prepare
 from quantkit.weight import QuantizedWeight
 
@@ -107,7 +109,13 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
     ) -> Tensor:
         """Fused dequantize-and-multiply; see `quantkit.kernels.int_group_matmul`."""
+        if plans.direct(x, bias, up, down):
+            return self._planned(x, bias, up, down)
         return int_group_matmul(x, self.codes, self.scales, self.zeros, self.bits, self.group_size, bias, up, down)
+
+    @cached_property
+    def _planned(self) -> plans.Planned:
+        return plans.Planned(int_group_matmul, launch, self.codes, self.scales, self.zeros, self.bits, self.group_size)
 
     @classmethod
     def concatenated(cls, weights: Sequence[QuantizedWeight]) -> IntGroupWeight | None:
