@@ -47,6 +47,8 @@ class Build:
         bar: most instructions a weight.
         whole: whether all instructions count, instead of those of the inner loop.
         maxnreg: registers a thread, Triton's option; None leaves the choice to the assembler.
+        stream: bytes of the packed weight that one pass through the inner loop reads.
+        grid: programs of the launch.
     """
 
     name: str
@@ -62,6 +64,8 @@ class Build:
     bar: float = NO_BAR
     whole: bool = False
     maxnreg: int | None = None
+    stream: float = 0
+    grid: int = 0
 
 
 def int_group(arch: int, quick: bool) -> Iterator[Build]:
@@ -111,7 +115,7 @@ def _int_group(kernel: str, p: int_group_matmul.Problem, zeros: bool, rank: int)
     name += (f" rank {rank}" if rank else "") + (f" K={p.K}" if p.K % 128 else "")
     return _product(
         name, f"int_group_matmul_triton.{kernel}_kernel", p, config, types, values, constants, rank,
-        bar=INTEGER_BARS.get(p.bits, NO_BAR) if plain else NO_BAR,
+        bar=INTEGER_BARS.get(p.bits, NO_BAR) if plain else NO_BAR, bits=p.bits,
     )  # fmt: skip
 
 
@@ -162,6 +166,7 @@ def _pyramid(kernel: str, p: pyramid_matmul.Problem, rank: int) -> Build:
     return _product(
         name, f"pyramid_matmul_triton.{p.kernel}_{kernel}kernel", p, config, types, values, constants, rank,
         bar=PYRAMID_BARS.get((p.kernel, p.bits, p.dimension), NO_BAR) if plain else NO_BAR,
+        bits=p.bits / 8 if p.index_bits else p.bits + 16 / p.dimension,
     )  # fmt: skip
 
 
@@ -216,6 +221,7 @@ def _codebook(kernel: str, p: codebook_rule.Problem, rank: int) -> Build:
     return _product(
         name, f"codebook_matmul_triton.{kernel}_kernel", p, config, types, values, constants, rank, weights, table,
         bar=CODEBOOK_BARS.get((p.v, p.bits, p.residual_bits), NO_BAR) if plain else NO_BAR,
+        bits=(p.bits + p.residual_bits) / p.v,
     )  # fmt: skip
 
 
@@ -265,7 +271,7 @@ def _trellis(kernel: str, p: trellis_matmul.Problem, rank: int) -> Build:
     found = _product(
         name, f"trellis_matmul_triton.{kernel}_kernel", p, config, types, values, constants, rank,
         weights=128 * (32 if kernel == "multiply" else 16) * config.num_warps,
-        bar=TRELLIS_BARS.get((p.bits, p.M), NO_BAR) if plain else NO_BAR,
+        bar=TRELLIS_BARS.get((p.bits, p.M), NO_BAR) if plain else NO_BAR, bits=p.bits,
     )  # fmt: skip
     return replace(found, maxnreg=maxnreg)
 
@@ -348,15 +354,26 @@ FAMILIES = (int_group, pyramid, codebook, trellis, rotation, kv_cache, viterbi)
 def _product(
     name: str, kernel: str, problem: Any, config: Config, types: dict[str, str], values: dict[str, int],
     constants: dict[str, Any], rank: int, weights: int | None = None, static_shared: int = 0, bar: float = NO_BAR,
+    bits: float = 0,
 ) -> Build:  # fmt: skip
-    """What all kernels that multiply or dequantize have in common is added here."""
+    """What all kernels that multiply or dequantize have in common is added here; `bits` are those of a weight."""
     dense = dict.fromkeys(("x_ptr", "up_ptr", "inner_ptr", "bias_ptr", "y_ptr", "weight_ptr"))
     types = dict.fromkeys(dense, f"*{_NAMES[problem.dtype]}") | {"partial_ptr": "*fp32", "arrived_ptr": "*i32"} | types
     values = {"N": problem.N, "K": problem.K, "stride_xm": problem.K, "rank": rank} | values
     constants = {"ASM": True, "INTERPRETED": False} | constants
     if "BLOCK_M" in constants:
         constants |= {"HAS_BIAS": False, "BLOCK_R": min(32, rank)}
-    return Build(
+    weights = weights or 128 * config.block_n
+    found = Build(
         f"{name} sm_{problem.capability}", problem.capability, kernel, types, values, constants, config.num_warps,
-        config.num_stages, weights or 128 * config.block_n, static_shared, bar,
+        config.num_stages, weights, static_shared, bar,
     )  # fmt: skip
+    if "SPLIT_K" not in constants:
+        return found
+    blocks = _codebook_blocks(problem, config) if "V" in constants else -(-problem.N // config.block_n)
+    grid = blocks * -(-problem.M // config.block_m) * config.split_k
+    return replace(found, stream=weights * bits / 8, grid=grid)
+
+
+def _codebook_blocks(p: codebook_rule.Problem, config: Config) -> int:
+    return -(-p.vectors // config.block_n) * -(-p.v // codebook_rule.lookup(p, config).window)
