@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 
-from quantkit.kernels import codebook_rule, hadamard, int_group_matmul, kv_attention, pyramid_matmul, trellis_matmul
+from quantkit.kernels import (
+    codebook_rule,
+    hadamard,
+    int_group_layout,
+    int_group_matmul,
+    kv_attention,
+    pyramid_matmul,
+    trellis_matmul,
+)
 from quantkit.kernels.bitpack import row_words
 from quantkit.kernels.launching import pairs
 from quantkit.kernels.trellis import ring_length
@@ -72,7 +80,9 @@ def int_group(arch: int, quick: bool) -> Iterator[Build]:
     """Builds of `int_group_matmul`."""
 
     def build(kernel: str, M: int, bits: int, dtype: torch.dtype, zeros=False, rank=0, group=128, K=_SIZE) -> Build:
-        return _int_group(kernel, int_group_matmul.Problem(M, _SIZE, K, bits, group, dtype, arch), zeros, rank)
+        arranged = int_group_layout.prefers(bits, K, group)
+        problem = int_group_matmul.Problem(M, _SIZE, K, bits, group, dtype, arch, arranged=arranged)
+        return _int_group(kernel, problem, zeros, rank)
 
     for bits in (2, 3, 4, 8):
         for M in (8,) if quick else (8, 16, 32):
@@ -103,13 +113,15 @@ def _int_group(kernel: str, p: int_group_matmul.Problem, zeros: bool, rank: int)
     if kernel != "dequantize":
         config = int_group_matmul.rule(p) if kernel == "decode" else int_group_matmul.gemm_rule(p)
     constants = int_group_matmul.flags(p, zeros) | {"BLOCK_N": config.block_n}
+    if kernel != "decode":
+        constants |= int_group_matmul.shape_flags(p)
     if kernel != "dequantize":
         constants |= {"BLOCK_M": config.block_m, "PAIRS": pairs(p.capability, config.block_m)}
     if kernel == "decode":
-        constants = {k: v for k, v in constants.items() if not k.startswith(("TAIL", "WHOLE"))}
-        constants |= {"GROUPS": 128 // p.group_size if p.group_size < 128 else 1, "SPLIT_K": config.split_k}
+        constants |= {"SPLIT_K": config.split_k}
     types = {"codes_ptr": "*i32", "scales_ptr": "*fp16", "zeros_ptr": "*fp16"}
-    values = {"group_size": p.group_size, "full_tiles": p.K // 128, "words": row_words(p.K, p.bits)}
+    words = p.K // 128 * constants["BLOCK_WORDS"] if p.arranged else row_words(p.K, p.bits)
+    values = {"group_size": p.group_size, "full_tiles": p.K // 128, "words": words}
     plain = kernel == "decode" and p.capability == 90 and p.M <= 8 and p.group_size == 128
     name = f"{kernel} int{p.bits} g{p.group_size} M={p.M} {_NAMES[p.dtype]}{' zeros' if zeros else ''}"
     name += (f" rank {rank}" if rank else "") + (f" K={p.K}" if p.K % 128 else "")

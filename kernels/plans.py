@@ -85,7 +85,7 @@ class _Recording:
 
     def __init__(self, x: Tensor, fixed: Sequence[Any]) -> None:
         self.x = x
-        self.fixed = {id(tensor): tensor for tensor in fixed if isinstance(tensor, Tensor)}
+        self.fixed = {tensor.data_ptr(): tensor for tensor in fixed if isinstance(tensor, Tensor)}  # and their views
         self.made: list[tuple[Tensor, Callable[[Tensor], Tensor]]] = []  # a tensor, and how to make it from x
         self.started: list[tuple[Any, tuple[int, ...], list[Any], list[tuple[int, int]]]] = []
         self.complete = True
@@ -100,7 +100,7 @@ class _Recording:
             if id(argument) in made:
                 slots.append((at, 1 + made.index(id(argument))))
                 self.complete &= argument.data_ptr() % 16 == 0  # as it will be at every call
-            elif id(argument) in self.fixed:
+            elif argument.data_ptr() in self.fixed:
                 arguments[at] = argument.data_ptr()
             elif argument.data_ptr() == self.x.data_ptr():
                 slots.append((at, 0))

@@ -84,7 +84,7 @@ class QuantkitHfQuantizer(HfQuantizer):
                 try:
                     module.packed.validate()
                     if isinstance(module, QuantizedLinear):
-                        module.packed.prepare()
+                        module.settle()
                 except ValueError as error:
                     raise CheckpointError(f"{name}: {error}; the checkpoint is damaged") from error
 

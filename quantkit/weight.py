@@ -97,6 +97,22 @@ class QuantizedWeight(ABC):
         """The inverse of `side_by_side`: views of `sizes` outputs each."""
         raise NotImplementedError(f"{self.format} does not split")
 
+    def prepared(self) -> QuantizedWeight:
+        """The form in which products take this weight, where its tensors are; itself where it is as stored."""
+        return self._with({name: weight.prepared() for name, weight in self.nested().items()})
+
+    def stored(self) -> QuantizedWeight:
+        """The form that a checkpoint has, of a weight that was `prepared`."""
+        return self._with({name: weight.stored() for name, weight in self.nested().items()})
+
+    def divides(self, sizes: Sequence[int]) -> bool:
+        """Whether `split` gives views for these sizes."""
+        return all(weight.divides(sizes) for weight in self.nested().values())
+
+    def _with(self, nested: dict[str, QuantizedWeight]) -> QuantizedWeight:
+        changed = {name: weight for name, weight in nested.items() if weight is not getattr(self, name)}
+        return dataclasses.replace(self, **changed) if changed else self  # type: ignore[arg-type]
+
     def prepare(self) -> None:  # noqa: B027  (most formats have nothing to prepare)
         """Called when the tensors have come to where they will be used."""
 

@@ -8,7 +8,7 @@ from .conftest import ROOT
 
 RANKS = [
     ["kernels.bitpack", "kernels.tuning", "kernels.timing", "kernels.codebook_table", "kernels.trellis"],
-    ["kernels.tiles"],
+    ["kernels.tiles", "kernels.int_group_layout"],
     [
         *["kernels.codebook_matmul_triton", "kernels.hadamard_triton", "kernels.int_group_matmul_triton"],
         *["kernels.pyramid_matmul_triton", "kernels.kv_attention_triton"],
