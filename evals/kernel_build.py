@@ -5,7 +5,19 @@
 Compiles every kernel in every configuration that the shape rules give (`kernel_families`), and prints registers,
 spilled bytes, shared memory and the machine instructions that the inner loop spends on a weight: instructions of the
 loop x threads / weights that pass (of rotations and searches, which have no such loop: of a program, on a number, or
-on a state of those taken at once). Asserts that nothing spills, that shared memory fits the GPU, and the bars on sm_90.
+on a state of those taken at once). Of these instructions those are also counted by themselves that go through
+
+    ALU    half as many lanes a clock as threads that can be issued (64 a multiprocessor): logic, shifts, permutations,
+           integer sums, comparisons, selections, conversions of fp32 to pairs of 16 bits
+    FMA    multiplications, of integers too, and sums of floats, alone and in pairs of 16 bits
+
+by opcode, as Nsight Compute's documentation describes the pipelines ("Metrics Decoder"); moves go where there is room
+and count in neither. Programs that a multiprocessor holds follow from registers, shared memory and warps. Bytes in
+flight are those of the packed weight that one multiprocessor of 132 waits for when 4096 x 4096 weights are multiplied:
+the tiles that the loop asks for ahead, by cp.async one less than there are stages, by plain loads one, times the
+programs that share a multiprocessor.
+
+Asserts that nothing spills, that shared memory fits the GPU, and the bars on sm_90.
 `--quick` is the subset for continuous integration. `--against` fails where a figure is more than 5% above a recorded
 table that the same version of Triton made.
 """
@@ -27,6 +39,16 @@ from typing import Any
 from quantkit.evals.absent_gpu import SHARED_MEMORY
 from quantkit.evals.kernel_families import FAMILIES, Build
 
+SHARED_MEMORY_OF_ALL = {80: 167936, 90: 233472, 100: 233472, 120: 102400}
+"""Bytes that the programs of a multiprocessor may use, 1 KiB a program for the driver included."""
+WARPS = {80: 64, 90: 64, 100: 64, 120: 48}
+"""Warps that a multiprocessor holds."""
+_ALU = re.compile(
+    r"^(LOP3|SHF|PRMT|IADD3?|LEA|ISETP|SEL|FSEL|FSETP|FMNMX3?|IMNMX|VIMNMX3?|VIADD|PLOP3|P2R|R2P|BMSK|SGXT|IABS|LOP|SHL"
+    r"|SHR|F2FP|HSETP2|HMNMX2|VIADDMNMX|F2F|I2FP)\b"
+)
+_FMA = re.compile(r"^(FFMA2?|FMUL2?|FADD2?|IMAD|IMUL|IDP|HFMA2|HMUL2|HADD2|FSWZADD)\b")
+MULTIPROCESSORS = 132
 _MMA = re.compile(r"^(HMMA|HGMMA|UTCHMMA|UTCQMMA|QGMMA)\b")
 
 
@@ -40,6 +62,9 @@ class Figures:
         spills: bytes of local memory a thread.
         shared: bytes of shared memory a program.
         instructions_per_weight: in the inner loop.
+        alu_per_weight, fma_per_weight: of these, by pipeline.
+        programs: that a multiprocessor holds.
+        in_flight: bytes of the packed weight that a multiprocessor waits for; 0 where none streams.
     """
 
     name: str
@@ -47,6 +72,10 @@ class Figures:
     spills: int
     shared: int
     instructions_per_weight: float
+    alu_per_weight: float = 0.0
+    fma_per_weight: float = 0.0
+    programs: int = 0
+    in_flight: int = 0
 
 
 def builds(archs: list[int], quick: bool) -> Iterator[Build]:
@@ -85,9 +114,26 @@ def figures(build: Build) -> Figures:
         file.flush()
         listing = _nvidia_tool("nvdisasm", "-c", file.name)
     loop = inner_loop(listing, build.whole)
-    per_weight = len(loop) * 32 * build.num_warps / build.weights
     shared = binary.metadata.shared + build.static_shared
-    return Figures(build.name, registers, spills, shared, round(per_weight, 2))
+    total, alu, fma = (
+        round(count * 32 * build.num_warps / build.weights, 2)
+        for count in (len(loop), _count(loop, _ALU), _count(loop, _FMA))
+    )
+    programs = resident(build.arch, registers, shared, build.num_warps)
+    ahead = build.num_stages - 1 if any(text.startswith("LDGSTS") for text in loop) else 1
+    in_flight = round(build.stream * ahead * min(programs, build.grid / MULTIPROCESSORS))
+    return Figures(build.name, registers, spills, shared, total, alu, fma, programs, in_flight)
+
+
+def _count(instructions: list[str], opcodes: re.Pattern[str]) -> int:
+    """Moves that are written as a multiplication are moves."""
+    return sum(bool(opcodes.match(text)) and not text.startswith("IMAD.MOV") for text in instructions)
+
+
+def resident(arch: int, registers: int, shared: int, warps: int) -> int:
+    """Programs that a multiprocessor holds; registers come in units of 256 a warp, shared memory with 1 KiB more."""
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256 * warps)
+    return min(by_registers, SHARED_MEMORY_OF_ALL[arch] // (shared + 1024), WARPS[arch] // warps, 32)
 
 
 def resources(cubin: bytes) -> tuple[int, int, int]:
@@ -154,6 +200,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the subset for continuous integration")
+    parser.add_argument("--only", help="builds whose name this regular expression finds")
     parser.add_argument("--arch", type=int, nargs="+", default=sorted(SHARED_MEMORY), choices=sorted(SHARED_MEMORY))
     parser.add_argument("--json", type=Path, help="write the table")
     parser.add_argument("--against", type=Path, help="a recorded table")
@@ -164,8 +211,10 @@ def main() -> None:
     import triton
 
     print(f"triton {triton.__version__}")
-    print(f"{'build':60} {'registers':>9} {'spills':>6} {'shared':>7} {'instructions/weight':>19}")
-    todo, rows, wrong = list(builds(arguments.arch, arguments.quick)), [], []
+    heads = f"{'instructions/weight':>19} {'ALU':>5} {'FMA':>5} {'programs':>8} {'in flight':>9}"
+    print(f"{'build':60} {'registers':>9} {'spills':>6} {'shared':>7} {heads}")
+    every = builds(arguments.arch, arguments.quick)
+    todo, rows, wrong = [build for build in every if re.search(arguments.only or "", build.name)], [], []
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
         for build, found in zip(todo, pool.imap(attempt, todo), strict=True):
             if isinstance(found, str):
@@ -175,7 +224,8 @@ def main() -> None:
             wrong += faults(build, found)
             print(
                 f"{found.name:60} {found.registers:9} {found.spills:6} {found.shared:7} "
-                f"{found.instructions_per_weight:19.2f}",
+                f"{found.instructions_per_weight:19.2f} {found.alu_per_weight:5.2f} {found.fma_per_weight:5.2f} "
+                f"{found.programs:8} {found.in_flight:9}",
                 flush=True,
             )
     if arguments.against:

@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 
-from quantkit.kernels import codebook_rule, hadamard, int_group_matmul, kv_attention, pyramid_matmul, trellis_matmul
+from quantkit.kernels import (
+    codebook_rule,
+    hadamard,
+    int_group_layout,
+    int_group_matmul,
+    kv_attention,
+    pyramid_matmul,
+    trellis_matmul,
+)
 from quantkit.kernels.bitpack import row_words
 from quantkit.kernels.launching import pairs
 from quantkit.kernels.trellis import ring_length
@@ -47,6 +55,8 @@ class Build:
         bar: most instructions a weight.
         whole: whether all instructions count, instead of those of the inner loop.
         maxnreg: registers a thread, Triton's option; None leaves the choice to the assembler.
+        stream: bytes of the packed weight that one pass through the inner loop reads.
+        grid: programs of the launch.
     """
 
     name: str
@@ -62,13 +72,17 @@ class Build:
     bar: float = NO_BAR
     whole: bool = False
     maxnreg: int | None = None
+    stream: float = 0
+    grid: int = 0
 
 
 def int_group(arch: int, quick: bool) -> Iterator[Build]:
     """Builds of `int_group_matmul`."""
 
     def build(kernel: str, M: int, bits: int, dtype: torch.dtype, zeros=False, rank=0, group=128, K=_SIZE) -> Build:
-        return _int_group(kernel, int_group_matmul.Problem(M, _SIZE, K, bits, group, dtype, arch), zeros, rank)
+        arranged = int_group_layout.prefers(bits, K, group)
+        problem = int_group_matmul.Problem(M, _SIZE, K, bits, group, dtype, arch, arranged=arranged)
+        return _int_group(kernel, problem, zeros, rank)
 
     for bits in (2, 3, 4, 8):
         for M in (8,) if quick else (8, 16, 32):
@@ -99,19 +113,21 @@ def _int_group(kernel: str, p: int_group_matmul.Problem, zeros: bool, rank: int)
     if kernel != "dequantize":
         config = int_group_matmul.rule(p) if kernel == "decode" else int_group_matmul.gemm_rule(p)
     constants = int_group_matmul.flags(p, zeros) | {"BLOCK_N": config.block_n}
+    if kernel != "decode":
+        constants |= int_group_matmul.shape_flags(p)
     if kernel != "dequantize":
         constants |= {"BLOCK_M": config.block_m, "PAIRS": pairs(p.capability, config.block_m)}
     if kernel == "decode":
-        constants = {k: v for k, v in constants.items() if not k.startswith(("TAIL", "WHOLE"))}
-        constants |= {"GROUPS": 128 // p.group_size if p.group_size < 128 else 1, "SPLIT_K": config.split_k}
+        constants |= {"SPLIT_K": config.split_k}
     types = {"codes_ptr": "*i32", "scales_ptr": "*fp16", "zeros_ptr": "*fp16"}
-    values = {"group_size": p.group_size, "full_tiles": p.K // 128, "words": row_words(p.K, p.bits)}
+    words = p.K // 128 * constants["BLOCK_WORDS"] if p.arranged else row_words(p.K, p.bits)
+    values = {"group_size": p.group_size, "full_tiles": p.K // 128, "words": words}
     plain = kernel == "decode" and p.capability == 90 and p.M <= 8 and p.group_size == 128
     name = f"{kernel} int{p.bits} g{p.group_size} M={p.M} {_NAMES[p.dtype]}{' zeros' if zeros else ''}"
     name += (f" rank {rank}" if rank else "") + (f" K={p.K}" if p.K % 128 else "")
     return _product(
         name, f"int_group_matmul_triton.{kernel}_kernel", p, config, types, values, constants, rank,
-        bar=INTEGER_BARS.get(p.bits, NO_BAR) if plain else NO_BAR,
+        bar=INTEGER_BARS.get(p.bits, NO_BAR) if plain else NO_BAR, bits=p.bits,
     )  # fmt: skip
 
 
@@ -162,6 +178,7 @@ def _pyramid(kernel: str, p: pyramid_matmul.Problem, rank: int) -> Build:
     return _product(
         name, f"pyramid_matmul_triton.{p.kernel}_{kernel}kernel", p, config, types, values, constants, rank,
         bar=PYRAMID_BARS.get((p.kernel, p.bits, p.dimension), NO_BAR) if plain else NO_BAR,
+        bits=p.bits / 8 if p.index_bits else p.bits + 16 / p.dimension,
     )  # fmt: skip
 
 
@@ -216,6 +233,7 @@ def _codebook(kernel: str, p: codebook_rule.Problem, rank: int) -> Build:
     return _product(
         name, f"codebook_matmul_triton.{kernel}_kernel", p, config, types, values, constants, rank, weights, table,
         bar=CODEBOOK_BARS.get((p.v, p.bits, p.residual_bits), NO_BAR) if plain else NO_BAR,
+        bits=(p.bits + p.residual_bits) / p.v,
     )  # fmt: skip
 
 
@@ -265,7 +283,7 @@ def _trellis(kernel: str, p: trellis_matmul.Problem, rank: int) -> Build:
     found = _product(
         name, f"trellis_matmul_triton.{kernel}_kernel", p, config, types, values, constants, rank,
         weights=128 * (32 if kernel == "multiply" else 16) * config.num_warps,
-        bar=TRELLIS_BARS.get((p.bits, p.M), NO_BAR) if plain else NO_BAR,
+        bar=TRELLIS_BARS.get((p.bits, p.M), NO_BAR) if plain else NO_BAR, bits=p.bits,
     )  # fmt: skip
     return replace(found, maxnreg=maxnreg)
 
@@ -348,15 +366,26 @@ FAMILIES = (int_group, pyramid, codebook, trellis, rotation, kv_cache, viterbi)
 def _product(
     name: str, kernel: str, problem: Any, config: Config, types: dict[str, str], values: dict[str, int],
     constants: dict[str, Any], rank: int, weights: int | None = None, static_shared: int = 0, bar: float = NO_BAR,
+    bits: float = 0,
 ) -> Build:  # fmt: skip
-    """What all kernels that multiply or dequantize have in common is added here."""
+    """What all kernels that multiply or dequantize have in common is added here; `bits` are those of a weight."""
     dense = dict.fromkeys(("x_ptr", "up_ptr", "inner_ptr", "bias_ptr", "y_ptr", "weight_ptr"))
     types = dict.fromkeys(dense, f"*{_NAMES[problem.dtype]}") | {"partial_ptr": "*fp32", "arrived_ptr": "*i32"} | types
     values = {"N": problem.N, "K": problem.K, "stride_xm": problem.K, "rank": rank} | values
     constants = {"ASM": True, "INTERPRETED": False} | constants
     if "BLOCK_M" in constants:
         constants |= {"HAS_BIAS": False, "BLOCK_R": min(32, rank)}
-    return Build(
+    weights = weights or 128 * config.block_n
+    found = Build(
         f"{name} sm_{problem.capability}", problem.capability, kernel, types, values, constants, config.num_warps,
-        config.num_stages, weights or 128 * config.block_n, static_shared, bar,
+        config.num_stages, weights, static_shared, bar,
     )  # fmt: skip
+    if "SPLIT_K" not in constants:
+        return found
+    blocks = _codebook_blocks(problem, config) if "V" in constants else -(-problem.N // config.block_n)
+    grid = blocks * -(-problem.M // config.block_m) * config.split_k
+    return replace(found, stream=weights * bits / 8, grid=grid)
+
+
+def _codebook_blocks(p: codebook_rule.Problem, config: Config) -> int:
+    return -(-p.vectors // config.block_n) * -(-p.v // codebook_rule.lookup(p, config).window)

@@ -22,7 +22,7 @@ All accumulate in fp32 and are deterministic; x = I gives exactly the dequantize
 import torch
 from torch import Tensor
 
-from quantkit.kernels import cpu, launching, operators
+from quantkit.kernels import cpu, launching, operators, plans
 from quantkit.kernels.bitpack import TILE, row_words, unpack
 from quantkit.kernels.codebook_rule import Problem, lookup, range_width, rule
 from quantkit.kernels.launching import or_stand_in
@@ -110,14 +110,14 @@ def launch(
         return x.new_empty(*x.shape[:-1], out_features)
     problem = problem_of(rows, books, residual_books, out_features)
     most = CROSSOVERS.get(launching.properties(x.device)[2], CROSSOVERS["default"])
-    inner = None if up is None or down is None else rows @ down.T
+    inner = None if up is None or down is None else plans.inner(rows, down)
     stages = [codes, books, or_stand_in(residual_codes, codes), or_stand_in(residual_books, books)]
     # assembly loads whole vectors: a view may begin anywhere
     stages = [tensor if tensor.data_ptr() % 16 == 0 else tensor.clone() for tensor in stages]
     if (problem.M > most or x.dtype == torch.float32) and config is None:
         y = operators.dense(rows, _write_out(stages, problem), bias, inner, up)
     else:
-        y = torch.empty(problem.M, problem.N, dtype=x.dtype, device=x.device)
+        y = plans.result((problem.M, problem.N), x)
         if config is None:
             config = rule(problem)
             config = chosen(x.device, problem.key(), config) if x.is_cuda else config
@@ -147,9 +147,9 @@ def _decode(rows, stages, bias, up, inner, y, problem: Problem, config: Config) 
     partial, arrived = y, y
     if config.split_k > 1:
         size = tiles[0] * tiles[1] * config.split_k * found.window * config.block_n * config.block_m
-        partial = torch.empty(size, dtype=torch.float32, device=y.device)
-        arrived = launching.counters(y.device, tiles[0] * tiles[1])
-    decode_kernel[(*tiles, config.split_k)](
+        partial, arrived = plans.workspace(size, y), plans.counters(y, tiles[0] * tiles[1])
+    plans.start(
+        decode_kernel, (*tiles, config.split_k),
         rows, codes, books, more_codes, more_books,
         *(or_stand_in(tensor, y) for tensor in (bias, up, inner)), y, partial, arrived,
         M, N, K, codes.shape[1], more_codes.shape[1], *problem.range_tiles, rows.stride(0),

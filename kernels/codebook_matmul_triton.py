@@ -32,6 +32,7 @@ from quantkit.kernels.tiles import (
     pairs_of_codes,
     ragged_codes,
     round_to,
+    share_places,
     spread,
     spread_two,
 )
@@ -317,10 +318,11 @@ def decode_kernel(
             sums = _multiplied(entries, more, x, sums, MORE_BITS > 0 and not SUM, WINDOW, INTERPRETED)
     if SPLIT_K > 1:
         where = block * tl.num_programs(1) + tile_m
-        place = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        exist = (rows_m < M)[None, :]
+        place = share_places(exist, BLOCK_N, BLOCK_M)
         partial_ptr += where.to(tl.int64) * (SPLIT_K * WINDOW * BLOCK_N * BLOCK_M) + place
         for j in tl.static_range(WINDOW):
-            tl.store(partial_ptr + (share * WINDOW + j) * (BLOCK_N * BLOCK_M), sums[j])
+            tl.store(partial_ptr + (share * WINDOW + j) * (BLOCK_N * BLOCK_M), sums[j], mask=exist)
         tl.debug_barrier()  # all of this share is written before it is counted
         if tl.atomic_add(arrived_ptr + where, 1, sem="acq_rel") != SPLIT_K - 1:
             return
@@ -331,7 +333,7 @@ def decode_kernel(
             total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
             for other in range(SPLIT_K):
                 part_ptr = partial_ptr + (other * WINDOW + j) * (BLOCK_N * BLOCK_M)
-                total += tl.load(part_ptr, cache_modifier=".cg")
+                total += tl.load(part_ptr, mask=exist, other=0.0, cache_modifier=".cg")
         rows_n = tl.where(j < left, vectors * V + (window * WINDOW + j), N)
         finish(
             total, bias_ptr, up_ptr, inner_ptr, y_ptr, rows_n, rows_m, M, N, rank,

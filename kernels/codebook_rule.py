@@ -172,12 +172,17 @@ def rule(problem: Problem) -> Config:
         tiles = -(-problem.vectors // 32) * -(-problem.v // lookup(problem, config).window)
         return replace(config, split_k=shares(tiles, -(-problem.K // TILE), problem.multiprocessors))
     best: tuple[tuple[int, ...], Config] | None = None
+    tiles = problem.K // TILE
     for block_n in (128, 64):
         for num_stages in range(2, 13):
             config = Config(block_m, block_n, num_warps=block_n // 16, num_stages=num_stages)
             blocks = -(-problem.vectors // block_n) * -(-problem.v // lookup(problem, config).window)
             config = replace(config, split_k=shares(blocks, problem.K // TILE, problem.multiprocessors))
             found = lookup(problem, config)
+            starved = found.source == "global" and blocks * config.split_k < problem.multiprocessors
+            if starved and config.split_k < 16 and tiles // (2 * config.split_k) >= 2:
+                config = replace(config, split_k=2 * config.split_k)  # without a table to fill, shares may be short
+                found = lookup(problem, config)
             busy = min(blocks * config.split_k, problem.multiprocessors)
             # most copies, 3 tiles in flight, all of the GPU, few tables to fill
             table = found.source == "shared", found.two, found.window, found.copies

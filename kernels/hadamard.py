@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quantkit.kernels import cpu, launching, self_check
+from quantkit.kernels import cpu, launching, plans, self_check
 
 LARGEST_CORE = 256
 """The largest order of C that is used: C costs a dense product."""
@@ -254,7 +254,7 @@ def launch(x: Tensor, signs: Tensor, inverse: bool = False, chosen: Sizes | None
     vectors = x.numel() // n * factors(n).blocks
     if x.dtype == torch.float64 or factors(n).size > LARGEST_BLOCK or vectors > 2**30:  # counted in 32 bits
         return reference(x, signs, inverse)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = plans.result(x.shape, x)
     if not vectors:
         return y
     rows = launching.rows_of(x)
@@ -262,7 +262,8 @@ def launch(x: Tensor, signs: Tensor, inverse: bool = False, chosen: Sizes | None
 
     chosen = chosen or sizes(len(rows), n, x.dtype)
     with torch.cuda.device_of(x):
-        rotate_kernel[(chosen.programs(len(rows), n),)](
+        plans.start(
+            rotate_kernel, (chosen.programs(len(rows), n),),
             rows, signs, y, vectors, rows.stride(0), **constants(n, inverse, chosen),
             INTERPRETED=not x.is_cuda,  # a tensor in the CPU's memory means Triton's interpreter, whose bf16 is wrong
             num_warps=chosen.num_warps, num_stages=1,

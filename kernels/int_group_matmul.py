@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.kernels import cpu, launching, operators
+from quantkit.kernels import cpu, launching, operators, plans
 from quantkit.kernels.bitpack import TILE, row_words, unpack
+from quantkit.kernels.int_group_layout import ROWS, arranges, restored, words_of_block
 from quantkit.kernels.launching import or_stand_in
 from quantkit.kernels.tuning import Config, chosen, shares
 
@@ -94,6 +95,7 @@ class Problem:
         dtype: of x.
         capability: compute capability of the GPU, e.g. 90.
         multiprocessors: of the GPU.
+        arranged: whether the weight has the form of `int_group_layout`.
     """
 
     M: int
@@ -104,6 +106,7 @@ class Problem:
     dtype: torch.dtype
     capability: int = 90
     multiprocessors: int = 132
+    arranged: bool = False
 
     @property
     def tiled(self) -> bool:
@@ -152,13 +155,20 @@ def gemm_rule(problem: Problem) -> Config:
 
 
 def flags(problem: Problem, has_zeros: bool) -> dict[str, Any]:
-    """The compile-time arguments that `gemm_kernel` and `dequantize_kernel` share."""
-    tail = problem.K % TILE
-    return {"BITS": problem.bits, "HAS_ZEROS": has_zeros, "WHOLE_GROUPS": problem.whole_groups, "TAIL": tail}
+    """The compile-time arguments that all three kernels share."""
+    size = words_of_block(problem.bits, problem.group_size, has_zeros) if problem.arranged else 0
+    groups = TILE // problem.group_size if problem.group_size < min(TILE, problem.K) else 1
+    form = {"BITS": problem.bits, "HAS_ZEROS": has_zeros, "GROUPS": groups}
+    return form | {"ARRANGED": problem.arranged, "BLOCK_WORDS": size}
+
+
+def shape_flags(problem: Problem) -> dict[str, Any]:
+    """Those that `gemm_kernel` and `dequantize_kernel` have besides."""
+    return {"WHOLE_GROUPS": problem.whole_groups, "TAIL": problem.K % TILE}
 
 
 def problem_of(x: Tensor, codes: Tensor, bits: int, group_size: int) -> Problem:
-    """The problem that x [M, K] and a weight's codes pose on the GPU that holds the codes."""
+    """The problem that x [M, K] and a weight's codes [N, words] pose on the GPU that holds the codes."""
     capability, multiprocessors, _ = launching.properties(codes.device)
     return Problem(len(x), len(codes), x.shape[1], bits, group_size, x.dtype, capability, multiprocessors)
 
@@ -184,75 +194,119 @@ def launch(
         ValueError: shapes or dtypes that the kernels' addresses do not allow.
     """
     check(x, codes, scales, zeros, bits, group_size, bias, up, down)
-    N = len(codes)
+    return _multiply(
+        x, (codes, scales, zeros, codes.shape[1]), len(codes), bits, group_size, False, (bias, up, down), config
+    )
+
+
+def launch_arranged(
+    x: Tensor,
+    stream: Tensor,
+    bits: int,
+    group_size: int,
+    has_zeros: bool,
+    out_features: int,
+    bias: Tensor | None = None,
+    up: Tensor | None = None,
+    down: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """As `launch`, of a weight in the form of `int_group_layout`.
+
+    Raises:
+        ValueError: shapes or dtypes that the kernels' addresses do not allow.
+    """
+    K, N = x.shape[-1], out_features
+    if bits not in range(1, 9) or group_size < 1 or not arranges(K, group_size):
+        raise ValueError(f"bits={bits}, group_size={group_size}, x {tuple(x.shape)}: no such weight is arranged")
+    shape = -(-N // ROWS), K // TILE, words_of_block(bits, group_size, has_zeros)
+    operators.check(x, N, {"stream": (stream, torch.int32, shape)}, bias, up, down)
+    halves = stream.view(torch.float16)
+    weight = stream, halves, halves if has_zeros else None, shape[1] * shape[2]
+    return _multiply(x, weight, N, bits, group_size, True, (bias, up, down), config)
+
+
+_Weight = tuple[Tensor, Tensor, Tensor | None, int]
+"""Codes, scales, zeros, and the words between rows, or blocks of rows, of codes."""
+
+
+def _multiply(x, weight: _Weight, N: int, bits: int, group_size: int, arranged: bool, others, config) -> Tensor:
+    bias, up, down = others
     rows = launching.rows_of(x)
     if not (len(rows) and N):
         return x.new_empty(*x.shape[:-1], N)
-    problem = problem_of(rows, codes, bits, group_size)
-    gpu = launching.properties(x.device)[2]
+    capability, multiprocessors, gpu = launching.properties(x.device)
+    problem = Problem(
+        len(rows), N, rows.shape[1], bits, group_size, x.dtype, capability, multiprocessors, arranged=arranged
+    )
     decode_rows, gemm_rows = CROSSOVERS.get(gpu, CROSSOVERS["default"])
-    inner = None if up is None or down is None else rows @ down.T
+    inner = None if up is None or down is None else plans.inner(rows, down)
     if problem.M > (gemm_rows if problem.tiled and problem.whole_groups else decode_rows) and config is None:
-        weight = _write_out(codes, scales, zeros, problem)
-        y = operators.dense(rows, weight, bias, inner, up)
+        y = operators.dense(rows, _write_out(weight, problem), bias, inner, up)
     else:
-        y = torch.empty(problem.M, N, dtype=x.dtype, device=x.device)
+        y = plans.result((problem.M, N), x)
         with torch.cuda.device_of(x):
             if problem.decodes and (problem.M <= decode_rows or config is not None):
                 config = config or (chosen(x.device, problem.key(), rule(problem)) if x.is_cuda else rule(problem))
-                _decode(rows, codes, scales, zeros, bias, up, inner, y, problem, config)
+                _decode(rows, weight, bias, up, inner, y, problem, config)
             else:
-                _gemm(rows, codes, scales, zeros, bias, up, inner, y, problem)
+                _gemm(rows, weight, bias, up, inner, y, problem)
     return y.view(*x.shape[:-1], N)
 
 
-def _decode(rows, codes, scales, zeros, bias, up, inner, y, problem: Problem, config: Config) -> None:
+def _decode(rows, weight: _Weight, bias, up, inner, y, problem: Problem, config: Config) -> None:
     from quantkit.kernels.int_group_matmul_triton import decode_kernel  # Triton exists on Linux alone
 
     M, N, K = problem.M, problem.N, problem.K
+    codes, scales, zeros, words = weight
     tiles = -(-N // config.block_n), -(-M // config.block_m)
     partial, arrived = y, y
     if config.split_k > 1:
         size = tiles[0] * tiles[1] * config.split_k * config.block_n * config.block_m
-        partial = torch.empty(size, dtype=torch.float32, device=y.device)
-        arrived = launching.counters(y.device, tiles[0] * tiles[1])
-    decode_kernel[(*tiles, config.split_k)](
+        partial, arrived = plans.workspace(size, y), plans.counters(y, tiles[0] * tiles[1])
+    plans.start(
+        decode_kernel, (*tiles, config.split_k),
         rows, codes, scales, or_stand_in(zeros, scales), *(or_stand_in(tensor, y) for tensor in (bias, up, inner)),
         y, partial, arrived,
-        M, N, K // TILE, codes.shape[1], min(problem.group_size, K), rows.stride(0), 0 if up is None else up.shape[1],
-        BITS=problem.bits, HAS_ZEROS=zeros is not None, HAS_BIAS=bias is not None, BLOCK_R=launching.block_r(up),
-        GROUPS=TILE // problem.group_size if problem.group_size < min(TILE, K) else 1, SPLIT_K=config.split_k,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAIRS=launching.pairs(problem.capability, config.block_m),
+        M, N, K // TILE, words, min(problem.group_size, K), rows.stride(0), 0 if up is None else up.shape[1],
+        **flags(problem, zeros is not None), HAS_BIAS=bias is not None, BLOCK_R=launching.block_r(up),
+        SPLIT_K=config.split_k, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        PAIRS=launching.pairs(problem.capability, config.block_m),
         **launching.machine(y), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
-def _gemm(rows, codes, scales, zeros, bias, up, inner, y, problem: Problem) -> None:
+def _gemm(rows, weight: _Weight, bias, up, inner, y, problem: Problem) -> None:
     from quantkit.kernels.int_group_matmul_triton import gemm_kernel
 
     M, N, K = problem.M, problem.N, problem.K
+    codes, scales, zeros, words = weight
     config = gemm_rule(problem)
-    gemm_kernel[(-(-N // config.block_n), -(-M // config.block_m))](
+    plans.start(
+        gemm_kernel, (-(-N // config.block_n), -(-M // config.block_m)),
         rows, codes, scales, or_stand_in(zeros, scales), *(or_stand_in(tensor, y) for tensor in (bias, up, inner)), y,
-        M, N, K, codes.shape[1], min(problem.group_size, K), rows.stride(0), 0 if up is None else up.shape[1],
-        **flags(problem, zeros is not None), HAS_BIAS=bias is not None, BLOCK_R=launching.block_r(up),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAIRS=launching.pairs(problem.capability, config.block_m),
+        M, N, K, words, min(problem.group_size, K), rows.stride(0), 0 if up is None else up.shape[1],
+        **flags(problem, zeros is not None), **shape_flags(problem), HAS_BIAS=bias is not None,
+        BLOCK_R=launching.block_r(up), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        PAIRS=launching.pairs(problem.capability, config.block_m),
         **launching.machine(y), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
-def _write_out(codes, scales, zeros, problem: Problem) -> Tensor:
+def _write_out(weight: _Weight, problem: Problem) -> Tensor:
     """The dequantized weight [N, K], by the kernel."""
     from quantkit.kernels.int_group_matmul_triton import dequantize_kernel
 
     N, K = problem.N, problem.K
-    weight = torch.empty(N, K, dtype=problem.dtype, device=codes.device)
+    codes, scales, zeros, words = weight
+    out = torch.empty(N, K, dtype=problem.dtype, device=codes.device)
     with torch.cuda.device_of(codes):
         dequantize_kernel[(-(-N // 64), -(-K // TILE))](
-            codes, scales, or_stand_in(zeros, scales), weight, N, K, codes.shape[1], min(problem.group_size, K),
-            **flags(problem, zeros is not None), BLOCK_N=64, **launching.machine(codes), num_warps=4,
+            codes, scales, or_stand_in(zeros, scales), out, N, K, words, min(problem.group_size, K),
+            **flags(problem, zeros is not None), **shape_flags(problem), BLOCK_N=64, **launching.machine(codes),
+            num_warps=4,
         )  # fmt: skip
-    return weight
+    return out
 
 
 def check(
@@ -291,4 +345,27 @@ int_group_matmul = operators.register(
     launch,
     COMPILED,
     check,
+)
+
+
+def dequantized_arranged(
+    stream: Tensor, bits: int, group_size: int, has_zeros: bool, out_features: int, in_features: int
+) -> Tensor:
+    """The specification of an arranged weight, on any device: fp32 [N, in_features]."""
+    return dequantized(*restored(stream, bits, group_size, has_zeros, out_features), bits, group_size, in_features)
+
+
+def reference_arranged(x, stream, bits, group_size, has_zeros, out_features, bias=None, up=None, down=None) -> Tensor:
+    """The specification of the product with an arranged weight, on any device; as `reference`."""
+    codes, scales, zeros = restored(stream, bits, group_size, has_zeros, out_features)
+    return reference(x, codes, scales, zeros, bits, group_size, bias, up, down)
+
+
+int_group_arranged_matmul = operators.register(
+    "int_group_arranged_matmul",
+    "Tensor stream, int bits, int group_size, bool has_zeros, int out_features",
+    lambda *weight: weight[-1],
+    dequantized_arranged,
+    reference_arranged,
+    launch_arranged,
 )

@@ -59,6 +59,16 @@ def pairs(capability: int, block_m: int) -> int:
     return 2 if capability // 10 in (9, 10) and block_m >= fewest_rows() else 4
 
 
+def current_device() -> int:
+    """The GPU that launches go to."""
+    return torch._C._cuda_getDevice()
+
+
+def current_stream(device: int) -> int:
+    """The address of a GPU's current stream."""
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
 class _Counters:
     """Zeros that split-K launches count their shares in, and leave zero: no launch has to clear them.
 
@@ -68,20 +78,24 @@ class _Counters:
 
     def __init__(self, device: torch.device) -> None:
         self._zeros = torch.zeros(2**20, dtype=torch.int32, device=device)
-        self._used = 0
-        self._of_stream: dict[int, Tensor] = {}
+        self._index, self._used = device.index, 0
+        self._of_stream: dict[int, tuple[Tensor, int]] = {}  # and how many
         self._lock = threading.Lock()
         torch.cuda.synchronize(device)  # other streams will use them
 
     def take(self, count: int) -> Tensor:
         """`count` zeros for a launch on the current stream."""
+        capturing = torch.cuda.is_current_stream_capturing()
+        stream = current_stream(self._index)
+        found, length = self._of_stream.get(stream, (None, 0))
+        if found is not None and length >= count and not capturing:
+            return found
         with self._lock:
-            if torch.cuda.is_current_stream_capturing():
+            if capturing:
                 return self._next(count)
-            stream = torch.cuda.current_stream(self._zeros.device).cuda_stream
-            if stream not in self._of_stream or len(self._of_stream[stream]) < count:
-                self._of_stream[stream] = self._next(max(count, 2048))
-            return self._of_stream[stream]
+            own = self._next(max(count, 2048))
+            self._of_stream[stream] = own, len(own)
+            return own
 
     def _next(self, count: int) -> Tensor:
         count = -(-count // 4) * 4  # kernels are compiled for an address that is a multiple of 16 bytes

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.kernels import launching, operators, pyramid
+from quantkit.kernels import launching, operators, plans, pyramid
 from quantkit.kernels.bitpack import LANES, TILE, pack, row_words, unpack
 from quantkit.kernels.launching import or_stand_in
 from quantkit.kernels.tuning import Config, chosen
@@ -231,11 +231,11 @@ def _multiply(x, weight, sizes, shape, bias, up, down, config) -> Tensor:
         return x.new_empty(*x.shape[:-1], N)
     capability, multiprocessors, gpu = launching.properties(x.device)
     problem = Problem(len(rows), N, K, bits, dimension, index_bits, x.dtype, capability, multiprocessors)
-    inner = None if up is None or down is None else rows @ down.T
+    inner = None if up is None or down is None else plans.inner(rows, down)
     if problem.M > CROSSOVERS.get(gpu, CROSSOVERS["default"]) and config is None:
         y = operators.dense(rows, _write_out(weight, sizes, problem), bias, inner, up)
     else:
-        y = torch.empty(problem.M, N, dtype=x.dtype, device=x.device)
+        y = plans.result((problem.M, N), x)
         if config is None:
             config = rule(problem)
             config = chosen(x.device, problem.key(), config) if x.is_cuda else config
@@ -252,10 +252,10 @@ def _fused(rows, weight, sizes, bias, up, inner, y, problem: Problem, config: Co
     partial, arrived = y, y
     if config.split_k > 1:
         size = grid[0] * grid[1] * config.split_k * config.block_n * config.block_m
-        partial = torch.empty(size, dtype=torch.float32, device=y.device)
-        arrived = launching.counters(y.device, grid[0] * grid[1])
+        partial, arrived = plans.workspace(size, y), plans.counters(y, grid[0] * grid[1])
     ragged = {} if problem.index_bits else {"RAGGED": K % TILE != 0}
-    (kernels.table_kernel if problem.index_bits else kernels.factored_kernel)[grid](
+    plans.start(
+        kernels.table_kernel if problem.index_bits else kernels.factored_kernel, grid,
         rows, *weight, *(or_stand_in(tensor, y) for tensor in (bias, up, inner)), y, partial, arrived,
         M, N, K, -(-K // TILE), *sizes, rows.stride(0), 0 if up is None else up.shape[1],
         **constants(problem, config), **ragged, HAS_BIAS=bias is not None, BLOCK_R=launching.block_r(up),

@@ -63,6 +63,11 @@ def trusted(family: str, device: torch.device) -> bool:
     return _decide(family, device) if verdict is None else verdict
 
 
+def known(family: str, device: torch.device) -> bool:
+    """Whether the verdict is in, so that it need not be asked for again; a recording of a CUDA graph leaves none."""
+    return device.type == "cpu" or (family, device) in _verdicts
+
+
 def check(family: str, device: torch.device) -> str | None:
     """Runs a family's cases: RIGHT, or what is wrong; None where the GPU's memory did not suffice."""
     _own.checking = getattr(_own, "checking", frozenset()) | {family}

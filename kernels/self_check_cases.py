@@ -15,6 +15,7 @@ from torch import Tensor
 from quantkit.kernels import (
     codebook_matmul,
     hadamard,
+    int_group_layout,
     int_group_matmul,
     kv_attention,
     pyramid,
@@ -37,6 +38,7 @@ MANY = (ODD, HALF, 250)
 """So many rows that the weight is written out, and torch multiplies."""
 _NAMES = {HALF: "fp16", BRAIN: "bf16"}
 _INT_GROUP = int_group_matmul.launch, int_group_matmul.dequantized
+_INT_GROUP_ARRANGED = int_group_matmul.launch_arranged, int_group_matmul.dequantized_arranged
 _TRELLIS = trellis_matmul.launch, trellis_matmul.dequantized
 _CODEBOOK = codebook_matmul.launch, codebook_matmul.dequantized
 _PYRAMID = pyramid_matmul.launch, pyramid_matmul.dequantized
@@ -88,6 +90,24 @@ def _int_group(device: torch.device) -> Iterator[Case]:
         scales, zeros = (random.uniform(*groups) + 0.5).half(), (random.uniform(*groups) * 2**bits).half()
         weight = codes, scales, None if bits == 3 else zeros, bits, group_size
         yield _product(f"int{bits} g{group_size}", problem, random, _INT_GROUP, weight, K)
+
+
+def _int_group_arranged(device: torch.device) -> Iterator[Case]:
+    """The form that a GPU holds, which has whole tiles alone."""
+    random = _Random(device)
+    N, K = EVEN
+    for bits, group_size, dtype, rows in (
+        (4, 128, BRAIN, 1),
+        (3, 64, HALF, 17),
+        (3, 128, BRAIN, 1),
+        (2, 128, HALF, 250),
+    ):
+        codes = pack(random.codes(0, 1 << bits, N, K).int(), bits)
+        groups = K // group_size, N
+        scales, zeros = (random.uniform(*groups) + 0.5).half(), (random.uniform(*groups) * 2**bits).half()
+        stream = int_group_layout.arranged(codes, scales, zeros, bits, group_size)
+        weight = stream, bits, group_size, True, N
+        yield _product(f"int{bits} g{group_size}", (EVEN, dtype, rows), random, _INT_GROUP_ARRANGED, weight, K)
 
 
 def _trellis(device: torch.device) -> Iterator[Case]:
@@ -208,6 +228,7 @@ def _search(device: torch.device) -> Iterator[Case]:
 
 FAMILIES = {
     "int_group_matmul": _int_group,
+    "int_group_arranged_matmul": _int_group_arranged,
     "trellis_matmul": _trellis,
     "codebook_matmul": _codebook,
     "pyramid_matmul": _pyramid,

@@ -93,11 +93,56 @@ def pairs_of_codes(row_ptr, tile, full_tiles, start, BITS: tl.constexpr, BLOCK_N
 
 
 @triton.jit
+def _eight(s0, s1, s2, s3, s4, s5, s6, s7):
+    """Tensors of octets 4 o2 + 2 o1 + o0, each [rows, lane] -> [rows, lane, o2, o1, o0]."""
+    even = tl.join(tl.join(s0, s4), tl.join(s2, s6))
+    return tl.join(even, tl.join(tl.join(s1, s5), tl.join(s3, s7)))
+
+
+@triton.jit
+def halves_of_three(tile_ptr, start, ASM: tl.constexpr):
+    """A tile of 3-bit codes as `int_group_layout` has them, ORed into the halves of `start`: both [rows, lane, o2, o1,
+    o0], of octets 0 to 7 in bits 0 to 2, and of octets 8 to 15 in bits 3 to 5. tile_ptr [rows, 1]: the first words."""
+    LOW: tl.constexpr = 0x00070007
+    HIGH: tl.constexpr = 0x00380038
+    lane = tl.arange(0, 4)[None, :]
+    a, b, c = tl.load(tile_ptr + lane), tl.load(tile_ptr + 256 + lane), tl.load(tile_ptr + 512 + lane)
+    a6, b6, c6 = a >> 6, b >> 6, c >> 6
+    a12 = a >> 12
+    first = _eight(
+        mask_or(a, LOW, start, ASM), mask_or(a6, LOW, start, ASM), mask_or(a12, LOW, start, ASM),
+        mask_or(b, LOW, start, ASM), mask_or(b6, LOW, start, ASM), mask_or(b >> 12, LOW, start, ASM),
+        mask_or(c, LOW, start, ASM), mask_or(c6, LOW, start, ASM),
+    )  # fmt: skip
+    last = mask_or(b >> 11, 0x00100010, mask_or(a12, 0x00080008, start, ASM), ASM)
+    second = _eight(
+        mask_or(a, HIGH, start, ASM), mask_or(a6, HIGH, start, ASM),
+        mask_or(b, HIGH, start, ASM), mask_or(b6, HIGH, start, ASM),
+        mask_or(c, HIGH, start, ASM), mask_or(c6, HIGH, start, ASM),
+        mask_or(c >> 9, HIGH, start, ASM), mask_or(c >> 10, 0x00200020, last, ASM),
+    )  # fmt: skip
+    return first, second
+
+
+@triton.jit
 def operand(pairs, dtype: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr):
     """Pairs [BLOCK_N, lane, o3, o2, o1, o0] -> floats [BLOCK_N, 128], columns as `column_order` gives them."""
     low = pairs.to(tl.int16).to(dtype, bitcast=True)
     high = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
     return in_columns(low, high, BLOCK_N, PAIRS)
+
+
+@triton.jit
+def half_operand(pairs, dtype: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr):
+    """As `operand`, of half a tile: pairs [BLOCK_N, lane, o2, o1, o0] -> [BLOCK_N, 64]."""
+    low = pairs.to(tl.int16).to(dtype, bitcast=True)
+    high = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
+    values = tl.join(low, high)
+    if PAIRS == 4:
+        values = tl.permute(values, (0, 2, 3, 1, 4, 5))
+    else:
+        values = tl.permute(values, (0, 2, 3, 4, 1, 5))
+    return tl.reshape(values, (BLOCK_N, 64))
 
 
 @triton.jit
@@ -112,9 +157,9 @@ def in_columns(low, high, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def column_order(PAIRS: tl.constexpr):
-    """The column of a tile at each of the 128 places: fragments of mma.sync want 4 neighbours a lane, wgmma's 2."""
-    place = tl.arange(0, 128)
+def column_order(PAIRS: tl.constexpr, WIDTH: tl.constexpr = 128):
+    """The column of a tile at each of its places: fragments of mma.sync want 4 neighbours a lane, wgmma's 2."""
+    place = tl.arange(0, WIDTH)
     if PAIRS == 4:
         columns = place // 16 * 16 + place // 2 % 2 * 8 + place % 16 // 4 * 2 + place % 2
         return tl.max_contiguous(tl.multiple_of(columns, 2), 2)
@@ -207,7 +252,7 @@ def ragged_codes(row_ptr, k, tile, K, BITS: tl.constexpr, TAIL: tl.constexpr):
 
 
 @triton.jit
-def _share_places(exist, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+def share_places(exist, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
     """Where the sums of a share lie; where only some rows of x exist, all sums of a row lie together."""
     n, m = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[None, :]
     return n * BLOCK_M + m if exist is None else m * BLOCK_N + n
@@ -222,7 +267,7 @@ def leave_share(
 
     exist [1, BLOCK_M]: only these rows of x are stored.
     """
-    place = _share_places(exist, BLOCK_N, BLOCK_M)
+    place = share_places(exist, BLOCK_N, BLOCK_M)
     partial_ptr += (where.to(tl.int64) * SPLIT_K + share) * (BLOCK_N * BLOCK_M)
     tl.store(partial_ptr + place, accumulator, mask=exist)
     tl.debug_barrier()  # all of this share is written before it is counted
@@ -238,7 +283,7 @@ def sum_of_shares(
     exist [1, BLOCK_M]: only these rows of x are read, as they were stored; others are 0.
     """
     tl.store(arrived_ptr + where, 0)  # ready for the next launch
-    place = _share_places(exist, BLOCK_N, BLOCK_M)
+    place = share_places(exist, BLOCK_N, BLOCK_M)
     partial_ptr += where.to(tl.int64) * (SPLIT_K * BLOCK_N * BLOCK_M) + place
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     other_value = None if exist is None else 0.0

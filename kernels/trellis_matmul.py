@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.kernels import cpu, launching, operators, trellis
+from quantkit.kernels import cpu, launching, operators, plans, trellis
 from quantkit.kernels.launching import or_stand_in
 from quantkit.kernels.trellis import STATE_BITS
 from quantkit.kernels.tuning import Config, chosen
@@ -172,11 +172,11 @@ def launch(
     shape = len(rows), out_features, x.shape[-1], bits, state_bits
     ends = tuple(end // BLOCK_N for end in accumulate(parts[:-1]))
     problem = Problem(*shape, x.dtype, capability, multiprocessors, rows.stride(0), ends)
-    inner = None if up is None or down is None else rows @ down.T
+    inner = None if up is None or down is None else plans.inner(rows, down)
     if problem.M > CROSSOVERS.get(gpu, CROSSOVERS["default"]) and config is None:
         y = operators.dense(rows, _write_out(codes, scales, scale, problem), bias, inner, up)
     else:
-        y = torch.empty(problem.M, problem.N, dtype=x.dtype, device=x.device)
+        y = plans.result((problem.M, problem.N), x)
         if config is None:
             config = rule(problem)
             config = chosen(x.device, problem.key(), config) if x.is_cuda else config
@@ -192,9 +192,9 @@ def _fused(rows, codes, scales, scale, bias, up, inner, y, problem: Problem, con
     partial, arrived = y, y
     if config.split_k > 1:
         size = grid[0] * grid[1] * config.split_k * BLOCK_N * config.block_m
-        partial = torch.empty(size, dtype=torch.float32, device=y.device)
-        arrived = launching.counters(y.device, grid[0] * grid[1])
-    multiply_kernel[grid](
+        partial, arrived = plans.workspace(size, y), plans.counters(y, grid[0] * grid[1])
+    plans.start(
+        multiply_kernel, grid,
         rows, codes, scales, scale, *(or_stand_in(tensor, y) for tensor in (bias, up, inner)), y, partial, arrived,
         problem.M, problem.N, problem.K, len(codes), rows.stride(0), 0 if up is None else up.shape[1],
         **constants(problem, config.num_warps), **tile_constants(problem, config), HAS_BIAS=bias is not None,

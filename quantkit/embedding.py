@@ -46,7 +46,7 @@ class QuantizedEmbedding(Packed):
     @property
     def packed(self) -> QuantizedWeight:
         """The weight that is looked up: the head's where there is one."""
-        return super().packed if self.head is None else self.head.packed
+        return super().packed if self.head is None else self.head.used
 
     @property
     def weight(self) -> Tensor:

@@ -50,8 +50,10 @@ def _fuse_layers(layers: Sequence[QuantizedLinear]) -> bool:
     biases = [layer.bias for layer in layers]
     if weight is None or len({bias is None for bias in biases}) > 1:
         return False
-    bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases if bias is not None])
     sizes = [layer.out_features for layer in layers]
+    prepared = weight.prepared()
+    weight = prepared if prepared.divides(sizes) else weight
+    bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases if bias is not None])
     shared = SharedInput(weight, bias, sizes)
     for slot, (layer, part) in enumerate(zip(layers, weight.split(sizes), strict=True)):
         layer.share(shared, slot, part)

@@ -1,6 +1,6 @@
 """QuantizedLinear: a linear layer that keeps its weight packed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -33,8 +33,8 @@ class _Payload(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # A cast of the model must not touch the payload, whose dtypes belong to the format; a move may.
-        dtypes = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
         self._forget()
+        dtypes = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
         originals = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, dtype in dtypes.items():
@@ -57,18 +57,60 @@ class Packed(_Payload):
     def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__(weight)
         self.metadata = weight.metadata()
+        self._prepared: dict[str, Any] | None = None  # the metadata of what the buffers hold, where it is not as stored
         self._cached: QuantizedWeight | None = None
+        self._watched: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
 
     @property
     def packed(self) -> QuantizedWeight:
-        """The weight, made of this module's present buffers."""
-        if self._cached is None or not _is_current(self._cached, self):
-            state = {name: buffer for name, buffer in self.named_buffers()}
-            self._cached = QuantizedWeight.from_state(self.metadata, state)
-        return self._cached
+        """The weight as a checkpoint has it, made of this module's present buffers."""
+        return self.used.stored() if self._prepared else self.used
+
+    @property
+    def used(self) -> QuantizedWeight:
+        """The weight as products take it, which may be in another form (`prepared`); its tensors are the buffers."""
+        weight = self._cached
+        if weight is not None:
+            for buffers, name, tensor in self._watched:
+                if buffers.get(name) is not tensor:  # loaders replace them
+                    break
+            else:
+                return weight
+        state = {name: buffer for name, buffer in self.named_buffers()}
+        weight = QuantizedWeight.from_state(self._prepared or self.metadata, state)
+        self._cached, self._watched = weight, list(_places(weight, self))
+        return weight
+
+    def _hold(self, weight: QuantizedWeight) -> None:
+        """Puts a weight's tensors in the places of the buffers."""
+        metadata = weight.metadata()
+        self._prepared = None if metadata == self.metadata else metadata
+        _replace(self, weight)
+        self._cached, self._watched = None, []
 
     def _forget(self) -> None:
-        self._cached = None
+        if self._prepared:
+            self._hold(self.packed)
+        self._cached, self._watched = None, []
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """A module's, with the checkpoint's tensors."""
+        if not self._prepared:
+            return super().state_dict(*args, **kwargs)
+        used = self.used
+        self._hold(used.stored())
+        try:
+            return super().state_dict(*args, **kwargs)
+        finally:
+            self._hold(used)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()  # what was derived from the tensors, whose values change
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files hold nothing that follows from the buffers."""
+        return self.__dict__ | {"_cached": None, "_watched": []}
 
 
 class QuantizedLinear(Packed):
@@ -94,37 +136,51 @@ class QuantizedLinear(Packed):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight, fp32, for model code that looks at its linears; writing to it changes nothing."""
-        weight = self.packed.dequantize()
+        weight = self.used.dequantize()
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not draw it anew
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features], in x's dtype."""
+        """x [..., in_features] -> [..., out_features], in x's dtype.
+
+        Raises:
+            ValueError: x has another last dimension.
+        """
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x is {tuple(x.shape)}; this layer takes [..., {self.in_features}]")
         if self.shared is not None:
             return self.shared.output(self._slot, x)
         if self.unpacked and self._held is None and x.device.type == "cpu" and not torch.compiler.is_compiling():
             with torch.inference_mode(False), torch.no_grad():  # it is kept longer than the caller's mode
                 self.hold(x.dtype)
         if self._held is None:
-            return self.packed.matmul(x, self.bias)
+            return self.used.matmul(x, self.bias)
         mixed = torch.is_autocast_enabled(x.device.type)  # casts by itself, and need not cast twice
         held = self._held if mixed else self._held.to(x.dtype)
         return torch.nn.functional.linear(x, held, None if self.bias is None else self.bias.to(x.dtype))
 
     def share(self, shared: Outputs, slot: int, weight: QuantizedWeight) -> None:
         """Answers with output `slot` of a fused launch from now on; `weight` is this layer's part of its weight."""
-        _replace(self, weight)
+        self._hold(weight)
         self.shared, self._slot = shared, slot
 
     def unshare(self) -> None:
         """Ends `share`: the tensors are this layer's own again."""
         if self.shared is not None:
             self.shared = None
-            _replace(self, self.packed.map(lambda tensor: tensor.clone(memory_format=torch.contiguous_format)))
+            self._hold(self.used.map(lambda tensor: tensor.clone(memory_format=torch.contiguous_format)))
+
+    def settle(self) -> None:
+        """Brings the weight into the form that products take where its tensors have come to."""
+        if self.shared is None:
+            prepared = self.used.prepared()
+            if prepared is not self.used:
+                self._hold(prepared)
+        self.used.prepare()
 
     def hold(self, dtype: torch.dtype) -> None:
         """Keeps the dequantized weight until the next move or cast: for many large inputs in a row."""
-        self._held = self.packed.dequantize(dtype)
+        self._held = self.used.dequantize(dtype)
 
     def release(self) -> None:
         """Ends `hold`."""
@@ -137,12 +193,8 @@ class QuantizedLinear(Packed):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
-        self.packed.prepare()
+        self.settle()
         return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.unshare()
-        super()._load_from_state_dict(*args, **kwargs)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -158,18 +210,18 @@ class QuantizedLinear(Packed):
 
 def _replace(module: nn.Module, weight: QuantizedWeight) -> None:
     """Puts a weight's tensors in the places of a module's buffers."""
-    for name, tensor in weight.tensors().items():
-        module._buffers[name] = tensor
+    module._buffers.clear()
+    module._buffers.update(weight.tensors())
     for name, inner in weight.nested().items():
         _replace(module.get_submodule(name), inner)
 
 
-def _is_current(weight: QuantizedWeight, module: nn.Module) -> bool:
-    """Whether `weight` holds the very tensors that are now `module`'s buffers (loaders replace them)."""
-    buffers = module._buffers
-    return all(buffers[name] is tensor for name, tensor in weight.tensors().items()) and all(
-        _is_current(inner, module.get_submodule(name)) for name, inner in weight.nested().items()
-    )
+def _places(weight: QuantizedWeight, module: nn.Module) -> Iterator[tuple[dict[str, Tensor | None], str, Tensor]]:
+    """The buffers of a module that hold a weight's tensors, and each tensor's name there."""
+    for name, tensor in weight.tensors().items():
+        yield module._buffers, name, tensor
+    for name, inner in weight.nested().items():
+        yield from _places(inner, module.get_submodule(name))
 
 
 def new_linear(weight: QuantizedWeight, replaced: nn.Module) -> QuantizedLinear:

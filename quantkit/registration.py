@@ -92,7 +92,7 @@ class QuantkitHfQuantizer(HfQuantizer):
                 try:
                     module.packed.validate()
                     if isinstance(module, QuantizedLinear):
-                        module.packed.prepare()
+                        module.settle()
                 except ValueError as error:
                     raise CheckpointError(f"{name}: {error}; the checkpoint is damaged") from error
         if not torch.cuda.is_available():  # else `load` knows better where the model will run

@@ -14,6 +14,7 @@ _BUILT_IN = {
     "quantkit.formats": {
         "dense": "quantkit.formats.dense:DenseWeight",
         "int_group": "quantkit.formats.int_group:IntGroupWeight",
+        "int_group_arranged": "quantkit.formats.int_group:ArrangedIntGroupWeight",
         "codebook": "quantkit.formats.codebook:CodebookWeight",
         "low_rank": "quantkit.formats.low_rank:LowRankWeight",
         "pyramid": "quantkit.formats.pyramid:PyramidWeight",

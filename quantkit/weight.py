@@ -108,6 +108,22 @@ class QuantizedWeight(ABC):
         """
         return UNPACKED_EACH_TIME
 
+    def prepared(self) -> QuantizedWeight:
+        """The form in which products take this weight, where its tensors are; itself where it is as stored."""
+        return self._with({name: weight.prepared() for name, weight in self.nested().items()})
+
+    def stored(self) -> QuantizedWeight:
+        """The form that a checkpoint has, of a weight that was `prepared`."""
+        return self._with({name: weight.stored() for name, weight in self.nested().items()})
+
+    def divides(self, sizes: Sequence[int]) -> bool:
+        """Whether `split` gives views for these sizes."""
+        return all(weight.divides(sizes) for weight in self.nested().values())
+
+    def _with(self, nested: dict[str, QuantizedWeight]) -> QuantizedWeight:
+        changed = {name: weight for name, weight in nested.items() if weight is not getattr(self, name)}
+        return dataclasses.replace(self, **changed) if changed else self  # type: ignore[arg-type]
+
     def prepare(self) -> None:  # noqa: B027  (most formats have nothing to prepare)
         """Called when the tensors have come to where they will be used."""
 
@@ -196,6 +212,10 @@ class QuantizedWeight(ABC):
         """Measured: every stored byte, over the number of weights."""
         out_features, in_features = self.shape
         return 8 * self.nbytes / (out_features * in_features)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files hold the fields, and nothing that was derived from them."""
+        return self._fields()
 
     def _fields(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

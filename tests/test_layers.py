@@ -8,15 +8,15 @@ from .conftest import ROOT
 
 RANKS = [
     ["kernels.bitpack", "kernels.tuning", "kernels.timing", "kernels.codebook_table", "kernels.trellis", "kernels.cpu"],
-    ["kernels.tiles", "kernels.self_check"],
+    ["kernels.tiles", "kernels.self_check", "kernels.int_group_layout"],
     [
         *["kernels.codebook_matmul_triton", "kernels.hadamard_triton", "kernels.int_group_matmul_triton"],
         *["kernels.pyramid_matmul_triton", "kernels.kv_attention_triton"],
         *["kernels.trellis_matmul_triton", "kernels.viterbi_triton", "kernels.viterbi_numba"],
         *["kernels.codebook_rule", "kernels.launching", "kernels.pyramid", "kernels.numba_words"],
     ],
+    ["kernels.operators", "kernels.plans"],
     ["kernels.hadamard"],
-    ["kernels.operators"],
     ["kernels.*", "constants", "errors", "linalg", "metrics", "corpus", "post_import"],
     ["kernels.self_check_cases"],
     ["registry", "device", "stats", "data", "search.settings", "tuning.settings"],

@@ -52,3 +52,10 @@ def test_bias_of_the_replaced_layer_stays():
     x = torch.randn(2, 64)
     torch.testing.assert_close(packed(x), conv(x), rtol=0.02, atol=0.02)
     assert new_linear(RTN(8, 32).quantize(torch.randn(24, 64)), torch.nn.Linear(64, 24, bias=False)).bias is None
+
+
+def test_an_input_of_another_width_is_refused(layer):
+    """63 columns take as many words a row as 64."""
+    for width in (63, 32, 1, 65):
+        with pytest.raises(ValueError, match=r"takes \[..., 64\]"):
+            layer(torch.randn(2, width))

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
-from quantkit.kernels import launching
+from quantkit.kernels import launching, plans
 from quantkit.kernels.bitpack import pack, planes, row_words
-from quantkit.kernels.codebook_matmul import codebook_matmul, unpacked
+from quantkit.kernels.codebook_matmul import codebook_matmul, launch, unpacked
 from quantkit.kernels.codebook_rule import book_bytes, expected_speed, range_width, served_from
 from quantkit.kernels.cpu import has_numba
 from quantkit.weight import QuantizedWeight, corrected
@@ -153,7 +153,7 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
     ) -> Tensor:
         """Fused look-up-and-multiply; see `quantkit.kernels.codebook_matmul`. Scales multiply x, in its dtype."""
         if self.scales is None and self.order is None and self.outliers is None:
-            return codebook_matmul(x, *self._stages, self.out_features, bias, up, down)
+            return self._product(x, bias, up, down)
         stored = x if self.scales is None else x * self.scales.to(x.dtype)
         if self.order is not None:
             stored = stored.index_select(-1, self.order.int())
@@ -162,9 +162,19 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
     def _multiplied(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product with x in the stored order."""
         if self.outliers is None:
-            return codebook_matmul(x, *self._stages, self.out_features, bias)
+            return self._product(x, bias)
         first, rest = x.split([self.outliers.in_features, self.columns], dim=-1)
-        return codebook_matmul(rest, *self._stages, self.out_features, bias) + self.outliers._multiplied(first, None)
+        return self._product(rest, bias) + self.outliers._multiplied(first, None)
+
+    def _product(self, x: Tensor, bias: Tensor | None, up: Tensor | None = None, down: Tensor | None = None) -> Tensor:
+        """The product with this level's own codes."""
+        if plans.direct(x, bias, up, down):
+            return self._planned(x, bias, up, down)
+        return codebook_matmul(x, *self._stages, self.out_features, bias, up, down)
+
+    @cached_property
+    def _planned(self) -> plans.Planned:
+        return plans.Planned(codebook_matmul, launch, *self._stages, self.out_features)
 
     @property
     def _stages(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -12,14 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from quantkit.kernels import int_group_layout, plans
 from quantkit.kernels.bitpack import pack, planes, row_words
 from quantkit.kernels.cpu import has_numba
-from quantkit.kernels.int_group_matmul import int_group_matmul, unpacked
-from quantkit.kernels.launching import prepare
+from quantkit.kernels.int_group_matmul import (
+    int_group_arranged_matmul,
+    int_group_matmul,
+    launch,
+    launch_arranged,
+    unpacked,
+)
+from quantkit.kernels.launching import prepare, properties
 from quantkit.weight import QuantizedWeight
 
 _PASS = {8: 0.8, 4: 0.6, 2: 0.5, 1: 0.4}
@@ -113,6 +121,15 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         zeros = None if self.zeros is None else self.zeros.index_select(1, index)
         return unpacked(codes, scales, zeros, self.bits, self.group_size, self.in_features)
 
+    def prepared(self) -> QuantizedWeight:
+        """On a GPU that runs the kernels tile after tile, where the shape allows."""
+        if not plans.on_gpu(self.codes) or properties(self.codes.device)[0] < 80:
+            return self
+        if not int_group_layout.prefers(self.bits, self.in_features, self.group_size):
+            return self
+        stream = int_group_layout.arranged(self.codes, self.scales, self.zeros, self.bits, self.group_size)
+        return ArrangedIntGroupWeight(stream, self.bits, self.group_size, self.zeros is not None, *self.shape)
+
     def prepare(self) -> None:
         """Allocates what launches on the codes' GPU share."""
         prepare(self.codes.device)
@@ -121,7 +138,13 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
     ) -> Tensor:
         """Fused dequantize-and-multiply; see `quantkit.kernels.int_group_matmul`."""
+        if plans.direct(x, bias, up, down):
+            return self._planned(x, bias, up, down)
         return int_group_matmul(x, self.codes, self.scales, self.zeros, self.bits, self.group_size, bias, up, down)
+
+    @cached_property
+    def _planned(self) -> plans.Planned:
+        return plans.Planned(int_group_matmul, launch, self.codes, self.scales, self.zeros, self.bits, self.group_size)
 
     @classmethod
     def concatenated(cls, weights: Sequence[QuantizedWeight]) -> IntGroupWeight | None:
@@ -143,4 +166,97 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         return [
             IntGroupWeight(c, s, self.bits, self.group_size, self.in_features, z)
             for c, s, z in zip(codes, scales, zeros, strict=True)
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
+    """An IntGroupWeight as it is held on a GPU, tile after tile; files do not have it.
+
+    Attributes:
+        stream: int32 [blocks of rows, tiles, words], see `quantkit.kernels.int_group_layout`.
+        bits, group_size, out_features, in_features: of the weight.
+        has_zeros: whether the stored form has any.
+    """
+
+    stream: Tensor
+    bits: int
+    group_size: int
+    has_zeros: bool
+    out_features: int
+    in_features: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.out_features, self.in_features
+
+    @property
+    def label(self) -> str:
+        """The stored form's."""
+        return IntGroupWeight.format
+
+    def validate(self) -> None:
+        """Checks the shape of the stream."""
+        form = self.bits, self.group_size, self.has_zeros
+        known = 1 <= self.bits <= 8 and self.group_size > 0
+        if not known or not int_group_layout.arranges(self.in_features, self.group_size):
+            raise ValueError(f"bits={self.bits}, group_size={self.group_size}: no such weight is arranged")
+        rows, tiles = -(-self.out_features // int_group_layout.ROWS), self.in_features // int_group_layout.TILE
+        if tuple(self.stream.shape) != (rows, tiles, int_group_layout.words_of_block(*form)):
+            raise ValueError(f"stream is {tuple(self.stream.shape)}; it does not fit a weight of {self.shape}")
+
+    def stored(self) -> IntGroupWeight:
+        """The checkpoint's bytes."""
+        return self._of_rows(None)
+
+    def _of_rows(self, index: Tensor | None) -> IntGroupWeight:
+        form = self.bits, self.group_size, self.has_zeros, self.out_features
+        codes, scales, zeros = int_group_layout.restored(self.stream, *form, index)
+        return IntGroupWeight(codes, scales, self.bits, self.group_size, self.in_features, zeros)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(code - zero) * scale in fp32, then cast."""
+        return self.stored().dequantize(dtype)
+
+    @property
+    def by_rows(self) -> bool:
+        """Yes: a row has words and scales of its own."""
+        return True
+
+    def _rows(self, index: Tensor) -> Tensor:
+        """Reads the words and scales of these rows alone."""
+        return self._of_rows(index.long()).dequantize()
+
+    def prepare(self) -> None:
+        """Allocates what launches on the stream's GPU share."""
+        prepare(self.stream.device)
+
+    def matmul(
+        self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
+    ) -> Tensor:
+        """Fused dequantize-and-multiply; see `quantkit.kernels.int_group_matmul`."""
+        if plans.direct(x, bias, up, down):
+            return self._planned(x, bias, up, down)
+        return int_group_arranged_matmul(x, self.stream, *self._form, bias, up, down)
+
+    @property
+    def _form(self) -> tuple[int, int, bool, int]:
+        return self.bits, self.group_size, self.has_zeros, self.out_features
+
+    @cached_property
+    def _planned(self) -> plans.Planned:
+        return plans.Planned(int_group_arranged_matmul, launch_arranged, self.stream, *self._form)
+
+    def divides(self, sizes: Sequence[int]) -> bool:
+        """Where parts are whole blocks of rows, but for the last."""
+        return all(size % int_group_layout.ROWS == 0 for size in sizes[:-1])
+
+    def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
+        """Views of `sizes` outputs each, which `divides` allows."""
+        streams = self.stream.split([-(-size // int_group_layout.ROWS) for size in sizes])
+        form = self.bits, self.group_size, self.has_zeros
+        return [
+            ArrangedIntGroupWeight(stream, *form, size, self.in_features)
+            for stream, size in zip(streams, sizes, strict=True)
         ]

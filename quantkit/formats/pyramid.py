@@ -20,16 +20,13 @@ from functools import cached_property, lru_cache, partial
 import torch
 from torch import Tensor
 
-from quantkit.kernels import launching, pyramid
+from quantkit.kernels import int_group_matmul, launching, plans, pyramid, pyramid_matmul
 from quantkit.kernels.bitpack import pack, row_words, unpack
-from quantkit.kernels.int_group_matmul import int_group_matmul
 from quantkit.kernels.pyramid_matmul import (
     gain_table,
     inverse_norms,
     lane_order,
     point_table,
-    pyramid_matmul,
-    pyramid_table_matmul,
     transcode,
 )
 from quantkit.weight import QuantizedWeight, corrected
@@ -178,7 +175,10 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
         self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
     ) -> Tensor:
         """Fused dequantize-and-multiply; see `quantkit.kernels.pyramid_matmul`. Never decodes a pyramid twice."""
-        return self._product(x, bias=bias, up=up, down=down)
+        product = self._product
+        if isinstance(product, plans.Planned) and not plans.direct(x, bias, up, down):
+            return product.through_torch(x, bias, up, down)
+        return product(x, bias, up, down)
 
     @cached_property
     def _product(self) -> Callable[..., Tensor]:
@@ -188,8 +188,8 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
             if (self.axis, self.dimension) == ("out", 8) and self.pulses <= 6 and field_bits <= PIECE:
                 points = point_table(self.pulses, self.codes.device)
                 scales, gains = lane_order(self.scales), gain_table(self.levels)
-                tables = {"codes": self.codes, "scales": scales, "gains": gains, "points": points}
-                return partial(_by_table, **tables, bits=field_bits, out_features=self.out_features)
+                tables = self.codes, scales, gains, points, field_bits, self.out_features
+                return plans.Planned(pyramid_matmul.pyramid_table_matmul, pyramid_matmul.table_launch, *tables)
             return self._transcoded()
 
     def _transcoded(self) -> Callable[..., Tensor]:
@@ -198,17 +198,18 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
         if bits > 8:
             stored = 16 + 16 / self.dimension
             _tell(self.dimension, self.pulses, "integers of 16 bits, of which every product makes the weight", stored)
-            return partial(_by_points, points=points, factors=factors, axis=self.axis, shape=self.shape)
+            return partial(_by_points, points, factors, self.axis, self.shape)
         how = f"decoded at load to {bits}-bit integers"
         if self.axis == "out":
             _tell(self.dimension, self.pulses, how, bits + 16 / self.dimension)
             codes, words = transcode(points, factors, bits, self.out_features)
-            return partial(_by_factors, codes=codes, factors=words, bits=bits, dimension=self.dimension)
+            form = codes, words, bits, self.dimension
+            return plans.Planned(pyramid_matmul.pyramid_matmul, pyramid_matmul.launch, *form)
         _tell(self.dimension, self.pulses, how, bits + 32 / self.dimension)
         along = (points.short() + 2 ** (bits - 1)).to(torch.uint8).transpose(0, 1).flatten(1)[:, : self.in_features]
         zeros = torch.full_like(factors, 2 ** (bits - 1))
-        grid = {"codes": pack(along, bits), "scales": factors, "zeros": zeros}
-        return partial(_by_groups, **grid, bits=bits, group_size=self.dimension)
+        grid = pack(along, bits), factors, zeros, bits, self.dimension
+        return plans.Planned(int_group_matmul.int_group_matmul, int_group_matmul.launch, *grid)
 
     def _expanded_in_parts(self) -> Iterator[tuple[Tensor, Tensor]]:
         """`expanded`, some lines at a time; points as int8 where they fit."""
@@ -243,19 +244,7 @@ def _weight(points: Tensor, factors: Tensor, axis: str, shape: tuple[int, int], 
     return along[: shape[0]] if axis == "out" else along[: shape[1]].T
 
 
-def _by_table(x: Tensor, bias, up, down, codes, scales, gains, points, bits: int, out_features: int) -> Tensor:
-    return pyramid_table_matmul(x, codes, scales, gains, points, bits, out_features, bias, up, down)
-
-
-def _by_factors(x: Tensor, bias, up, down, codes, factors, bits: int, dimension: int) -> Tensor:
-    return pyramid_matmul(x, codes, factors, bits, dimension, bias, up, down)
-
-
-def _by_groups(x: Tensor, bias, up, down, codes, scales, zeros, bits: int, group_size: int) -> Tensor:
-    return int_group_matmul(x, codes, scales, zeros, bits, group_size, bias, up, down)
-
-
-def _by_points(x: Tensor, bias, up, down, points, factors, axis: str, shape: tuple[int, int]) -> Tensor:
+def _by_points(points: Tensor, factors: Tensor, axis: str, shape: tuple[int, int], x: Tensor, bias, up, down) -> Tensor:
     weight = _weight(points, factors, axis, shape, x.dtype)
     return corrected(torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype)), x, up, down)
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from quantkit.kernels.hadamard import rotate
+from quantkit.kernels import plans
+from quantkit.kernels.hadamard import launch, rotate
 from quantkit.weight import QuantizedWeight, corrected
 
 
@@ -83,11 +85,20 @@ class RotatedWeight(QuantizedWeight, format="rotated"):
         self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
     ) -> Tensor:
         """Rotates x, multiplies by the base, rotates back."""
-        rotated = rotate(x, self.in_signs, False)
+        rotated = self._rotation(x) if plans.direct(x) else rotate(x, self.in_signs, False)
         if self.out_signs is None:
             return corrected(self.base.matmul(rotated, bias), x, up, down)
         y = self.outputs_back(self.base.matmul(rotated))
         return corrected(y if bias is None else y + bias.to(y.dtype), x, up, down)
+
+    @cached_property
+    def _rotation(self) -> plans.Planned:
+        return plans.Planned(rotate, launch, self.in_signs, False, product=False)
+
+    @cached_property
+    def _rotations_back(self) -> list[plans.Planned]:
+        signs = [] if self.out_signs is None else self.out_signs.split([_sign_bytes(size) for size in self._parts()])
+        return [plans.Planned(rotate, launch, own, True, product=False) for own in signs]
 
     @classmethod
     def concatenated(cls, weights: Sequence[QuantizedWeight]) -> RotatedWeight | None:
@@ -116,8 +127,11 @@ class RotatedWeight(QuantizedWeight, format="rotated"):
         if self.out_signs is None:
             return y
         parts = self._parts()
-        signs = self.out_signs.split([_sign_bytes(size) for size in parts])
-        back = [rotate(part, own, True) for part, own in zip(y.split(parts, dim=-1), signs, strict=True)]
+        if plans.direct(y):
+            back = [rotation(part) for rotation, part in zip(self._rotations_back, y.split(parts, -1), strict=True)]
+        else:
+            signs = self.out_signs.split([_sign_bytes(size) for size in parts])
+            back = [rotate(part, own, True) for part, own in zip(y.split(parts, -1), signs, strict=True)]
         return back[0] if len(back) == 1 else torch.cat(back, dim=-1)
 
     def _parts(self) -> list[int]:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from quantkit.kernels import launching, trellis
+from quantkit.kernels import launching, plans, trellis
 from quantkit.kernels.cpu import has_numba
-from quantkit.kernels.trellis_matmul import BLOCK_N, trellis_matmul, unpacked
+from quantkit.kernels.trellis_matmul import BLOCK_N, launch, trellis_matmul, unpacked
 from quantkit.weight import QuantizedWeight
 
 
@@ -104,6 +105,8 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
         """The fused kernel, where rings go along one column."""
         if self.width > 1:
             return super().matmul(x, bias, up, down)
+        if plans.direct(x, bias, up, down):
+            return self._planned(x, bias, up, down)
         form = self.bits, self.state_bits, self.parts
         return trellis_matmul(x, self.codes, self.scales, self.scale, *form, bias, up, down)
 
@@ -111,6 +114,11 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
     def cpu_slowdown(self) -> float:
         """The same for all bits: a weight is computed from its window."""
         return 1.2 if has_numba() and self.width == 1 else super().cpu_slowdown
+
+    @cached_property
+    def _planned(self) -> plans.Planned:
+        form = self.bits, self.state_bits, self.parts
+        return plans.Planned(trellis_matmul, launch, self.codes, self.scales, self.scale, *form)
 
     def prepare(self) -> None:
         """Allocates what launches on a GPU share."""
