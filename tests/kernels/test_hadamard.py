@@ -229,10 +229,12 @@ def test_sizes_spread_few_rows_and_respect_registers():
             columns = chosen.block_v * chosen.inner
             assert power % chosen.inner == 0
             assert core == 1 or min(columns, chosen.block_g, chosen.block_k) >= 16
-            assert columns * max(chosen.block_g, chosen.block_k) <= (128 if core > 1 else 64) * 32 * chosen.num_warps
+            read = chosen.together * columns
+            assert chosen.together == 1 or (power // chosen.inner) % chosen.together == 0
+            assert read * max(chosen.block_g, chosen.block_k) <= (128 if core > 1 else 64) * 32 * chosen.num_warps
             assert columns * chosen.block_g * 4 <= 64 * 1024
             assert chosen.programs(rows, n) * columns * chosen.block_g >= rows * n
     programs = {n: sizes(1, n, torch.float16).programs(1, n) for n in (4096, 11008, 14336, 18944, 65536)}
-    assert programs == {4096: 1, 11008: 43, 14336: 2, 18944: 10, 65536: 4}
+    assert programs == {4096: 4, 11008: 43, 14336: 8, 18944: 10, 65536: 16}
     programs = {n: sizes(2**20, n, torch.float16).programs(4096, n) for n in (1024, 4096, 14336, 28672)}
     assert programs == {1024: 1024, 4096: 4096, 14336: 4096, 28672: 8192}

@@ -79,6 +79,22 @@ def test_every_configuration_agrees(bits, in_features, split_k, config):
     assert error(y, x.double() @ weight.T) < 4e-3
 
 
+@pytest.mark.parametrize(("bits", "rows"), [(1, 1), (2, 8), (3, 2), (4, 5), (2, 9), (5, 3)])
+@pytest.mark.parametrize("split_k", [1, 2, 3, 7])
+def test_chunks_read_ahead(bits, rows, split_k):
+    """Shares of many tiles, of one, and of none; every column's product is exactly that of the column alone."""
+    arguments, weight = make(130, 1280, bits)
+    x = torch.randn(rows, 1280).bfloat16()
+    config = Config(8 if rows <= 8 else 16, kernel.BLOCK_N, split_k, 4)
+    problem = kernel.Problem(rows, 130, 1280, bits, 16, x.dtype)
+    assert kernel.chunks(problem, config) == (4 if bits <= 4 else 2)
+    assert error(kernel.launch(x, *arguments, config=config), x.double() @ weight.T) < 4e-3
+    columns = torch.arange(rows) * 131 % 1280
+    one = torch.zeros(rows, 1280).bfloat16()
+    one[torch.arange(rows), columns] = 1
+    assert torch.equal(kernel.launch(one, *arguments, config=config).T, weight[:, columns].bfloat16())
+
+
 @pytest.mark.parametrize(("rows", "in_features"), [(3, 256), (3, 200), (50, 256)])
 @pytest.mark.parametrize("rank", [0, 1, 70])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -241,7 +257,8 @@ def test_rules_fill_a_gpu_and_leave_no_row_out(dtype, capability):
             programs = -(-size[0] // config.block_n) * -(-rows // config.block_m) * config.split_k
             if size[0] * size[1] >= 4096 * 4096:
                 assert programs * config.num_warps >= 7 * 132
-            assert config.split_k == 1 or size[1] // 128 // config.split_k >= 4
+            fewest = 2 if config.block_m == 8 else 4
+            assert config.split_k == 1 or size[1] // 128 // config.split_k >= fewest
             assert config.num_warps * 32 * kernel.registers(problem, config) <= 65536
     assert launching.machine(torch.zeros(1)) == {"ASM": False, "INTERPRETED": True}
 
