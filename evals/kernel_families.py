@@ -311,12 +311,13 @@ def kv_cache(arch: int, quick: bool) -> Iterator[Build]:
 
 def _kv_cache(arch: int, bits: int, v_bits: int, size: int, rank: int, kept: int) -> Build:
     pointers = {
-        "fp16": "q k_scale k_low v_scale v_low down up_scale up_low kept turned buffer_k buffer_v sink_k sink_v",
-        "i16": "k v", "fp32": "acc max sum", "u8": "up index mask",
+        "fp16": "scaled k_scale k_low v_scale v_low down up_scale up_low kept turned buffer_k buffer_v sink_k sink_v",
+        "i16": "k v", "fp32": "acc max sum", "u8": "up index mask", "bf16": "q",
     }  # fmt: skip
     types = {f"{name}_ptr": f"*{kind}" for kind, names in pointers.items() for name in names.split()}
-    heads = ("k", "k_scale", "v", "v_scale", "up", "up_scale", "kept", "buffer", "sink")
-    values = {f"{name}_head": 16 for name in heads} | {"tokens": 16, "share": 64}
+    types["factor"] = "fp32"
+    heads = ("q", "k", "k_scale", "v", "v_scale", "up", "up_scale", "kept", "buffer", "sink")
+    values = {f"{name}_head": 16 for name in heads} | {"tokens": 16, "share": 64, "q_batch": 16, "q_row": 16}
     block, warps, stages = kv_attention.launch_shape(size, 64, bits, v_bits, rank, kept, arch)
     constants = {
         "BLOCK_N": block, "D": size, "K_BITS": bits, "V_BITS": v_bits, "K_GROUP": 64, "GROUPS": size // 64,

@@ -62,9 +62,9 @@ def overlap(enabled: bool) -> None:
     """Lets rotations and trellis products begin while the kernel before them in their stream still runs. Off at first.
 
     Programmatic dependent launch, of NVIDIA's GPUs since Hopper: a kernel waits, in all its programs, for the one
-    before to end and for what it wrote, but what does not depend on it may come earlier. A product reads its first codes
-    and steps by then, so where this is on, **the kernel just before a product must not write the product's weight**:
-    true of inference, where a rotation or a norm is before it, and not of a loop that changes packed weights.
+    before to end and for what it wrote, but what does not depend on it may come earlier. A product reads its first
+    codes and steps by then, so where this is on, **the kernel just before a product must not write the product's
+    weight**: true of inference, where a rotation or a norm is before it, not of a loop that changes packed weights.
 
     Applies to launches from then on, those that CUDA graphs record among them. Never run on a GPU yet.
     """

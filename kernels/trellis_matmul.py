@@ -105,7 +105,9 @@ class Problem:
 def registers(problem: Problem, config: Config) -> int:
     """The most that the assembler may use for a thread, lest it spills; what lets 16, 12 or 8 warps run beside."""
     half = problem.dtype == torch.float16 and (problem.bits > 6 or problem.K % _TILE != 0)
-    return (128, 168, 255)[min(2, config.block_m // 16 + (half or problem.dtype == torch.float32) + (not problem.wide))]
+    several = len(problem.ends) > 0 and config.block_m == 8 and chunks(problem, config) == 4
+    more = half or several or problem.dtype == torch.float32
+    return (128, 168, 255)[min(2, config.block_m // 16 + more + (not problem.wide))]
 
 
 @lru_cache(maxsize=4096)  # asked at every launch
@@ -127,7 +129,8 @@ def chunks(problem: Problem, config: Config) -> int:
     """Chunks of a warp in a tile: as many as registers hold the words of."""
     light = problem.bits <= (4 if config.block_m == 8 else 2 if config.block_m == 16 else 0)
     whole = problem.K % (64 * config.num_warps) == 0
-    return 4 if light and whole and problem.wide and problem.dtype == torch.bfloat16 else 2
+    plain = problem.dtype == torch.bfloat16 and problem.state_bits == 16
+    return 4 if light and whole and problem.wide and plain else 2
 
 
 def constants(problem: Problem, warps: int) -> dict[str, Any]:
@@ -166,8 +169,10 @@ def launch(
     """
     check(x, codes, scales, scale, bits, state_bits, parts, bias, up, down)
     rows, out_features = launching.rows_of(x), sum(parts)
-    if scales.data_ptr() % 4:  # read by words
+    if scales.data_ptr() % 4:  # read by words; a weight that was prepared has none such
         scales = scales.clone()
+    if rows.data_ptr() % 4:
+        rows = rows.clone()
     if not len(rows):
         return x.new_empty(*x.shape[:-1], out_features)
     capability, multiprocessors, gpu = launching.properties(x.device)

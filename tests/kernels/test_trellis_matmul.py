@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from quantkit.formats.trellis import TrellisWeight
 from quantkit.kernels import launching, trellis
 from quantkit.kernels import trellis_matmul as kernel
 from quantkit.kernels import trellis_matmul_triton as jit
 from quantkit.kernels.tuning import Config
+from quantkit.linear import QuantizedLinear
 
 from . import ptx
 from .conftest import error
@@ -163,11 +165,25 @@ def test_leading_dimensions_strides_and_no_rows():
     assert kernel.launch(torch.randn(2, 0, 128), *arguments).shape == (2, 0, 40)
 
 
-def test_steps_that_do_not_begin_with_a_word():
-    (codes, scales, *form), _ = make(40, 128)
+def test_what_does_not_begin_with_a_word(monkeypatch):
+    """Steps and x are read by words: moved for a launch, and steps once where a weight is prepared."""
+    (codes, scales, scale, *form), _ = make(40, 128)
     moved = torch.zeros(129, dtype=torch.uint8)[1:].view(1, 128).copy_(scales)
-    x = torch.randn(3, 128).half()
-    assert torch.equal(kernel.launch(x, codes, moved, *form), kernel.launch(x, codes, scales, *form))
+    x = torch.randn(3, 144).half()[:, 1:129]
+    assert moved.data_ptr() % 4 and x.data_ptr() % 4
+    wanted, given, fused = kernel.launch(x.contiguous(), codes, scales, scale, *form), [], kernel._fused
+
+    def seen(rows, codes, scales, *others):
+        given.extend([rows, scales])
+        fused(rows, codes, scales, *others)
+
+    monkeypatch.setattr(kernel, "_fused", seen)
+    assert torch.equal(kernel.launch(x, codes, moved, scale, *form), wanted)
+    assert not any(tensor.data_ptr() % 4 for tensor in given)
+    linear = QuantizedLinear(TrellisWeight(codes, moved, scale, *form))
+    linear.packed.prepare()
+    assert linear.scales.data_ptr() % 4 == 0 and torch.equal(linear.scales, scales)
+    assert linear.packed.scales is linear.scales
 
 
 def test_what_would_read_out_of_bounds_is_refused():
