@@ -104,9 +104,10 @@ class Problem:
 
 def registers(problem: Problem, config: Config) -> int:
     """The most that the assembler may use for a thread, lest it spills; what lets 16, 12 or 8 warps run beside."""
-    half = problem.dtype == torch.float16 and (problem.bits > 6 or problem.K % _TILE != 0)
-    several = len(problem.ends) > 0 and config.block_m == 8 and chunks(problem, config) == 4
-    more = half or several or problem.dtype == torch.float32
+    half, ragged = problem.dtype == torch.float16, problem.K % _TILE != 0
+    words = problem.state_bits < 16 or problem.bits == 6 or (problem.ends and chunks(problem, config) == 4)
+    more = problem.dtype == torch.float32 or (half and (problem.bits > 6 or ragged))
+    more = more or (config.block_m <= 16 and bool(words)) or (config.block_m > 8 and ragged)
     return (128, 168, 255)[min(2, config.block_m // 16 + more + (not problem.wide))]
 
 
@@ -114,8 +115,10 @@ def registers(problem: Problem, config: Config) -> int:
 def rule(problem: Problem) -> Config:
     """Sizes for a launch on a GPU that nobody has measured: as many programs as registers let run at a time, all of
     whose first chunks are then on their way, with two tiles of K each, or four where shares have many sums."""
-    tiles, plain = -(-problem.K // _TILE), problem.dtype == torch.bfloat16 and problem.K % _TILE == 0
-    most = 32 if plain else 16 if problem.wide else 8  # parts of x, and where it ends, take registers too
+    tiles = -(-problem.K // _TILE)
+    plain = problem.dtype == torch.bfloat16 and problem.K % _TILE == 0
+    long = problem.state_bits == 16 and problem.bits != 6  # else windows' words are more
+    most = 32 if plain and long else 16 if problem.wide else 8  # parts of x, and where it ends, take registers too
     block_m = 8 if problem.M <= 8 else min(most, 16 if problem.M <= 16 else 32)
     programs, split = -(-problem.N // BLOCK_N) * -(-problem.M // block_m), 1
     config = Config(block_m, BLOCK_N, num_warps=4, num_stages=1)
@@ -129,7 +132,7 @@ def chunks(problem: Problem, config: Config) -> int:
     """Chunks of a warp in a tile: as many as registers hold the words of."""
     light = problem.bits <= (4 if config.block_m == 8 else 2 if config.block_m == 16 else 0)
     whole = problem.K % (64 * config.num_warps) == 0
-    plain = problem.dtype == torch.bfloat16 and problem.state_bits == 16
+    plain = problem.dtype == torch.bfloat16 and (problem.state_bits == 16 or config.block_m == 8)
     return 4 if light and whole and problem.wide and plain else 2
 
 
