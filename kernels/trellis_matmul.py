@@ -106,7 +106,8 @@ def registers(problem: Problem, config: Config) -> int:
     """The most that the assembler may use for a thread, lest it spills; what lets 16, 12 or 8 warps run beside."""
     half, ragged = problem.dtype == torch.float16, problem.K % _TILE != 0
     words = problem.state_bits < 16 or problem.bits == 6 or (problem.ends and chunks(problem, config) == 4)
-    more = problem.dtype == torch.float32 or (half and (problem.bits > 6 or ragged))
+    four = problem.bits == 4 and config.block_m == 8
+    more = problem.dtype == torch.float32 or (half and (problem.bits > 6 or four or ragged))
     more = more or (config.block_m <= 16 and bool(words)) or (config.block_m > 8 and ragged)
     return (128, 168, 255)[min(2, config.block_m // 16 + more + (not problem.wide))]
 
