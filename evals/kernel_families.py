@@ -269,11 +269,12 @@ def trellis(arch: int, quick: bool) -> Iterator[Build]:
 
 def _trellis(kernel: str, p: trellis_matmul.Problem, rank: int) -> Build:
     config, maxnreg = Config(1, trellis_matmul.BLOCK_N, num_stages=1), None
-    constants = trellis_matmul.constants(p, config.num_warps)
+    constants, columns = trellis_matmul.constants(p, config.num_warps), 16
     if kernel == "multiply":
         config = trellis_matmul.rule(p)
         constants = trellis_matmul.constants(p, config.num_warps) | trellis_matmul.tile_constants(p, config)
-        maxnreg = trellis_matmul.registers(p, config)
+        maxnreg, columns = trellis_matmul.registers(p, config), 16 * constants["CHUNKS"]
+        constants["PDL"] = False
     types = {"codes_ptr": "*i32", "scales_ptr": "*u8", "scale_ptr": "*fp32"}
     values = {"lines": ring_length(p.N) * p.bits // 32}
     name = f"trellis {kernel} K={p.bits} L={p.state_bits} M={p.M} {_NAMES[p.dtype]}"
@@ -282,7 +283,7 @@ def _trellis(kernel: str, p: trellis_matmul.Problem, rank: int) -> Build:
     plain = kernel == "multiply" and (p.capability, p.dtype, p.state_bits, p.K % 128) == (90, BRAIN, 16, 0)
     found = _product(
         name, f"trellis_matmul_triton.{kernel}_kernel", p, config, types, values, constants, rank,
-        weights=128 * (32 if kernel == "multiply" else 16) * config.num_warps,
+        weights=128 * columns * config.num_warps,
         bar=TRELLIS_BARS.get((p.bits, p.M), NO_BAR) if plain else NO_BAR, bits=p.bits,
     )  # fmt: skip
     return replace(found, maxnreg=maxnreg)
@@ -295,7 +296,8 @@ def rotation(arch: int, quick: bool) -> Iterator[Build]:
         for rows in (1,) if quick else (1, 2048):
             for dtype in (BRAIN,) if quick else (BRAIN, torch.float32):
                 chosen = hadamard.sizes(rows, n, dtype)
-                constants: dict[str, Any] = hadamard.constants(n, False, chosen) | {"INTERPRETED": False}
+                constants: dict[str, Any] = hadamard.constants(n, False, chosen)
+                constants |= {"INTERPRETED": False, "PDL": False}
                 pointer = f"*{_NAMES[dtype]}"
                 yield Build(
                     f"rotate {n} M={rows} {_NAMES[dtype]} sm_{arch}", arch, "hadamard_triton.rotate_kernel",
@@ -327,12 +329,13 @@ def kv_cache(arch: int, quick: bool) -> Iterator[Build]:
 
 def _kv_cache(arch: int, bits: int, v_bits: int, size: int, rank: int, kept: int) -> Build:
     pointers = {
-        "fp16": "q k_scale k_low v_scale v_low down up_scale up_low kept turned buffer_k buffer_v sink_k sink_v",
-        "i16": "k v", "fp32": "acc max sum", "u8": "up index mask",
+        "fp16": "scaled k_scale k_low v_scale v_low down up_scale up_low kept turned buffer_k buffer_v sink_k sink_v",
+        "i16": "k v", "fp32": "acc max sum", "u8": "up index mask", "bf16": "q",
     }  # fmt: skip
     types = {f"{name}_ptr": f"*{kind}" for kind, names in pointers.items() for name in names.split()}
-    heads = ("k", "k_scale", "v", "v_scale", "up", "up_scale", "kept", "buffer", "sink")
-    values = {f"{name}_head": 16 for name in heads} | {"tokens": 16, "share": 64}
+    types["factor"] = "fp32"
+    heads = ("q", "k", "k_scale", "v", "v_scale", "up", "up_scale", "kept", "buffer", "sink")
+    values = {f"{name}_head": 16 for name in heads} | {"tokens": 16, "share": 64, "q_batch": 16, "q_row": 16}
     block, warps, stages = kv_attention.launch_shape(size, 64, bits, v_bits, rank, kept, arch)
     constants = {
         "BLOCK_N": block, "D": size, "K_BITS": bits, "V_BITS": v_bits, "K_GROUP": 64, "GROUPS": size // 64,

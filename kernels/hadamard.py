@@ -13,6 +13,7 @@ Signs are stored as bits, feature i in bit i % 8 of byte i // 8.
 Bytes moved on a GPU, by `hadamard_triton.py` in one launch: 2 * n in, 2 * n out (16 bits) and n / 8 of signs a row. A
 program makes some rows of a block's result, seen as a matrix [order of C, order of S], from all of the block:
 
+    one block    16 rows and a share of their columns: a decode step's row has several multiprocessors' hands
     few blocks   16 rows, by as many warps as help
     many         as many rows as registers hold: all of them up to 16384 features, but where C is of an order above 64
 
@@ -35,6 +36,8 @@ LARGEST_BLOCK = 2**17
 FEW = 256
 """Programs up to which blocks count as few: a model's guess, about two for each multiprocessor."""
 COMPILED = "quantkit.kernels.hadamard_numba"
+LONE = 16
+"""Programs up to which the rows of a block's result are cut further, into shares of their columns."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -195,6 +198,7 @@ class Sizes(NamedTuple):
         block_g: rows of their results a program.
         block_k: rows of x that are multiplied by C at a time.
         num_warps: Triton's.
+        together: parts of x, as long as `inner`, that are read at a time where that is less than a row of a block.
     """
 
     inner: int
@@ -202,6 +206,7 @@ class Sizes(NamedTuple):
     block_g: int
     block_k: int
     num_warps: int
+    together: int = 1
 
     def programs(self, rows: int, n: int) -> int:
         """How many the launch has for `rows` rows of n features."""
@@ -227,6 +232,13 @@ def sizes(rows: int, n: int, dtype: torch.dtype) -> Sizes:
         return Sizes(inner, block_v, block_g, block_k, min(max(elements // (32 * each), warps[0]), warps[1]))
 
     few = tiled(min(most_rows, 16), 256, 8, (1, 16))
+    if few.programs(rows, n) <= LONE and core <= 64 and power >= (2048 if core == 1 else 128):
+        # all programs read all of a block, so that shares cost reads: four of them, more of long blocks
+        inner = max(1024, power // 16) if core == 1 else max(64, min(128, power // 4))
+        warps = inner // 256 if core == 1 else 8
+        return few._replace(
+            inner=inner, num_warps=min(warps, 16), together=min(power, 8192 if core == 1 else 512) // inner
+        )
     return few if few.programs(rows, n) <= FEW else tiled(most_rows, 4096, 64, (4, 8))
 
 
@@ -238,6 +250,7 @@ def constants(n: int, inverse: bool, chosen: Sizes) -> dict[str, Any]:
         "BLOCKS": blocks, "CORE": core, "Q": q, "ROOT": root, "NEGATIVE": negative,
         "SPLIT": power // chosen.inner, "STAGES": chosen.inner.bit_length() - 1, "SCALE": (core * power) ** -0.5,
         "INVERSE": inverse, "BLOCK_V": chosen.block_v, "BLOCK_G": chosen.block_g, "BLOCK_K": chosen.block_k,
+        "TOGETHER": chosen.together,
     }  # fmt: skip
 
 
@@ -266,7 +279,7 @@ def launch(x: Tensor, signs: Tensor, inverse: bool = False, chosen: Sizes | None
             rotate_kernel, (chosen.programs(len(rows), n),),
             rows, signs, y, vectors, rows.stride(0), **constants(n, inverse, chosen),
             INTERPRETED=not x.is_cuda,  # a tensor in the CPU's memory means Triton's interpreter, whose bf16 is wrong
-            num_warps=chosen.num_warps, num_stages=1,
+            **launching.dependent(x), num_warps=chosen.num_warps, num_stages=1,
         )  # fmt: skip
     return y
 

@@ -84,17 +84,38 @@ def _sylvester(values, STAGES: tl.constexpr):
     return values
 
 
+@triton.jit
+def _negative(share, other):
+    """1 where a Sylvester matrix has -1: where a row and a column have an odd number of bits in common."""
+    common = share & other
+    common ^= common >> 8
+    return (0x6996 >> ((common ^ (common >> 4)) & 15)) & 1
+
+
+@triton.jit
+def _one_share(values, share, start, BLOCK_V: tl.constexpr, TOGETHER: tl.constexpr):
+    """values [rows, vectors * TOGETHER * inner] -> a share [rows, vectors * inner] of their sums and differences, those
+    of the parts from `start` on."""
+    ROWS: tl.constexpr = values.shape[0]
+    INNER: tl.constexpr = values.shape[1] // (BLOCK_V * TOGETHER)
+    minus = _negative(share, start + tl.arange(0, TOGETHER))
+    factor = tl.where(minus != 0, -1.0, 1.0)[None, None, :, None]
+    values = tl.sum(tl.reshape(values, (ROWS, BLOCK_V, TOGETHER, INNER)) * factor, 2)
+    return tl.reshape(values, (ROWS, BLOCK_V * INNER))
+
+
 @triton.jit(do_not_specialize=["vectors"])  # one binary for any number of rows
 def rotate_kernel(
     x_ptr, signs_ptr, y_ptr, vectors, stride_x,
     BLOCKS: tl.constexpr, CORE: tl.constexpr, Q: tl.constexpr, ROOT: tl.constexpr, NEGATIVE: tl.constexpr,
     SPLIT: tl.constexpr, STAGES: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, TOGETHER: tl.constexpr,
+    INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_G rows of the results of BLOCK_V blocks of x ("vectors"), side by side, and of each 2^STAGES columns.
 
     Those are one of SPLIT shares, which first adds and subtracts all of x's, as S of order SPLIT does: S is that kron S
-    of order 2^STAGES.
+    of order 2^STAGES. TOGETHER of the shares of x are read at a time.
     INVERSE: C is transposed, and signs are applied at the end instead of at the start.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -102,23 +123,26 @@ def rotate_kernel(
     INNER: tl.constexpr = 2**STAGES
     POWER: tl.constexpr = INNER * SPLIT
     SIZE: tl.constexpr = CORE * POWER
-    COLUMNS: tl.constexpr = BLOCK_V * INNER
+    READ: tl.constexpr = TOGETHER * INNER
     STEP: tl.constexpr = 8 if INNER >= 8 else INNER
     TILES: tl.constexpr = (CORE + BLOCK_G - 1) // BLOCK_G
     program = tl.program_id(0)
     share, tile, first = program % SPLIT, program // SPLIT % TILES, program // (SPLIT * TILES) * BLOCK_V
-    column = tl.arange(0, COLUMNS)
-    vector, place = first + column // INNER, column % INNER
+    column = tl.arange(0, BLOCK_V * READ)
+    vector = first + column // READ
     in_x = (vector < vectors)[None, :]
-    x_ptr += (vector // BLOCKS).to(tl.int64) * stride_x + vector % BLOCKS * SIZE + place
-    byte = tl.arange(0, COLUMNS // STEP) * STEP
-    in_signs = (first + byte // INNER < vectors)[None, :]
-    feature = ((first + byte // INNER) % BLOCKS * SIZE + byte % INNER)[None, :]
+    x_ptr += (vector // BLOCKS).to(tl.int64) * stride_x + vector % BLOCKS * SIZE + column % READ
+    byte = tl.arange(0, BLOCK_V * READ // STEP) * STEP
+    in_signs = (first + byte // READ < vectors)[None, :]
+    feature = ((first + byte // READ) % BLOCKS * SIZE + byte % READ)[None, :]
     row = tile * BLOCK_G + tl.arange(0, BLOCK_G)[:, None]
-    values = tl.zeros((BLOCK_G, COLUMNS), dtype=tl.float32)
-    for other in range(SPLIT):
-        common = share & other
-        turned = (0x6996 >> ((common ^ (common >> 4)) & 15)) & 1  # whether S has -1 there: the parity of common bits
+    values = tl.zeros((BLOCK_G, BLOCK_V * INNER), dtype=tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # a product waits for y itself, and reads its weight till then
+    for other in range(0, SPLIT, TOGETHER):
+        turned = 0 if TOGETHER > 1 else _negative(share, other)
+        sums = tl.zeros((BLOCK_G, BLOCK_V * READ), dtype=tl.float32) if TOGETHER > 1 else values
         for start in range(0, CORE, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             at, in_k = k[:, None] * POWER + other * INNER, (k < CORE)[:, None]
@@ -126,7 +150,7 @@ def rotate_kernel(
             if not INVERSE:
                 x = _flipped(x, signs_ptr, feature + at, in_k & in_signs, STEP)
             if CORE == 1:
-                values += tl.where(turned != 0, -1.0, 1.0) * x.to(tl.float32)
+                sums += tl.where(turned != 0, -1.0, 1.0) * x.to(tl.float32)
             else:
                 if INVERSE:
                     minus = turned ^ _core(k[None, :], row, CORE, Q, ROOT, NEGATIVE)
@@ -136,16 +160,22 @@ def rotate_kernel(
                 if dtype == tl.float32:
                     for _ in tl.static_range(2):
                         top, x = _top(x)
-                        values = dot(matrix, top, values, INTERPRETED)
+                        sums = dot(matrix, top, sums, INTERPRETED)
                     x = round_to(x, narrow, INTERPRETED)
-                values = dot(matrix, x, values, INTERPRETED)
+                sums = dot(matrix, x, sums, INTERPRETED)
+        values = values + _one_share(sums, share, other, BLOCK_V, TOGETHER) if TOGETHER > 1 else sums
     # columns first: Triton then keeps their highest bits in registers, where the stages put them
     values = tl.permute(tl.reshape(values, (BLOCK_G, BLOCK_V, INNER)), (2, 0, 1))
     values = _sylvester(tl.reshape(values, (INNER, BLOCK_G * BLOCK_V)), STAGES)
     values = tl.permute(tl.reshape(values, (INNER, BLOCK_G, BLOCK_V)), (1, 2, 0))
-    y = round_to(tl.reshape(values, (BLOCK_G, COLUMNS)) * SCALE, dtype, INTERPRETED)
+    y = round_to(tl.reshape(values, (BLOCK_G, BLOCK_V * INNER)) * SCALE, dtype, INTERPRETED)
     at = row * POWER + share * INNER
+    column = tl.arange(0, BLOCK_V * INNER)
+    vector = first + column // INNER
     if INVERSE:
+        byte = tl.arange(0, BLOCK_V * INNER // STEP) * STEP
+        in_signs = (first + byte // INNER < vectors)[None, :]
+        feature = ((first + byte // INNER) % BLOCKS * SIZE + byte % INNER)[None, :]
         y = _flipped(y, signs_ptr, feature + at, (row < CORE) & in_signs, STEP)
-    y_ptr += vector.to(tl.int64) * SIZE + place
-    tl.store(y_ptr[None, :] + at, y, mask=(row < CORE) & in_x)
+    y_ptr += vector.to(tl.int64) * SIZE + column % INNER
+    tl.store(y_ptr[None, :] + at, y, mask=(row < CORE) & (vector < vectors)[None, :])

@@ -124,10 +124,11 @@ def packed_attention(
     share = -(-tokens // (splits * block)) * block
     splits = -(-tokens // share)
     shares = splits + 1 + (sink is not None)
-    scaled = q.contiguous().to(torch.float16).mul(scaling / math.log(2))  # for powers of 2
+    q = q if q.stride(3) == 1 else q.contiguous()
+    scaled = torch.empty(q.shape, dtype=torch.float16, device=q.device)  # the kernel's own
     turned = None
     if packed.places is not None:  # what gathers channels reads the rows of a program side by side
-        turned = torch.nn.functional.pad(scaled, (0, 0, 0, -rows % 16)).unflatten(2, (-1, 16)).mT.contiguous()
+        turned = torch.empty(batch * heads * -(-rows // 16) * 16 * size, dtype=torch.float16, device=q.device)
     partial = torch.empty(batch * heads * shares * rows * (size + 2), dtype=torch.float32, device=q.device)
     acc, highest, total = partial.split([count * batch * heads * shares * rows for count in (size, 1, 1)])
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -146,14 +147,15 @@ def packed_attention(
     sink_k, sink_v = sink or Plain(none.k[:, :, :0], none.v[:, :, :0])
     with torch.cuda.device_of(q):
         decode_kernel[(batch * heads, shares, -(-rows // 16))](
-            scaled, k_words, packed.k_scale, packed.k_low, v_words, packed.v_scale, packed.v_low,
+            q, scaled, k_words, packed.k_scale, packed.k_low, v_words, packed.v_scale, packed.v_low,
             pointer(packed.down), pointer(packed.up), pointer(packed.up_scale), pointer(packed.up_low),
             pointer(packed.places), pointer(packed.kept), pointer(turned),
             buffer_k, buffer_v, sink_k, sink_v, pointer(seen), acc, highest, total,
             tokens, share, splits, buffer_k.shape[2], sink_k.shape[2], new, rows, heads,
             head(k_words), head(packed.k_scale), head(v_words), head(packed.v_scale), head(packed.up),
             head(packed.up_scale), head(packed.places), buffer_k.stride(1), sink_k.stride(1),
-            0 if mask is None else mask.shape[2],
+            0 if mask is None else mask.shape[2], q.stride(0), q.stride(1), q.stride(2),
+            scaling / math.log(2),  # for powers of 2
             BLOCK_N=block, D=size, K_BITS=packed.k_bits, V_BITS=packed.v_bits,
             K_GROUP=k_group, GROUPS=packed.v_scale.shape[3],
             RANK=rank, UP_BITS=16 if packed.up_scale is None else 8,

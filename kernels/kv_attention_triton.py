@@ -10,6 +10,10 @@ share of its tokens (split-KV). Nothing is decoded to memory:
 with a running maximum and sum. Two more shares are the newest tokens and the first ones, which are not packed;
 `merge_kernel` joins them all.
 
+Loops read q in fp16 and scaled for powers of 2 again and again, which is not to cost them instructions, nor a decode
+step launches before this one: every program first writes it (`_scaled`). Programs of one head write the same numbers to
+the same places, and each reads them after it has written them itself.
+
 Codes are multiplied as they lie in their word: some bits of it, with the others masked off, are a subnormal float of
 fp16, code * 2^(shift - 24), which PTX's mma takes as exactly as any other. So a code costs half an instruction, and
 the powers of two go into q and into the result. Fields of a word are channels D / fields apart, and are multiplied one
@@ -139,6 +143,19 @@ def _softmax(scores, highest, total):
 
 
 @triton.jit
+def _scaled(q_ptr, scaled_ptr, turned_ptr, row, real, row_stride, factor, D: tl.constexpr, TURNED: tl.constexpr):
+    """Writes rows of q [rows, D] times a factor in fp16, and where TURNED side by side, [D, 16], 0 for those that are
+    not real; what the program's lanes read of it from here on is there."""
+    d = tl.arange(0, D)
+    q = tl.load(q_ptr + row[:, None] * row_stride + d[None, :], mask=real[:, None], other=0.0)
+    q = (q.to(tl.float32) * factor).to(tl.float16)
+    tl.store(scaled_ptr + row[:, None] * D + d[None, :], q, mask=real[:, None])
+    if TURNED:
+        tl.store(turned_ptr + d[None, :] * 16 + tl.arange(0, 16)[:, None], q)
+    tl.debug_barrier()
+
+
+@triton.jit
 def packed_share(
     q_ptr, k_ptr, k_scale_ptr, k_low_ptr, v_ptr, v_scale_ptr, v_low_ptr,
     down_ptr, up_ptr, up_scale_ptr, up_low_ptr, index_ptr, kept_ptr, turned_ptr, mask_ptr,
@@ -256,31 +273,36 @@ def plain_share(
 
 @triton.jit(do_not_specialize=["tokens", "share", "splits", "buffered", "sinks", "new"])
 def decode_kernel(
-    q_ptr, k_ptr, k_scale_ptr, k_low_ptr, v_ptr, v_scale_ptr, v_low_ptr,
+    q_ptr, scaled_ptr, k_ptr, k_scale_ptr, k_low_ptr, v_ptr, v_scale_ptr, v_low_ptr,
     down_ptr, up_ptr, up_scale_ptr, up_low_ptr, index_ptr, kept_ptr, turned_ptr,
     buffer_k_ptr, buffer_v_ptr, sink_k_ptr, sink_v_ptr, mask_ptr, acc_ptr, max_ptr, sum_ptr,
     tokens, share, splits, buffered, sinks, new, rows, heads,
     k_head, k_scale_head, v_head, v_scale_head, up_head, up_scale_head, kept_head, buffer_head, sink_head, mask_row,
+    q_batch, q_head, q_row, factor,
     BLOCK_N: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_GROUP: tl.constexpr,
     GROUPS: tl.constexpr, RANK: tl.constexpr, UP_BITS: tl.constexpr, UP_GROUP: tl.constexpr, KEPT: tl.constexpr,
     MASKED: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """See the module. `*_head` are elements from one head's tensors to the next, `share` the tokens of a program;
+    """See the module. `*_head` are elements from one head's tensors to the next, `share` the tokens of a program; q is
+    scaled by `factor`, scaled_ptr [heads, rows, D] and turned_ptr [heads, tiles of rows, D, 16] are room for it;
     share number `splits` is the buffer, whose newest tokens are the `new` queries' own, and the next one the sinks."""
     head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = tl.program_id(2) * 16 + tl.arange(0, 16)
     real = row < rows
-    q_ptr += head * rows * D
+    q_ptr += head // heads * q_batch + head % heads * q_head
+    scaled_ptr += head * rows * D
+    turned_ptr += (head * tl.num_programs(2) + tl.program_id(2)) * (D * 16)
+    _scaled(q_ptr, scaled_ptr, turned_ptr, row, real, q_row, factor, D, KEPT > 0)
     masks = mask_ptr + ((head // heads) * new + row % new) * mask_row
     place = (head * tl.num_programs(1) + split) * rows
     acc_ptr, max_ptr, sum_ptr = acc_ptr + place * D, max_ptr + place, sum_ptr + place
     if split < splits:
         packed_share(
-            q_ptr, k_ptr + head * k_head, k_scale_ptr + head * k_scale_head, k_low_ptr + head * k_scale_head,
+            scaled_ptr, k_ptr + head * k_head, k_scale_ptr + head * k_scale_head, k_low_ptr + head * k_scale_head,
             v_ptr + head * v_head, v_scale_ptr + head * v_scale_head, v_low_ptr + head * v_scale_head,
             down_ptr + head * (D * RANK), up_ptr + head * up_head, up_scale_ptr + head * up_scale_head,
             up_low_ptr + head * up_scale_head, index_ptr + head * kept_head, kept_ptr + head * kept_head,
-            turned_ptr + (head * tl.num_programs(2) + tl.program_id(2)) * (D * 16), masks,
+            turned_ptr, masks,
             row, real, split * share, tl.minimum(tokens, (split + 1) * share), sinks, acc_ptr, max_ptr, sum_ptr,
             BLOCK_N, D, K_BITS, V_BITS, K_GROUP, GROUPS, RANK, UP_BITS, UP_GROUP, KEPT, MASKED, ASM, INTERPRETED,
         )  # fmt: skip
@@ -293,7 +315,7 @@ def decode_kernel(
         # a mask says itself what a row sees; without one, a new token sees itself and what was there before it
         last = row * 0 + count if MASKED else tl.where(is_buffer, buffered - new + row % new, count + row * 0)
         plain_share(
-            q_ptr, k_plain, v_plain, masks, row, real, count, last, tl.where(is_buffer, sinks + tokens, 0),
+            scaled_ptr, k_plain, v_plain, masks, row, real, count, last, tl.where(is_buffer, sinks + tokens, 0),
             acc_ptr, max_ptr, sum_ptr, 16, D, MASKED, INTERPRETED,
         )  # fmt: skip
 

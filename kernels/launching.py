@@ -69,6 +69,34 @@ def current_stream(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
 
 
+_overlapping = False
+
+
+def overlap(enabled: bool) -> None:
+    """Lets rotations and trellis products begin while the kernel before them in their stream still runs. Off at first.
+
+    Programmatic dependent launch, of NVIDIA's GPUs since Hopper: a kernel waits, in all its programs, for the one
+    before to end and for what it wrote, but what does not depend on it may come earlier. A product reads its first
+    codes and steps by then, so where this is on, **the kernel just before a product must not write the product's
+    weight**: true of inference, where a rotation or a norm is before it, not of a loop that changes packed weights.
+
+    Applies to launches from then on, those that CUDA graphs record among them. Never run on a GPU yet.
+    """
+    global _overlapping
+    _overlapping = enabled
+
+
+def overlapping() -> bool:
+    """Whether `overlap` is on."""
+    return _overlapping
+
+
+def dependent(tensor: Tensor) -> dict[str, bool]:
+    """What a kernel that may overlap with the one before is launched with: its constant PDL, and Triton's option."""
+    newer = tensor.is_cuda and torch.version.hip is None and properties(tensor.device)[0] >= 90
+    return {"PDL": True, "launch_pdl": True} if _overlapping and newer else {"PDL": False}
+
+
 class _Counters:
     """Zeros that split-K launches count their shares in, and leave zero: no launch has to clear them.
 

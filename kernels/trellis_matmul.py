@@ -22,7 +22,7 @@ so that this file imports where there is no Triton.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -41,7 +41,7 @@ COMPILED = "quantkit.kernels.trellis_numba"
 BLOCK_N = 128
 """Rows of W a program: 16 for each row of lanes."""
 _TILE = 128
-"""Columns of four warps."""
+"""Columns of two chunks of four warps."""
 
 
 def dequantized(
@@ -113,20 +113,37 @@ class Problem:
 
 def registers(problem: Problem, config: Config) -> int:
     """The most that the assembler may use for a thread, lest it spills; what lets 16, 12 or 8 warps run beside."""
-    half = problem.dtype == torch.float16 and (problem.bits > 6 or problem.K % _TILE != 0)
-    return (128, 168, 255)[min(2, config.block_m // 16 + (half or problem.dtype == torch.float32) + (not problem.wide))]
+    half, ragged = problem.dtype == torch.float16, problem.K % _TILE != 0
+    words = problem.state_bits < 16 or problem.bits == 6 or (problem.ends and chunks(problem, config) == 4)
+    four = problem.bits == 4 and config.block_m == 8
+    more = problem.dtype == torch.float32 or (half and (problem.bits > 6 or four or ragged))
+    more = more or (config.block_m <= 16 and bool(words)) or (config.block_m > 8 and ragged)
+    return (128, 168, 255)[min(2, config.block_m // 16 + more + (not problem.wide))]
 
 
 @lru_cache(maxsize=4096)  # asked at every launch
 def rule(problem: Problem) -> Config:
-    """Sizes for a launch on a GPU that nobody has measured: three programs a multiprocessor, four tiles of K each."""
-    tiles, plain = -(-problem.K // _TILE), problem.dtype == torch.bfloat16 and problem.K % _TILE == 0
-    most = 32 if plain else 16 if problem.wide else 8  # parts of x, and where it ends, take registers too
+    """Sizes for a launch on a GPU that nobody has measured: as many programs as registers let run at a time, all of
+    whose first chunks are then on their way, with two tiles of K each, or four where shares have many sums."""
+    tiles = -(-problem.K // _TILE)
+    plain = problem.dtype == torch.bfloat16 and problem.K % _TILE == 0
+    long = problem.state_bits == 16 and problem.bits != 6  # else windows' words are more
+    most = 32 if plain and long else 16 if problem.wide else 8  # parts of x, and where it ends, take registers too
     block_m = 8 if problem.M <= 8 else min(most, 16 if problem.M <= 16 else 32)
     programs, split = -(-problem.N // BLOCK_N) * -(-problem.M // block_m), 1
-    while programs * split < 3 * problem.multiprocessors and split < 32 and tiles // (2 * split) >= 4:
+    config = Config(block_m, BLOCK_N, num_warps=4, num_stages=1)
+    wanted, fewest = 512 // registers(problem, config) * problem.multiprocessors, 2 if block_m == 8 else 4
+    while programs * split < wanted and split < 32 and tiles // (2 * split) >= fewest:
         split *= 2
-    return Config(block_m, BLOCK_N, split, num_warps=4, num_stages=1)
+    return replace(config, split_k=split)
+
+
+def chunks(problem: Problem, config: Config) -> int:
+    """Chunks of a warp in a tile: as many as registers hold the words of."""
+    light = problem.bits <= (4 if config.block_m == 8 else 2 if config.block_m == 16 else 0)
+    whole = problem.K % (64 * config.num_warps) == 0
+    plain = problem.dtype == torch.bfloat16 and (problem.state_bits == 16 or config.block_m == 8)
+    return 4 if light and whole and problem.wide and plain else 2
 
 
 def constants(problem: Problem, warps: int) -> dict[str, Any]:
@@ -137,8 +154,9 @@ def constants(problem: Problem, warps: int) -> dict[str, Any]:
 
 def tile_constants(problem: Problem, config: Config) -> dict[str, Any]:
     """Those of the kernel of few rows that follow from its sizes."""
-    ragged = problem.K % (32 * config.num_warps) != 0
-    return {"RAGGED": ragged, "SPLIT_K": config.split_k, "BLOCK_M": config.block_m}
+    ahead = chunks(problem, config)
+    ragged = problem.K % (16 * ahead * config.num_warps) != 0
+    return {"CHUNKS": ahead, "RAGGED": ragged, "SPLIT_K": config.split_k, "BLOCK_M": config.block_m}
 
 
 def launch(
@@ -164,8 +182,10 @@ def launch(
     """
     check(x, codes, scales, scale, bits, state_bits, parts, bias, up, down)
     rows, out_features = launching.rows_of(x), sum(parts)
-    if scales.data_ptr() % 4:  # read by words
+    if scales.data_ptr() % 4:  # read by words; a weight that was prepared has none such
         scales = scales.clone()
+    if rows.data_ptr() % 4:
+        rows = rows.clone()
     if not len(rows):
         return x.new_empty(*x.shape[:-1], out_features)
     capability, multiprocessors, gpu = launching.properties(x.device)
@@ -198,8 +218,8 @@ def _fused(rows, codes, scales, scale, bias, up, inner, y, problem: Problem, con
         rows, codes, scales, scale, *(or_stand_in(tensor, y) for tensor in (bias, up, inner)), y, partial, arrived,
         problem.M, problem.N, problem.K, len(codes), rows.stride(0), 0 if up is None else up.shape[1],
         **constants(problem, config.num_warps), **tile_constants(problem, config), HAS_BIAS=bias is not None,
-        BLOCK_R=launching.block_r(up), **launching.machine(y), num_warps=config.num_warps, num_stages=1,
-        maxnreg=registers(problem, config),
+        BLOCK_R=launching.block_r(up), **launching.machine(y), **launching.dependent(y), num_warps=config.num_warps,
+        num_stages=1, maxnreg=registers(problem, config),
     )  # fmt: skip
 
 

@@ -5,9 +5,13 @@ neighbouring columns of an operand [rows, 2 * columns], both multiplied by the s
 converted or packed, and no weight leaves the lane that decoded it.
 
 A lane of mma.sync has a *run* of 16 neighbouring rows in 4 neighbouring columns of each *chunk* of 16 columns: 16 bytes
-of each of the few lines of codes that hold the run's windows. They are read straight into registers while the chunk
-before is decoded, in the layout that is multiplied. The warps of a program share out the columns of a tile, two chunks
-each; their products are a batch, which is summed at the end.
+of each of the few lines of codes that hold the run's windows. They are read straight into registers, in the layout that
+is multiplied. The warps of a program share out the columns of a tile, CHUNKS each; their products are a batch, which is
+summed at the end. When a chunk has been decoded, its registers are what the same chunk of the next tile is read into,
+with its steps and up to 8 rows of x: CHUNKS chunks a warp are on their way at the start, one less ever after.
+
+Staged by cp.async through shared memory instead (four slots a warp, inline assembly, no barrier but a warp's), a weight
+took 4.5 instructions where it now takes 4.2: reading the slots and keeping their order cost more than registers do.
 
 x is multiplied by the columns' steps, and then split into bf16 whose sum it is: one of bf16, which is rounded, two of
 fp16 and three of fp32.
@@ -183,23 +187,21 @@ def split_text(parts: int) -> str:
 
 
 @triton.jit
-def _parts(x, steps, ASM: tl.constexpr, INTERPRETED: tl.constexpr):
-    """x times the steps of columns, of any shape -> the bf16s [shape, 2] whose sum it is, each twice; a tuple."""
+def _parts(numbers, PARTS: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr):
+    """fp32 numbers of any shape -> the PARTS bf16s [shape, 2] whose sum it is, each twice; a tuple."""
     found = ()
-    PARTS: tl.constexpr = 1 if x.dtype == tl.bfloat16 else 2 if x.dtype == tl.float16 else 3
-    rest = x.to(tl.float32) * steps
     if ASM:
         HOW: tl.constexpr = "=r,f" if PARTS == 1 else "=&r,=&r,f" if PARTS == 2 else "=&r,=&r,=&r,f"
         words = tl.inline_asm_elementwise(
-            split_text(PARTS), HOW, [rest], dtype=(tl.int32,) * PARTS, is_pure=True, pack=1
+            split_text(PARTS), HOW, [numbers], dtype=(tl.int32,) * PARTS, is_pure=True, pack=1
         )
         for i in tl.static_range(PARTS):
             low, high = _halves(words[i], False)
             found = found + (tl.join(low, high),)
     else:
         for _ in tl.static_range(PARTS):
-            part = round_to(rest, tl.bfloat16, INTERPRETED)
-            rest -= part.to(tl.float32)
+            part = round_to(numbers, tl.bfloat16, INTERPRETED)
+            numbers -= part.to(tl.float32)
             found = found + (tl.join(part, part),)
     return found
 
@@ -245,43 +247,80 @@ def _neighbours(n):
 
 
 @triton.jit
-def _load(pointer, at, column, K, WIDE: tl.constexpr, RAGGED: tl.constexpr):
-    """Four neighbours from `at` columns behind pointers [lanes] on, [lanes, 4]; RAGGED: 0 beyond the K-th column.
+def _load(pointer, at, column, stop, older, WIDE: tl.constexpr, RAGGED: tl.constexpr):
+    """Four neighbours from `at` columns behind pointers [lanes] on, [lanes, 4].
+
+    From column `stop` on, where RAGGED, 0. Else whole chunks are inside or not: those that are not are `older`, which
+    takes no register of its own; None where all are.
 
     Not WIDE: one by one, because else they would be read in another layout, and brought here through shared memory.
     """
     if WIDE:
-        inside = (at + column < K)[:, None] if RAGGED else None
-        x = tl.load((pointer + at)[:, None] + tl.arange(0, 4)[None, :], mask=inside, other=0 if RAGGED else None)
+        inside = (at + column < stop)[:, None] if RAGGED else None if older is None else at < stop
+        x = tl.load((pointer + at)[:, None] + tl.arange(0, 4)[None, :], mask=inside, other=0 if RAGGED else older)
     else:
         n = ()
         for i in tl.static_range(4):
-            n = n + (tl.load(pointer + at + i, mask=at + i + column < K, other=0),)
+            n = n + (tl.load(pointer + at + i, mask=at + i + column < stop, other=0),)
         x = _neighbours(n)
     return x
 
 
 @triton.jit
-def _steps(pointer, at, column, K, WIDE: tl.constexpr, RAGGED: tl.constexpr, ASM: tl.constexpr):
-    """fp32 steps of four neighbours from `at` columns behind pointers [lanes] to uint8 on, [lanes, 4].
+def _load_x(pointer, at, column, stop, older, WIDE: tl.constexpr, RAGGED: tl.constexpr):
+    """As `_load`; where WIDE numbers of 16 bits are words [lanes, 2], whose halves `_numbers` takes without a move."""
+    if WIDE and pointer.dtype.scalar.element_ty != tl.float32:
+        inside = (at + column < stop)[:, None] if RAGGED else None if older is None else at < stop
+        pointers = (pointer + at).to(tl.pointer_type(tl.int32))[:, None] + tl.arange(0, 2)[None, :]
+        x = tl.load(pointers, mask=inside, other=0 if RAGGED else older)
+    else:
+        x = _load(pointer, at, column, stop, older, WIDE, RAGGED)
+    return x
 
-    WIDE: a word of four bytes. Each is moved to where a fp32 has its exponent's last bits and its fraction's first.
+
+@triton.jit
+def _numbers(x, dtype: tl.constexpr):
+    """What `_load_x` gave -> fp32 [lanes, 4]."""
+    if x.dtype == tl.int32:
+        if dtype == tl.bfloat16:
+            low, high = _halves(x, True)
+        else:
+            low, high = x.to(tl.int16).to(dtype, bitcast=True), (x >> 16).to(tl.int16).to(dtype, bitcast=True)
+        x = tl.reshape(tl.join(low, high), (x.shape[0], 4))
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _load_steps(pointer, at, column, stop, older, WIDE: tl.constexpr, RAGGED: tl.constexpr):
+    """As `_load`, of uint8: a word [lanes] of four where WIDE."""
+    if WIDE:
+        inside = at + column < stop if RAGGED else None if older is None else at < stop
+        codes = tl.load((pointer + at).to(tl.pointer_type(tl.int32)), mask=inside, other=0 if RAGGED else older)
+    else:
+        codes = _load(pointer, at, column, stop, None, False, True).to(tl.int32)
+    return codes
+
+
+@triton.jit
+def _steps(codes, WIDE: tl.constexpr, ASM: tl.constexpr):
+    """What `_load_steps` gave -> fp32 steps [lanes, 4].
+
+    Each code is moved to where a fp32 has its exponent's last bits and its fraction's first.
     """
     if WIDE:
-        inside = at + column < K if RAGGED else None
-        word = tl.load((pointer + at).to(tl.pointer_type(tl.int32)), mask=inside, other=0 if RAGGED else None)
-        moved = _neighbours((word << 19, word << 11, word << 3, word >> 5))
+        moved = _neighbours((codes << 19, codes << 11, codes << 3, codes >> 5))
     else:
-        moved = _load(pointer, at, column, K, False, True).to(tl.int32) << 19
+        moved = codes << 19
     return mask_or(moved, 0xFF << 19, 112 << 23, ASM).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _loaded(line_ptrs, at, column, K, WIDE: tl.constexpr, RAGGED: tl.constexpr):
-    """The words of the chunk that begins at a column, a tuple of [lanes, 4]."""
+def _loaded(line_ptrs, at, column, stop, older, WIDE: tl.constexpr, RAGGED: tl.constexpr):
+    """The words of the chunk that begins at a column, a tuple of [lanes, 4]; `older` as in `_load`, words or None."""
     found = ()
     for i in tl.static_range(len(line_ptrs)):
-        found = found + (_load(line_ptrs[i], at, column, K, WIDE, RAGGED),)
+        before = None if older is None else older[i]
+        found = found + (_load(line_ptrs[i], at, column, stop, before, WIDE, RAGGED),)
     return found
 
 
@@ -290,23 +329,26 @@ def multiply_kernel(
     x_ptr, codes_ptr, scales_ptr, scale_ptr, bias_ptr, up_ptr, inner_ptr, y_ptr, partial_ptr, arrived_ptr,
     M, N, K, lines, stride_xm, rank,
     BITS: tl.constexpr, STATE_BITS: tl.constexpr, ENDS: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr, WARPS: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr,
-    ASM: tl.constexpr, INTERPRETED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr, WARPS: tl.constexpr, CHUNKS: tl.constexpr, SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Few rows of x: 128 rows of W times BLOCK_M rows of x, over one of SPLIT_K shares of K's tiles.
 
     Shares leave fp32 partial sums; the last to arrive adds them in order.
     """
-    UPCAST: tl.constexpr = INTERPRETED or x_ptr.dtype.element_ty == tl.float32
-    STEP: tl.constexpr = 32 * WARPS
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    UPCAST: tl.constexpr = INTERPRETED or DTYPE == tl.float32
+    PARTS: tl.constexpr = 1 if DTYPE == tl.bfloat16 else 2 if DTYPE == tl.float16 else 3
+    STEP: tl.constexpr = 16 * CHUNKS * WARPS
+    EARLY: tl.constexpr = BLOCK_M == 8 or CHUNKS == 4  # else x takes more registers than there are
     tile_n, tile_m, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_row_m = tile_m.to(tl.int64) * BLOCK_M
-    row, column = _place(tl.arange(0, 32 * WARPS), WARPS, 2)
+    row, column = _place(tl.arange(0, 32 * WARPS), WARPS, CHUNKS)
     part, first, behind = _part(tile_n, ENDS)
     line_ptrs = _line_pointers(codes_ptr, row, column, K, lines, first, behind, BITS, STATE_BITS, ENDS)
     middle = (row * (16 * BITS) % 32)[:, None]
     places = tl.arange(0, 4 * WARPS * BLOCK_M)  # of x: the lanes, once for every 8 of its rows
-    row_m, column_x = _place(places, WARPS, 2)
+    row_m, column_x = _place(places, WARPS, CHUNKS)
     row_m += first_row_m + places // (32 * WARPS) * 8
     x_row_ptr = x_ptr + tl.minimum(row_m, M - 1) * stride_xm + column_x
     step_ptr = scales_ptr + part * K + column_x
@@ -314,16 +356,35 @@ def multiply_kernel(
     tiles = tl.cdiv(K, STEP)
     per_share = tl.cdiv(tiles, SPLIT_K)
     begin, end = share * per_share, tl.minimum((share + 1) * per_share, tiles)
-    words = _loaded(line_ptrs, tl.minimum(begin, tiles - 1) * STEP, column, K, WIDE, RAGGED)
+    stop = tl.minimum(end * STEP, K)
+    words, xs, steps = (), (), ()
+    start = tl.minimum(begin, tiles - 1) * STEP  # a share may have no tile
+    for chunk in tl.static_range(CHUNKS):
+        at = start + 16 * chunk
+        words = words + (_loaded(line_ptrs, at, column, stop, None, WIDE, RAGGED),)
+        if EARLY:
+            steps = steps + (_load_steps(step_ptr, at, column_x, stop, None, WIDE, RAGGED),)
+    if PDL:  # all before is the weight's; what is read or written from here on may be the kernel's before
+        tl.extra.cuda.gdc_wait()
+    if EARLY:
+        for chunk in tl.static_range(CHUNKS):
+            xs = xs + (_load_x(x_row_ptr, start + 16 * chunk, column_x, stop, None, WIDE, RAGGED),)
     for tile in range(begin, end):
-        for chunk in tl.static_range(2):
-            at = tile * STEP + 16 if chunk == 0 else tl.minimum(tile + 1, end - 1) * STEP
-            following = _loaded(line_ptrs, at, column, K, WIDE, RAGGED)
-            x = _load(x_row_ptr, tile * STEP + 16 * chunk, column_x, K, WIDE, RAGGED)
-            steps = _steps(step_ptr, tile * STEP + 16 * chunk, column_x, K, WIDE, RAGGED, ASM)
-            pairs, parts = _pairs(words, middle, BITS, STATE_BITS, ASM), _parts(x, steps, ASM, INTERPRETED)
+        next_words, next_xs, next_steps = (), (), ()
+        for chunk in tl.static_range(CHUNKS):
+            at = (tile + 1) * STEP + 16 * chunk
+            pairs = _pairs(words[chunk], middle, BITS, STATE_BITS, ASM)
+            next_words = next_words + (_loaded(line_ptrs, at, column, stop, words[chunk], WIDE, RAGGED),)
+            if EARLY:
+                x, codes = xs[chunk], steps[chunk]
+                next_xs = next_xs + (_load_x(x_row_ptr, at, column_x, stop, x, WIDE, RAGGED),)
+                next_steps = next_steps + (_load_steps(step_ptr, at, column_x, stop, codes, WIDE, RAGGED),)
+            else:
+                x = _load(x_row_ptr, at - STEP, column_x, stop, None, WIDE, RAGGED)
+                codes = _load_steps(step_ptr, at - STEP, column_x, stop, None, WIDE, RAGGED)
+            parts = _parts(_numbers(x, DTYPE) * _steps(codes, WIDE, ASM), PARTS, ASM, INTERPRETED)
             accumulator = _multiplied(pairs, parts, accumulator, WARPS, BLOCK_M, INTERPRETED)
-            words = following
+        words, xs, steps = next_words, next_xs, next_steps
     total = tl.sum(accumulator, 0)
     rows_n = tile_n.to(tl.int64) * 128 + row_order(128, 1)
     rows_m = first_row_m + tl.arange(0, BLOCK_M)
@@ -352,8 +413,9 @@ def dequantize_kernel(
     part, first, behind = _part(tl.program_id(0), ENDS)
     line_ptrs = _line_pointers(codes_ptr, row, column, K, lines, first, behind, BITS, STATE_BITS, ENDS)
     middle = (row * (16 * BITS) % 32)[:, None]
-    low, high = _halves(_pairs(_loaded(line_ptrs, at, column, K, WIDE, True), middle, BITS, STATE_BITS, ASM), True)
-    steps = _steps(scales_ptr + part * K + column, at, column, K, WIDE, True, ASM)
+    words = _loaded(line_ptrs, at, column, K, None, WIDE, True)
+    low, high = _halves(_pairs(words, middle, BITS, STATE_BITS, ASM), True)
+    steps = _steps(_load_steps(scales_ptr + part * K + column, at, column, K, None, WIDE, True), WIDE, ASM)
     weight = (low + high) * steps[:, :, None, None, None, None] * tl.load(scale_ptr + part)
     weight = tl.reshape(weight, (WARPS, 8, 4, 4, 2, 2, 2, 2))
     weight = tl.permute(weight, (1, 7, 6, 5, 4, 0, 2, 3))

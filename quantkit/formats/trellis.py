@@ -121,7 +121,9 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
         return plans.Planned(trellis_matmul, launch, self.codes, self.scales, self.scale, *form)
 
     def prepare(self) -> None:
-        """Allocates what launches on a GPU share."""
+        """Allocates what launches on a GPU share, and moves steps to where a word begins, as the kernel reads them."""
+        if not self.scales.is_meta and self.scales.data_ptr() % 4:
+            self.scales.data = self.scales.clone()  # of the module's buffer too, which this is
         if self.codes.is_cuda:
             launching.prepare(self.codes.device)
 

@@ -2,11 +2,14 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from quantkit.kernels import hadamard
+from quantkit.kernels import hadamard, launching
 from quantkit.kernels.hadamard import factors, launch, paley, random_signs, reference, rotate, sizes, unpack_signs
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -229,10 +232,62 @@ def test_sizes_spread_few_rows_and_respect_registers():
             columns = chosen.block_v * chosen.inner
             assert power % chosen.inner == 0
             assert core == 1 or min(columns, chosen.block_g, chosen.block_k) >= 16
-            assert columns * max(chosen.block_g, chosen.block_k) <= (128 if core > 1 else 64) * 32 * chosen.num_warps
+            read = chosen.together * columns
+            assert chosen.together == 1 or (power // chosen.inner) % chosen.together == 0
+            assert read * max(chosen.block_g, chosen.block_k) <= (128 if core > 1 else 64) * 32 * chosen.num_warps
             assert columns * chosen.block_g * 4 <= 64 * 1024
             assert chosen.programs(rows, n) * columns * chosen.block_g >= rows * n
     programs = {n: sizes(1, n, torch.float16).programs(1, n) for n in (4096, 11008, 14336, 18944, 65536)}
-    assert programs == {4096: 1, 11008: 43, 14336: 2, 18944: 10, 65536: 4}
+    assert programs == {4096: 4, 11008: 43, 14336: 8, 18944: 10, 65536: 16}
     programs = {n: sizes(2**20, n, torch.float16).programs(4096, n) for n in (1024, 4096, 14336, 28672)}
     assert programs == {1024: 1024, 4096: 4096, 14336: 4096, 28672: 8192}
+
+
+COMPILED = """
+import re
+from dataclasses import replace
+from quantkit.evals import kernel_build, kernel_families
+for arch in (80, 90):
+    builds = [*kernel_families.rotation(arch, True), *kernel_families.trellis(arch, True)]
+    for kernel in ("rotate 4096 M=1 bf16", "trellis multiply K=2 L=16 M=8 bf16"):
+        build = next(build for build in builds if build.name.startswith(kernel))
+        pdl = arch >= 90
+        binary = kernel_build.compile_build(replace(build, constants=build.constants | {"PDL": pdl}))
+        text = binary.asm["ptx"]
+        order = re.findall(r"griddepcontrol\\.\\w+|ld\\.global\\S*|st\\.global\\S*|atom\\S+|red\\.\\S+", text)
+        print(kernel.split()[0], arch, *order)
+"""
+
+
+def test_dependent_launches_wait_before_they_read_or_write_what_others_do():
+    """As they are compiled; codes and steps of the weight alone are read before."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
+    lines = {tuple(line.split()[:2]): line.split()[2:] for line in result.stdout.splitlines()}
+    assert set(lines) == {(kernel, arch) for kernel in ("rotate", "trellis") for arch in ("80", "90")}, result.stderr
+    for (_, arch), order in lines.items():
+        assert sum(text.startswith("griddepcontrol") for text in order) == 0 or arch == "90"
+    rotate, trellis = lines["rotate", "90"], lines["trellis", "90"]
+    assert rotate[:2] == ["griddepcontrol.wait", "griddepcontrol.launch_dependents"]
+    wait = trellis.index("griddepcontrol.wait")
+    assert wait == 12  # four chunks: two lines of codes each, and steps
+    assert all(text.startswith("ld.global") for text in trellis[:wait])
+    assert sum(text.startswith("griddepcontrol") for text in rotate + trellis) == 3
+
+
+def test_dependent_launches_are_asked_for():
+    device = torch.zeros(1)
+    assert launching.dependent(device) == {"PDL": False}
+    launching.overlap(True)
+    try:
+        assert launching.dependent(device) == {"PDL": False}  # no GPU
+
+        class OnGPU:
+            is_cuda, device = True, "cuda"
+
+        for capability, wanted in ((80, {"PDL": False}), (90, {"PDL": True, "launch_pdl": True})):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(launching, "properties", lambda device, found=capability: (found, 132, "a GPU"))
+                assert launching.dependent(OnGPU()) == wanted
+    finally:
+        launching.overlap(False)

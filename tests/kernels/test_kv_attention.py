@@ -110,6 +110,25 @@ def test_queries_as_models_hand_them_on(heads):
     assert_near(on_packed(query, layer, packed_form(layer), 0.125, None), exact(query, layer, causal(2, 3, 80), 0.125))
 
 
+@pytest.mark.parametrize("outliers", [0.0, 0.05])
+def test_queries_are_cast_and_scaled_by_the_kernel(outliers, monkeypatch):
+    """bf16, rows apart, 33 of them in programs of 16; nothing but the kernels is launched on them."""
+    layer = layer_of(KVCacheConfig(4, 4, group_size=32, buffer=32, outliers=outliers, targets=("k",)), tokens=97)
+    wide = torch.full((2, 2, 33, 80), float("nan"), dtype=torch.bfloat16)
+    wide[..., :64] = torch.randn(2, 2, 33, 64)
+    query, form = wide[..., :64], packed_form(layer)
+    packed = layer.k.packed
+    k, v = (side.dense(torch.float32)[:, :, :packed].double() for side in (layer.k, layer.v))
+    wanted = (query.double() @ k.mT * 0.125).softmax(-1) @ v
+    for name in ("to", "mul", "contiguous"):
+        monkeypatch.setattr(torch.Tensor, name, None)
+    monkeypatch.setattr(torch.nn.functional, "pad", None)
+    found = kv_attention.packed_attention(query, form, 0.125, splits=2)
+    monkeypatch.undo()
+    assert found.dtype == torch.bfloat16
+    assert float((found.double() - wanted).norm() / wanted.norm()) < 4e-3
+
+
 def test_half_precision_queries():
     layer = layer_of(KVCacheConfig.gear(4), tokens=200)
     query = torch.randn(2, 4, 1, 64)

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from quantkit.formats.trellis import TrellisWeight
 from quantkit.kernels import launching, trellis
 from quantkit.kernels import trellis_matmul as kernel
 from quantkit.kernels import trellis_matmul_triton as jit
 from quantkit.kernels.tuning import Config
+from quantkit.linear import QuantizedLinear
 
 from . import ptx
 from .conftest import error
@@ -79,6 +81,22 @@ def test_every_configuration_agrees(bits, in_features, split_k, config):
     assert error(y, x.double() @ weight.T) < 4e-3
 
 
+@pytest.mark.parametrize(("bits", "rows"), [(1, 1), (2, 8), (3, 2), (4, 5), (2, 9), (5, 3)])
+@pytest.mark.parametrize("split_k", [1, 2, 3, 7])
+def test_chunks_read_ahead(bits, rows, split_k):
+    """Shares of many tiles, of one, and of none; every column's product is exactly that of the column alone."""
+    arguments, weight = make(130, 1280, bits)
+    x = torch.randn(rows, 1280).bfloat16()
+    config = Config(8 if rows <= 8 else 16, kernel.BLOCK_N, split_k, 4)
+    problem = kernel.Problem(rows, 130, 1280, bits, 16, x.dtype)
+    assert kernel.chunks(problem, config) == (4 if bits <= 4 else 2)
+    assert error(kernel.launch(x, *arguments, config=config), x.double() @ weight.T) < 4e-3
+    columns = torch.arange(rows) * 131 % 1280
+    one = torch.zeros(rows, 1280).bfloat16()
+    one[torch.arange(rows), columns] = 1
+    assert torch.equal(kernel.launch(one, *arguments, config=config).T, weight[:, columns].bfloat16())
+
+
 @pytest.mark.parametrize(("rows", "in_features"), [(3, 256), (3, 200), (50, 256)])
 @pytest.mark.parametrize("rank", [0, 1, 70])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -147,11 +165,25 @@ def test_leading_dimensions_strides_and_no_rows():
     assert kernel.launch(torch.randn(2, 0, 128), *arguments).shape == (2, 0, 40)
 
 
-def test_steps_that_do_not_begin_with_a_word():
-    (codes, scales, *form), _ = make(40, 128)
+def test_what_does_not_begin_with_a_word(monkeypatch):
+    """Steps and x are read by words: moved for a launch, and steps once where a weight is prepared."""
+    (codes, scales, scale, *form), _ = make(40, 128)
     moved = torch.zeros(129, dtype=torch.uint8)[1:].view(1, 128).copy_(scales)
-    x = torch.randn(3, 128).half()
-    assert torch.equal(kernel.launch(x, codes, moved, *form), kernel.launch(x, codes, scales, *form))
+    x = torch.randn(3, 144).half()[:, 1:129]
+    assert moved.data_ptr() % 4 and x.data_ptr() % 4
+    wanted, given, fused = kernel.launch(x.contiguous(), codes, scales, scale, *form), [], kernel._fused
+
+    def seen(rows, codes, scales, *others):
+        given.extend([rows, scales])
+        fused(rows, codes, scales, *others)
+
+    monkeypatch.setattr(kernel, "_fused", seen)
+    assert torch.equal(kernel.launch(x, codes, moved, scale, *form), wanted)
+    assert not any(tensor.data_ptr() % 4 for tensor in given)
+    linear = QuantizedLinear(TrellisWeight(codes, moved, scale, *form))
+    linear.packed.prepare()
+    assert linear.scales.data_ptr() % 4 == 0 and torch.equal(linear.scales, scales)
+    assert linear.packed.scales is linear.scales
 
 
 def test_what_would_read_out_of_bounds_is_refused():
@@ -241,7 +273,8 @@ def test_rules_fill_a_gpu_and_leave_no_row_out(dtype, capability):
             programs = -(-size[0] // config.block_n) * -(-rows // config.block_m) * config.split_k
             if size[0] * size[1] >= 4096 * 4096:
                 assert programs * config.num_warps >= 7 * 132
-            assert config.split_k == 1 or size[1] // 128 // config.split_k >= 4
+            fewest = 2 if config.block_m == 8 else 4
+            assert config.split_k == 1 or size[1] // 128 // config.split_k >= fewest
             assert config.num_warps * 32 * kernel.registers(problem, config) <= 65536
     assert launching.machine(torch.zeros(1)) == {"ASM": False, "INTERPRETED": True}
 
