@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import prange
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from quantkit.kernels.codebook_rule import range_width
-from quantkit.kernels.numba_words import contracting, decode, exact, run, words_of
+from quantkit.kernels.numba_words import contracting, decode, exact, exact_parallel, run, words_of
 
-FEW = 3
+FEW = 2
 """Rows of x up to which a product a row takes less time than to write W out."""
 _BOOKS = WeakTensorKeyDictionary()
 
@@ -36,7 +37,7 @@ def multiply(
         if own_codes is not None and own_books is not None:
             form = words_of(own_codes), _wide(own_books), *_form(own_books, x.shape[1])
             for row, result in zip(x.detach().contiguous().numpy(), sums, strict=True):
-                run(_multiply, vectors, 1, vectors * v * x.shape[1], *form, row, result)
+                run(_multiply, _multiply_parallel, vectors, 1, vectors * v * x.shape[1], *form, row, result)
     return torch.from_numpy(sums)[..., :v].flatten(1)[:, :out_features].contiguous()
 
 
@@ -55,7 +56,17 @@ def unpack(
     for own_codes, own_books in ((codes, books), (residual_codes, residual_books)):
         if own_codes is not None and own_books is not None:
             form = words_of(own_codes[start:end]), _wide(own_books), *_form(own_books, in_features), v
-            run(_unpack, end - start, 1, out.numel(), *form, own_codes is codes, first - start * v, out.numpy())
+            run(
+                _unpack,
+                _unpack_parallel,
+                end - start,
+                1,
+                out.numel(),
+                *form,
+                own_codes is codes,
+                first - start * v,
+                out.numpy(),
+            )
 
 
 def _form(books: Tensor, in_features: int) -> tuple[int, int]:
@@ -115,6 +126,12 @@ def _multiply(words, books, bits, width, x, sums, first, last):
                 _dot(codes, books[c], x, v, j, c * width, min((c + 1) * width, len(x)), sums[g])
 
 
+@exact_parallel
+def _multiply_parallel(words, books, bits, width, x, sums, ends):
+    for i in prange(len(ends) - 1):
+        _multiply(words, books, bits, width, x, sums, ends[i], ends[i + 1])
+
+
 @exact
 def _unpack(words, books, bits, width, v, fresh, skipped, out, first, last):
     """Writes, or where not `fresh` adds, vectors from `first` to `last`; the first `skipped` rows are not wanted."""
@@ -132,3 +149,9 @@ def _unpack(words, books, bits, width, v, fresh, skipped, out, first, last):
                     for k in range(c * width, min((c + 1) * width, in_features)):
                         entry = book[np.uint64(codes[np.uint64(k)]) * padded + np.uint64(j)]
                         row[np.uint64(k)] = entry if fresh else row[np.uint64(k)] + entry
+
+
+@exact_parallel
+def _unpack_parallel(words, books, bits, width, v, fresh, skipped, out, ends):
+    for i in prange(len(ends) - 1):
+        _unpack(words, books, bits, width, v, fresh, skipped, out, ends[i], ends[i + 1])

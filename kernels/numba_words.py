@@ -11,9 +11,8 @@ compiler on the user's machine.
 """
 
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import Any
 
 import numba
@@ -29,40 +28,52 @@ fast = numba.njit(fastmath=True, **_EXACT)
 """Compiles a loop whose sums may be taken in any order, so that they become vectors."""
 contracting = numba.njit(fastmath={"contract"}, **_EXACT)
 """Compiles a loop in which products are added without a rounding between, and no sum changes its order."""
+fast_parallel = numba.njit(fastmath=True, parallel=True, **_EXACT)
+"""As `fast`, with `numba.prange` over threads."""
+exact_parallel = numba.njit(parallel=True, **_EXACT)
+"""As `exact`, with `numba.prange` over threads."""
 inlined = numba.njit(inline="always", error_model="numpy")
 """A part of other functions, in which constant arguments are constants."""
 
 SMALL = 2**18
 """Weights up to which a call is left to one thread: to wake another takes as long."""
+_LOCK = threading.Lock()
+_forked = False
 
 
-@lru_cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="quantkit")
+def _after_fork() -> None:
+    global _forked
+    _forked = True
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of the threads
+    os.register_at_fork(after_in_child=_after_fork)
 
 
-def run(function: Callable[..., None], count: int, step: int, weights: int, *arguments: Any) -> None:
-    """Calls function(*arguments, first, last) for shares of range(count), as many as torch has threads.
+def run(
+    one: Callable[..., None], many: Callable[..., None], count: int, step: int, weights: int, *arguments: Any
+) -> None:
+    """Does the steps of range(count), by as many threads as torch has.
 
-    Threads of our own, and not numba's `prange`: that takes three times as long to compile, and its threads may be
-    entered by one caller at a time.
+    numba's threads and not our own: OpenMP's, of torch and of numba, stay awake for a while after their work, and
+    others would have to wait for them. A forked process has none of them, and OpenMP ends one that asks for some.
 
     Args:
-        function: compiled, so that it runs beside others.
+        one: (*arguments, first, last), compiled, for the calling thread.
+        many: (*arguments, ends) calls it in threads for all shares [ends[i], ends[i + 1]).
         count, step: shares begin at multiples of `step`.
         weights: numbers that the whole call reads.
     """
     steps = -(-count // step)
-    threads = 1 if weights <= SMALL else min(torch.get_num_threads(), steps)
-    ends = [min(count, steps * i // threads * step) for i in range(threads + 1)]
-    waiting = [_pool(threads - 1).submit(function, *arguments, ends[i], ends[i + 1]) for i in range(1, threads)]
-    function(*arguments, 0, ends[1])
-    for share in waiting:
-        share.result()
+    threads = 1 if weights <= SMALL or _forked else min(torch.get_num_threads(), steps, numba.config.NUMBA_NUM_THREADS)
+    if threads == 1:
+        one(*arguments, 0, count)
+        return
+    ends = np.minimum(steps * np.arange(threads + 1) // threads * step, count)
+    with _LOCK:  # each takes all threads anyway, and not every threading layer of numba's bears two callers
+        if numba.get_num_threads() != threads:
+            numba.set_num_threads(threads)
+        many(*arguments, ends)
 
 
 def words_of(tensor: torch.Tensor) -> Any:

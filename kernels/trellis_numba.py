@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import prange
 from torch import Tensor
 
 from quantkit.kernels import trellis
@@ -21,7 +22,9 @@ from quantkit.kernels.numba_words import (
     differ,
     either,
     exact,
+    exact_parallel,
     fast,
+    fast_parallel,
     inlined,
     mul,
     run,
@@ -31,7 +34,7 @@ from quantkit.kernels.numba_words import (
 )  # fmt: skip
 from quantkit.kernels.trellis import FLIP, INCREMENT, MASK, MULTIPLIER, PLACES
 
-FEW = 3
+FEW = 2
 """Rows of x up to which a product a row takes less time than to write W out."""
 
 
@@ -45,7 +48,7 @@ def multiply(
         for i, (words, first) in enumerate(_parts(codes, bits, parts)):
             result = y[m, first : first + parts[i]].numpy()
             form = words, stepped[m, i].numpy(), bits, state_bits, float(scale[i]), result
-            run(_multiply, parts[i], PLACES, parts[i] * x.shape[1], *form)
+            run(_multiply, _multiply_parallel, parts[i], PLACES, parts[i] * x.shape[1], *form)
     return y
 
 
@@ -66,7 +69,7 @@ def unpack(
         if low < high:
             form = words, steps[i].numpy(), bits, state_bits, float(scale[i])
             target = out[low - first : high - first].numpy()
-            run(_unpack, high - low, 1, target.size, *form, low - start, target)
+            run(_unpack, _unpack_parallel, high - low, 1, target.size, *form, low - start, target)
 
 
 def _parts(codes: Tensor, bits: int, parts: Sequence[int]) -> list[tuple[Any, int]]:
@@ -113,6 +116,12 @@ def _multiply(words, x, bits, state_bits, scale, y, first, last):
         y[n] = np.float32(scale) * _sum(words[word], words[behind], shift, state_bits, x)
 
 
+@fast_parallel
+def _multiply_parallel(words, x, bits, state_bits, scale, y, ends):
+    for i in prange(len(ends) - 1):
+        _multiply(words, x, bits, state_bits, scale, y, ends[i], ends[i + 1])
+
+
 @exact
 def _unpack(words, steps, bits, state_bits, scale, start, out, first, last):
     """Rows from `first` to `last` of `out`, which are those from `start` on of the weight."""
@@ -127,3 +136,9 @@ def _unpack(words, steps, bits, state_bits, scale, start, out, first, last):
             back = np.uint32(32 - shift)
             for k in range(len(row)):
                 row[k] = _value(both(either(shr(one[k], shift), shl(other[k], back)), mask)) * steps[k] * factor
+
+
+@exact_parallel
+def _unpack_parallel(words, steps, bits, state_bits, scale, start, out, ends):
+    for i in prange(len(ends) - 1):
+        _unpack(words, steps, bits, state_bits, scale, start, out, ends[i], ends[i + 1])

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 ASKED: ContextVar[bool | None] = ContextVar("unpack", default=None)
 """What `quantkit.load` was asked for, while transformers loads."""
-OVERHEAD = 2**18
+OVERHEAD = 2**20
 """Weights that a dense product reads in the time that a call of a packed one takes beside its loops."""
 MEMORY_FRACTION = 0.5
 """Fraction of the free memory that unpacked weights may take unasked."""

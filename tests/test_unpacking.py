@@ -17,7 +17,7 @@ class Model(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.large = QuantizedLinear(RTN(4, 128).quantize(torch.randn(2048, 1024)))
+        self.large = QuantizedLinear(RTN(4, 128).quantize(torch.randn(4096, 1024)))
         self.small = QuantizedLinear(RTN(4, 128).quantize(torch.randn(32, 128)))
         self.slow = QuantizedLinear(RTN(4, 100).quantize(torch.randn(2048, 1024)))
 

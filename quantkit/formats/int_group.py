@@ -30,7 +30,7 @@ from quantkit.kernels.int_group_matmul import (
 from quantkit.kernels.launching import prepare, properties
 from quantkit.weight import QuantizedWeight
 
-_PASS = {8: 0.8, 4: 0.6, 2: 0.5, 1: 0.4}
+_PASS = {8: 1.7, 4: 0.7, 2: 0.55, 1: 0.35}
 """`cpu_slowdown` of a plane of codes by its width."""
 _DECODED = 2.0
 """That of codes that have to be put into the order of columns first."""
