@@ -45,7 +45,7 @@ def test_memory_decides_what_may_be_unpacked(caplog):
     choose_unpacked(model, free=lambda: 2 * 4 * 32 * 128)  # half of it
     assert chosen(model) == ["small"]
     assert "times the time of dense ones" in caplog.text
-    with pytest.raises(QuantkitError, match="25.2 MB, and 1.0 MB"):
+    with pytest.raises(QuantkitError, match=r"25\.2 MB, and 1\.0 MB"):
         choose_unpacked(model, True, free=lambda: 10**6)
 
 
