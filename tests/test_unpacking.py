@@ -112,3 +112,15 @@ def test_load_decides(tmp_path, reference, caplog):
         assert len(caplog.records) == 1  # what was decided, once
         logits[unpack] = loaded(token).logits
     torch.testing.assert_close(logits[None], logits[False], atol=1e-4, rtol=1e-4)
+
+
+def test_an_unpacked_layer_follows_its_tensors_and_lets_them_be_trained():
+    layer = QuantizedLinear(RTN(4, 64).quantize(torch.randn(64, 64)))
+    layer.unpacked, x = True, torch.randn(2, 64)
+    with torch.no_grad():
+        before = layer(x)
+        layer.scales.mul_(2)
+        torch.testing.assert_close(layer(x), 2 * before)
+    layer.scales.requires_grad_()
+    layer(x)
+    assert layer._held is None, "a weight that is trained is not held"
