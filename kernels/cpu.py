@@ -25,6 +25,7 @@ from torch import Tensor
 AT_ONCE = 2**21
 """Weights that are written out at a time: 8 MB, which the caches hold while torch multiplies."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MEMORY = (Tensor, torch.nn.Parameter)
 _LOCAL = threading.local()
 _plain = 0
 
@@ -55,7 +56,8 @@ def unpacked(
     module: str, specification: Callable[..., Tensor], weight: Sequence[Any], out_features: int, in_features: int
 ) -> Tensor:
     """The weight in fp32 [out_features, in_features]: the same numbers as specification(*weight, in_features)."""
-    loops = compiled(module) if weight[0].device.type == "cpu" else None
+    plain = weight[0].device.type == "cpu" and type(weight[0]) in _MEMORY and not torch.compiler.is_compiling()
+    loops = compiled(module) if plain else None  # what is traced has no memory to read
     if loops is None:
         return specification(*weight, in_features)
     out = torch.empty(out_features, in_features, dtype=torch.float32)
