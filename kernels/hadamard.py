@@ -308,7 +308,7 @@ def _fake(x, signs, inverse):
 
 
 def _on_cpu(x, signs, inverse):
-    if cpu.takes(COMPILED, x) and x.numel() // x.shape[-1] <= cpu.compiled(COMPILED).FEW:
+    if x.dim() and cpu.takes(COMPILED, x) and x.numel() // x.shape[-1] <= cpu.compiled(COMPILED).FEW:
         check(x, signs)
         rotated = cpu.compiled(COMPILED).rotate(x.reshape(-1, x.shape[-1]).float(), signs, inverse)
         return rotated.to(x.dtype).view(x.shape)
