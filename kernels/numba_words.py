@@ -37,6 +37,7 @@ inlined = numba.njit(inline="always", error_model="numpy")
 
 SMALL = 2**18
 """Weights up to which a call is left to one thread: to wake another takes as long."""
+MOST = int(vars(numba.config)["NUMBA_NUM_THREADS"])  # not an attribute that every mypy sees: numba fills its module
 _LOCK = threading.Lock()
 _forked = False
 
@@ -65,7 +66,7 @@ def run(
         weights: numbers that the whole call reads.
     """
     steps = -(-count // step)
-    threads = 1 if weights <= SMALL or _forked else min(torch.get_num_threads(), steps, numba.config.NUMBA_NUM_THREADS)
+    threads = 1 if weights <= SMALL or _forked else min(torch.get_num_threads(), steps, MOST)
     if threads == 1:
         one(*arguments, 0, count)
         return
