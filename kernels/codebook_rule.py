@@ -121,7 +121,7 @@ def lookup(problem: Problem, config: Config) -> Lookup:
         found = Lookup("shared", problem.v, 32 if problem.v == 1 else 16 if problem.v == 2 else 8, sections, True)
         if runs(found.table(problem), problem, config):
             return found
-    widths = {_share(problem.v, width) for width in range(min(2, problem.v), min(6, most) + 1)}
+    widths = {_share(problem.v, width) for width in range(min(2, problem.v), most + 1)}
     for window in sorted(widths, reverse=True):
         for copies in (32, 16, 8, 4, 2, 1):
             found = Lookup("shared", window, copies, sections)
@@ -138,7 +138,11 @@ def _sections(problem: Problem, split_k: int) -> int:
 
 
 def _most_entries(problem: Problem, block_m: int) -> int:
-    """Entries whose operands and accumulators fit the registers; found by compiling."""
+    """Entries whose operands and accumulators fit the registers; found by compiling.
+
+    Of two stages 4: with 8 at least 208 bytes spill. The windows of longer vectors are programs with neighbouring
+    numbers, the second of which finds the codes in the L2 cache.
+    """
     if problem.plain or problem.residual_bits:
         return 4 if block_m == 8 or (block_m == 16 and not problem.residual_bits) else 2
     several_planes = problem.bits & (problem.bits - 1)
@@ -179,14 +183,14 @@ def rule(problem: Problem) -> Config:
             blocks = -(-problem.vectors // block_n) * -(-problem.v // lookup(problem, config).window)
             config = replace(config, split_k=shares(blocks, problem.K // TILE, problem.multiprocessors))
             found = lookup(problem, config)
-            starved = found.source == "global" and blocks * config.split_k < problem.multiprocessors
+            starved = blocks * config.split_k < problem.multiprocessors * 3 // 4
             if starved and config.split_k < 16 and tiles // (2 * config.split_k) >= 2:
-                config = replace(config, split_k=2 * config.split_k)  # without a table to fill, shares may be short
+                config = replace(config, split_k=2 * config.split_k)  # two tiles are worth the filling of a table
                 found = lookup(problem, config)
             busy = min(blocks * config.split_k, problem.multiprocessors)
-            # most copies, 3 tiles in flight, all of the GPU, few tables to fill
+            # most copies, 3 tiles in flight, all of the GPU, few shares to add, few tables to fill
             table = found.source == "shared", found.two, found.window, found.copies
-            rank = (*table, min(num_stages, 4), busy, block_n, -num_stages)
+            rank = (*table, min(num_stages, 4), busy, -config.split_k, block_n, -num_stages)
             if (best is None or rank > best[0]) and runs(0, problem, config):
                 best = rank, config
     assert best is not None

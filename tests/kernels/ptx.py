@@ -42,6 +42,7 @@ class Machine:
         readable: (address, bytes) of memory that may be read; empty for all.
         shared: bytes of shared memory, NaN where nothing was written.
         looked_up: what the wide loads from shared memory read, by bytes.
+        asked: addresses that caches were asked to fetch, and None where a program then declared shared memory.
     """
 
     def __init__(self):
@@ -49,6 +50,7 @@ class Machine:
         self.readable = []
         self.shared = np.zeros(0, np.uint8)
         self.looked_up = {}
+        self.asked = []
 
     def install(self, monkeypatch):
         """Lets Triton's interpreter run assembly here; its programs run one after another."""
@@ -77,6 +79,7 @@ class Machine:
         if statement.startswith(".shared"):
             name, size = re.fullmatch(r"\.shared \.align \d+ \.b8 (\w+)\[(\d+)\]", statement).groups()
             self.registers[name], self.shared = np.uint32(SHARED), np.full(int(size), 0x7E, np.uint8)
+            self.asked.append(None)
             return
         operation, rest = statement.split(" ", 1)
         operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest)
@@ -84,6 +87,8 @@ class Machine:
             values = np.stack([np.broadcast_to(v, self._threads) for v in map(self._value, _names(operands[1]))], -1)
             places = self._places(operands[0], _BYTES[operation.removeprefix("st.shared.")])
             self.shared[places] = np.ascontiguousarray(values.astype(np.uint32)).view(np.uint8).reshape(places.shape)
+        elif operation.startswith("prefetch."):
+            self.asked.append(self._address(operands[0]))
         elif operation.startswith("ld."):
             size = _BYTES[operation.removeprefix("ld.shared.").removeprefix("ld.global.nc.")]
             if operation.startswith("ld.shared."):

@@ -134,6 +134,24 @@ def test_every_configuration_agrees(form, block_m, split_k, pairs, machine, monk
     assert bits < 16 or source(weight, x, config) == "global"
 
 
+@pytest.mark.parametrize("residual_bits", [0, 8])
+def test_codes_are_asked_for_before_tables_are_filled(residual_bits, machine):
+    """Each program's first ones, of all its rows, and nothing but codes."""
+    weight = weight_of(130, 640, 2, 8, residual_bits)
+    kernel.launch(torch.randn(3, 640).half(), *arguments_of(weight), config=Config(8, 64, 3, num_warps=4, num_stages=2))
+    lines = 3 * 128 // 128 * (2 if residual_bits else 1)  # three tiles of 16 bytes a bit, by lines of 128 bytes
+    assert [addresses is None for addresses in machine.asked] == (lines * [False] + [True]) * 2 * 3
+    asked = torch.cat([torch.tensor(addresses) for addresses in machine.asked if addresses is not None])
+    for codes in (weight.codes, weight.residual_codes) if residual_bits else (weight.codes,):
+        first, words = codes.data_ptr(), codes.shape[1]
+        own = (asked >= first) & (asked < first + codes.nbytes)
+        row, byte = (asked[own] - first) // (4 * words), (asked[own] - first) % (4 * words)
+        for share in range(3):  # of two tiles, of 128 bytes a row each
+            assert set(row[byte == 2 * share * 128].tolist()) == set(range(65))
+        asked = asked[~own]
+    assert not len(asked)
+
+
 def test_stages_with_ranges_of_their_own():
     weight = weight_of(20, 512, 4, 6, 5, ranges=1, residual_ranges=4)
     x = torch.randn(4, 512).half()
