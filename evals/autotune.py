@@ -1,19 +1,21 @@
 """Measures launch sizes for a model's own shapes on this GPU and keeps them; asked for, never on its own."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.int_group import IntGroupWeight
-from quantkit.kernels.int_group_matmul import Problem, launch, problem_of, rule
+from quantkit.formats.int_group import ArrangedIntGroupWeight, IntGroupWeight
+from quantkit.kernels.int_group_matmul import Problem, rule
 from quantkit.kernels.timing import copies, seconds_per_call
 from quantkit.kernels.tuning import Config, cache_file, tune, variations
 from quantkit.linear import QuantizedLinear
 
 ROWS = (8, 16, 32)
+Integers = IntGroupWeight | ArrangedIntGroupWeight
 
 
 def autotune(model: nn.Module, progress: Callable[[int, int, str], None] = lambda done, total, name: None) -> int:
@@ -26,16 +28,15 @@ def autotune(model: nn.Module, progress: Callable[[int, int, str], None] = lambd
     Returns:
         How many launches were measured.
     """
-    todo: dict[str, tuple[IntGroupWeight, Problem]] = {}
+    todo: dict[str, tuple[Integers, Problem]] = {}
     for weight in _weights(model):
         for rows in ROWS:
-            x = torch.empty(rows, weight.in_features, dtype=getattr(model, "dtype", torch.bfloat16), device="meta")
-            problem = problem_of(x, weight.codes, weight.bits, weight.group_size)
+            problem = weight.problem(_rows(weight, rows, getattr(model, "dtype", torch.bfloat16)))
             if problem.decodes:
                 todo.setdefault(problem.key(), (weight, problem))
     for index, (key, (weight, problem)) in enumerate(todo.items()):
         progress(index, len(todo), key)
-        file = cache_file(torch.cuda.get_device_name(weight.codes.device))
+        file = cache_file(torch.cuda.get_device_name(_device(weight)))
         candidates = variations(rule(problem), problem.K // 128)
         try:
             tune(file, key, candidates, _timer(weight, problem))
@@ -45,27 +46,31 @@ def autotune(model: nn.Module, progress: Callable[[int, int, str], None] = lambd
     return len(todo)
 
 
-def _weights(model: nn.Module) -> Iterator[IntGroupWeight]:
-    """Integer weights as they are launched: a fused group's counts as one."""
+def _device(weight: Integers) -> torch.device:
+    return next(iter(weight.tensors().values())).device
+
+
+def _rows(weight: Integers, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(rows, weight.in_features, dtype=dtype, device=_device(weight))
+
+
+def _weights(model: nn.Module) -> Iterator[Integers]:
+    """Integer weights as they are launched: in the form that they have there, a fused group's as one."""
     seen = set()
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
-            weight: Any = module.packed if module.shared is None else module.shared.weight
-            if isinstance(weight, IntGroupWeight) and id(weight) not in seen:
+            weight: Any = module.used if module.shared is None else module.shared.weight
+            if isinstance(weight, Integers) and id(weight) not in seen:
                 seen.add(id(weight))
                 yield weight
 
 
-def _timer(weight: IntGroupWeight, problem: Problem) -> Callable[[Config], float]:
+def _timer(weight: Integers, problem: Problem) -> Callable[[Config], float]:
     """Seconds of a launch with a given configuration, over copies of the weight that no cache holds."""
-    clones = [weight.map(torch.clone) for _ in range(copies(weight.nbytes, most=64))]
-    x = torch.randn(problem.M, problem.K, dtype=problem.dtype, device=weight.codes.device)
+    clones: list[Any] = [weight.map(torch.clone) for _ in range(copies(weight.nbytes, most=64))]
+    x = _rows(weight, problem.M, problem.dtype)
 
     def seconds(config: Config) -> float:
-        def call(copy: Any) -> Callable[[], object]:
-            arguments = copy.codes, copy.scales, copy.zeros, copy.bits, copy.group_size
-            return lambda: launch(x, *arguments, config=config)
-
-        return seconds_per_call([call(clone) for clone in clones], repeats=5)
+        return seconds_per_call([partial(clone.launch, x, config) for clone in clones], repeats=5)
 
     return seconds

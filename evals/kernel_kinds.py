@@ -60,24 +60,28 @@ class Kind:
         return self.make(N, K, device)
 
 
-def of_weight(weight: QuantizedWeight, device: torch.device) -> Layer:
-    """A layer as a model has it: in a module, prepared by the move to its device."""
+def of_weight(weight: QuantizedWeight, device: torch.device, stored: bool = False) -> Layer:
+    """A layer as a model has it: in a module, brought by the move to its device into the form that products take there.
+
+    Args:
+        stored: `matmul` takes the checkpoint's form instead, as fused layers do that do not divide.
+    """
     linear = QuantizedLinear(weight).to(device)
-    packed = linear.packed
-    return Layer(linear, packed.matmul, packed.dequantize, packed.nbytes)
+    used = linear.packed if stored else linear.used
+    return Layer(linear, used.matmul, weight.dequantize, used.nbytes)
 
 
-def integers(bits: int, group_size: int = 128, zeros: bool = False) -> Kind:
-    """Integer weights."""
+def integers(bits: int, group_size: int = 128, zeros: bool = False, stored: bool = False) -> Kind:
+    """Integer weights; stored: see `of_weight`."""
 
     def make(N: int, K: int, device: torch.device) -> Layer:
         groups = -(-K // group_size)
         scales = (0.5 + torch.rand(groups, N, device=device)).half() / 2**bits
         offsets = (2**bits * torch.rand(groups, N, device=device)).half() if zeros else None
         words = _words(N, row_words(K, bits), device)
-        return of_weight(IntGroupWeight(words, scales, bits, group_size, K, offsets), device)
+        return of_weight(IntGroupWeight(words, scales, bits, group_size, K, offsets), device, stored)
 
-    name = f"int{bits} g{group_size}{' zeros' if zeros else ''}"
+    name = f"int{bits} g{group_size}{' zeros' if zeros else ''}{' as stored' if stored else ''}"
     return Kind(name, make, "int", 0 if zeros or group_size != 128 else bits)
 
 
@@ -175,6 +179,8 @@ CHECKED = [
     *[(kind, 520, 1024) for kind in TIMED],
     *[(integers(bits, 64, True), 272, 640) for bits in (2, 3, 4, 8)],
     *[(integers(3, 32), 64, 256), (integers(3, 1024, True), 257, 4096)],
+    *[(integers(bits, stored=True), 520, 1024) for bits in (2, 3, 4, 8)],
+    *[(integers(bits, 64, True, stored=True), 272, 640) for bits in (2, 3, 4, 8)],
     *[
         (pyramids(bits, dimension), 270, 640)
         for bits, dimension in ((2, 32), (3, 16), (5, 9), (6, 6), (7, 32), (8, 64))

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 
 from quantkit.evals.kernel_kinds import integers, rotated, trellises
 from quantkit.evals.suite_groups import Group, Run, call, relative_error
-from quantkit.formats.int_group import IntGroupWeight
+from quantkit.formats.int_group import ArrangedIntGroupWeight, IntGroupWeight
 from quantkit.formats.rotated import RotatedWeight
 from quantkit.formats.trellis import TrellisWeight
-from quantkit.kernels import hadamard, int_group_matmul, launching, trellis_matmul
+from quantkit.kernels import hadamard, int_group_matmul, trellis_matmul
 from quantkit.kernels.tuning import Config, variations
 from quantkit.linear import QuantizedLinear
 from quantkit.quantizers.rtn import RTN
@@ -130,14 +131,14 @@ def _trellis_configs(bits: int, N: int, K: int) -> list[Config]:
 def _sweep(kind: Any, N: int, K: int, config: Config) -> Group:
     def launch(device: torch.device) -> None:
         layer = kind.layer(N, K, device)
-        _launched(layer.linear.packed, config)(torch.randn(1, K, device=device, dtype=torch.bfloat16))
+        _launched(layer.linear.used, config)(torch.randn(1, K, device=device, dtype=torch.bfloat16))
 
     def measure(run: Run) -> None:
         base = run.dense(N, K, (1,))[1]
         layers = [kind.layer(N, K, run.device)]
         layers += [kind.layer(N, K, run.device, seed) for seed in range(1, run.distinct(layers[0].nbytes))]
         x = run.random(1, K)
-        calls = [call(_launched(layer.linear.packed, config), x) for layer in layers]
+        calls = [call(_launched(layer.linear.used, config), x) for layer in layers]
         replays = run.checked("M=1", calls, x.double() @ layers[0].dequantize().double().T)
         if replays:
             seconds = replays.seconds(repeats=5)
@@ -150,14 +151,8 @@ def _sweep(kind: Any, N: int, K: int, config: Config) -> Group:
 
 def _launched(weight: Any, config: Config) -> Callable[[Tensor], Tensor]:
     """The product with launch sizes that are given."""
-    launching.prepare(weight.codes.device)
-    if isinstance(weight, IntGroupWeight):
-        own = weight.codes, weight.scales, weight.zeros, weight.bits, weight.group_size
-        return lambda x: int_group_matmul.launch(x, *own, config=config)
-    codes, scales, scale, form = (
-        weight.codes,
-        weight.scales,
-        weight.scale,
-        (weight.bits, weight.state_bits, weight.parts),
-    )
-    return lambda x: trellis_matmul.launch(x, codes, scales, scale, *form, config=config)
+    weight.prepare()
+    if isinstance(weight, IntGroupWeight | ArrangedIntGroupWeight):
+        return partial(weight.launch, config=config)
+    form = weight.codes, weight.scales, weight.scale, weight.bits, weight.state_bits, weight.parts
+    return lambda x: trellis_matmul.launch(x, *form, config=config)

@@ -125,8 +125,8 @@ class Problem:
 
     def key(self) -> str:
         """Names the launch in a table of measured choices."""
-        rows = rule(self).block_m
-        return f"int_group_matmul decode m{rows} n{self.N} k{self.K} b{self.bits} g{self.group_size} {self.dtype}"
+        rows, form = rule(self).block_m, f"b{self.bits} g{self.group_size}{' arranged' if self.arranged else ''}"
+        return f"int_group_matmul decode m{rows} n{self.N} k{self.K} {form} {self.dtype}"
 
 
 @lru_cache(maxsize=4096)  # asked at every launch
@@ -167,10 +167,11 @@ def shape_flags(problem: Problem) -> dict[str, Any]:
     return {"WHOLE_GROUPS": problem.whole_groups, "TAIL": problem.K % TILE}
 
 
-def problem_of(x: Tensor, codes: Tensor, bits: int, group_size: int) -> Problem:
-    """The problem that x [M, K] and a weight's codes [N, words] pose on the GPU that holds the codes."""
-    capability, multiprocessors, _ = launching.properties(codes.device)
-    return Problem(len(x), len(codes), x.shape[1], bits, group_size, x.dtype, capability, multiprocessors)
+def problem_of(rows: Tensor, out_features: int, bits: int, group_size: int, arranged: bool = False) -> Problem:
+    """The problem that rows [M, K] and a weight pose on the GPU that holds the rows."""
+    capability, multiprocessors, _ = launching.properties(rows.device)
+    form = bits, group_size, rows.dtype, capability, multiprocessors, arranged
+    return Problem(len(rows), out_features, rows.shape[1], *form)
 
 
 def launch(
@@ -235,11 +236,8 @@ def _multiply(x, weight: _Weight, N: int, bits: int, group_size: int, arranged: 
     rows = launching.rows_of(x)
     if not (len(rows) and N):
         return x.new_empty(*x.shape[:-1], N)
-    capability, multiprocessors, gpu = launching.properties(x.device)
-    problem = Problem(
-        len(rows), N, rows.shape[1], bits, group_size, x.dtype, capability, multiprocessors, arranged=arranged
-    )
-    decode_rows, gemm_rows = CROSSOVERS.get(gpu, CROSSOVERS["default"])
+    problem = problem_of(rows, N, bits, group_size, arranged)
+    decode_rows, gemm_rows = CROSSOVERS.get(launching.properties(x.device)[2], CROSSOVERS["default"])
     inner = None if up is None or down is None else plans.inner(rows, down)
     if problem.M > (gemm_rows if problem.tiled and problem.whole_groups else decode_rows) and config is None:
         y = operators.dense(rows, _write_out(weight, problem), bias, inner, up)

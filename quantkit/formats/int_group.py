@@ -21,13 +21,16 @@ from quantkit.kernels import int_group_layout, plans
 from quantkit.kernels.bitpack import pack, planes, row_words
 from quantkit.kernels.cpu import has_numba
 from quantkit.kernels.int_group_matmul import (
+    Problem,
     int_group_arranged_matmul,
     int_group_matmul,
     launch,
     launch_arranged,
+    problem_of,
     unpacked,
 )
 from quantkit.kernels.launching import prepare, properties
+from quantkit.kernels.tuning import Config
 from quantkit.weight import QuantizedWeight
 
 _PASS = {8: 1.7, 4: 0.7, 2: 0.55, 1: 0.35}
@@ -142,6 +145,14 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
             return self._planned(x, bias, up, down)
         return int_group_matmul(x, self.codes, self.scales, self.zeros, self.bits, self.group_size, bias, up, down)
 
+    def launch(self, x: Tensor, config: Config) -> Tensor:
+        """The product by the kernel for few rows, with launch sizes that are given: to measure them."""
+        return launch(x, self.codes, self.scales, self.zeros, self.bits, self.group_size, config=config)
+
+    def problem(self, x: Tensor) -> Problem:
+        """What launch sizes are chosen for."""
+        return problem_of(x, self.shape[0], self.bits, self.group_size)
+
     @cached_property
     def _planned(self) -> plans.Planned:
         return plans.Planned(int_group_matmul, launch, self.codes, self.scales, self.zeros, self.bits, self.group_size)
@@ -239,6 +250,14 @@ class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
         if plans.direct(x, bias, up, down):
             return self._planned(x, bias, up, down)
         return int_group_arranged_matmul(x, self.stream, *self._form, bias, up, down)
+
+    def launch(self, x: Tensor, config: Config) -> Tensor:
+        """As `IntGroupWeight.launch`."""
+        return launch_arranged(x, self.stream, *self._form, config=config)
+
+    def problem(self, x: Tensor) -> Problem:
+        """As `IntGroupWeight.problem`."""
+        return problem_of(x, self.out_features, self.bits, self.group_size, arranged=True)
 
     @property
     def _form(self) -> tuple[int, int, bool, int]:

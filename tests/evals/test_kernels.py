@@ -218,7 +218,7 @@ def test_launch_sizes_are_searched():
 
 def test_what_is_checked_is_right_by_the_specification(monkeypatch, cpu_run):
     """All kinds, on the CPU's reference: a fault that is found on a GPU is then the kernel's."""
-    monkeypatch.setattr(suite_deep, "CHECKED", [(kind, 77, 256) for kind, _, _ in suite_deep.CHECKED[::2]])
+    monkeypatch.setattr(suite_deep, "CHECKED", [(kind, 77, 512) for kind, _, _ in suite_deep.CHECKED[::2]])
     monkeypatch.setattr(suite_deep, "ROWS", (1, 31))
     monkeypatch.setattr(suite_deep, "WIDTHS", (64, 96))
     cpu_run.timing = False
@@ -268,3 +268,40 @@ def test_the_attention_to_compare_with_is_right():
     q, k, v = torch.randn(1, 2, 4, 64), torch.randn(1, 2, 600, 64), torch.randn(1, 2, 600, 64)
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     assert (kv_speed.plain_attention(q, k, v, 32, 1) - wanted).norm() < 2e-3 * wanted.norm()
+
+
+TUNED = """
+import torch
+from quantkit.evals import autotune
+from quantkit.evals.absent_gpu import GPU, absent_gpu
+from quantkit.evals.kernel_kinds import integers
+from quantkit.kernels import int_group_matmul, self_check
+
+self_check.trusted = lambda name, device: True
+autotune.seconds_per_call = lambda calls, repeats: calls[0]() is None
+autotune.copies = lambda nbytes, most: 1
+autotune.tune = lambda file, key, candidates, seconds: (
+    print("tuned", key), seconds(candidates[0]) if key.split()[2] == "m8" else None
+)
+with absent_gpu(GPU(), lambda compiled: print("compiled", compiled.kernel)) as device:
+    kinds = integers(4), integers(8, 32)
+    model = torch.nn.Sequential(*(kind.layer(128, 256, device).linear for kind in kinds))
+    model.dtype = torch.bfloat16
+    assert autotune.autotune(model) == 6
+    int_group_matmul.chosen = lambda device, key, default: print("asked", key) or default
+    for layer in model:
+        layer.used.matmul(torch.empty(1, 256, device=device, dtype=torch.bfloat16))
+"""
+
+
+def test_launches_are_tuned_in_the_form_that_a_gpu_holds():
+    """Under the very names that products then ask for."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", TUNED], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    lines = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
+    tuned, asked = ({name for word, name in lines if word == wanted} for wanted in ("tuned", "asked"))
+    form = "int_group_matmul decode {} n128 k256 {} torch.bfloat16"
+    assert tuned == {form.format(m, f) for m in ("m8", "m16", "m32") for f in ("b4 g128 arranged", "b8 g32")}
+    assert asked == {form.format("m8", f) for f in ("b4 g128 arranged", "b8 g32")}
+    assert ["compiled", "decode_kernel"] in lines
