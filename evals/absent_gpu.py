@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from quantkit.kernels import launching
+from quantkit.kernels import launching, self_check
 
 DEVICE = torch.device("cuda", 0)
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
@@ -162,6 +162,13 @@ def absent_gpu(gpu: GPU, told: Callable[[Compiled], None] = lambda compiled: Non
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        for module, name, replacement in (
+            (launching, "current_device", answers["current_device"]),
+            (launching, "current_stream", lambda device: 0),
+            (self_check, "trusted", lambda family, device: True),  # nothing runs that could be judged, or remembered
+            (self_check, "known", lambda family, device: True),
+        ):
+            stack.enter_context(mock.patch.object(module, name, replacement))
         stack.enter_context(mock.patch.object(knobs.compilation, "listener", listener(told)))
         driver.set_active(_Driver(gpu))  # type: ignore[arg-type]
         stack.callback(driver.set_active, previous)

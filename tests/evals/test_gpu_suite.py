@@ -264,7 +264,7 @@ def test_parts_are_processes_with_limits(tmp_path):
 
 def test_builds_of_a_part_compile_without_a_gpu(bare, tmp_path):
     """`host`: a layer of each of four kinds, one row of x."""
-    environment = bare | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    environment = bare | {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "XDG_CACHE_HOME": str(tmp_path / "verdicts")}
     results = tmp_path / "results.jsonl"
     append(results, {"kind": "about", "gpu": "some", "arch": 90, "multiprocessors": 114})
     command = [sys.executable, "-m", "quantkit.evals.suite_builds", "host", "--jobs", "1", "--results", str(results)]
@@ -275,6 +275,7 @@ def test_builds_of_a_part_compile_without_a_gpu(bare, tmp_path):
     }  # fmt: skip
     (note,) = [record["text"] for record in read(results) if record["kind"] == "note"]
     assert re.match(r"4 kernels in \d+ s by 1 processes; 4 were new, \d+ s of a processor; 0 bytes spilled", note)
+    assert not (tmp_path / "verdicts").exists(), "what a GPU that is not there computes says nothing of one that is"
 
 
 BUILDS = """
