@@ -13,7 +13,7 @@ from rich.table import Table
 
 from quantkit.cli import options
 from quantkit.cli.display import console, size, tuning_progress
-from quantkit.errors import QuantkitError, first_line
+from quantkit.core.errors import QuantkitError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -42,10 +42,10 @@ def bench_command(
     import torch
 
     import quantkit
-    from quantkit.device import parse_dtype, pick_device
+    from quantkit.core.device import parse_dtype, pick_device
     from quantkit.evals.autotune import autotune
     from quantkit.evals.decode import measure
-    from quantkit.folder import resolve_folder
+    from quantkit.io.source import resolve_folder
     from quantkit.kvcache.attention import compressed_kv
 
     where = pick_device(device)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from quantkit.report import Report
+    from quantkit.run.report import Report
     from quantkit.tuning.end_to_end import Progress as TuningProgress
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)

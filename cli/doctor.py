@@ -25,7 +25,7 @@ def doctor_command(
 
     Ends with exit code 1 if a result is wrong. On a GPU the kernels' self-checks are repeated, and remembered.
     """
-    from quantkit.device import pick_device
+    from quantkit.core.device import pick_device
     from quantkit.evals.doctor import examine
 
     where = pick_device(device)

@@ -11,7 +11,7 @@ import typer
 
 from quantkit.cli import options
 from quantkit.cli.display import console, window_progress
-from quantkit.errors import QuantkitError
+from quantkit.core.errors import QuantkitError
 
 if TYPE_CHECKING:
     from quantkit.evals.activations import ActivationCode, Observed
@@ -82,16 +82,16 @@ def evaluate_command(
     With --kv-bits the baseline is, unless another is given, the model itself with an exact cache.
     """
     import quantkit
-    from quantkit.data import documents, evaluation_tokens
-    from quantkit.device import compute_dtype, parse_dtype, pick_device
+    from quantkit.core.device import compute_dtype, parse_dtype, pick_device
     from quantkit.evals.activations import quantized_activations
     from quantkit.evals.kv_quality import retrieval
     from quantkit.evals.perplexity import evaluate
-    from quantkit.folder import load_tokenizer, resolve_folder
+    from quantkit.io.source import load_tokenizer, resolve_folder
     from quantkit.kvcache.config import KVCacheConfig
     from quantkit.kvcache.prefix import compressed_prefix
-    from quantkit.model import check_vocabulary, context_length
-    from quantkit.recipe import window_length
+    from quantkit.models.structure import check_vocabulary, context_length
+    from quantkit.run.recipe import window_length
+    from quantkit.run.text import documents, evaluation_tokens
 
     code = _activation_code(activation_bits, activation_method, activation_dimension, activation_hadamard)
     if kv_bits is None and (kv_prefix, kv_retrieval) != (None, None):

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from quantkit.cli import options
 from quantkit.cli.display import size
-from quantkit.errors import Interrupted, QuantkitError
+from quantkit.core.errors import Interrupted, QuantkitError
 
 
 def generate_command(
@@ -37,10 +37,10 @@ def generate_command(
     from transformers import TextStreamer
 
     import quantkit
-    from quantkit.device import compute_dtype, parse_dtype, pick_device
-    from quantkit.folder import load_tokenizer, resolve_folder
+    from quantkit.core.device import compute_dtype, parse_dtype, pick_device
+    from quantkit.io.source import load_tokenizer, resolve_folder
     from quantkit.kvcache.attention import compressed_kv
-    from quantkit.model import context_length
+    from quantkit.models.structure import context_length
 
     where, folder = pick_device(device), resolve_folder(model)
     tokenizer: Any = load_tokenizer(folder)

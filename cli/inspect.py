@@ -13,7 +13,7 @@ from rich.table import Table
 from quantkit.cli.display import console, size
 
 if TYPE_CHECKING:
-    from quantkit.weight import QuantizedWeight
+    from quantkit.core.weight import QuantizedWeight
 
 
 def inspect_command(
@@ -21,10 +21,10 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List a packed checkpoint's layers: format, shape, measured bits per weight, size."""
-    from quantkit.checkpoint import packed_layers
-    from quantkit.folder import resolve_folder
-    from quantkit.shards import Shards
-    from quantkit.weight import QuantizedWeight
+    from quantkit.core.weight import QuantizedWeight
+    from quantkit.io.checkpoint import packed_layers
+    from quantkit.io.shards import Shards
+    from quantkit.io.source import resolve_folder
 
     folder = resolve_folder(folder)
     weights = {name: QuantizedWeight.empty(metadata) for name, metadata in packed_layers(folder).items()}

@@ -18,7 +18,7 @@ from quantkit.cli.inspect import inspect_command
 from quantkit.cli.quantize import quantize_command
 from quantkit.cli.search import search_command
 from quantkit.cli.tune import tune_command
-from quantkit.errors import Interrupted, QuantkitError
+from quantkit.core.errors import Interrupted, QuantkitError
 
 
 class _Verbs(TyperGroup):

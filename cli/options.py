@@ -50,7 +50,7 @@ def begin_processes(device: str) -> tuple[PartialState, torch.device]:
     import torch
     from accelerate import PartialState
 
-    from quantkit.device import pick_device
+    from quantkit.core.device import pick_device
 
     processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=1))
     return processes, processes.device if processes.num_processes > 1 else pick_device(device)

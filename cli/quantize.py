@@ -9,12 +9,12 @@ import typer
 
 from quantkit.cli import options
 from quantkit.cli.display import block_progress, console, report_table, size
-from quantkit.constants import TARGET_SHIFT
-from quantkit.errors import Interrupted, QuantkitError
+from quantkit.core.constants import TARGET_SHIFT
+from quantkit.core.errors import Interrupted, QuantkitError
 
 if TYPE_CHECKING:
-    from quantkit.protocols import Quantizer
-    from quantkit.recipe import Recipe
+    from quantkit.core.protocols import Quantizer
+    from quantkit.run.recipe import Recipe
 
 _INTEGER, _PYRAMID, _VPTQ = "Integer grids (gptq, rtn)", "Pyramid codes (pyramid)", "Vector codebooks (vptq)"
 _TRELLIS = "Trellis codes (trellis)"
@@ -172,11 +172,11 @@ def quantize_command(
     if low_rank is not None and low_rank_bits:
         raise QuantkitError("--low-rank gives every layer one rank, --low-rank-bits shares ranks out; give one of them")
     low_rank = 1 if low_rank_bits else low_rank
-    from quantkit.checkpoint import check_output
-    from quantkit.folder import resolve_folder
-    from quantkit.pipeline import quantize_checkpoint
-    from quantkit.recipe import Calibration, Recipe, make_quantizer, read_plan
-    from quantkit.rotate import Rotation
+    from quantkit.io.checkpoint import check_output
+    from quantkit.io.source import resolve_folder
+    from quantkit.models.rotation import Rotation
+    from quantkit.run.pipeline import quantize_checkpoint
+    from quantkit.run.recipe import Calibration, Recipe, make_quantizer, read_plan
     from quantkit.tuning.block import BlockTuning
 
     quantizer = make_quantizer(method, hadamard, low_rank, bits=bits, **settings)
@@ -205,7 +205,7 @@ def quantize_command(
 
 
 def _say_estimate(model: str, folder: Path, recipe: Recipe, output: Path, device: str) -> None:
-    from quantkit.estimate import estimate
+    from quantkit.run.estimate import estimate
 
     expected = estimate(folder, recipe, device=device)
     console.print(f"[bold]{model}[/] -> {output}")

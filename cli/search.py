@@ -17,14 +17,14 @@ from rich.table import Table
 
 from quantkit.cli import options
 from quantkit.cli.display import console, report_table, search_progress, size
-from quantkit.constants import TARGET_SHIFT
-from quantkit.errors import Interrupted, QuantkitError
+from quantkit.core.constants import TARGET_SHIFT
+from quantkit.core.errors import Interrupted, QuantkitError
 from quantkit.search.settings import Evolution, parse_stages, stages_text
 
 if TYPE_CHECKING:
     import torch
 
-    from quantkit.protocols import Quantizer
+    from quantkit.core.protocols import Quantizer
     from quantkit.search.budget import Budget
     from quantkit.search.build import Database
     from quantkit.search.evolve import State
@@ -162,9 +162,9 @@ def search_command(
     Beside the checkpoint lie quantkit_plan.json, which `quantkit quantize --plan` takes, quantkit_search.json and a
     picture. An interrupted search continues with --resume. Several processes share the work under torchrun.
     """
-    from quantkit.checkpoint import check_output
-    from quantkit.folder import resolve_folder
-    from quantkit.recipe import Calibration, Recipe
+    from quantkit.io.checkpoint import check_output
+    from quantkit.io.source import resolve_folder
+    from quantkit.run.recipe import Calibration, Recipe
     from quantkit.search.build import build
     from quantkit.search.session import SearchSettings, Session, check_text
     from quantkit.search.spaces import BlockSpace, CandidateSpace
@@ -254,7 +254,7 @@ def _candidates(
     candidates: str | None, base: str | None, sparsity: float | None
 ) -> tuple[dict[str, Quantizer], Quantizer]:
     """(all candidates, by the text that names them in a plan; the base)."""
-    from quantkit.recipe import fraction_of, parse_quantizer
+    from quantkit.run.recipe import fraction_of, parse_quantizer
 
     if sparsity is not None and candidates is None:
         levels = sorted({round(max(0.0, min(0.95, sparsity + step)), 3) for step in SPARSITY_STEPS})
@@ -338,9 +338,9 @@ def _fitting(
     packs_head: bool,
 ) -> int:
     """Bytes of weights that leave room for what generation needs beside them."""
-    from quantkit.folder import ModelFolder
+    from quantkit.io.source import ModelFolder
     from quantkit.kvcache.config import KVCacheConfig
-    from quantkit.model import block_linears, ends
+    from quantkit.models.structure import block_linears, ends
     from quantkit.search.budget import parse_size
     from quantkit.search.memory import beside_weights
 
@@ -374,9 +374,9 @@ def _publish(
     overwrite: bool,
 ) -> None:
     """Makes a checkpoint of candidates, with its plan, its record and its picture."""
-    from quantkit.checkpoint import SEARCH_RECORD
-    from quantkit.plan import tied
-    from quantkit.recipe import in_words
+    from quantkit.io.checkpoint import SEARCH_RECORD
+    from quantkit.models.plan import tied
+    from quantkit.run.recipe import in_words
     from quantkit.search.picture import draw
     from quantkit.search.session import assemble
     from quantkit.search.spaces import CandidateSpace
@@ -406,9 +406,9 @@ def _publish(
 
 def _publish_pruned(folder: Path, session: Session, outcome: Outcome, unfinished: Path, output: Path) -> None:
     """Makes a dense checkpoint of the blocks that stay."""
-    from quantkit.checkpoint import SEARCH_RECORD, read_config, replace_folder
-    from quantkit.device import parse_dtype
-    from quantkit.folder import load_tokenizer
+    from quantkit.core.device import parse_dtype
+    from quantkit.io.checkpoint import SEARCH_RECORD, read_config, replace_folder
+    from quantkit.io.source import load_tokenizer
     from quantkit.search.spaces import BlockSpace
 
     space = session.space

@@ -12,7 +12,7 @@ import typer
 
 from quantkit.cli import options
 from quantkit.cli.display import console, tuning_bars
-from quantkit.errors import Interrupted, QuantkitError
+from quantkit.core.errors import Interrupted, QuantkitError
 from quantkit.tuning.settings import PVSettings, TuningSettings
 
 _STEP, _LOSS = "A step", "The loss"
@@ -84,10 +84,10 @@ def tune_command(
     share the work: accelerate launch -m quantkit.cli tune ..., or torchrun.
     """
     import quantkit
-    from quantkit.checkpoint import check_output, read_config
-    from quantkit.device import compute_dtype, parse_dtype
-    from quantkit.folder import load_tokenizer, resolve_folder
-    from quantkit.recipe import Calibration
+    from quantkit.core.device import compute_dtype, parse_dtype
+    from quantkit.io.checkpoint import check_output, read_config
+    from quantkit.io.source import load_tokenizer, resolve_folder
+    from quantkit.run.recipe import Calibration
     from quantkit.tuning.end_to_end import tune
 
     folder, teacher_folder = resolve_folder(model), resolve_folder(teacher)
@@ -141,7 +141,7 @@ def tune_command(
 
 def _publish(student: Any, tokenizer: Any, record: dict[str, Any], partial: Path, output: Path) -> None:
     """Makes the output, whole, of what was found."""
-    from quantkit.checkpoint import replace_folder, write_json
+    from quantkit.io.checkpoint import replace_folder, write_json
 
     finished = partial / "checkpoint"
     shutil.rmtree(finished, ignore_errors=True)

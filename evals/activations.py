@@ -32,17 +32,17 @@ from torch import Tensor, nn
 
 import quantkit
 from quantkit import Pyramid
-from quantkit.data import documents, evaluation_tokens
-from quantkit.device import compute_dtype, pick_device
-from quantkit.errors import QuantkitError
+from quantkit.core.device import compute_dtype, pick_device
+from quantkit.core.errors import QuantkitError
 from quantkit.evals.perplexity import evaluate
-from quantkit.folder import load_tokenizer, resolve_folder
+from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.kernels.hadamard import random_signs, rotate
-from quantkit.linear import QuantizedLinear
-from quantkit.model import ROUTERS, context_length, is_linear
+from quantkit.models.linear import QuantizedLinear
+from quantkit.models.structure import ROUTERS, context_length, is_linear
 from quantkit.quantizers.grid import fit_grid
 from quantkit.quantizers.pyramid import fit_gains, gain_levels, shape
-from quantkit.recipe import window_length
+from quantkit.run.recipe import window_length
+from quantkit.run.text import documents, evaluation_tokens
 
 SCALE_BITS = 16
 _AT_ONCE = 1 << 20  # activations whose temporaries stay small
@@ -203,8 +203,8 @@ class Observed:
 def decoder_linears(model: nn.Module) -> dict[str, nn.Module]:
     """All linear layers, dense or packed, inside the decoder blocks but routers, by full name.
 
-    `quantkit.model.block_linears` finds dense ones. Here the blocks are the module list whose linear layers hold most
-    weights, packed or not.
+    `quantkit.models.structure.block_linears` finds dense ones. Here the blocks are the module list whose linear layers
+    hold most weights, packed or not.
 
     Raises:
         QuantkitError: the model has no such list.

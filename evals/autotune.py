@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit.errors import QuantkitError
+from quantkit.core.errors import QuantkitError
 from quantkit.formats.int_group import ArrangedIntGroupWeight, IntGroupWeight
 from quantkit.kernels.int_group_matmul import Problem, rule
 from quantkit.kernels.timing import copies, seconds_per_call
 from quantkit.kernels.tuning import Config, cache_file, tune, variations
-from quantkit.linear import QuantizedLinear
+from quantkit.models.linear import QuantizedLinear
 
 ROWS = (8, 16, 32)
 Integers = IntGroupWeight | ArrangedIntGroupWeight

@@ -66,9 +66,9 @@ def main() -> None:
     import torch
 
     import quantkit
-    from quantkit.data import documents, evaluation_tokens
     from quantkit.evals.perplexity import evaluate
-    from quantkit.folder import load_tokenizer
+    from quantkit.io.source import load_tokenizer
+    from quantkit.run.text import documents, evaluation_tokens
 
     folder = Path(arguments.model)
     tokenizer = load_tokenizer(folder)

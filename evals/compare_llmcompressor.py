@@ -21,7 +21,7 @@ _OURS = """
 import json, sys, time, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import quantkit
-from quantkit.recipe import Calibration
+from quantkit.run.recipe import Calibration
 
 class Fixed(Calibration):
     def windows(self, tokenizer, model):
@@ -73,8 +73,8 @@ def main() -> None:
 
     import torch
 
-    from quantkit.folder import ModelFolder, load_tokenizer
-    from quantkit.recipe import Calibration
+    from quantkit.io.source import ModelFolder, load_tokenizer
+    from quantkit.run.recipe import Calibration
 
     folder = Path(arguments.model)
     calibration = Calibration(arguments.calibration, arguments.num_samples, arguments.seqlen)

@@ -25,16 +25,16 @@ import torch
 from torch import Tensor, nn
 
 import quantkit
+from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.codebook import CodebookWeight
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.formats.rotated import RotatedWeight
 from quantkit.formats.trellis import TrellisWeight
 from quantkit.kernels.bitpack import row_words
 from quantkit.kernels.hadamard import random_signs
-from quantkit.linear import QuantizedLinear
-from quantkit.model import context_length
-from quantkit.unpacking import choose_unpacked
-from quantkit.weight import QuantizedWeight
+from quantkit.models.linear import QuantizedLinear
+from quantkit.models.structure import context_length
+from quantkit.models.unpacking import choose_unpacked
 
 SHAPES = ((4096, 4096), (14336, 4096))
 BARS = {"int4": 1.3, "int3": 1.3, "int2": 1.3, "trellis 2": 2.5, "codebook v4 8 bits": 2.5}

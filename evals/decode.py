@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
-from quantkit.embedding import QuantizedEmbedding
-from quantkit.errors import QuantkitError
+from quantkit.core.errors import QuantkitError
 from quantkit.kernels.timing import copy_bandwidth, timed
 from quantkit.kvcache.cache import GearCache
-from quantkit.model import context_length, tensor_bytes
+from quantkit.models.embedding import QuantizedEmbedding
+from quantkit.models.structure import context_length, tensor_bytes
 
 
 @dataclass(frozen=True)

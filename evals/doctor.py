@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 import quantkit
-from quantkit.errors import first_line
+from quantkit.core.errors import first_line
+from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.codebook import CodebookWeight
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.formats.pyramid import PyramidWeight
@@ -32,7 +33,6 @@ from quantkit.kernels import launching, self_check, trellis, viterbi
 from quantkit.kernels.hadamard import random_signs
 from quantkit.kernels.self_check_cases import FAMILIES
 from quantkit.kernels.timing import seconds_per_call
-from quantkit.weight import QuantizedWeight
 
 REQUIRED = ("torch", "triton", "transformers", "accelerate", "safetensors", "numpy")
 OPTIONAL = {

@@ -21,7 +21,7 @@ from quantkit.evals.memory import REFERENCE, write_untrained_llama
 
 _STEPS = """
 import json, sys, torch, psutil, quantkit
-from quantkit.report import peak_memory_bytes
+from quantkit.run.report import peak_memory_bytes
 
 folder, rank, tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 before = psutil.Process().memory_info().rss

@@ -19,7 +19,7 @@ import psutil
 import torch
 
 import quantkit
-from quantkit.device import pick_device
+from quantkit.core.device import pick_device
 from quantkit.search.budget import parse_size
 from quantkit.search.memory import LiveBytes
 

@@ -31,6 +31,7 @@ from unittest import mock
 
 import torch
 
+from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.codebook import CodebookWeight
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.formats.low_rank import LowRankWeight
@@ -48,8 +49,7 @@ from quantkit.kernels import (
     trellis_matmul,
 )
 from quantkit.kernels.bitpack import row_words
-from quantkit.linear import QuantizedLinear
-from quantkit.weight import QuantizedWeight
+from quantkit.models.linear import QuantizedLinear
 
 SIZE = 4096
 """Inputs and outputs of the layers."""

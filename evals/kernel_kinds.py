@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.codebook import CodebookWeight
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.formats.pyramid import PyramidWeight
@@ -17,8 +18,7 @@ from quantkit.kernels import launching, pyramid_matmul
 from quantkit.kernels.bitpack import pack, row_words
 from quantkit.kernels.pyramid import count, index_bits
 from quantkit.kernels.trellis import ring_length
-from quantkit.linear import QuantizedLinear
-from quantkit.weight import QuantizedWeight
+from quantkit.models.linear import QuantizedLinear
 
 
 @dataclass(frozen=True)

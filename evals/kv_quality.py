@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 
 import quantkit
-from quantkit.data import documents, evaluation_tokens
-from quantkit.device import compute_dtype, pick_device
-from quantkit.errors import QuantkitError
+from quantkit.core.device import compute_dtype, pick_device
+from quantkit.core.errors import QuantkitError
+from quantkit.core.metrics import token_kl
 from quantkit.evals.reference.recall import recall_document
-from quantkit.folder import load_tokenizer, resolve_folder
+from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.kvcache.prefix import PrefixReader, compressed_prefix
-from quantkit.metrics import token_kl
-from quantkit.model import context_length
-from quantkit.recipe import window_length
+from quantkit.models.structure import context_length
+from quantkit.run.recipe import window_length
+from quantkit.run.text import documents, evaluation_tokens
 
 DEPTHS = 4
 """Parts of the definitions by which retrieval is told apart."""

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from quantkit.shards import INDEX
+from quantkit.io.shards import INDEX
 
 REFERENCE = Path(__file__).resolve().parent / "reference" / "model"
 """Whose tokenizer the untrained model gets."""

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.errors import QuantkitError
-from quantkit.metrics import token_kl, token_nll
+from quantkit.core.errors import QuantkitError
+from quantkit.core.metrics import token_kl, token_nll
 
 _POSITIONS = 512  # positions whose logits are turned to fp32 at once
 

@@ -23,17 +23,17 @@ from typing import Any
 
 import quantkit
 from quantkit import GPTQ, RTN, VPTQ, Hadamard, LowRank, Pyramid, Trellis
-from quantkit.constants import TARGET_SHIFT
-from quantkit.data import documents, evaluation_tokens
-from quantkit.device import compute_dtype, pick_device
-from quantkit.errors import QuantkitError
+from quantkit.core.constants import TARGET_SHIFT
+from quantkit.core.device import compute_dtype, pick_device
+from quantkit.core.errors import QuantkitError
+from quantkit.core.protocols import Needs, Quantizer
 from quantkit.evals.perplexity import evaluate
 from quantkit.evals.rate_distortion import figure_class
-from quantkit.folder import load_tokenizer, resolve_folder
-from quantkit.model import context_length
-from quantkit.protocols import Needs, Quantizer
-from quantkit.recipe import Calibration, core, make_quantizer, window_length
-from quantkit.report import Report
+from quantkit.io.source import load_tokenizer, resolve_folder
+from quantkit.models.structure import context_length
+from quantkit.run.recipe import Calibration, core, make_quantizer, window_length
+from quantkit.run.report import Report
+from quantkit.run.text import documents, evaluation_tokens
 
 
 def quantizers_of(arguments: argparse.Namespace) -> list[Quantizer]:

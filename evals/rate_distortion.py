@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from quantkit import RTN, VPTQ, Pyramid, Trellis
+from quantkit.core.stats import LayerStats
+from quantkit.core.weight import QuantizedWeight
 from quantkit.quantizers import kmeans
 from quantkit.quantizers.pyramid import fit_gains, gain_levels, shape
-from quantkit.stats import LayerStats
-from quantkit.weight import QuantizedWeight
 
 LAYER = 4096
 """Features on both sides of the layer whose stored bytes are counted."""

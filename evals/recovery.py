@@ -22,13 +22,13 @@ from transformers import PreTrainedModel
 
 import quantkit
 from quantkit import BlockTuning, LowRank, PVSettings, TuningSettings
-from quantkit.data import documents, evaluation_tokens
-from quantkit.device import compute_dtype, pick_device
+from quantkit.core.device import compute_dtype, pick_device
 from quantkit.evals.perplexity import evaluate
-from quantkit.folder import load_tokenizer, resolve_folder
-from quantkit.model import context_length
-from quantkit.recipe import Calibration, make_quantizer, window_length
-from quantkit.report import Report
+from quantkit.io.source import load_tokenizer, resolve_folder
+from quantkit.models.structure import context_length
+from quantkit.run.recipe import Calibration, make_quantizer, window_length
+from quantkit.run.report import Report
+from quantkit.run.text import documents, evaluation_tokens
 
 PARTS = ("pv", "blocks", "vptq", "low-rank", "lrec")
 Row = tuple[str, Callable[[], PreTrainedModel]]

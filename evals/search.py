@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 import quantkit
-from quantkit.constants import TARGET_SHIFT
-from quantkit.data import documents, evaluation_tokens
-from quantkit.device import pick_device
+from quantkit.core.constants import TARGET_SHIFT
+from quantkit.core.device import pick_device
 from quantkit.evals.perplexity import Quality, evaluate
-from quantkit.folder import load_tokenizer, resolve_folder
-from quantkit.recipe import Calibration, Recipe, parse_quantizer
+from quantkit.io.source import load_tokenizer, resolve_folder
+from quantkit.run.recipe import Calibration, Recipe, parse_quantizer
+from quantkit.run.text import documents, evaluation_tokens
 from quantkit.search.baselines import best_of_random
 from quantkit.search.budget import Budget
 from quantkit.search.build import build

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quantkit.device import pick_device
-from quantkit.folder import load_tokenizer, resolve_folder
+from quantkit.core.device import pick_device
+from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.quantizers.rtn import RTN
-from quantkit.recipe import Calibration, Recipe
+from quantkit.run.recipe import Calibration, Recipe
 from quantkit.search.baselines import uniform
 from quantkit.search.budget import Budget
 from quantkit.search.build import build

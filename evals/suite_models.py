@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.core.weight import QuantizedWeight
 from quantkit.evals.kernel_kinds import integers, rotated, trellises
 from quantkit.evals.suite_groups import Group, Run, call, relative_error
 from quantkit.formats.int_group import ArrangedIntGroupWeight, IntGroupWeight
@@ -19,9 +20,8 @@ from quantkit.formats.rotated import RotatedWeight
 from quantkit.formats.trellis import TrellisWeight
 from quantkit.kernels import hadamard, int_group_matmul, trellis_matmul
 from quantkit.kernels.tuning import Config, variations
-from quantkit.linear import QuantizedLinear
+from quantkit.models.linear import QuantizedLinear
 from quantkit.quantizers.rtn import RTN
-from quantkit.weight import QuantizedWeight
 
 REFERENCE = Path(__file__).parent / "reference" / "model"
 MODEL_LIMIT = 6e-2

@@ -2,21 +2,22 @@
 
 import quantkit registers the format with transformers, so that `AutoModelForCausalLM.from_pretrained`
 loads packed checkpoints; `quantkit.load` does the same with checks. Neither torch nor transformers is imported for
-it: the names below come on first use, and the registration when transformers does (`quantkit.post_import`).
+it: the names below come on first use, and the registration when transformers does (`quantkit.core.post_import`).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from quantkit.post_import import after_import
+from quantkit.core.post_import import after_import
 
 if TYPE_CHECKING:
-    from quantkit.fusion import fuse
-    from quantkit.hf import load
+    from quantkit.api import quantize
+    from quantkit.io.hf import load
     from quantkit.kvcache.attention import compressed_kv
     from quantkit.kvcache.cache import GearCache
     from quantkit.kvcache.config import KVCacheConfig
-    from quantkit.pipeline import quantize, quantize_checkpoint
+    from quantkit.models.fusion import fuse
+    from quantkit.models.rotation import Rotation, rotate_model
     from quantkit.quantizers.gptq import GPTQ
     from quantkit.quantizers.hadamard import Hadamard
     from quantkit.quantizers.low_rank import LowRank
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from quantkit.quantizers.target_shift import TargetShift
     from quantkit.quantizers.trellis import Trellis
     from quantkit.quantizers.vptq import VPTQ
-    from quantkit.recipe import Calibration, Recipe
-    from quantkit.rotate import Rotation, rotate_model
+    from quantkit.run.pipeline import quantize_checkpoint
+    from quantkit.run.recipe import Calibration, Recipe
     from quantkit.tuning.adapters import finetune, finished, peft_config
     from quantkit.tuning.block import BlockTuning
     from quantkit.tuning.end_to_end import tune
@@ -62,12 +63,13 @@ __all__ = [
     "tune",
 ]
 _PLACES = {
-    "fusion": ("fuse",),
-    "hf": ("load",),
+    "models.fusion": ("fuse",),
+    "io.hf": ("load",),
     "kvcache.attention": ("compressed_kv",),
     "kvcache.cache": ("GearCache",),
     "kvcache.config": ("KVCacheConfig",),
-    "pipeline": ("quantize", "quantize_checkpoint"),
+    "api": ("quantize",),
+    "run.pipeline": ("quantize_checkpoint",),
     "quantizers.gptq": ("GPTQ",),
     "quantizers.hadamard": ("Hadamard",),
     "quantizers.low_rank": ("LowRank",),
@@ -76,8 +78,8 @@ _PLACES = {
     "quantizers.target_shift": ("TargetShift",),
     "quantizers.trellis": ("Trellis",),
     "quantizers.vptq": ("VPTQ",),
-    "recipe": ("Calibration", "Recipe"),
-    "rotate": ("Rotation", "rotate_model"),
+    "run.recipe": ("Calibration", "Recipe"),
+    "models.rotation": ("Rotation", "rotate_model"),
     "tuning.adapters": ("finetune", "finished", "peft_config"),
     "tuning.block": ("BlockTuning",),
     "tuning.end_to_end": ("tune",),
@@ -85,7 +87,7 @@ _PLACES = {
 }
 _PLACE = {name: f"quantkit.{module}" for module, found in _PLACES.items() for name in found}
 
-after_import("transformers.quantizers", "quantkit.registration")
+after_import("transformers.quantizers", "quantkit.io.registration")
 
 
 if not TYPE_CHECKING:  # a type checker knows all names, and is to see those that are none

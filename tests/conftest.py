@@ -68,7 +68,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def texts():
     """A few hundred kilobytes of real text."""
-    from quantkit.corpus import standard_library
+    from quantkit.run.corpus import standard_library
 
     documents = standard_library("train")
     return documents[: len(documents) // 8]

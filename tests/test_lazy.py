@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import quantkit
 from quantkit.cli.main import app
-from quantkit.post_import import after_import
+from quantkit.core.post_import import after_import
 
 from .conftest import ROOT
 
@@ -82,8 +82,8 @@ def packed(model_folder, tmp_path_factory):
         "import quantkit; from transformers import AutoModelForCausalLM",
         "from transformers import AutoModelForCausalLM; import quantkit",
         "import transformers.quantizers, quantkit; from transformers import AutoModelForCausalLM",
-        "import transformers.modeling_utils, quantkit.registration; from transformers import AutoModelForCausalLM",
-        "import quantkit.hf; from transformers import AutoModelForCausalLM",
+        "import transformers.modeling_utils, quantkit.io.registration; from transformers import AutoModelForCausalLM",
+        "import quantkit.io.hf; from transformers import AutoModelForCausalLM",
     ],
 )
 def test_transformers_loads_packed_checkpoints_in_any_order_of_imports(imports, packed):

@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
 from quantkit import GPTQ, RTN, VPTQ, Calibration, Hadamard, LowRank, Pyramid, Recipe, TargetShift, Trellis
-from quantkit.errors import CheckpointError, QuantkitError
-from quantkit.metrics import proxy_loss
-from quantkit.pipeline import quantize_checkpoint
-from quantkit.protocols import Needs
+from quantkit.core.errors import CheckpointError, QuantkitError
+from quantkit.core.metrics import proxy_loss
+from quantkit.core.protocols import Needs
+from quantkit.core.stats import LayerStats
+from quantkit.core.weight import QuantizedWeight
 from quantkit.quantizers.sparse import Sparse
-from quantkit.stats import LayerStats
-from quantkit.weight import QuantizedWeight
+from quantkit.run.pipeline import quantize_checkpoint
 
 from .conftest import VOCABULARY
 
@@ -227,7 +227,7 @@ def test_settings_of_another_method_are_refused(settings, message, model_folder)
 
 
 def test_rotation_is_the_default_where_the_method_wants_it():
-    from quantkit.recipe import make_quantizer
+    from quantkit.run.recipe import make_quantizer
 
     assert make_quantizer("pyramid", bits=2.5) == Hadamard(Pyramid(2.5))
     assert make_quantizer("pyramid", False, bits=2.0) == Pyramid(2)

@@ -3,7 +3,7 @@
     python -m quantkit.evals.reference.train --minutes 90 --output evals/reference/model
 
 Data: the Python standard library of the interpreter at hand, less the modules named in
-`quantkit.corpus.HELD_OUT_MODULES`, and generated key-value recall documents (`recall.py`) so that
+`quantkit.run.corpus.HELD_OUT_MODULES`, and generated key-value recall documents (`recall.py`) so that
 the model uses its KV cache in a way that can be tested. One script makes everything: a byte-level
 BPE tokenizer with single-digit tokens, the bf16 checkpoint, `training_log.csv` and
 `held_out.json`.
@@ -29,8 +29,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from quantkit.corpus import HELD_OUT_MODULES, standard_library
 from quantkit.evals.reference.recall import recall_document
+from quantkit.run.corpus import HELD_OUT_MODULES, standard_library
 
 logger = logging.getLogger("quantkit.reference")
 

@@ -19,12 +19,12 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from quantkit.core.weight import QuantizedWeight, corrected
 from quantkit.kernels import launching, plans
 from quantkit.kernels.bitpack import pack, planes, row_words
 from quantkit.kernels.codebook_matmul import codebook_matmul, launch, unpacked
 from quantkit.kernels.codebook_rule import book_bytes, expected_speed, range_width, served_from
 from quantkit.kernels.cpu import has_numba
-from quantkit.weight import QuantizedWeight, corrected
 
 logger = logging.getLogger(__name__)
 LARGEST_BITS = 16

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.weight import QuantizedWeight
+from quantkit.core.weight import QuantizedWeight
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from quantkit.core.weight import QuantizedWeight
 from quantkit.kernels import int_group_layout, plans
 from quantkit.kernels.bitpack import pack, planes, row_words
 from quantkit.kernels.cpu import has_numba
@@ -31,7 +32,6 @@ from quantkit.kernels.int_group_matmul import (
 )
 from quantkit.kernels.launching import prepare, properties
 from quantkit.kernels.tuning import Config
-from quantkit.weight import QuantizedWeight
 
 _PASS = {8: 1.7, 4: 0.7, 2: 0.55, 1: 0.35}
 """`cpu_slowdown` of a plane of codes by its width."""

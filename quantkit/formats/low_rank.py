@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from quantkit.weight import QuantizedWeight
+from quantkit.core.weight import QuantizedWeight
 
 
 @dataclass(frozen=True, eq=False)

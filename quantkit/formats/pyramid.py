@@ -20,6 +20,7 @@ from functools import cached_property, lru_cache, partial
 import torch
 from torch import Tensor
 
+from quantkit.core.weight import QuantizedWeight, corrected
 from quantkit.kernels import int_group_matmul, launching, plans, pyramid, pyramid_matmul
 from quantkit.kernels.bitpack import pack, row_words, unpack
 from quantkit.kernels.pyramid_matmul import (
@@ -29,7 +30,6 @@ from quantkit.kernels.pyramid_matmul import (
     point_table,
     transcode,
 )
-from quantkit.weight import QuantizedWeight, corrected
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from quantkit.core.weight import QuantizedWeight, corrected
 from quantkit.kernels import plans
 from quantkit.kernels.hadamard import launch, rotate
-from quantkit.weight import QuantizedWeight, corrected
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from typing import NoReturn
 
 import torch
 
-from quantkit.weight import QuantizedWeight
+from quantkit.core.weight import QuantizedWeight
 
 
 @dataclass(frozen=True, eq=False)

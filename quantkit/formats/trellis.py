@@ -16,10 +16,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from quantkit.core.weight import QuantizedWeight
 from quantkit.kernels import launching, plans, trellis
 from quantkit.kernels.cpu import has_numba
 from quantkit.kernels.trellis_matmul import BLOCK_N, launch, trellis_matmul, unpacked
-from quantkit.weight import QuantizedWeight
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from quantkit.errors import QuantkitError
+from quantkit.core.errors import QuantkitError
 from quantkit.kernels import kv_attention, self_check
 from quantkit.kvcache.cache import GearCache, GearLayer, LazyKV
 from quantkit.kvcache.config import KVCacheConfig

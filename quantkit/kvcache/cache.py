@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
-from quantkit.checkpoint import write_durably
-from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.core.errors import CheckpointError, QuantkitError
+from quantkit.io.checkpoint import write_durably
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.kvcache.storage import Growing, Side
-from quantkit.model import key_heads
+from quantkit.models.structure import key_heads
 
 
 class LazyKV(Tensor):

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, get_args
 
-from quantkit.errors import QuantkitError
+from quantkit.core.errors import QuantkitError
 
 Backbone = Literal["kivi", "kcvt", "token"]
 WIDTHS = (2, 3, 4, 8, 16)

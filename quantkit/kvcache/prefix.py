@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quantkit.errors import QuantkitError
+from quantkit.core.errors import QuantkitError
 from quantkit.kvcache.attention import reading_packed
 from quantkit.kvcache.cache import GearCache
 from quantkit.kvcache.config import KVCacheConfig

@@ -19,11 +19,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from quantkit.core.protocols import Needs
+from quantkit.core.stats import LayerStats
 from quantkit.formats.int_group import IntGroupWeight
-from quantkit.protocols import Needs
 from quantkit.quantizers.feedback import check_feedback, error_feedback
 from quantkit.quantizers.grid import Grid, GridSettings, fit_grid
-from quantkit.stats import LayerStats
 
 Order = Literal["none", "group", "act"]
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.core.protocols import Needs, Quantizer
+from quantkit.core.stats import LayerStats
 from quantkit.formats.rotated import RotatedWeight
 from quantkit.kernels.hadamard import random_signs, rotate
-from quantkit.protocols import Needs, Quantizer
-from quantkit.stats import LayerStats
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.core.metrics import proxy_loss
+from quantkit.core.protocols import Needs, Quantizer
+from quantkit.core.stats import LayerStats
+from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.low_rank import LowRankWeight
-from quantkit.metrics import proxy_loss
-from quantkit.protocols import Needs, Quantizer
-from quantkit.stats import LayerStats
-from quantkit.weight import QuantizedWeight
 
 METRICS = ("exact", "diagonal", "plain")
 

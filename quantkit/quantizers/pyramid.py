@@ -22,12 +22,12 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from quantkit.core.linalg import column_scales
+from quantkit.core.protocols import Needs
+from quantkit.core.stats import LayerStats
 from quantkit.formats.pyramid import PyramidWeight, factors
 from quantkit.kernels.pyramid import index_bits
-from quantkit.linalg import column_scales
-from quantkit.protocols import Needs
 from quantkit.quantizers.feedback import check_feedback, error_feedback
-from quantkit.stats import LayerStats
 
 Axis = Literal["out", "in"]
 LARGEST_GAIN_BITS = 8

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.core.protocols import Needs
+from quantkit.core.stats import LayerStats
 from quantkit.formats.int_group import IntGroupWeight
-from quantkit.protocols import Needs
 from quantkit.quantizers.grid import GridSettings, fit_grid
-from quantkit.stats import LayerStats
 
 
 @dataclass(frozen=True)

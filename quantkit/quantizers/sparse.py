@@ -14,10 +14,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from quantkit.core.protocols import Needs
+from quantkit.core.stats import LayerStats
 from quantkit.formats.dense import DenseWeight
-from quantkit.protocols import Needs
 from quantkit.quantizers.feedback import check_feedback, error_feedback
-from quantkit.stats import LayerStats
 
 Metric = Literal["obs", "magnitude"]
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from quantkit.protocols import Needs, Quantizer
-from quantkit.stats import LayerStats
-from quantkit.weight import QuantizedWeight
+from quantkit.core.protocols import Needs, Quantizer
+from quantkit.core.stats import LayerStats
+from quantkit.core.weight import QuantizedWeight
 
 
 @dataclass(frozen=True)

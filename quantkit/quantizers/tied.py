@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from quantkit.core.protocols import Needs
+from quantkit.core.stats import LayerStats
 from quantkit.formats.tied import TiedWeight
-from quantkit.protocols import Needs
-from quantkit.stats import LayerStats
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from quantkit.core.protocols import Needs
+from quantkit.core.stats import LayerStats
 from quantkit.formats.trellis import TrellisWeight, columns_of, rings_of
 from quantkit.kernels import trellis
 from quantkit.kernels.viterbi import encode
-from quantkit.protocols import Needs
 from quantkit.quantizers.feedback import check_feedback, error_feedback
-from quantkit.stats import LayerStats
 
 Axis = Literal["out", "in"]
 Order = Literal["least", "none"]

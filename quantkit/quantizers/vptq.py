@@ -29,13 +29,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from quantkit.core.linalg import column_scales
+from quantkit.core.protocols import Needs
+from quantkit.core.stats import LayerStats
 from quantkit.formats.codebook import LARGEST_BITS, CodebookWeight
 from quantkit.kernels.codebook_rule import range_width
-from quantkit.linalg import column_scales
-from quantkit.protocols import Needs
 from quantkit.quantizers import kmeans
 from quantkit.quantizers.feedback import error_feedback
-from quantkit.stats import LayerStats
 
 LARGEST_VECTOR = 16
 _CHOSEN_VECTORS = range(1, 9)

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from quantkit.errors import QuantkitError
-from quantkit.folder import ModelFolder
-from quantkit.model import linear_weight
-from quantkit.plan import Plan
-from quantkit.protocols import Quantizer
-from quantkit.recipe import core
-from quantkit.weight import QuantizedWeight
+from quantkit.core.errors import QuantkitError
+from quantkit.core.protocols import Quantizer
+from quantkit.core.weight import QuantizedWeight
+from quantkit.io.source import ModelFolder
+from quantkit.models.plan import Plan
+from quantkit.models.structure import linear_weight
+from quantkit.run.recipe import core
 
 HEADER_BYTES = 160
 """Of a tensor's entry in a safetensors header, at most, and its share of the index."""

@@ -16,20 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibrate import LayerResult, relative_error, walk
-from quantkit.checkpoint import alone, remove_strays
-from quantkit.device import compute_dtype, pick_device
-from quantkit.errors import QuantkitError
-from quantkit.folder import ModelFolder, load_tokenizer
-from quantkit.model import is_lookup
-from quantkit.plan import Plan, tied
-from quantkit.protocols import Needs, Quantizer
+from quantkit.core.device import compute_dtype, pick_device
+from quantkit.core.errors import QuantkitError
+from quantkit.core.protocols import Needs, Quantizer
+from quantkit.core.result import LayerResult
+from quantkit.core.stats import LayerStats
+from quantkit.core.weight import QuantizedWeight
+from quantkit.io.checkpoint import alone, remove_strays
+from quantkit.io.source import ModelFolder, load_tokenizer
+from quantkit.models.plan import Plan, tied
+from quantkit.models.structure import is_lookup
 from quantkit.quantizers.target_shift import TargetShift
-from quantkit.recipe import Recipe
+from quantkit.run.recipe import Recipe
+from quantkit.run.sequential import relative_error, walk
 from quantkit.search.budget import Budget
 from quantkit.search.store import Store, candidate_key
-from quantkit.stats import LayerStats
-from quantkit.weight import QuantizedWeight
 
 Found = dict[str, dict[Quantizer, LayerResult]]
 """What was made of each layer."""

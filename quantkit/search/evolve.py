@@ -20,7 +20,7 @@ from typing import Protocol
 
 import torch
 
-from quantkit.errors import QuantkitError
+from quantkit.core.errors import QuantkitError
 from quantkit.search.settings import Evolution
 
 Assignment = tuple[int, ...]

@@ -9,10 +9,10 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
 
-from quantkit.metrics import token_nll
+from quantkit.core.metrics import token_nll
+from quantkit.run.teacher import CachedTeacher, Teacher, predict
 from quantkit.search.evolve import Assignment
 from quantkit.search.spaces import Space
-from quantkit.tuning.teacher import CachedTeacher, Teacher, predict
 
 Measure = Literal["kl", "perplexity"]
 

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from quantkit.errors import first_line
+from quantkit.core.errors import first_line
 from quantkit.kernels.int_group_matmul import AT_ONCE, CROSSOVERS
 from quantkit.kvcache.config import KVCacheConfig
-from quantkit.model import key_heads, linear_weight
+from quantkit.models.structure import key_heads, linear_weight
 
 logger = logging.getLogger(__name__)
 

@@ -12,23 +12,23 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
-import quantkit.hf
-from quantkit.calibrate import LayerResult
-from quantkit.checkpoint import CheckpointWriter, write_json
-from quantkit.device import compute_dtype, multiplies_bf16
-from quantkit.errors import CheckpointError, QuantkitError
-from quantkit.folder import load_tokenizer
-from quantkit.metrics import token_kl
-from quantkit.pipeline import Run, begin, count_weights, model_notes, publish
-from quantkit.recipe import Calibration
-from quantkit.report import Report
+import quantkit.io.hf
+from quantkit.core.device import compute_dtype, multiplies_bf16
+from quantkit.core.errors import CheckpointError, QuantkitError
+from quantkit.core.metrics import token_kl
+from quantkit.core.result import LayerResult
+from quantkit.io.checkpoint import CheckpointWriter, write_json
+from quantkit.io.source import load_tokenizer
+from quantkit.run.pipeline import Run, begin, count_weights, model_notes, publish
+from quantkit.run.recipe import Calibration
+from quantkit.run.report import Report
+from quantkit.run.teacher import CachedTeacher, predict
 from quantkit.search.baselines import greedy, knapsack, uniform
 from quantkit.search.build import Database
 from quantkit.search.evolve import Assignment, Generation, State, evolve
 from quantkit.search.fitness import Measure, ModelFitness
 from quantkit.search.settings import Evolution
 from quantkit.search.spaces import Space
-from quantkit.tuning.teacher import CachedTeacher, predict
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class Session:
         told: Told = _silent,
     ) -> None:
         self.settings, self._told, self._processes = settings, told, PartialState()
-        model = quantkit.hf.load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
+        model = quantkit.io.hf.load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
         windows = text.windows(load_tokenizer(folder), model)
         check_text(len(windows), settings)
         drawn = (len(windows) - settings.held_out) * windows.shape[1]

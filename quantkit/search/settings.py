@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from quantkit.errors import QuantkitError
+from quantkit.core.errors import QuantkitError
 
 Rule = Literal["any", "size"]
 

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quantkit.device import free_memory
-from quantkit.embedding import put
-from quantkit.forward import Wrap, bare
-from quantkit.linear import Packed, QuantizedLinear, new_linear
-from quantkit.model import find_blocks
-from quantkit.protocols import Quantizer
+from quantkit.core.device import free_memory
+from quantkit.core.protocols import Quantizer
+from quantkit.core.weight import QuantizedWeight
+from quantkit.models.embedding import put
+from quantkit.models.forward import Wrap, bare
+from quantkit.models.linear import Packed, QuantizedLinear, new_linear
+from quantkit.models.structure import find_blocks
 from quantkit.search.build import Database
 from quantkit.search.evolve import Assignment, Index
-from quantkit.weight import QuantizedWeight
 
 CACHE_SHARE = 1 / 4
 """Share of the free memory that unpacked candidates may take."""

@@ -23,12 +23,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantkit.calibrate import LayerResult
-from quantkit.checkpoint import write_durably, write_json
-from quantkit.errors import CheckpointError, QuantkitError
-from quantkit.protocols import Quantizer
-from quantkit.shards import open_shard
-from quantkit.weight import QuantizedWeight
+from quantkit.core.errors import CheckpointError, QuantkitError
+from quantkit.core.protocols import Quantizer
+from quantkit.core.result import LayerResult
+from quantkit.core.weight import QuantizedWeight
+from quantkit.io.checkpoint import write_durably, write_json
+from quantkit.io.shards import open_shard
 
 VERSION = 1
 _RECORD = "database.json"

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quantkit.embedding import QuantizedEmbedding
-from quantkit.errors import QuantkitError
+from quantkit.core.errors import QuantkitError
+from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.low_rank import LowRankWeight
 from quantkit.formats.rotated import RotatedWeight
-from quantkit.hf import attach
+from quantkit.io.hf import attach
 from quantkit.kernels.hadamard import rotate
-from quantkit.linear import Packed, QuantizedLinear
+from quantkit.models.embedding import QuantizedEmbedding
+from quantkit.models.linear import Packed, QuantizedLinear
 from quantkit.tuning.tunable import Coded
-from quantkit.weight import QuantizedWeight
 
 
 class AdaptedLinear(nn.Module):

@@ -14,9 +14,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from quantkit.errors import QuantkitError
-from quantkit.forward import Batch, run_block
-from quantkit.linear import QuantizedLinear
+from quantkit.core.errors import QuantkitError
+from quantkit.models.forward import Batch, run_block
+from quantkit.models.linear import QuantizedLinear
 from quantkit.tuning.pv import PVOptimizer, TunedLinear, rate
 from quantkit.tuning.settings import PVSettings
 from quantkit.tuning.tunable import tunable

@@ -28,18 +28,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from quantkit.checkpoint import write_durably
-from quantkit.device import multiplies_bf16
-from quantkit.errors import QuantkitError
+from quantkit.core.device import multiplies_bf16
+from quantkit.core.errors import QuantkitError
 from quantkit.formats.low_rank import LowRankWeight
-from quantkit.forward import patched_forwards
-from quantkit.linear import QuantizedLinear
-from quantkit.model import check_vocabulary
-from quantkit.recipe import Calibration
+from quantkit.io.checkpoint import write_durably
+from quantkit.models.forward import patched_forwards
+from quantkit.models.linear import QuantizedLinear
+from quantkit.models.structure import check_vocabulary
+from quantkit.run.recipe import Calibration
+from quantkit.run.teacher import CachedTeacher, Teacher, predict
 from quantkit.tuning.adapters import AdaptedLinear, correction_outside, packed_linears
 from quantkit.tuning.pv import PVOptimizer, TunedLinear, TunedTensor, rate
 from quantkit.tuning.settings import TuningSettings
-from quantkit.tuning.teacher import CachedTeacher, Teacher, predict
 from quantkit.tuning.tunable import tunable
 
 logger = logging.getLogger(__name__)

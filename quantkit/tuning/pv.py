@@ -22,9 +22,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from quantkit.core.weight import QuantizedWeight
 from quantkit.tuning.settings import PVSettings
 from quantkit.tuning.tunable import Coded, Tunable
-from quantkit.weight import QuantizedWeight
 
 
 def rate(step: int, steps: int, warmup: float = 0.05) -> float:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from quantkit.errors import QuantkitError
+from quantkit.core.errors import QuantkitError
 
 MODES = ("buffer", "linearized", "straight-through", "continuous")
 

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from quantkit.errors import QuantkitError
+from quantkit.core.errors import QuantkitError
+from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.codebook import CodebookWeight
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.formats.low_rank import LowRankWeight
@@ -29,7 +30,6 @@ from quantkit.kernels.codebook_rule import range_width
 from quantkit.kernels.hadamard import rotate
 from quantkit.quantizers import kmeans
 from quantkit.quantizers.pyramid import nearest_level, shape
-from quantkit.weight import QuantizedWeight
 
 
 class Tunable(nn.Module, ABC):

@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 import quantkit
 from quantkit import RTN, Hadamard
 from quantkit.cli.main import app
-from quantkit.data import documents, evaluation_tokens
-from quantkit.errors import QuantkitError
+from quantkit.core.errors import QuantkitError
 from quantkit.evals import activations
 from quantkit.evals.activations import (
     IntActivations,
@@ -25,9 +24,10 @@ from quantkit.evals.activations import (
 )
 from quantkit.evals.perplexity import evaluate
 from quantkit.kernels.pyramid import index_bits
-from quantkit.linear import QuantizedLinear
-from quantkit.model import block_linears
-from quantkit.unpacking import choose_unpacked
+from quantkit.models.linear import QuantizedLinear
+from quantkit.models.structure import block_linears
+from quantkit.models.unpacking import choose_unpacked
+from quantkit.run.text import documents, evaluation_tokens
 
 SEQLEN = 128
 

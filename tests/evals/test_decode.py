@@ -4,7 +4,7 @@ from transformers import AutoModelForCausalLM
 
 import quantkit
 from quantkit import RTN
-from quantkit.errors import QuantkitError
+from quantkit.core.errors import QuantkitError
 from quantkit.evals.decode import bytes_per_token, measure
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from quantkit.errors import QuantkitError
+from quantkit.core.errors import QuantkitError
 from quantkit.evals.perplexity import evaluate
 
 

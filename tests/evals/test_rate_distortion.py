@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from quantkit import VPTQ, Pyramid
+from quantkit.core.stats import LayerStats
 from quantkit.evals import rate_distortion
 from quantkit.kernels.pyramid import index_bits
-from quantkit.stats import LayerStats
 
 
 @pytest.fixture(scope="module")

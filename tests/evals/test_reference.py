@@ -8,14 +8,14 @@ from transformers import AutoModelForCausalLM
 
 import quantkit
 from quantkit import GPTQ, RTN, Calibration
-from quantkit.calibrate import walk
-from quantkit.data import documents, evaluation_tokens
+from quantkit.core.metrics import proxy_loss
 from quantkit.evals.perplexity import evaluate
 from quantkit.evals.reference.recall import recall_document
 from quantkit.evals.reference.train import recall_accuracy, unigram_perplexity
-from quantkit.metrics import proxy_loss
-from quantkit.model import block_linears, linear_weight
-from quantkit.shards import LoadedWeights
+from quantkit.io.shards import LoadedWeights
+from quantkit.models.structure import block_linears, linear_weight
+from quantkit.run.sequential import walk
+from quantkit.run.text import documents, evaluation_tokens
 
 WINDOWS, SEQLEN = 14, 512
 

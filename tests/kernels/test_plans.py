@@ -16,7 +16,7 @@ from quantkit.formats.pyramid import PyramidWeight
 from quantkit.formats.rotated import RotatedWeight
 from quantkit.formats.trellis import TrellisWeight
 from quantkit.kernels import hadamard, launching, operators, plans, pyramid
-from quantkit.linear import QuantizedLinear
+from quantkit.models.linear import QuantizedLinear
 from quantkit.quantizers.rtn import RTN
 
 OUT, IN = 48, 256

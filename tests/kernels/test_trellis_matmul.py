@@ -9,7 +9,7 @@ from quantkit.kernels import launching, trellis
 from quantkit.kernels import trellis_matmul as kernel
 from quantkit.kernels import trellis_matmul_triton as jit
 from quantkit.kernels.tuning import Config
-from quantkit.linear import QuantizedLinear
+from quantkit.models.linear import QuantizedLinear
 
 from . import ptx
 from .conftest import error

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, T5Config
 
 import quantkit
-from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.evals.kv_quality import inject_outliers
 from quantkit.kvcache import attention
 from quantkit.kvcache.attention import compressed_kv

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from quantkit.errors import QuantkitError
+from quantkit.core.errors import QuantkitError
 from quantkit.kvcache import codec
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.kvcache.storage import Side

@@ -17,7 +17,7 @@ from transformers import (
     MambaConfig,
 )
 
-from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.kvcache.attention import compressed_kv
 from quantkit.kvcache.cache import GearCache, GearLayer
 from quantkit.kvcache.config import KVCacheConfig

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from quantkit.linalg import damped_inverse_factor
-from quantkit.metrics import proxy_loss
+from quantkit.core.linalg import damped_inverse_factor
+from quantkit.core.metrics import proxy_loss
 from quantkit.quantizers.feedback import error_feedback
 
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from quantkit.errors import CalibrationError
-from quantkit.metrics import proxy_loss
+from quantkit.core.errors import CalibrationError
+from quantkit.core.metrics import proxy_loss
+from quantkit.core.stats import LayerStats
 from quantkit.quantizers.gptq import GPTQ
 from quantkit.quantizers.rtn import RTN
-from quantkit.stats import LayerStats
 
 from .test_feedback import problem
 

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
+from quantkit.core.metrics import proxy_loss
+from quantkit.core.protocols import Needs
+from quantkit.core.stats import LayerStats
+from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.dense import DenseWeight
 from quantkit.kernels.hadamard import random_signs, rotate
-from quantkit.metrics import proxy_loss
-from quantkit.protocols import Needs
 from quantkit.quantizers.gptq import GPTQ
 from quantkit.quantizers.hadamard import Hadamard
 from quantkit.quantizers.rtn import RTN
-from quantkit.stats import LayerStats
-from quantkit.weight import QuantizedWeight
 
 from .test_feedback import problem
 

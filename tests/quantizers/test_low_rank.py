@@ -5,11 +5,11 @@ import torch
 
 import quantkit
 from quantkit import GPTQ, RTN, VPTQ, Hadamard, LowRank, Pyramid
+from quantkit.core.metrics import proxy_loss
+from quantkit.core.stats import LayerStats
 from quantkit.formats.low_rank import LowRankWeight
-from quantkit.metrics import proxy_loss
 from quantkit.quantizers.low_rank import leading_vectors
-from quantkit.recipe import core, make_quantizer
-from quantkit.stats import LayerStats
+from quantkit.run.recipe import core, make_quantizer
 
 
 def layer(rows=96, columns=64, seed=0):
@@ -162,5 +162,5 @@ def test_by_name():
     assert make_quantizer("gptq", None, 8, bits=3) == LowRank(GPTQ(3), 8)
     assert make_quantizer("vptq", None, 8, bits=3) == Hadamard(LowRank(VPTQ(3), 8))
     assert core(make_quantizer("vptq", None, 8, bits=3)) == VPTQ(3)
-    with pytest.raises(quantkit.errors.QuantkitError, match="rank=0"):
+    with pytest.raises(quantkit.core.errors.QuantkitError, match="rank=0"):
         make_quantizer("gptq", None, 0, bits=3)

@@ -5,10 +5,11 @@ from itertools import product
 import pytest
 import torch
 
+from quantkit.core.metrics import proxy_loss
+from quantkit.core.stats import LayerStats
 from quantkit.formats.pyramid import PyramidWeight
 from quantkit.kernels.hadamard import random_signs, rotate
 from quantkit.kernels.pyramid import count, decode
-from quantkit.metrics import proxy_loss
 from quantkit.quantizers.hadamard import Hadamard
 from quantkit.quantizers.pyramid import (
     Pyramid,
@@ -22,7 +23,6 @@ from quantkit.quantizers.pyramid import (
     search,
     shape,
 )
-from quantkit.stats import LayerStats
 
 from .test_feedback import problem
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from quantkit.protocols import Needs, Quantizer
+from quantkit.core.protocols import Needs, Quantizer
+from quantkit.core.stats import LayerStats, StatsAccumulator
 from quantkit.quantizers.gptq import GPTQ
 from quantkit.quantizers.rtn import RTN
 from quantkit.quantizers.target_shift import TargetShift
-from quantkit.stats import LayerStats, StatsAccumulator
 
 from .test_feedback import problem
 

@@ -10,14 +10,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import quantkit
 from quantkit import GPTQ, Calibration, Hadamard, LowRank, Recipe, Trellis
-from quantkit.errors import QuantkitError
+from quantkit.core.errors import QuantkitError
+from quantkit.core.metrics import proxy_loss
+from quantkit.core.stats import LayerStats
 from quantkit.formats.trellis import columns_of, rings_of
 from quantkit.kernels import trellis
 from quantkit.kernels.trellis import nearest_step, step
-from quantkit.metrics import proxy_loss
 from quantkit.quantizers import trellis as module
-from quantkit.recipe import core, make_quantizer
-from quantkit.stats import LayerStats
+from quantkit.run.recipe import core, make_quantizer
 
 
 def layer(rows=128, columns=160, seed=0):

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from quantkit.metrics import proxy_loss
+from quantkit.core.metrics import proxy_loss
+from quantkit.core.stats import LayerStats
 from quantkit.quantizers import kmeans
 from quantkit.quantizers.feedback import error_feedback
 from quantkit.quantizers.vptq import VPTQ, VectorCode, _predicted_error
-from quantkit.stats import LayerStats
 
 from .test_feedback import problem
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 from quantkit import GPTQ
-from quantkit.errors import QuantkitError
+from quantkit.core.errors import QuantkitError
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.quantizers.hadamard import Hadamard
 from quantkit.quantizers.sparse import Sparse

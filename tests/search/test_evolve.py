@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from quantkit.errors import QuantkitError
+from quantkit.core.errors import QuantkitError
 from quantkit.search.baselines import best_of_random, greedy, knapsack, random_assignment, uniform
 from quantkit.search.evolve import Index, State, evolve, mutated
 from quantkit.search.settings import Evolution, parse_stages

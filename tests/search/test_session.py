@@ -8,10 +8,10 @@ import torch
 
 import quantkit
 from quantkit import GPTQ, RTN, Calibration
-from quantkit.errors import CheckpointError, QuantkitError
-from quantkit.metrics import token_kl
-from quantkit.plan import tied
-from quantkit.recipe import Recipe, in_words, parse_quantizer, read_plan
+from quantkit.core.errors import CheckpointError, QuantkitError
+from quantkit.core.metrics import token_kl
+from quantkit.models.plan import tied
+from quantkit.run.recipe import Recipe, in_words, parse_quantizer, read_plan
 from quantkit.search.budget import Budget
 from quantkit.search.build import build
 from quantkit.search.session import assemble
@@ -242,7 +242,7 @@ def test_blocks_are_left_out(reference, tmp_path):
 
 def test_candidates_in_words():
     from quantkit.quantizers.sparse import Sparse
-    from quantkit.recipe import parse_quantizer
+    from quantkit.run.recipe import parse_quantizer
 
     assert parse_quantizer("gptq:3") == GPTQ(3)
     assert parse_quantizer("gptq:4:group_size=64:symmetric=no") == GPTQ(4, 64, symmetric=False)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from quantkit import GPTQ, RTN, Calibration, Recipe
-from quantkit.errors import CheckpointError, QuantkitError
-from quantkit.pipeline import quantize_checkpoint
+from quantkit.core.errors import CheckpointError, QuantkitError
+from quantkit.io.shards import Shards
+from quantkit.run.pipeline import quantize_checkpoint
 from quantkit.search.build import build
 from quantkit.search.store import candidate_key
-from quantkit.shards import Shards
 
 from .conftest import CANDIDATES
 

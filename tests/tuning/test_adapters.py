@@ -8,9 +8,9 @@ from transformers import Trainer, TrainingArguments
 
 import quantkit
 from quantkit import RTN, Calibration, Hadamard, LowRank, PVSettings, TuningSettings
-from quantkit.errors import QuantkitError
+from quantkit.core.errors import QuantkitError
 from quantkit.formats.low_rank import LowRankWeight
-from quantkit.linear import QuantizedLinear
+from quantkit.models.linear import QuantizedLinear
 from quantkit.tuning.adapters import AdaptedLinear, correction_outside
 
 TOKENS = torch.arange(40).view(2, 20) * 37 % 2048

@@ -7,10 +7,10 @@ import torch
 
 import quantkit
 from quantkit import GPTQ, RTN, BlockTuning, Calibration, Hadamard, LowRank, PVSettings, Recipe
-from quantkit.checkpoint import CheckpointWriter
-from quantkit.errors import QuantkitError
+from quantkit.core.errors import QuantkitError
 from quantkit.formats.dense import DenseWeight
-from quantkit.pipeline import quantize_checkpoint
+from quantkit.io.checkpoint import CheckpointWriter
+from quantkit.run.pipeline import quantize_checkpoint
 
 SHORT = BlockTuning(12, batch_tokens=512, pv=PVSettings(lr=5e-3))
 TEXT = Calibration("stdlib", 32, 64)
@@ -28,7 +28,7 @@ def files(folder):
 @torch.no_grad()
 def distance(model, teacher, tokenizer):
     windows = Calibration("stdlib", 64, 64, seed=5).windows(tokenizer, teacher)  # fewer do not tell
-    return float(quantkit.metrics.token_kl(teacher(windows).logits, model(windows).logits).mean())
+    return float(quantkit.core.metrics.token_kl(teacher(windows).logits, model(windows).logits).mean())
 
 
 @pytest.mark.parametrize("method", [GPTQ(2), RTN(3), Hadamard(LowRank(RTN(2), 4))], ids=["gptq", "rtn", "wrapped"])

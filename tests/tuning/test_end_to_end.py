@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
 from quantkit import GPTQ, VPTQ, Calibration, Hadamard, LowRank, PVSettings, Pyramid, TuningSettings
-from quantkit.errors import QuantkitError
-from quantkit.linear import QuantizedLinear
+from quantkit.core.errors import QuantkitError
+from quantkit.models.linear import QuantizedLinear
+from quantkit.run.teacher import Teacher
 from quantkit.tuning.end_to_end import _Run
 from quantkit.tuning.pv import TunedLinear
-from quantkit.tuning.teacher import Teacher
 
 SHORT = TuningSettings(
     6, batch=4, micro_batch=4, evaluate_every=2, held_out=8, pv=PVSettings(lr=2e-3, code_lr=0.2, share=0.1, trust=0.1)

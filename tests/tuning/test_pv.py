@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from quantkit import GPTQ, RTN, VPTQ, Hadamard, LowRank, Pyramid, Trellis
-from quantkit.errors import QuantkitError
+from quantkit.core.errors import QuantkitError
+from quantkit.core.stats import LayerStats
 from quantkit.formats.dense import DenseWeight
-from quantkit.stats import LayerStats
 from quantkit.tuning.pv import PVOptimizer, TunedLinear
 from quantkit.tuning.settings import MODES, PVSettings
 from quantkit.tuning.tunable import tunable

@@ -7,9 +7,9 @@ import torch
 
 import quantkit
 from quantkit import GPTQ, Calibration, PVSettings, TuningSettings
-from quantkit.errors import QuantkitError
-from quantkit.metrics import token_kl
-from quantkit.tuning.teacher import CachedTeacher, Predictions, predict
+from quantkit.core.errors import QuantkitError
+from quantkit.core.metrics import token_kl
+from quantkit.run.teacher import CachedTeacher, Predictions, predict
 
 TEXT = Calibration("stdlib", 70, 32)  # two files of a cache
 

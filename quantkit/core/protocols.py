@@ -1,0 +1,40 @@
+"""The protocols that plugins fill."""
+
+from enum import IntEnum
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from quantkit.core.stats import LayerStats
+from quantkit.core.weight import QuantizedWeight
+
+
+class Needs(IntEnum):
+    """What a quantizer must be given, from cheap to dear."""
+
+    NOTHING = 0  # the weight alone
+    HESSIAN = 1  # inputs behind the quantized prefix
+    CROSS = 2  # those, and the same tokens' inputs in the full-precision model
+
+
+@runtime_checkable
+class Quantizer(Protocol):
+    """One method with its settings: a frozen dataclass, pure in (weight, stats)."""
+
+    @property
+    def needs(self) -> Needs:
+        """The statistics that `quantize` reads."""
+        ...
+
+    def quantize(self, weight: Tensor, stats: LayerStats | None) -> QuantizedWeight:
+        """Quantizes a weight.
+
+        Args:
+            weight: fp32 or fp64 [out_features, in_features].
+            stats: statistics of the layer's inputs; None where `needs` is NOTHING.
+        """
+        ...
+
+    def layout(self, out_features: int, in_features: int) -> QuantizedWeight:
+        """What `quantize` would return for this shape, on the meta device: exact sizes without data."""
+        ...

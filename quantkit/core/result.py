@@ -1,0 +1,23 @@
+"""What comes out of quantizing a layer."""
+
+from dataclasses import dataclass
+
+from quantkit.core.weight import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A quantized layer and what it cost.
+
+    Attributes:
+        weight: the packed weight.
+        relative_error: E(Q) / E(0) with E the proxy loss tr((W - Q) H (W - Q)^T) against the quantizer's
+            target; with H = I where no statistics were gathered.
+        damping: the damping with which the Hessian factored, or None.
+        tuned: loss of the layer's block before and after it was tuned, or None; the other figures are from before.
+    """
+
+    weight: QuantizedWeight
+    relative_error: float
+    damping: float | None
+    tuned: tuple[float, float] | None = None

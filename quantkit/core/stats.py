@@ -1,0 +1,134 @@
+"""LayerStats: what a quantizer may know about a layer's inputs, and the accumulator that gathers it.
+
+    H = mean over tokens of x_q x_q^T        C = mean over tokens of x x_q^T
+
+x is the layer's input in the full-precision model, x_q its input behind the quantized prefix. One
+convention everywhere: a mean, in fp32, without a factor 2.
+"""
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quantkit.core.errors import CalibrationError
+from quantkit.core.linalg import NotPositiveDefinite, damped_inverse_factor, elimination_order
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStats:
+    """Second-order statistics of a layer's inputs; layers fed by the same tensor share one.
+
+    Attributes:
+        hessian: H, fp32 (fp64 in tests) [in_features, in_features].
+        cross: C, like hessian, or None where only one stream was run.
+        num_tokens: tokens behind the means.
+        name: the layer's name, for messages.
+    """
+
+    hessian: Tensor
+    cross: Tensor | None = None
+    num_tokens: int = 0
+    name: str = "layer"
+    _factors: dict[tuple, tuple[Tensor, float]] = field(default_factory=dict, repr=False)
+    _orders: dict[float, Tensor] = field(default_factory=dict, repr=False)
+    _changed: dict[Hashable, "LayerStats"] = field(default_factory=dict, repr=False)
+
+    def changed(self, key: Hashable, change: Callable[[Tensor], Tensor]) -> "LayerStats":
+        """The statistics of inputs R x, computed once a key.
+
+        Args:
+            key: names R.
+            change: R, applied over the last dimension.
+        """
+        if key not in self._changed:
+            hessian = change(change(self.hessian).T)
+            cross = None if self.cross is None else change(change(self.cross).T).T
+            self._changed[key] = LayerStats((hessian + hessian.T) / 2, cross, self.num_tokens, self.name)
+        return self._changed[key]
+
+    def scaled(self, scales: Tensor) -> "LayerStats":
+        """The statistics of inputs S x, for a diagonal S given as fp32 [in_features]; not remembered."""
+        scales = scales.to(self.hessian)
+        cross = None if self.cross is None else scales[:, None] * self.cross * scales
+        return LayerStats(scales[:, None] * self.hessian * scales, cross, self.num_tokens, self.name)
+
+    def inverse_factor(self, damp: float, order: Tensor | None = None) -> Tensor:
+        """Upper-triangular U with (H + damping)^-1 = U^T U, columns in `order`; computed once a (damp, order).
+
+        Raises:
+            CalibrationError: H holds NaN or Inf, or does not factor with any damping up to 1.
+        """
+        key = (damp, None if order is None else order.cpu().numpy().tobytes())
+        if key not in self._factors:
+            hessian = self.hessian if order is None else self.hessian[order][:, order]
+            try:
+                self._factors[key] = damped_inverse_factor(hessian, damp)
+            except NotPositiveDefinite as error:
+                raise CalibrationError(f"{self.name}: {error}; give more calibration text, or --method rtn") from error
+        return self._factors[key][0]
+
+    def order(self, damp: float) -> Tensor:
+        """`core.linalg.elimination_order`, computed once a damping."""
+        if damp not in self._orders:
+            self._orders[damp] = elimination_order(self.hessian, damp)
+        return self._orders[damp]
+
+    @property
+    def damping(self) -> float | None:
+        """The largest damping that a factorisation of this Hessian has used so far."""
+        return max((used for _, used in self._all_factors()), default=None)
+
+    @property
+    def raised_damping(self) -> float | None:
+        """The largest damping that had to exceed what was asked for, or None."""
+        return max((used for asked, used in self._all_factors() if used > asked), default=None)
+
+    def _all_factors(self) -> Iterator[tuple[float, float]]:
+        """(damping asked for, damping used) of every factorisation, of changed statistics too."""
+        yield from ((asked, used) for (asked, _), (_, used) in self._factors.items())
+        for stats in self._changed.values():
+            yield from stats._all_factors()
+
+
+class StatsAccumulator:
+    """Adds batches of inputs up to a LayerStats.
+
+    Args:
+        in_features: width of the inputs.
+        with_cross: whether to gather C too.
+        device: where H and C live.
+    """
+
+    def __init__(self, in_features: int, with_cross: bool, device: torch.device) -> None:
+        self._hessian = torch.zeros(in_features, in_features, device=device)
+        self._cross = torch.zeros_like(self._hessian) if with_cross else None
+        self._num_tokens = 0
+
+    def add(self, x_q: Tensor, x: Tensor | None = None) -> None:
+        """Adds inputs [..., in_features]; `x` are the same tokens in the full-precision stream."""
+        x_q = x_q.reshape(-1, x_q.shape[-1]).float()
+        self._hessian.addmm_(x_q.T, x_q)
+        if self._cross is not None:
+            if x is None:
+                raise ValueError("this accumulator gathers C and needs the full-precision inputs too")
+            self._cross.addmm_(x.reshape(-1, x.shape[-1]).float().T, x_q)
+        self._num_tokens += len(x_q)
+
+    def finish(self, name: str) -> LayerStats:
+        """The means.
+
+        Raises:
+            CalibrationError: no token reached the layer, or an input was NaN or Inf.
+        """
+        if not self._num_tokens:
+            raise CalibrationError(f"{name}: no calibration token reached this layer; leave it out or use RTN")
+        hessian = self._hessian / self._num_tokens
+        cross = None if self._cross is None else self._cross / self._num_tokens
+        for matrix in (hessian, cross):
+            if matrix is not None and not bool(torch.isfinite(matrix).all()):
+                raise CalibrationError(
+                    f"{name}: its inputs hold NaN or Inf; check the weights, and save an fp16 model as bf16 first"
+                )
+        return LayerStats(hessian, cross, self._num_tokens, name)

@@ -1,0 +1,250 @@
+"""QuantizedWeight: what a quantizer returns, a checkpoint stores and a linear layer multiplies by.
+
+A storage format is a frozen dataclass. Its tensor fields are the payload, fields that are themselves
+QuantizedWeights nest (tensor names are joined with dots), and every other field is JSON metadata.
+State, loading, device moves and measured size follow from the fields; a format adds `dequantize` and,
+where it has a kernel, `matmul`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from quantkit.core.errors import CheckpointError
+from quantkit.core.registry import resolve
+
+UNPACKED_EACH_TIME = 20.0
+"""`cpu_slowdown` of weights that are unpacked in each product, by torch's operations."""
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight(ABC):
+    """A linear layer's weight [out_features, in_features] in some storage format."""
+
+    format: ClassVar[str]
+
+    def __init_subclass__(cls, format: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.format = format
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+
+    @property
+    def label(self) -> str:
+        """The format in few words, with what it wraps: "rotated(pyramid D=8 K=6)"."""
+        inner = ", ".join(weight.label for weight in self.nested().values())
+        return f"{self.format}({inner})" if inner else self.format
+
+    @abstractmethod
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that the payload stands for, [out_features, in_features]."""
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether `rows` reads no more than the rows that it is asked for."""
+        return False
+
+    def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows of the weight, as an embedding gives them.
+
+        Args:
+            index: int32 or int64 [...], of output features.
+            dtype: of the result.
+
+        Returns:
+            [..., in_features], what `dequantize` gives there.
+
+        Raises:
+            IndexError: an index is negative or too large; on a GPU, as from torch's embedding, an assertion there.
+        """
+        return self._rows(index.reshape(-1)).to(dtype).view(*index.shape, self.shape[1])
+
+    def _rows(self, index: Tensor) -> Tensor:
+        """Rows [n, in_features] for an index [n]; by default the whole weight is dequantized for it, each time."""
+        return self.dequantize().index_select(0, index)
+
+    def matmul(
+        self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
+    ) -> Tensor:
+        """x @ (weight + up @ down)^T + bias for x [..., in_features]; result [..., out_features] in x's dtype.
+
+        Args:
+            x: the inputs.
+            bias: [out_features].
+            up, down: a correction of low rank, [out_features, rank] and [rank, in_features] in x's dtype, or neither.
+        """
+        y = torch.nn.functional.linear(x, self.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+        return corrected(y, x, up, down)
+
+    @staticmethod
+    def side_by_side(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
+        """One weight with the outputs of all, in order; None where their format cannot, or they are unlike."""
+        return type(weights[0]).concatenated(weights) if len({type(weight) for weight in weights}) == 1 else None
+
+    @classmethod
+    def concatenated(cls, weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
+        """`side_by_side` for weights of this format."""
+        return None
+
+    def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
+        """The inverse of `side_by_side`: views of `sizes` outputs each."""
+        raise NotImplementedError(f"{self.format} does not split")
+
+    @property
+    def cpu_slowdown(self) -> float:
+        """Time of a product with one row on a CPU, in times of a dense fp32 one's of a large layer.
+
+        `python -m quantkit.evals.cpu_decode` measures it. Formats without compiled loops are unpacked in each product.
+        """
+        return UNPACKED_EACH_TIME
+
+    def prepared(self) -> QuantizedWeight:
+        """The form in which products take this weight, where its tensors are; itself where it is as stored."""
+        return self._with({name: weight.prepared() for name, weight in self.nested().items()})
+
+    def stored(self) -> QuantizedWeight:
+        """The form that a checkpoint has, of a weight that was `prepared`."""
+        return self._with({name: weight.stored() for name, weight in self.nested().items()})
+
+    def divides(self, sizes: Sequence[int]) -> bool:
+        """Whether `split` gives views for these sizes."""
+        return all(weight.divides(sizes) for weight in self.nested().values())
+
+    def _with(self, nested: dict[str, QuantizedWeight]) -> QuantizedWeight:
+        changed = {name: weight for name, weight in nested.items() if weight is not getattr(self, name)}
+        return dataclasses.replace(self, **changed) if changed else self  # type: ignore[arg-type]
+
+    def prepare(self) -> None:  # noqa: B027  (most formats have nothing to prepare)
+        """Called when the tensors have come to where they will be used."""
+
+    def validate(self) -> None:  # noqa: B027  (a format without invariants needs none)
+        """Raises ValueError unless shapes and ranges are such that no kernel can read out of bounds."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """This level's tensor fields (a field that is None is left out)."""
+        return {k: v for k, v in self._fields().items() if isinstance(v, Tensor)}
+
+    def nested(self) -> dict[str, QuantizedWeight]:
+        """This level's fields that are quantized weights."""
+        return {k: v for k, v in self._fields().items() if isinstance(v, QuantizedWeight)}
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors by dotted name: the checkpoint payload."""
+        state = self.tensors()
+        for name, weight in self.nested().items():
+            state |= {f"{name}.{key}": tensor for key, tensor in weight.state().items()}
+        return state
+
+    def metadata(self) -> dict[str, Any]:
+        """JSON: the format's name, all other fields, and the dtype and shape of each tensor."""
+        meta: dict[str, Any] = {"format": self.format}
+        for name, value in self._fields().items():
+            if isinstance(value, QuantizedWeight):
+                meta[name] = value.metadata()
+            elif value is not None and not isinstance(value, Tensor):
+                meta[name] = value
+        meta["tensors"] = {k: [str(v.dtype).removeprefix("torch."), list(v.shape)] for k, v in self.tensors().items()}
+        return meta
+
+    @staticmethod
+    def from_state(metadata: Mapping[str, Any], state: Mapping[str, Tensor]) -> QuantizedWeight:
+        """The inverse of `metadata` and `state`.
+
+        Raises:
+            CheckpointError: a tensor is missing, or differs from the metadata in dtype or shape.
+            UnknownName: no installed package knows the format.
+        """
+        _check_metadata(metadata)
+        fields: dict[str, Any] = {}
+        for name, value in metadata.items():
+            if isinstance(value, Mapping) and "format" in value:
+                prefix = f"{name}."
+                inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+                fields[name] = QuantizedWeight.from_state(value, inner)
+            elif name not in ("format", "tensors"):
+                fields[name] = value
+        for name, (dtype, shape) in metadata["tensors"].items():
+            if name not in state:
+                raise CheckpointError(
+                    f"tensor {name!r} is missing; the checkpoint's config declares it as {dtype} {shape}"
+                )
+            found = state[name]
+            if list(found.shape) != shape or found.dtype != getattr(torch, dtype):
+                raise CheckpointError(
+                    f"tensor {name!r} is {found.dtype} {list(found.shape)}; "
+                    f"the checkpoint's config declares {dtype} {shape}"
+                )
+            fields[name] = found
+        try:
+            return resolve("quantkit.formats", metadata["format"])(**fields)
+        except TypeError as error:
+            raise CheckpointError(f"format {metadata['format']!r} does not fit its metadata: {error}") from error
+
+    @staticmethod
+    def empty(metadata: Mapping[str, Any], device: str | torch.device = "meta") -> QuantizedWeight:
+        """A weight of the described layout with uninitialised tensors."""
+        _check_metadata(metadata)
+        return QuantizedWeight.from_state(metadata, _empty_state(metadata, device))
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> QuantizedWeight:
+        """The same weight with `fn` applied to every tensor, e.g. a move to another device."""
+        changes: dict[str, Any] = {name: fn(tensor) for name, tensor in self.tensors().items()}
+        changes |= {name: weight.map(fn) for name, weight in self.nested().items()}
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.state().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Measured: every stored byte, over the number of weights."""
+        out_features, in_features = self.shape
+        return 8 * self.nbytes / (out_features * in_features)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files hold the fields, and nothing that was derived from them."""
+        return self._fields()
+
+    def _fields(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def corrected(y: Tensor, x: Tensor, up: Tensor | None, down: Tensor | None) -> Tensor:
+    """y + (x @ down^T) @ up^T, for products whose kernel does not add the correction itself."""
+    return y if up is None or down is None else y + (x @ down.T) @ up.T
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless the metadata name a format and describe tensors."""
+    tensors = metadata.get("tensors")
+    described = isinstance(tensors, Mapping) and all(
+        isinstance(spec, list | tuple)
+        and len(spec) == 2
+        and isinstance(getattr(torch, str(spec[0]), None), torch.dtype)
+        for spec in tensors.values()
+    )
+    if not isinstance(metadata.get("format"), str) or not described:
+        raise CheckpointError("a packed layer's metadata lack its format or its tensors; the checkpoint is damaged")
+
+
+def _empty_state(metadata: Mapping[str, Any], device: str | torch.device) -> dict[str, Tensor]:
+    state = {
+        name: torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+        for name, (dtype, shape) in metadata["tensors"].items()
+    }
+    for name, value in metadata.items():
+        if isinstance(value, Mapping) and "format" in value:
+            state |= {f"{name}.{key}": tensor for key, tensor in _empty_state(value, device).items()}
+    return state

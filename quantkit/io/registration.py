@@ -1,0 +1,125 @@
+"""What transformers is told about packed checkpoints: the classes of quant_method "quantkit".
+
+Imported as soon as `transformers.quantizers` is (`quantkit.core.post_import`), when the rest of transformers is still
+being imported: so it imports of transformers what is there by then, and of quantkit what a load needs when one comes.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quantkit.core.constants import METHOD, VERSION
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@register_quantization_config(METHOD)
+class QuantkitConfig(QuantizationConfigMixin):
+    """config.json's quantization_config: metadata of every packed layer.
+
+    Args:
+        layers: metadata by layer name; see `QuantizedWeight.metadata`.
+        version: format version.
+    """
+
+    def __init__(self, layers: dict[str, Any] | None = None, version: int = VERSION, **_unknown: Any) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.version = version
+        self.layers = layers  # None, which no checkpoint has, is refused when a model is loaded
+
+
+@register_quantizer(METHOD)
+class QuantkitHfQuantizer(HfQuantizer):
+    """Puts packed modules in place before transformers loads tensors into them."""
+
+    requires_calibration = True
+    is_qat_trainable = False
+    """Whether transformers' Trainer may train the model without adapters of peft's; `quantkit.finetune` sets it."""
+
+    def _process_model_before_weight_loading(
+        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **_kwargs: Any
+    ) -> None:
+        from quantkit.core.errors import CheckpointError
+        from quantkit.core.weight import QuantizedWeight
+        from quantkit.formats.tied import TiedWeight
+        from quantkit.io.checkpoint import check_tensors, check_version
+        from quantkit.models.embedding import put
+        from quantkit.models.linear import QuantizedLinear
+        from quantkit.models.structure import is_linear, is_lookup, linear_weight
+
+        config = self.quantization_config
+        assert isinstance(config, QuantkitConfig)
+        layers = check_version({"version": config.version, "layers": config.layers})
+        if checkpoint_files:
+            check_tensors(layers, _specs(checkpoint_files))
+        weights = {name: QuantizedWeight.empty(metadata) for name, metadata in layers.items()}
+        for name, weight in sorted(weights.items(), key=lambda item: isinstance(item[1], TiedWeight)):
+            try:
+                layer = model.get_submodule(name)
+            except AttributeError:
+                raise CheckpointError(
+                    f"{type(model).__name__} has no layer {name!r} that the checkpoint declares"
+                ) from None
+            if not (is_linear(layer) or is_lookup(layer)):
+                raise CheckpointError(
+                    f"{name} is a {type(layer).__name__}, no linear layer or embedding; is this the right model class?"
+                )
+            if isinstance(weight, TiedWeight):
+                head = dict(model.named_modules()).get(weight.layer)
+                if not (is_lookup(layer) and isinstance(head, QuantizedLinear)):
+                    raise CheckpointError(
+                        f"{name} is no embedding that {weight.layer} could serve; config.json is damaged"
+                    )
+            if is_lookup(layer) and weight.shape != linear_weight(layer).shape:
+                raise CheckpointError(
+                    f"{name} is {list(linear_weight(layer).shape)} in {type(model).__name__}, and the checkpoint's "
+                    f"{list(weight.shape)}; it is damaged, or of another model"
+                )
+            put(model, name, weight)
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_kwargs: Any) -> None:
+        import torch
+
+        from quantkit.core.errors import CheckpointError
+        from quantkit.models.linear import Packed, QuantizedLinear
+        from quantkit.models.unpacking import ASKED, choose_unpacked
+
+        for name, module in model.named_modules():
+            if isinstance(module, Packed):
+                try:
+                    module.packed.validate()
+                    if isinstance(module, QuantizedLinear):
+                        module.settle()
+                except ValueError as error:
+                    raise CheckpointError(f"{name}: {error}; the checkpoint is damaged") from error
+        if not torch.cuda.is_available():  # else `load` knows better where the model will run
+            choose_unpacked(model, ASKED.get())
+
+    def is_serializable(self) -> bool:
+        """Packed layers save as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """With adapters: gradients pass through packed layers, and codes stay."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Kernels are torch.library operators."""
+        return True
+
+
+def _specs(files: list[str]) -> dict[str, tuple[str, list[int]]]:
+    from quantkit.io.shards import open_shard
+
+    specs = {}
+    for file in files:
+        with open_shard(Path(file)) as shard:
+            for name in shard.keys():
+                view = shard.get_slice(name)
+                specs[name] = (view.get_dtype(), view.get_shape())
+    return specs

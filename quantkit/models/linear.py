@@ -1,0 +1,242 @@
+"""QuantizedLinear: a linear layer that keeps its weight packed."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.core.weight import QuantizedWeight
+
+
+class Outputs(Protocol):
+    """A launch that computes several layers' outputs at once; see `quantkit.fuse`."""
+
+    weight: QuantizedWeight
+
+    def output(self, slot: int, x: Tensor) -> Tensor:
+        """The output of the layer with this slot."""
+
+
+class _Payload(nn.Module):
+    """A quantized weight's tensors as buffers, nested weights as child modules of the same names."""
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        super().__init__()
+        for name, tensor in weight.tensors().items():
+            self.register_buffer(name, tensor)
+        for name, inner in weight.nested().items():
+            self.add_module(name, _Payload(inner))
+
+    def _forget(self) -> None:
+        """Drops what was derived from the tensors, so that it does not keep them alive where they were."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # A cast of the model must not touch the payload, whose dtypes belong to the format; a move may.
+        self._forget()
+        dtypes = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
+        originals = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, dtype in dtypes.items():
+            moved, original = self._buffers[name], originals[name]
+            if moved is not None and original is not None and moved.dtype != dtype:
+                self._buffers[name] = original.to(moved.device)
+        return self
+
+
+class Packed(_Payload):
+    """A module with a packed weight; buffers carry the checkpoint's local tensor names.
+
+    Args:
+        weight: the packed weight.
+
+    Attributes:
+        metadata: of the weight that a checkpoint has under this module's name.
+    """
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        super().__init__(weight)
+        self.metadata = weight.metadata()
+        self._prepared: dict[str, Any] | None = None  # the metadata of what the buffers hold, where it is not as stored
+        self._cached: QuantizedWeight | None = None
+        self._watched: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+
+    @property
+    def packed(self) -> QuantizedWeight:
+        """The weight as a checkpoint has it, made of this module's present buffers."""
+        return self.used.stored() if self._prepared else self.used
+
+    @property
+    def used(self) -> QuantizedWeight:
+        """The weight as products take it, which may be in another form (`prepared`); its tensors are the buffers."""
+        weight = self._cached
+        if weight is not None:
+            for buffers, name, tensor in self._watched:
+                if buffers.get(name) is not tensor:  # loaders replace them
+                    break
+            else:
+                return weight
+        state = {name: buffer for name, buffer in self.named_buffers()}
+        weight = QuantizedWeight.from_state(self._prepared or self.metadata, state)
+        self._cached, self._watched = weight, list(_places(weight, self))
+        return weight
+
+    def _hold(self, weight: QuantizedWeight) -> None:
+        """Puts a weight's tensors in the places of the buffers."""
+        metadata = weight.metadata()
+        self._prepared = None if metadata == self.metadata else metadata
+        _replace(self, weight)
+        self._cached, self._watched = None, []
+
+    def _forget(self) -> None:
+        if self._prepared:
+            self._hold(self.packed)
+        self._cached, self._watched = None, []
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """A module's, with the checkpoint's tensors."""
+        if not self._prepared:
+            return super().state_dict(*args, **kwargs)
+        used = self.used
+        self._hold(used.stored())
+        try:
+            return super().state_dict(*args, **kwargs)
+        finally:
+            self._hold(used)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()  # what was derived from the tensors, whose values change
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files hold nothing that follows from the buffers."""
+        return self.__dict__ | {"_cached": None, "_watched": []}
+
+
+class QuantizedLinear(Packed):
+    """y = x W^T + b with W in packed form.
+
+    Args:
+        weight: the packed weight.
+        bias: [out_features] or None, added in the activations' dtype.
+
+    Attributes:
+        unpacked: whether the first product on a CPU unpacks the weight for all that follow; see `models.unpacking`.
+    """
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
+        super().__init__(weight)
+        self.out_features, self.in_features = weight.shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._held: Tensor | None = None
+        self.unpacked = False
+        self._stamp: list[int] = []  # of the tensors that an unpacked weight was made from
+        self.shared: Outputs | None = None
+        self._slot = 0
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, fp32, for model code that looks at its linears; writing to it changes nothing."""
+        weight = self.used.dequantize()
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not draw it anew
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features], in x's dtype.
+
+        Raises:
+            ValueError: x has another last dimension.
+        """
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x is {tuple(x.shape)}; this layer takes [..., {self.in_features}]")
+        if self.shared is not None:
+            return self.shared.output(self._slot, x)
+        if self.unpacked and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._unpack(x.dtype)
+        if self._held is None:
+            return self.used.matmul(x, self.bias)
+        mixed = torch.is_autocast_enabled(x.device.type)  # casts by itself, and need not cast twice
+        held = self._held if mixed else self._held.to(x.dtype)
+        return torch.nn.functional.linear(x, held, None if self.bias is None else self.bias.to(x.dtype))
+
+    def _unpack(self, dtype: torch.dtype) -> None:
+        """Holds the weight as its tensors are now; not while any of them is trained."""
+        tensors = self.used.state().values()
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            self.release()
+            return
+        stamp = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        if self._held is None or stamp != self._stamp:
+            with torch.inference_mode(False), torch.no_grad():  # it is kept longer than the caller's mode
+                self.hold(dtype)
+            self._stamp = stamp
+
+    def share(self, shared: Outputs, slot: int, weight: QuantizedWeight) -> None:
+        """Answers with output `slot` of a fused launch from now on; `weight` is this layer's part of its weight."""
+        self._hold(weight)
+        self.shared, self._slot = shared, slot
+
+    def unshare(self) -> None:
+        """Ends `share`: the tensors are this layer's own again."""
+        if self.shared is not None:
+            self.shared = None
+            self._hold(self.used.map(lambda tensor: tensor.clone(memory_format=torch.contiguous_format)))
+
+    def settle(self) -> None:
+        """Brings the weight into the form that products take where its tensors have come to."""
+        if self.shared is None:
+            prepared = self.used.prepared()
+            if prepared is not self.used:
+                self._hold(prepared)
+        self.used.prepare()
+
+    def hold(self, dtype: torch.dtype) -> None:
+        """Keeps the dequantized weight until the next move or cast: for many large inputs in a row."""
+        self._held = self.used.dequantize(dtype)
+
+    def release(self) -> None:
+        """Ends `hold`."""
+        self._held = None
+
+    def _forget(self) -> None:
+        self.unshare()
+        self._held = None
+        super()._forget()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        self.settle()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.shared is not None:  # views into a fused weight; files hold each layer's own
+            for name in self._buffers:
+                destination[prefix + name] = destination[prefix + name].clone(memory_format=torch.contiguous_format)
+
+    def extra_repr(self) -> str:
+        """Shape, format and measured bits per weight."""
+        form = self.metadata["format"]
+        return f"{self.in_features}, {self.out_features}, format={form}, bias={self.bias is not None}"
+
+
+def _replace(module: nn.Module, weight: QuantizedWeight) -> None:
+    """Puts a weight's tensors in the places of a module's buffers."""
+    module._buffers.clear()
+    module._buffers.update(weight.tensors())
+    for name, inner in weight.nested().items():
+        _replace(module.get_submodule(name), inner)
+
+
+def _places(weight: QuantizedWeight, module: nn.Module) -> Iterator[tuple[dict[str, Tensor | None], str, Tensor]]:
+    """The buffers of a module that hold a weight's tensors, and each tensor's name there."""
+    for name, tensor in weight.tensors().items():
+        yield module._buffers, name, tensor
+    for name, inner in weight.nested().items():
+        yield from _places(inner, module.get_submodule(name))
+
+
+def new_linear(weight: QuantizedWeight, replaced: nn.Module) -> QuantizedLinear:
+    """A QuantizedLinear with `replaced`'s bias."""
+    bias = getattr(replaced, "bias", None)
+    return QuantizedLinear(weight, bias if isinstance(bias, torch.Tensor) else None)

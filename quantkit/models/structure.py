@@ -1,0 +1,139 @@
+"""Finds a transformers model's decoder blocks, linear layers and input embedding."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from quantkit.core.errors import QuantkitError
+
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""Last name components of layers that choose experts: tiny, and not worth a wrong choice."""
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by a weight matrix that can be packed (Conv1D is GPT-2's linear)."""
+    if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+        return type(module).__name__ in _LINEAR_IN_OTHER_WORDS
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+_LINEAR_IN_OTHER_WORDS = {"FalconLinear"}
+"""Subclasses of nn.Linear whose own forward is x @ W^T + b all the same; others may do anything."""
+
+
+def is_lookup(module: nn.Module) -> bool:
+    """Whether a module gives rows of its weight, times `embed_scale` where it is one of transformers' scaled ones."""
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+        return False
+    scaled = type(module).__name__.endswith("ScaledWordEmbedding") and len(list(module.parameters())) == 1
+    return scaled or type(module).forward is nn.Embedding.forward
+
+
+def ends(model: nn.Module) -> tuple[str | None, str | None]:
+    """Names of the input embedding and of the head, as the model gives them; None for what it does not give."""
+    names = {module: name for name, module in model.named_modules()}
+    found: list[str | None] = []
+    for give in (model.get_input_embeddings, model.get_output_embeddings):
+        try:
+            found.append(names.get(give()))  # type: ignore[operator]
+        except NotImplementedError:
+            found.append(None)
+    return found[0], found[1]
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight of a Linear, Conv1D or Embedding as [out_features, in_features]."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder blocks: of all module lists with linear layers inside, the one with most parameters.
+
+    Returns:
+        (name of the list in the model, the list).
+
+    Raises:
+        QuantkitError: there is none, or the model is an encoder-decoder.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise QuantkitError(f"{type(model).__name__} is an encoder-decoder; quantkit quantizes decoder-only models")
+    candidates = [
+        (sum(p.numel() for p in module.parameters()), name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and any(is_linear(child) for child in module.modules())
+    ]
+    if not candidates:
+        raise QuantkitError(
+            f"{type(model).__name__} has no list of decoder blocks with linear layers; "
+            "quantkit quantizes decoder-only transformers models such as Llama, Qwen2 or GPT-2"
+        )
+    _, name, blocks = max(candidates, key=lambda candidate: candidate[0])
+    return name, blocks
+
+
+def key_heads(config: Any) -> tuple[int, int]:
+    """(heads of keys, channels of a head) of a model's config."""
+    config = config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def block_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """All linear layers inside the decoder blocks but routers, by full name, in model order."""
+    prefix, blocks = find_blocks(model)
+    return {
+        f"{prefix}.{name}": module
+        for name, module in blocks.named_modules()
+        if is_linear(module) and name.rsplit(".", 1)[-1] not in ROUTERS
+    }
+
+
+def outer_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """All linear layers outside the decoder blocks, e.g. lm_head, by full name."""
+    prefix, _ = find_blocks(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if is_linear(module) and not name.startswith(f"{prefix}.")
+    }
+
+
+def fused_expert_parameters(model: nn.Module) -> dict[str, int]:
+    """3-D parameters inside the blocks (fused experts) and their sizes: weights that no linear layer holds."""
+    prefix, blocks = find_blocks(model)
+    return {f"{prefix}.{name}": p.numel() for name, p in blocks.named_parameters() if p.dim() == 3}
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The longest window that the model's positions allow, where its config says."""
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
+        value = getattr(config, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def check_vocabulary(tokens: Tensor, model: nn.Module) -> None:
+    """Raises QuantkitError where a token has no row in the model's embedding."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    rows = embedding.weight.shape[0] if isinstance(embedding, nn.Embedding) else embedding.num_embeddings
+    largest = int(tokens.max())
+    if largest >= rows:
+        raise QuantkitError(
+            f"the tokenizer gives token {largest}, the model's embedding has {rows} rows; are they of the same model?"
+        )
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and persistent buffers, shared ones once."""
+    seen: dict[int, int] = {}
+    for module in model.modules():
+        stored = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for tensor in (*module._parameters.values(), *stored.values()):
+            if tensor is not None:
+                seen[id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())

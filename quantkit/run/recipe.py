@@ -1,0 +1,384 @@
+"""A recipe: everything that a user decides about a run, and the plan that follows for a model."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantkit.core.constants import TARGET_SHIFT
+from quantkit.core.errors import QuantkitError
+from quantkit.core.protocols import Needs, Quantizer
+from quantkit.core.registry import resolve
+from quantkit.models.plan import Plan, Rules, make_plan, plan_needs
+from quantkit.models.rotation import Rotation
+from quantkit.models.structure import (
+    block_linears,
+    check_vocabulary,
+    context_length,
+    ends,
+    is_lookup,
+    linear_weight,
+    outer_linears,
+)
+from quantkit.quantizers.gptq import GPTQ
+from quantkit.quantizers.hadamard import Hadamard
+from quantkit.quantizers.low_rank import LowRank
+from quantkit.quantizers.rtn import RTN
+from quantkit.quantizers.target_shift import TargetShift
+from quantkit.quantizers.tied import Tied
+from quantkit.run.sequential import Tuner
+from quantkit.run.text import calibration_windows, documents
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that statistics are gathered on.
+
+    Attributes:
+        source: a dataset name, a file, a hub id, or the documents themselves.
+        num_samples: windows.
+        seqlen: tokens a window; None for 2048, or the model's context where that is shorter.
+        seed: of the choice of windows.
+    """
+
+    source: str | list[str] = "wikitext2"
+    num_samples: int = 128
+    seqlen: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise QuantkitError(f"num_samples={self.num_samples}: give at least one window")
+        if self.seqlen is not None and self.seqlen < 2:
+            raise QuantkitError(f"seqlen={self.seqlen}: a window has at least two tokens")
+
+    def windows(self, tokenizer: Any, model: nn.Module) -> Tensor:
+        """int64 [samples, seqlen]; see `run.text.calibration_windows`."""
+        texts = documents(self.source, "calibration") if isinstance(self.source, str) else self.source
+        length = window_length(self.seqlen, context_length(model))
+        windows = calibration_windows(texts, tokenizer, self.num_samples, length, self.seed)
+        check_vocabulary(windows, model)
+        return windows
+
+
+def window_length(seqlen: int | None, context: int | None) -> int:
+    """The asked-for window, or 2048 cut to the model's context.
+
+    Raises:
+        QuantkitError: the asked-for window exceeds the context.
+    """
+    if seqlen is None:
+        return min(2048, context or 2048)
+    if seqlen < 2:
+        raise QuantkitError(f"seqlen={seqlen}: a window has at least two tokens")
+    if context is not None and seqlen > context:
+        raise QuantkitError(f"seqlen={seqlen} exceeds the model's context of {context} tokens; use at most that")
+    return seqlen
+
+
+def make_quantizer(
+    method: str | Quantizer, hadamard: bool | None = None, low_rank: int | None = None, **settings: Any
+) -> Quantizer:
+    """A quantizer by its name in the registry and its settings, or the object itself.
+
+    Args:
+        method: the name, or an object, which is returned as it is and allows nothing beside.
+        hadamard: quantize in a rotated basis; None for what suits the method.
+        low_rank: rank of a correction; None for none.
+        settings: of the method; those that are None are left to its defaults.
+
+    Raises:
+        UnknownName: no such method.
+        QuantkitError: a setting that the method does not have, or a value that it refuses.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    if not isinstance(method, str):
+        _check_quantizer("method", method)
+        beside = [
+            *given,
+            *(name for name, value in (("hadamard", hadamard), ("low_rank", low_rank)) if value is not None),
+        ]
+        if beside:
+            raise QuantkitError(
+                f"{beside[0]} is given beside a quantizer object, which holds its own settings; write them there, such "
+                "as Hadamard(LowRank(VPTQ(bits=2), rank=8)), or give the method's name"
+            )
+        return method
+    kind = resolve("quantkit.quantizers", method)
+    known = {entry.name for entry in dataclasses.fields(kind)}
+    unknown = sorted(given.keys() - known)
+    if unknown:
+        raise QuantkitError(f"{method} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    if isinstance(given.get("bits"), float) and given["bits"].is_integer():
+        given["bits"] = int(given["bits"])
+    needed = [entry.name for entry in dataclasses.fields(kind) if entry.default is dataclasses.MISSING]
+    missing = [name for name in needed if name not in given]
+    if missing:
+        raise QuantkitError(f"{method} needs {missing[0]}")
+    try:
+        quantizer = kind(**given)
+        quantizer = quantizer if low_rank is None else LowRank(quantizer, low_rank)
+    except (TypeError, ValueError) as error:
+        raise QuantkitError(str(error)) from error
+    if hadamard is None:
+        hadamard = getattr(kind, "wants_rotation", False)
+    return Hadamard(quantizer) if hadamard else quantizer
+
+
+def parse_quantizer(text: str) -> Quantizer:
+    """A quantizer in words, "METHOD:BITS" with settings behind: "gptq:3", "gptq:4:group_size=64", "vptq:2:hadamard=no".
+
+    Raises:
+        QuantkitError: it says no method, or settings that the method does not have or lacks.
+    """
+    method, *rest = text.strip().split(":")
+    if rest and "=" not in rest[0]:
+        rest[0] = f"bits={rest[0]}"
+    form = f"{text!r} is no quantizer; write METHOD:BITS, such as gptq:3, pyramid:2.5 or gptq:4:group_size=64"
+    if not rest:
+        raise QuantkitError(form)
+    try:
+        values = {key: _value(word) for key, word in (part.split("=") for part in rest)}
+    except ValueError as error:
+        raise QuantkitError(form) from error
+    if not isinstance(values.get("bits", 0), int | float):
+        raise QuantkitError(form)
+    return make_quantizer(method, values.pop("hadamard", None), values.pop("low_rank", None), **values)
+
+
+def in_words(quantizer: Quantizer) -> str:
+    """What `parse_quantizer` reads, of one that a `head_bits` stands for; its shift belongs to the recipe."""
+    grid = core(quantizer)
+    assert isinstance(grid, GPTQ | RTN)
+    return f"{type(grid).__name__.lower()}:{grid.bits}:group_size={grid.group_size}"
+
+
+def read_plan(path: Path) -> dict[str, Quantizer]:
+    """Quantizers by layer from a plan: JSON {"layers": {layer: what `parse_quantizer` reads}}.
+
+    Raises:
+        QuantkitError: the file is no plan.
+    """
+    try:
+        layers = json.loads(path.read_text())["layers"]
+        return {str(layer): parse_quantizer(str(text)) for layer, text in layers.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise QuantkitError(
+            f'{path} is no plan ({error}); it holds {{"layers": {{"LAYER": "gptq:3", ...}}}}'
+        ) from error
+
+
+def _value(word: str) -> Any:
+    """A setting's value: yes, no, a number, or else the word itself."""
+    if word in ("yes", "no"):
+        return word == "yes"
+    try:
+        return float(word) if "." in word else int(word)
+    except ValueError:
+        return word
+
+
+def core(quantizer: Quantizer) -> Quantizer:
+    """The method inside all wrappers."""
+    while isinstance(inner := getattr(quantizer, "inner", None), Quantizer):
+        quantizer = inner
+    return quantizer
+
+
+def with_bits(quantizer: Quantizer, bits: float) -> Any:
+    """The same quantizer, wrappers and all, with other bits in its core."""
+    if isinstance(inner := getattr(quantizer, "inner", None), Quantizer):
+        return dataclasses.replace(quantizer, inner=with_bits(inner, bits))  # type: ignore[type-var]
+    return dataclasses.replace(quantizer, bits=bits)  # type: ignore[type-var]
+
+
+def fraction_of(quantizer: Quantizer) -> float | None:
+    """Bits that are a fraction where a layer can only have a whole number of them, or None."""
+    inner: Any = core(quantizer)
+    return inner.bits if getattr(inner, "whole_bits", False) and inner.bits != int(inner.bits) else None
+
+
+def share_fractions(plan: Plan, weights: Mapping[str, int]) -> Plan:
+    """Gives layers whole numbers of bits where their method has no others and a fraction is asked for on average.
+
+    The smallest layers of those that share a quantizer get the number above it, as far as the average allows: a bit
+    there costs least, and keys and values, small where heads share them, gain most by one. Of layers of one size some
+    do, evenly over the depth, where not all can.
+
+    Args:
+        plan: quantizers by layer, in model order.
+        weights: of every layer.
+    """
+    parts: dict[Quantizer, list[str]] = {}
+    for name, quantizer in plan.items():
+        if fraction_of(quantizer) is not None:
+            parts.setdefault(quantizer, []).append(name)
+    changed: Plan = {}
+    for quantizer, names in parts.items():
+        low, rest = divmod(fraction_of(quantizer) or 0.0, 1)
+        budget = rest * sum(weights[name] for name in names)
+        for size in sorted({weights[name] for name in names}):
+            alike = [name for name in names if weights[name] == size]
+            more = min(len(alike), int(budget / size + 1e-9))
+            budget -= more * size
+            for i, name in enumerate(alike):
+                extra = (i + 1) * more // len(alike) - i * more // len(alike)
+                changed[name] = with_bits(quantizer, int(low) + extra)
+    return plan | changed
+
+
+def _check_quantizer(what: str, value: object) -> None:
+    if isinstance(value, type) or not isinstance(value, Quantizer):
+        found = value.__name__ if isinstance(value, type) else type(value).__name__
+        raise QuantkitError(f"{what} is given {found}; give a quantizer object such as GPTQ(bits=4)")
+
+
+def _check_embedding(model: nn.Module, name: str, quantizer: Quantizer) -> None:
+    """Raises QuantkitError where the input embedding cannot be packed by this quantizer."""
+    module = model.get_submodule(name)
+    if not is_lookup(module):
+        raise QuantkitError(
+            f"{name} is a {type(module).__name__}, which gives more than rows of its weight; leave it dense "
+            f"(--ignore {name})"
+        )
+    if quantizer.needs > Needs.NOTHING:
+        raise QuantkitError(
+            f"{name}: {core(quantizer)} reads statistics of a layer's inputs, and an embedding has none; give it one "
+            "that reads none, such as RTN(bits=6)"
+        )
+
+
+def _group(in_features: int) -> int:
+    """A group size that divides a layer's width, where one of the usual ones does."""
+    return next((size for size in (128, 64, 32) if in_features % size == 0), min(128, in_features))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do to a model.
+
+    Attributes:
+        quantizer: for every linear layer in the decoder blocks; None to quantize only what rules name.
+        rules: patterns over layer names -> quantizer or None; the last match decides.
+        target_shift: 0 to 1, for all quantizers that read statistics.
+        calibration: the text behind the statistics.
+        true_sequential: let each layer see its own block's earlier layers quantized.
+        rotation: turn the model's residual stream first; None to leave it as it is.
+        low_rank_bits: bits per weight that low-rank corrections may cost, shared out over the layers (see
+            `quantkit.run.ranks`); 0 for the ranks that the quantizers have.
+        tuner: improves every block once it is quantized; None to leave it as it is.
+        head_bits: of the head (GPTQ; RTN where nothing else reads text) and the input embedding (RTN), symmetric, in
+            groups of 128 or what divides; where they are tied one weight serves both, quantized as the head. Rules go
+            before it. None leaves both dense.
+    """
+
+    quantizer: Quantizer | None
+    rules: Rules = field(default_factory=dict)
+    target_shift: float = TARGET_SHIFT
+    calibration: Calibration = Calibration()
+    true_sequential: bool = True
+    rotation: Rotation | None = None
+    low_rank_bits: float = 0
+    tuner: Tuner | None = None
+    head_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.target_shift <= 1:
+            raise QuantkitError(f"target shift {self.target_shift}: use 0 (off) to 1 (least squares)")
+        if not 0 <= self.low_rank_bits <= 16:
+            raise QuantkitError(f"{self.low_rank_bits:g} extra bits for corrections: give 0 (off) to 16, such as 0.1")
+        if self.head_bits not in (None, *range(1, 9)):
+            raise QuantkitError(
+                f"{self.head_bits} bits for head and embedding: give 1 to 8, or none to leave them dense"
+            )
+        for pattern, quantizer in self.rules.items():
+            if quantizer is not None:
+                _check_quantizer(f"the rule {pattern!r}", quantizer)
+
+    def reads_text(self, plan: Plan) -> bool:
+        """Whether a run needs calibration text."""
+        return self.tuner is not None or self.low_rank_bits > 0 or plan_needs(plan) > Needs.NOTHING
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Each layer's quantizer, shifted where it reads statistics.
+
+        Raises:
+            QuantkitError: no decoder blocks, a rule that matches nothing, a group size wider than every layer, or an
+                embedding that cannot be packed so.
+        """
+        rules = {pattern: self._shifted(quantizer) for pattern, quantizer in self.rules.items()}
+        embedding, head = ends(model)
+        defaults: dict[str, Quantizer | None] = {} if embedding is None else {embedding: None}
+        defaults |= dict.fromkeys(block_linears(model), self._shifted(self.quantizer))
+        defaults |= dict.fromkeys(outer_linears(model))
+        if self.head_bits is not None:
+            defaults |= self._for_ends(model, embedding, head)
+        plan = make_plan(defaults, rules, [] if embedding is None else [embedding])
+        if embedding is not None and embedding in plan:
+            if head in plan and plan[head] == plan[embedding] and self._keeps_tie(model, embedding, head):
+                plan[embedding] = Tied(head)
+            _check_embedding(model, embedding, plan[embedding])
+        plan = share_fractions(plan, {name: linear_weight(model.get_submodule(name)).numel() for name in plan})
+        widest: dict[Quantizer, int] = {}
+        for name, quantizer in plan.items():
+            inner = core(quantizer)
+            in_features = linear_weight(model.get_submodule(name)).shape[1]
+            widest[inner] = max(in_features, widest.get(inner, 0))
+        for quantizer, in_features in widest.items():
+            if getattr(quantizer, "group_size", -1) > in_features:
+                raise QuantkitError(
+                    f"{quantizer}: the group size exceeds the widest layer's {in_features} input features; "
+                    "use -1 for one group a row"
+                )
+        return plan
+
+    def _for_ends(self, model: nn.Module, embedding: str | None, head: str | None) -> Plan:
+        """What `head_bits` gives the input embedding and the head."""
+        if embedding is None or head not in outer_linears(model):
+            raise QuantkitError(
+                f"{type(model).__name__} gives no embedding and no linear head that could be packed at "
+                f"{self.head_bits} bits; leave --head-bits (head_bits) out"
+            )
+        assert self.head_bits is not None and head is not None
+        bits = int(self.head_bits)
+        groups = {name: _group(linear_weight(model.get_submodule(name)).shape[1]) for name in (embedding, head)}
+        others = [quantizer for quantizer in (self.quantizer, *self.rules.values()) if quantizer is not None]
+        text = self.tuner or self.low_rank_bits or any(quantizer.needs > Needs.NOTHING for quantizer in others)
+        last = self._shifted((GPTQ if text else RTN)(bits, groups[head]))
+        assert last is not None
+        tied = self._keeps_tie(model, embedding, head)
+        return {embedding: Tied(head) if tied else RTN(bits, groups[embedding]), head: last}
+
+    def _keeps_tie(self, model: nn.Module, embedding: str, head: str) -> bool:
+        """Whether the head's weight is the embedding's; a rotation of the model ends that."""
+        weights = [getattr(model.get_submodule(name), "weight", None) for name in (embedding, head)]
+        return self.rotation is None and weights[0] is weights[1]
+
+    def _shifted(self, quantizer: Quantizer | None) -> Quantizer | None:
+        if quantizer is None or quantizer.needs != Needs.HESSIAN or self.target_shift == 0:
+            return quantizer
+        return TargetShift(quantizer, self.target_shift)
+
+    def settings(self, plan: Plan, windows: Tensor | None) -> dict[str, Any]:
+        """JSON of all that the packed bytes depend on, but for the model itself."""
+        source = self.calibration.source
+        return {
+            "quantizers": {name: repr(quantizer) for name, quantizer in plan.items()},
+            "true_sequential": self.true_sequential,
+            "rotation": self.rotation and dataclasses.asdict(self.rotation),
+            "tuner": self.tuner and repr(self.tuner),
+            "calibration": None
+            if windows is None
+            else {
+                "source": source if isinstance(source, str) else "documents",
+                "num_samples": windows.shape[0],
+                "seqlen": windows.shape[1],
+                "seed": self.calibration.seed,
+                "tokens_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+            },
+        }

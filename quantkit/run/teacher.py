@@ -1,0 +1,199 @@
+"""What a student learns from: the teacher's predictions, from the model itself or from a cache of them on disk.
+
+The cache holds the log-probabilities of each token's k likeliest successors; the rest of the vocabulary counts as one
+event, the tail. KL over these k + 1 events is never more than the full KL (merging events loses information); by how
+much it is less is measured on the held-out windows and said.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quantkit.core.errors import QuantkitError
+from quantkit.core.metrics import token_kl
+from quantkit.io.checkpoint import alone, write_durably, write_json
+
+FILE_WINDOWS = 64
+"""Windows in one file of a cache: what an interrupted run has to compute anew, at most."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A model's outputs.
+
+    Attributes:
+        logits: [windows, length, vocabulary].
+        hidden: what the head reads, [windows, length, features].
+    """
+
+    logits: Tensor
+    hidden: Tensor
+
+
+def predict(model: PreTrainedModel, tokens: Tensor, mixed: bool = False) -> Predictions:
+    """A forward pass of int64 [windows, length].
+
+    Args:
+        model: student or teacher.
+        tokens: of the text.
+        mixed: multiply in bf16 and add up in fp32, by torch's autocast.
+    """
+    hidden: list[Tensor] = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _module, args: hidden.append(args[0]))
+    try:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+            logits = model(input_ids=tokens.to(model.device), use_cache=False).logits
+    finally:
+        handle.remove()
+    return Predictions(logits, hidden[-1])
+
+
+class Teacher:
+    """The full-precision model, asked each time.
+
+    Args:
+        model: in evaluation mode.
+        mixed: see `predict`.
+    """
+
+    def __init__(self, model: PreTrainedModel, mixed: bool = False) -> None:
+        self.model, self.mixed = model, mixed
+
+    def divergence(self, tokens: Tensor, numbers: Tensor, found: Predictions) -> tuple[Tensor, Tensor | None]:
+        """How far a student is from the teacher.
+
+        Args:
+            tokens: int64 [windows, length].
+            numbers: of those windows in the text.
+            found: the student's outputs.
+
+        Returns:
+            (KL(teacher || student) [windows, length]; squared distance of what the heads read, relative to the
+            teacher's size, of the same shape, or None where it is not known).
+
+        Raises:
+            QuantkitError: logits of another shape.
+        """
+        with torch.no_grad():
+            wanted = predict(self.model, tokens, self.mixed)
+        logits, hidden = wanted.logits.to(found.logits.device), wanted.hidden.to(found.hidden.device).float()
+        if logits.shape != found.logits.shape:
+            raise QuantkitError(
+                f"the teacher's logits are {tuple(logits.shape)}, the model's {tuple(found.logits.shape)}"
+            )
+        distance = None
+        if hidden.shape == found.hidden.shape:
+            difference = (found.hidden.float() - hidden).square().sum(-1)
+            distance = difference / hidden.square().sum(-1).clamp_min(1e-30)
+        return token_kl(logits, found.logits), distance
+
+
+class CachedTeacher:
+    """A teacher's predictions, read from disk.
+
+    Args:
+        folder: made by `fill`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[int, Any] = {}
+
+    @staticmethod
+    def fill(
+        folder: Path,
+        model: PreTrainedModel,
+        windows: Tensor,
+        top: int,
+        progress: Callable[[int, int], None],
+        mixed: bool = False,
+    ) -> "CachedTeacher":
+        """Makes what is not there yet.
+
+        Args:
+            folder: of the cache.
+            model: the teacher.
+            windows: int64 [windows, length].
+            top: how many successors are kept, k.
+            progress: called with (windows done, windows in all).
+            mixed: see `predict`.
+
+        Raises:
+            QuantkitError: the folder holds a cache of another text, another k or another teacher.
+        """
+        if top < 1:
+            raise QuantkitError(f"{top} successors a token: keep at least 1")
+        top = min(top, model.config.vocab_size)
+        with torch.no_grad():
+            probe = predict(model, windows[:1]).logits.double().sum()
+        identity = {
+            "tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+            "top": top,
+            "teacher": f"{float(probe):.6g}",
+        }
+        record = folder / "cache.json"
+        if record.exists():
+            try:
+                found = json.loads(record.read_text())
+            except ValueError as error:
+                raise QuantkitError(f"{record} is damaged ({error}); remove the folder") from error
+            if found != identity:
+                raise QuantkitError(f"{folder} is a cache of another text, teacher or number of successors; remove it")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(record, identity)
+        with alone(folder):
+            for first in range(0, len(windows), FILE_WINDOWS):
+                path = _file(folder, first // FILE_WINDOWS)
+                if not path.exists():
+                    kept = [
+                        _successors(model, tokens, top, mixed)
+                        for tokens in windows[first : first + FILE_WINDOWS].split(4)
+                    ]
+                    tensors = {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
+                    needed = sum(tensor.nbytes for tensor in tensors.values())
+                    write_durably(path, partial(save_file, tensors), needed)
+                progress(min(first + FILE_WINDOWS, len(windows)), len(windows))
+        return CachedTeacher(folder)
+
+    def divergence(self, tokens: Tensor, numbers: Tensor, found: Predictions) -> tuple[Tensor, Tensor | None]:
+        """See `Teacher`; KL over the kept successors and the tail, and no hidden states."""
+        rows = [self._window(int(number)) for number in numbers]
+        logs = torch.stack([row["logs"] for row in rows]).to(found.logits.device).float()
+        kept = torch.stack([row["tokens"] for row in rows]).to(found.logits.device).long()
+        own = torch.log_softmax(found.logits.float(), -1).gather(-1, kept)
+        tail, own_tail = _log_rest(logs), _log_rest(own)
+        return (logs.exp() * (logs - own)).sum(-1) + tail.exp() * (tail - own_tail), None
+
+    def _window(self, number: int) -> dict[str, Tensor]:
+        file, row = divmod(number, FILE_WINDOWS)
+        if file not in self._files:
+            self._files[file] = safe_open(_file(self._folder, file), "pt")
+        return {name: self._files[file].get_slice(name)[row] for name in ("logs", "tokens")}
+
+
+def _successors(model: PreTrainedModel, tokens: Tensor, top: int, mixed: bool) -> dict[str, Tensor]:
+    with torch.no_grad():
+        logs = torch.log_softmax(predict(model, tokens, mixed).logits.float(), -1)
+    values, kept = logs.topk(top)
+    return {"logs": values.half().cpu().contiguous(), "tokens": kept.int().cpu().contiguous()}
+
+
+def _log_rest(logs: Tensor) -> Tensor:
+    """log(1 - sum of the probabilities), bounded below where rounding leaves nothing."""
+    return torch.log((1 - logs.exp().sum(-1)).clamp_min(1e-6))
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"teacher-{number:05d}.safetensors"

@@ -1,0 +1,398 @@
+"""Checkpoints: byte for byte the same however often a run was killed, and refused when damaged."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import quantkit
+from quantkit import GPTQ, RTN, Calibration, Recipe
+from quantkit.core.errors import CheckpointError, QuantkitError
+from quantkit.io.checkpoint import alone, check_output
+from quantkit.io.shards import INDEX, Shards
+from quantkit.run.pipeline import quantize_checkpoint
+
+
+def digest(folder):
+    """Hash of every file but the report, which holds times."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.name != "quantkit_report.json"
+    }
+
+
+@pytest.fixture(scope="module")
+def recipe(text_file):
+    return Recipe(GPTQ(3, 64), calibration=Calibration(str(text_file), 6, 128))
+
+
+class _Stop(Exception):
+    pass
+
+
+def interrupted(folder, recipe, output, after):
+    """Runs until `after` blocks are done."""
+
+    def stop(done, _total, _name):
+        if done == after:
+            raise _Stop
+
+    with pytest.raises(_Stop):
+        quantize_checkpoint(folder, recipe, output, progress=stop)
+
+
+_WORKER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from quantkit import GPTQ, Calibration, Recipe, quantize_checkpoint
+
+folder, text, root, seed = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+recipe = Recipe(GPTQ(3, 64), calibration=Calibration(text, 6, 128))
+
+def start(output, resume):
+    child = os.fork()
+    if child == 0:
+        try:
+            quantize_checkpoint(folder, recipe, output, resume=resume, device="cpu")
+            os._exit(0)
+        except BaseException as error:
+            print(error, flush=True)
+            os._exit(1)
+    return child
+
+began = time.monotonic()
+os.waitpid(start(root / "whole", False), 0)
+length = time.monotonic() - began
+draw = random.Random(seed)
+for trial in range(10):
+    output = root / f"killed-{trial}"
+    child = start(output, False)
+    time.sleep(draw.uniform(0.05, 1.0) * length)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    done = len(list((root / f"killed-{trial}.partial").rglob("*.safetensors"))) if not output.exists() else -1
+    if not output.exists():
+        assert os.waitpid(start(output, True), 0)[1] == 0, trial
+    print("trial", trial, "shards before the kill", done, flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_ten_random_moments_and_resumed(model_folder, text_file, tmp_path):
+    command = [sys.executable, "-c", _WORKER, str(model_folder("llama")), str(text_file), str(tmp_path), "0"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    whole = digest(tmp_path / "whole")
+    assert len(whole) > 5
+    for trial in range(10):
+        assert digest(tmp_path / f"killed-{trial}") == whole, f"trial {trial}: {result.stdout}"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_resuming_repeats_no_finished_block(architecture, model_folder, recipe, tmp_path):
+    folder = model_folder(architecture)
+    quantize_checkpoint(folder, recipe, tmp_path / "whole")
+    interrupted(folder, recipe, tmp_path / "resumed", after=1)
+    partial = tmp_path / "resumed.partial" / "checkpoint"
+    first = partial / "model-00001-of-00003.safetensors"
+    before = first.stat().st_mtime_ns
+    assert not (partial / "model-00002-of-00003.safetensors").exists()
+    assert not (tmp_path / "resumed").exists()
+    quantize_checkpoint(folder, recipe, tmp_path / "resumed", resume=True)
+    assert (tmp_path / "resumed" / first.name).stat().st_mtime_ns == before
+    assert digest(tmp_path / "resumed") == digest(tmp_path / "whole")
+
+
+def test_what_is_in_the_way_is_not_lost(model_folder, recipe, tmp_path):
+    folder, output = model_folder("llama"), tmp_path / "out"
+    interrupted(folder, recipe, output, after=1)
+    with pytest.raises(QuantkitError, match="--resume continues it"):
+        quantize_checkpoint(folder, recipe, output)
+    with pytest.raises(QuantkitError, match=r"other settings.*quantizers"):
+        quantize_checkpoint(folder, Recipe(GPTQ(4, 64), calibration=recipe.calibration), output, resume=True)
+    other = Calibration(recipe.calibration.source, 6, 128, seed=1)
+    with pytest.raises(QuantkitError, match=r"other settings.*calibration"):
+        quantize_checkpoint(folder, Recipe(GPTQ(3, 64), calibration=other), output, resume=True)
+    quantize_checkpoint(folder, Recipe(RTN(4, 64)), output, overwrite=True)
+    assert not output.with_name("out.partial").exists()
+    kept = digest(output)
+    with pytest.raises(QuantkitError, match="already exists"):
+        quantize_checkpoint(folder, recipe, output)
+    interrupted_overwrite = Recipe(RTN(2, 64))
+
+    def stop(done, _total, _name):
+        if done == 1:
+            raise _Stop
+
+    with pytest.raises(_Stop):
+        quantize_checkpoint(folder, interrupted_overwrite, output, overwrite=True, progress=stop)
+    assert digest(output) == kept, "an output is replaced only by a whole one"
+    quantize_checkpoint(folder, interrupted_overwrite, output, overwrite=True)
+    assert digest(output) != kept
+    assert not list(tmp_path.glob("out.*"))
+
+
+def test_overwrite_replaces_nothing_but_checkpoints(model_folder, tmp_path):
+    import shutil
+
+    source = tmp_path / "parent" / "model"
+    shutil.copytree(model_folder("llama"), source)
+    precious = tmp_path / "parent" / "precious.txt"
+    precious.write_text("mine")
+    before = digest(source)
+    recipe = Recipe(RTN(3, 64))
+    for output, message in [
+        (source, "would replace the model"),
+        (source.parent, "would replace the model"),
+        (precious, "is not a quantkit checkpoint"),
+        (tmp_path, "would replace the model"),
+    ]:
+        with pytest.raises(QuantkitError, match=message):
+            quantize_checkpoint(source, recipe, output, overwrite=True)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "file").write_text("mine")
+    with pytest.raises(QuantkitError, match="replaces nothing else"):
+        quantize_checkpoint(source, recipe, other, overwrite=True)
+    assert precious.read_text() == "mine"
+    assert digest(source) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "parent"]
+
+
+def test_resuming_with_another_model_is_refused(model_folder, recipe, tmp_path):
+    import shutil
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(model_folder("llama"), first)
+    model = AutoModelForCausalLM.from_pretrained(first, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    shutil.copytree(first, second)
+    model.save_pretrained(second)
+    interrupted(first, recipe, tmp_path / "out", after=1)
+    with pytest.raises(QuantkitError, match=r"other settings.*model"):
+        quantize_checkpoint(second, recipe, tmp_path / "out", resume=True)
+
+
+def test_missing_tensors_are_never_drawn_at_random(model_folder, tmp_path):
+    source = tmp_path / "model"
+    AutoModelForCausalLM.from_pretrained(model_folder("llama"), dtype=torch.bfloat16).save_pretrained(source)
+    tensors = load_file(source / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors.*up_proj"):
+        quantize_checkpoint(source, Recipe(RTN(3, 64)), tmp_path / "out")
+
+
+def test_no_block_stays_in_memory(model_folder, recipe, tmp_path, monkeypatch):
+    """Packed or not, a finished block's tensors are on the meta device, and so is what they were derived from."""
+    import quantkit.run.pipeline as pipeline
+    from quantkit.models.linear import QuantizedLinear
+
+    opened = []
+
+    class Watched(pipeline.ModelFolder):
+        def __init__(self, *args):
+            super().__init__(*args)
+            opened.append(self)
+
+    monkeypatch.setattr(pipeline, "ModelFolder", Watched)
+    quantize_checkpoint(model_folder("llama"), recipe, tmp_path / "out")
+    (folder,) = opened
+    assert all(tensor.is_meta for tensor in folder.model.model.layers.state_dict().values())
+    layers = [module for module in folder.model.modules() if isinstance(module, QuantizedLinear)]
+    assert len(layers) == 14
+    assert all(layer.packed.codes.is_meta for layer in layers)
+    assert all(layer._cached is None or layer._cached.codes.is_meta for layer in layers)
+
+
+def test_killed_after_publishing(model_folder, recipe, tmp_path):
+    output = tmp_path / "out"
+    quantize_checkpoint(model_folder("llama"), recipe, output)
+    output.with_name("out.partial").mkdir()
+    with pytest.raises(QuantkitError, match="no unfinished run"):
+        quantize_checkpoint(model_folder("llama"), recipe, output, resume=True)
+    assert not output.with_name("out.partial").exists()
+    assert output.exists()
+
+
+def test_a_full_disk_is_one_clear_error_and_loses_nothing(model_folder, recipe, tmp_path, monkeypatch):
+    folder, output = model_folder("llama"), tmp_path / "out"
+    import quantkit.io.checkpoint as checkpoint
+
+    calls = []
+
+    def save_until_full(tensors, path, metadata):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_until_full)
+    with pytest.raises(QuantkitError, match=r"disk is full.*--resume"):
+        quantize_checkpoint(folder, recipe, output)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+    monkeypatch.undo()
+    quantize_checkpoint(folder, recipe, output, resume=True)
+    quantize_checkpoint(folder, recipe, tmp_path / "whole")
+    assert digest(output) == digest(tmp_path / "whole")
+
+
+def test_damaged_sources(model_folder, tmp_path):
+    source = model_folder("llama")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+
+    def expect(message, prepare):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        model.save_pretrained(folder, max_shard_size="2MB")
+        prepare(folder)
+        with pytest.raises(QuantkitError, match=message):
+            quantize_checkpoint(folder, Recipe(RTN(3, 64)), tmp_path / "out")
+        assert not list(tmp_path.glob("out*"))
+
+    def truncate(folder):
+        shard = sorted(folder.glob("*.safetensors"))[1]
+        shard.write_bytes(shard.read_bytes()[:1000])
+
+    expect("is truncated or not a safetensors file", truncate)
+    expect("names shards that are not there", lambda folder: sorted(folder.glob("*.safetensors"))[0].unlink())
+    expect("is not a safetensors index", lambda folder: (folder / INDEX).write_text("{"))
+    expect("no config.json", lambda folder: (folder / "config.json").unlink())
+    expect("is not JSON", lambda folder: (folder / "config.json").write_text("{"))
+    expect("not a causal language model", lambda folder: (folder / "config.json").write_text('{"model_type": "nope"}'))
+
+    def remove_all(folder):
+        for path in folder.glob("*.safetensors*"):
+            path.unlink()
+
+    expect("found no weights at all", remove_all)
+
+
+def test_damaged_checkpoints_are_refused_before_use(model_folder, tmp_path):
+    quantize_checkpoint(model_folder("llama"), Recipe(RTN(3, 64)), tmp_path / "good")
+
+    def expect(message, file, change):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for path in (tmp_path / "good").iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        change(folder / file)
+        for load in (quantkit.load, AutoModelForCausalLM.from_pretrained):
+            with pytest.raises((CheckpointError, QuantkitError), match=message):
+                load(folder)
+
+    shard = "model-00001-of-00003.safetensors"
+    name = "model.layers.0.mlp.up_proj"
+
+    def edit(change):
+        def apply(path):
+            tensors = load_file(path)
+            change(tensors)
+            save_file(tensors, path, metadata={"format": "pt"})
+
+        return apply
+
+    def edit_config(change):
+        def apply(path):
+            config = json.loads(path.read_text())
+            change(config["quantization_config"])
+            path.write_text(json.dumps(config))
+
+        return apply
+
+    expect(
+        "declares torch.int32", shard, edit(lambda t: t.update({f"{name}.codes": t[f"{name}.codes"][:, :-1].clone()}))
+    )
+    expect("holds NaN", shard, edit(lambda t: t[f"{name}.scales"].fill_(float("nan"))))
+    expect("of a pre-release", "config.json", edit_config(lambda c: c.update(version=1)))
+    expect("version 99", "config.json", edit_config(lambda c: c.update(version=99)))
+    expect("take", "config.json", edit_config(lambda c: c["layers"][name].update(group_size=3)))
+    expect("lists no layers", "config.json", edit_config(lambda c: c.pop("layers")))
+    expect("lack its format or its tensors", "config.json", edit_config(lambda c: c["layers"][name].pop("tensors")))
+    expect("missing from", "config.json", edit_config(lambda c: c["layers"].update(nothing=c["layers"].pop(name))))
+    expect("unknown format 'magic'", "config.json", edit_config(lambda c: c["layers"][name].update(format="magic")))
+
+
+def test_golden_checkpoint(tmp_path):
+    """The files of a fixed model: names, tensor names, order, dtypes and bytes."""
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            steps = torch.arange(parameter.numel()) * (37 + index) % 101
+            parameter.copy_((steps.float() / 64 - 0.75).view_as(parameter))
+    model.bfloat16().save_pretrained(tmp_path / "source")
+    quantize_checkpoint(tmp_path / "source", Recipe(RTN(3, 16, symmetric=False, search=False)), tmp_path / "packed")
+    shards = Shards(tmp_path / "packed")
+    assert {name: spec for name, spec in shards.specs.items() if "q_proj" in name} == {
+        "model.layers.0.self_attn.q_proj.codes": ("I32", [32, 8]),
+        "model.layers.0.self_attn.q_proj.scales": ("F16", [2, 32]),
+        "model.layers.0.self_attn.q_proj.zeros": ("F16", [2, 32]),
+    }
+    meta = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert meta["quant_method"] == "quantkit"
+    assert meta["version"] == 2
+    assert meta["layers"]["model.layers.0.self_attn.q_proj"] == {
+        "format": "int_group",
+        "bits": 3,
+        "group_size": 16,
+        "in_features": 32,
+        "tensors": {"codes": ["int32", [32, 8]], "scales": ["float16", [2, 32]], "zeros": ["float16", [2, 32]]},
+    }
+    found = {path: value[:16] for path, value in digest(tmp_path / "packed").items() if path.endswith(".safetensors")}
+    assert found == GOLDEN
+
+
+GOLDEN = {
+    "model-00001-of-00002.safetensors": "e33aa4f5f84839c9",
+    "model-00002-of-00002.safetensors": "109e7cb328aa78dd",
+}
+
+
+def test_who_fills_a_folder_is_alone(tmp_path, caplog):
+    entered = threading.Event()
+
+    def second():
+        with alone(tmp_path):
+            entered.set()
+
+    with alone(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert not entered.wait(1) and "waiting" in caplog.text
+    assert entered.wait(10)
+    thread.join()
+
+
+def test_an_output_inside_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(QuantkitError, match="no folder that can be written to"):
+        check_output(tmp_path / "file" / "deeper" / "out")
+
+
+def test_what_a_killed_write_leaves_is_removed(reference, tmp_path):
+    """safetensors writes under a name of its own first; a kill in that moment must not end up in a checkpoint."""
+    quantize_checkpoint(reference, Recipe(RTN(4)), tmp_path / "whole")
+    partial = tmp_path / "out.partial" / "checkpoint"
+    partial.mkdir(parents=True)
+    for name in (".tmpAb12Cd", "model-00001-of-00007.safetensors.tmp"):
+        (partial / name).write_bytes(b"half")
+    quantize_checkpoint(reference, Recipe(RTN(4)), tmp_path / "out", resume=True)
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")

@@ -1,0 +1,75 @@
+"""The bridge to transformers, including what happens without quantkit."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import quantkit
+from quantkit.models.linear import QuantizedLinear
+
+from ..conftest import VOCABULARY
+
+
+@pytest.fixture(scope="module")
+def saved(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "packed"
+    model = AutoModelForCausalLM.from_pretrained(model_folder("qwen2"), dtype=torch.bfloat16)
+    quantkit.quantize(model, method="rtn", bits=4, group_size=64)
+    model.save_pretrained(folder, max_shard_size="1MB")
+    AutoTokenizer.from_pretrained(model_folder("qwen2")).save_pretrained(folder)
+    return model.eval(), folder
+
+
+@pytest.mark.parametrize("load", [quantkit.load, AutoModelForCausalLM.from_pretrained])
+def test_saved_and_loaded_logits_are_bit_identical(saved, load):
+    model, folder = saved
+    loaded = load(folder).eval()
+    assert loaded.dtype == torch.bfloat16
+    tokens = torch.randint(0, VOCABULARY, (2, 60))
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert loaded.model.layers[0].mlp.up_proj.packed.scales.dtype == torch.float16
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight, "the tied head stays tied"
+
+
+def test_saves_again_after_loading(saved, tmp_path):
+    _, folder = saved
+    quantkit.load(folder).save_pretrained(tmp_path / "again")
+    first, second = quantkit.load(folder).state_dict(), quantkit.load(tmp_path / "again").state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_device_map_and_generation(saved):
+    model = AutoModelForCausalLM.from_pretrained(saved[1], device_map="cpu")
+    assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 14
+    assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 6)
+
+
+def test_missing_tensors_are_an_error_not_random_weights(saved, tmp_path):
+    import json
+    import shutil
+
+    from quantkit.core.errors import CheckpointError
+
+    folder = tmp_path / "broken"
+    shutil.copytree(saved[1], folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {k: v for k, v in index["weight_map"].items() if "norm" not in k}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    from safetensors.torch import load_file, save_file
+
+    for shard in folder.glob("*.safetensors"):
+        kept = {k: v for k, v in load_file(shard).items() if "norm" not in k}
+        save_file(kept, shard, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="lacks"):
+        quantkit.load(folder)
+
+
+def test_importing_touches_no_gpu_and_no_network():
+    code = "import quantkit, torch; assert not torch.cuda.is_initialized(); print(quantkit.__version__)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == quantkit.__version__

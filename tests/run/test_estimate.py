@@ -1,0 +1,24 @@
+import pytest
+
+from quantkit import RTN, Recipe
+from quantkit.run.estimate import estimate
+from quantkit.run.pipeline import quantize_checkpoint
+
+
+@pytest.mark.parametrize("head_bits", [None, 6])
+@pytest.mark.parametrize("architecture", ["llama_tied", "neox", "mixtral"])
+def test_sizes_are_those_of_the_run_and_no_weight_is_read(architecture, head_bits, model_folder, tmp_path, monkeypatch):
+    """Also for models whose shards have another form (NeoX, fused experts), which the run itself loads whole."""
+    folder, recipe = model_folder(architecture), Recipe(RTN(3, 32), head_bits=head_bits)
+    report = quantize_checkpoint(folder, recipe, tmp_path / "packed")
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr("quantkit.io.source.load", refuse)
+    monkeypatch.setattr("quantkit.io.shards.Shards.read", refuse)
+    expected = estimate(folder, recipe)
+    assert (expected.bytes_before, expected.bytes_after) == (report.bytes_before, report.bytes_after)
+    assert expected.bits_per_weight == pytest.approx(report.bits_per_weight)
+    assert (expected.packed_weights, expected.all_weights) == (report.packed_weights, report.all_weights)
+    assert expected.layers == len(report.layers)

@@ -1,0 +1,74 @@
+import json
+import logging
+
+import pytest
+import torch
+
+from quantkit.core.errors import CalibrationError, QuantkitError, UnknownName
+from quantkit.run.corpus import HELD_OUT_MODULES, standard_library
+from quantkit.run.text import calibration_windows, documents, evaluation_tokens
+
+
+def test_files_and_names(tmp_path):
+    text, rows = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    text.write_text("one text")
+    rows.write_text("\n".join(json.dumps({"text": t}) for t in ("first", "second")))
+    assert documents(str(text), "calibration") == ["one text"]
+    assert documents(str(rows), "evaluation") == ["first", "second"]
+    assert len(documents("stdlib", "calibration")) > 100
+
+
+def test_held_out_text_is_kept_apart():
+    train, held_out = standard_library("train"), standard_library("held_out")
+    assert not set(train) & set(held_out)
+    assert len(held_out) >= len(HELD_OUT_MODULES)
+    assert any("class ArgumentParser" in text for text in held_out)
+    assert not any("class ArgumentParser" in text for text in train)
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("wikitext", UnknownName, "did you mean 'wikitext2'"),
+        ("nothing.txt", QuantkitError, "no file"),
+        ("./no/such/file", QuantkitError, "no file"),
+    ],
+)
+def test_unknown_sources(source, error, message):
+    with pytest.raises(error, match=message):
+        documents(source, "calibration")
+
+
+def test_unreadable_files(tmp_path):
+    cases = {"empty.txt": (b" \n", "holds no text"), "rows.jsonl": (b'{"txt": 1}', "'text' field")}
+    cases |= {"broken.json": (b"[", "'text' field"), "latin.txt": (b"\xff\xfe\xfa", "UTF-8")}
+    for name, (content, message) in cases.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(QuantkitError, match=message):
+            documents(str(path), "calibration")
+
+
+def test_windows_are_real_text_and_follow_the_seed(tokenizer, texts):
+    windows = calibration_windows(texts, tokenizer, 8, 64, seed=0)
+    assert windows.shape == (8, 64)
+    assert windows.dtype == torch.int64
+    assert torch.equal(windows, calibration_windows(texts, tokenizer, 8, 64, seed=0))
+    assert not torch.equal(windows, calibration_windows(texts, tokenizer, 8, 64, seed=1))
+    decoded = tokenizer.decode(windows[0])
+    assert any(decoded[10:60] in text for text in texts)
+
+
+def test_short_text(tokenizer, caplog):
+    with pytest.raises(CalibrationError, match=r"one window takes seqlen=64; give more text or --seqlen"):
+        calibration_windows(["just a few words"], tokenizer, 8, 64, seed=0)
+    with caplog.at_level(logging.WARNING):
+        windows = calibration_windows(["many words " * 200], tokenizer, 1000, 64, seed=0)
+    assert 0 < len(windows) < 1000
+    assert "only" in caplog.text
+
+
+def test_evaluation_joins_documents(tokenizer):
+    tokens, bytes_per_token = evaluation_tokens(["ab", "cd é"], tokenizer)
+    assert tokenizer.decode(tokens) == "ab\n\ncd é"
+    assert bytes_per_token == len("ab\n\ncd é".encode()) / len(tokens)
