@@ -375,7 +375,7 @@ def _publish(
 ) -> None:
     """Makes a checkpoint of candidates, with its plan, its record and its picture."""
     from quantkit.io.checkpoint import SEARCH_RECORD
-    from quantkit.models.plan import tied
+    from quantkit.models.plan import tied, with_own_weight
     from quantkit.run.recipe import in_words
     from quantkit.search.picture import draw
     from quantkit.search.session import assemble
@@ -385,8 +385,8 @@ def _publish(
     assert isinstance(space, CandidateSpace)
     chosen = space.chosen(outcome.assignment)
     plan = {layer: texts[database.quantizers[key]] for layer, key in chosen.items()}
-    shared = tied(database.fixed)
-    plan |= {layer: in_words(database.fixed[shared.get(layer, layer)]) for layer in database.fixed}
+    shared, packed = tied(database.fixed), with_own_weight(database.fixed)
+    plan |= {layer: in_words(packed[shared.get(layer, layer)]) for layer in database.fixed}
     files = {
         "quantkit_plan.json": json.dumps({"layers": plan}, indent=2) + "\n",
         SEARCH_RECORD: _record(session, outcome, plan),

@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from quantkit.core.result import LayerResult
 from quantkit.core.stats import LayerStats
 from quantkit.core.weight import QuantizedWeight
 
@@ -38,3 +39,20 @@ class Quantizer(Protocol):
     def layout(self, out_features: int, in_features: int) -> QuantizedWeight:
         """What `quantize` would return for this shape, on the meta device: exact sizes without data."""
         ...
+
+
+class LayerHook(Protocol):
+    """What a walk over a model does with each layer."""
+
+    def needs(self, name: str) -> Needs:
+        """The statistics that a layer's call reads."""
+
+    def __call__(self, name: str, weight: Tensor, stats: LayerStats | None) -> LayerResult:
+        """Packs a layer.
+
+        Args:
+            name: of the layer, in full.
+            weight: fp32 [out_features, in_features].
+            stats: of the layer's inputs; None where `needs` is NOTHING. Layers that are fed by the same tensor share
+                them.
+        """

@@ -4,7 +4,7 @@ Blocks are run on their own with the arguments that the model's own forward pass
 stubs in their places. A pass stops as soon as what it was run for is known.
 """
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core.errors import QuantkitError
-from quantkit.models.plan import Plan
 from quantkit.models.structure import find_blocks
 
 Wrap = Callable[[Tensor], Any]
@@ -104,10 +103,10 @@ class Order:
     tails: dict[str, tuple[str, Wrap]] = field(default_factory=dict)
 
 
-def execution_order(block: nn.Module, plan: Plan, batches: list[Batch], index: int) -> Order:
+def execution_order(block: nn.Module, layers: Collection[str], batches: list[Batch], index: int) -> Order:
     """Watches one batch run through the block."""
     if not batches:
-        return Order([[name] for name in plan])
+        return Order([[name] for name in layers])
     groups: list[tuple[Tensor, list[str]]] = []
     outputs: dict[str, list[tuple[Any, list[object]]]] = {}  # of layers and of children, with the tensors' versions
 
@@ -128,8 +127,8 @@ def execution_order(block: nn.Module, plan: Plan, batches: list[Batch], index: i
         return lambda _module, _args, output: outputs.setdefault(name, []).append((output, _versions(output)))
 
     children = {name: child for name, child in block.named_children() if not child._forward_hooks}
-    handles = [block.get_submodule(name).register_forward_pre_hook(enter(name), with_kwargs=True) for name in plan]
-    handles += [block.get_submodule(name).register_forward_hook(leave(name)) for name in {*plan, *children}]
+    handles = [block.get_submodule(name).register_forward_pre_hook(enter(name), with_kwargs=True) for name in layers]
+    handles += [block.get_submodule(name).register_forward_hook(leave(name)) for name in {*layers, *children}]
     try:
         with torch.inference_mode(False), torch.no_grad():  # versions are counted
             run_block(block, batches[0].quantized, batches[0].calls[index])
@@ -149,7 +148,7 @@ def execution_order(block: nn.Module, plan: Plan, batches: list[Batch], index: i
             if form is not None:
                 tails[child] = (name, form)
     reached = {name for group in ordered for name in group}
-    return Order(ordered + [[name] for name in plan if name not in reached], steady, tails)
+    return Order(ordered + [[name] for name in layers if name not in reached], steady, tails)
 
 
 def settings(block: nn.Module) -> list[tuple]:

@@ -1,19 +1,39 @@
-"""A plan: which quantizer each layer gets."""
+"""A plan: which quantizer each layer gets, and which layers share another's weight."""
 
 import difflib
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import ClassVar
 
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Needs, Quantizer
-from quantkit.quantizers.tied import Tied
+from quantkit.formats.tied import TiedWeight
 
-Plan = dict[str, Quantizer]
+
+@dataclass(frozen=True)
+class Tied:
+    """An embedding's entry of a plan: it shares the packed weight of another layer, as a rule the head's.
+
+    Attributes:
+        layer: whose weight it is, by full name.
+        needs: nothing; the other layer's quantizer decides.
+    """
+
+    layer: str
+    needs: ClassVar[Needs] = Needs.NOTHING
+
+    def layout(self, out_features: int, in_features: int) -> TiedWeight:
+        """Where the weight is."""
+        return TiedWeight(self.layer, out_features, in_features)
+
+
+Plan = dict[str, Quantizer | Tied]
 Rules = Mapping[str, Quantizer | None]
 
 
 def make_plan(
-    defaults: Mapping[str, Quantizer | None], rules: Rules | None = None, lookups: Collection[str] = ()
+    defaults: Mapping[str, Quantizer | Tied | None], rules: Rules | None = None, lookups: Collection[str] = ()
 ) -> Plan:
     """Gives every layer its quantizer.
 
@@ -54,6 +74,11 @@ def make_plan(
 def plan_needs(plan: Plan) -> Needs:
     """The most that any quantizer of the plan reads."""
     return max(quantizer.needs for quantizer in plan.values())
+
+
+def with_own_weight(plan: Plan) -> dict[str, Quantizer]:
+    """The layers that are packed themselves."""
+    return {name: quantizer for name, quantizer in plan.items() if not isinstance(quantizer, Tied)}
 
 
 def tied(plan: Plan) -> dict[str, str]:

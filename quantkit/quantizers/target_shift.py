@@ -58,3 +58,10 @@ class TargetShift:
     def layout(self, out_features: int, in_features: int) -> QuantizedWeight:
         """The inner method's layout."""
         return self.inner.layout(out_features, in_features)
+
+
+def aimed(quantizer: Quantizer, weight: Tensor, stats: LayerStats | None) -> tuple[Tensor, Quantizer]:
+    """(the weight that a quantizer rounds, fp32 [out_features, in_features], and what rounds it)."""
+    if isinstance(quantizer, TargetShift) and stats is not None:
+        return quantizer.target(weight, stats), quantizer.inner
+    return weight, quantizer

@@ -19,7 +19,7 @@ from quantkit.io.source import ModelFolder, load_tokenizer
 from quantkit.models.forward import WeightSource
 from quantkit.models.plan import Plan, tied
 from quantkit.models.structure import fused_expert_parameters, linear_weight
-from quantkit.run.ranks import share_ranks, summary, survey_plan, with_ranks
+from quantkit.run.ranks import Survey, share_ranks, summary, with_ranks
 from quantkit.run.recipe import Recipe
 from quantkit.run.report import LayerReport, Report, model_card, peak_device_bytes, peak_memory_bytes
 from quantkit.run.sequential import walk
@@ -188,19 +188,20 @@ def shared_ranks(
     progress: Progress,
 ) -> tuple[Plan, str]:
     """The plan with the ranks that a first pass finds best, and a sentence about them; leaves the model packed."""
-    surveyed, spectra = survey_plan(plan)
+    survey = Survey(plan)
     walk(
         model,
-        surveyed,
+        plan,
         windows,
         source=source,
         sink=MemorySink(),
         device=device,
+        on_layer=survey,
         progress=lambda done, total, name: progress(done, total, f"ranks: {name}" if name else name),
         true_sequential=recipe.true_sequential,
     )
-    ranks = share_ranks(spectra, recipe.low_rank_bits)
-    return with_ranks(plan, ranks), summary(spectra, ranks, recipe.low_rank_bits)
+    ranks = share_ranks(survey.spectra, recipe.low_rank_bits)
+    return with_ranks(plan, ranks), summary(survey.spectra, ranks, recipe.low_rank_bits)
 
 
 def begin(device: str | torch.device | None) -> tuple[torch.device, float]:

@@ -11,7 +11,7 @@ Ranks that pass are taken in order of gain per bit until the budget is spent.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,10 +20,12 @@ from torch import Tensor
 from quantkit.core.errors import QuantkitError
 from quantkit.core.metrics import proxy_loss
 from quantkit.core.protocols import Needs, Quantizer
+from quantkit.core.result import LayerResult
 from quantkit.core.stats import LayerStats
-from quantkit.core.weight import QuantizedWeight
-from quantkit.models.plan import Plan
+from quantkit.models.plan import Plan, Tied
 from quantkit.quantizers.low_rank import LowRank, smaller_gram
+from quantkit.quantizers.target_shift import aimed
+from quantkit.run.sequential import Pack
 
 
 @dataclass(frozen=True)
@@ -49,55 +51,53 @@ class Spectrum:
         return int(better.long().cumprod(0).sum())
 
 
-@dataclass(frozen=True)
 class Survey:
-    """Quantizes the layer `name` with `inner` and notes the spectrum of what was lost.
+    """The hook of a first pass: packs every layer without its correction and notes the spectrum of what was lost.
 
-    The name is its own: layers that are fed by the same tensor share their statistics, and the name in them.
-    """
+    Args:
+        plan: with corrections.
 
-    name: str
-    inner: Quantizer
-    adapter_bits: int
-    found: dict[str, Spectrum] = field(repr=False, compare=False)
-
-    @property
-    def needs(self) -> Needs:
-        """The Hessian at least."""
-        return max(self.inner.needs, Needs.HESSIAN)
-
-    def quantize(self, weight: Tensor, stats: LayerStats | None) -> QuantizedWeight:
-        """The inner method's result."""
-        assert stats is not None
-        packed = self.inner.quantize(weight, stats)
-        error = (weight - packed.dequantize().to(weight)).double()
-        hessian = stats.hessian.double()
-        size = max(proxy_loss(weight.double(), hessian), 1e-30)
-        values = torch.linalg.eigvalsh(smaller_gram(error, hessian)[0]).flip(0).clamp_min(0) / size
-        rank_bits = sum(weight.shape) * self.adapter_bits + (32 if self.adapter_bits == 8 else 0)
-        self.found[self.name] = Spectrum(values.cpu(), (weight.shape[0], weight.shape[1]), rank_bits)
-        return packed
-
-    def layout(self, out_features: int, in_features: int) -> QuantizedWeight:
-        """The inner method's layout."""
-        return self.inner.layout(out_features, in_features)
-
-
-def survey_plan(plan: Plan) -> tuple[Plan, dict[str, Spectrum]]:
-    """A plan whose corrections are left out and spectra noted; and where they are noted.
+    Attributes:
+        spectra: by layer.
 
     Raises:
         QuantkitError: no quantizer of the plan has a correction.
     """
-    found: dict[str, Spectrum] = {}
 
-    def survey(name: str) -> Callable[[LowRank], Quantizer]:
-        return lambda low: Survey(name, low.inner, low.adapter_bits, found)
+    def __init__(self, plan: Plan) -> None:
+        self.spectra: dict[str, Spectrum] = {}
+        self._bits: dict[str, int] = {}
 
-    changed = {name: _at_correction(quantizer, survey(name)) for name, quantizer in plan.items()}
-    if changed == plan:
-        raise QuantkitError("ranks are shared out over layers with a low-rank correction, and the plan has none")
-    return changed, found
+        def without(name: str) -> Callable[[LowRank], Quantizer]:
+            def inner(low: LowRank) -> Quantizer:
+                self._bits[name] = low.adapter_bits
+                return low.inner
+
+            return inner
+
+        self._pack = Pack({name: _at_correction(quantizer, without(name)) for name, quantizer in plan.items()})
+        if not self._bits:
+            raise QuantkitError("ranks are shared out over layers with a low-rank correction, and the plan has none")
+
+    def needs(self, name: str) -> Needs:
+        """The Hessian at least, where there is a correction."""
+        return max(self._pack.needs(name), Needs.HESSIAN if name in self._bits else Needs.NOTHING)
+
+    def __call__(self, name: str, weight: Tensor, stats: LayerStats | None) -> LayerResult:
+        """The layer without its correction."""
+        result = self._pack(name, weight, stats)
+        if name in self._bits:
+            assert stats is not None
+            quantizer = self._pack.plan[name]
+            assert not isinstance(quantizer, Tied)
+            target = aimed(quantizer, weight, stats)[0]
+            error = (target - result.weight.dequantize().to(weight)).double()
+            hessian = stats.hessian.double()
+            size = max(proxy_loss(target.double(), hessian), 1e-30)
+            values = torch.linalg.eigvalsh(smaller_gram(error, hessian)[0]).flip(0).clamp_min(0) / size
+            rank_bits = sum(weight.shape) * self._bits[name] + (32 if self._bits[name] == 8 else 0)
+            self.spectra[name] = Spectrum(values.cpu(), (weight.shape[0], weight.shape[1]), rank_bits)
+        return result
 
 
 def share_ranks(spectra: Mapping[str, Spectrum], bits: float) -> dict[str, int]:
@@ -159,12 +159,11 @@ def summary(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int], bits: flo
     return text
 
 
-def _at_correction(quantizer: Quantizer, change: Callable[[LowRank], Quantizer]) -> Quantizer:
+def _at_correction(quantizer: Any, change: Callable[[LowRank], Quantizer]) -> Any:
     """A quantizer with its correction, however deep inside, replaced."""
     if isinstance(quantizer, LowRank):
         return change(quantizer)
     inner = getattr(quantizer, "inner", None)
     if not isinstance(inner, Quantizer):
         return quantizer
-    changed: Any = quantizer
-    return replace(changed, inner=_at_correction(inner, change))
+    return replace(quantizer, inner=_at_correction(inner, change))

@@ -14,7 +14,7 @@ from quantkit.core.constants import TARGET_SHIFT
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Needs, Quantizer
 from quantkit.core.registry import resolve
-from quantkit.models.plan import Plan, Rules, make_plan, plan_needs
+from quantkit.models.plan import Plan, Rules, Tied, make_plan, plan_needs, with_own_weight
 from quantkit.models.rotation import Rotation
 from quantkit.models.structure import (
     block_linears,
@@ -30,7 +30,6 @@ from quantkit.quantizers.hadamard import Hadamard
 from quantkit.quantizers.low_rank import LowRank
 from quantkit.quantizers.rtn import RTN
 from quantkit.quantizers.target_shift import TargetShift
-from quantkit.quantizers.tied import Tied
 from quantkit.run.sequential import Tuner
 from quantkit.run.text import calibration_windows, documents
 
@@ -215,7 +214,7 @@ def share_fractions(plan: Plan, weights: Mapping[str, int]) -> Plan:
         weights: of every layer.
     """
     parts: dict[Quantizer, list[str]] = {}
-    for name, quantizer in plan.items():
+    for name, quantizer in with_own_weight(plan).items():
         if fraction_of(quantizer) is not None:
             parts.setdefault(quantizer, []).append(name)
     changed: Plan = {}
@@ -238,7 +237,7 @@ def _check_quantizer(what: str, value: object) -> None:
         raise QuantkitError(f"{what} is given {found}; give a quantizer object such as GPTQ(bits=4)")
 
 
-def _check_embedding(model: nn.Module, name: str, quantizer: Quantizer) -> None:
+def _check_embedding(model: nn.Module, name: str, quantizer: Quantizer | Tied) -> None:
     """Raises QuantkitError where the input embedding cannot be packed by this quantizer."""
     module = model.get_submodule(name)
     if not is_lookup(module):
@@ -246,7 +245,7 @@ def _check_embedding(model: nn.Module, name: str, quantizer: Quantizer) -> None:
             f"{name} is a {type(module).__name__}, which gives more than rows of its weight; leave it dense "
             f"(--ignore {name})"
         )
-    if quantizer.needs > Needs.NOTHING:
+    if not isinstance(quantizer, Tied) and quantizer.needs > Needs.NOTHING:
         raise QuantkitError(
             f"{name}: {core(quantizer)} reads statistics of a layer's inputs, and an embedding has none; give it one "
             "that reads none, such as RTN(bits=6)"
@@ -313,7 +312,7 @@ class Recipe:
         """
         rules = {pattern: self._shifted(quantizer) for pattern, quantizer in self.rules.items()}
         embedding, head = ends(model)
-        defaults: dict[str, Quantizer | None] = {} if embedding is None else {embedding: None}
+        defaults: dict[str, Quantizer | Tied | None] = {} if embedding is None else {embedding: None}
         defaults |= dict.fromkeys(block_linears(model), self._shifted(self.quantizer))
         defaults |= dict.fromkeys(outer_linears(model))
         if self.head_bits is not None:
@@ -324,15 +323,11 @@ class Recipe:
                 plan[embedding] = Tied(head)
             _check_embedding(model, embedding, plan[embedding])
         plan = share_fractions(plan, {name: linear_weight(model.get_submodule(name)).numel() for name in plan})
-        widest: dict[Quantizer, int] = {}
-        for name, quantizer in plan.items():
-            inner = core(quantizer)
-            in_features = linear_weight(model.get_submodule(name)).shape[1]
-            widest[inner] = max(in_features, widest.get(inner, 0))
-        for quantizer, in_features in widest.items():
-            if getattr(quantizer, "group_size", -1) > in_features:
+        widest = max(linear_weight(model.get_submodule(name)).shape[1] for name in plan)
+        for quantizer in dict.fromkeys(map(core, with_own_weight(plan).values())):
+            if getattr(quantizer, "group_size", -1) > widest:
                 raise QuantkitError(
-                    f"{quantizer}: the group size exceeds the widest layer's {in_features} input features; "
+                    f"{quantizer}: the group size exceeds the widest layer's {widest} input features; "
                     "use -1 for one group a row"
                 )
         return plan

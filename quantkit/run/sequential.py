@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from quantkit.core.device import free_memory
 from quantkit.core.errors import CalibrationError, QuantkitError
 from quantkit.core.metrics import proxy_loss
-from quantkit.core.protocols import Needs, Quantizer
+from quantkit.core.protocols import LayerHook, Needs
 from quantkit.core.result import LayerResult
 from quantkit.core.stats import LayerStats, StatsAccumulator
 from quantkit.core.weight import QuantizedWeight
@@ -45,9 +45,9 @@ from quantkit.models.forward import (
     settings,
 )
 from quantkit.models.linear import QuantizedLinear
-from quantkit.models.plan import Plan, plan_needs, tied
+from quantkit.models.plan import Plan, Tied, tied
 from quantkit.models.structure import find_blocks, is_lookup, linear_weight
-from quantkit.quantizers.target_shift import TargetShift
+from quantkit.quantizers.target_shift import aimed
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ def walk(
     source: WeightSource,
     sink: Sink,
     device: torch.device,
+    on_layer: LayerHook | None = None,
     true_sequential: bool = True,
     tuner: Tuner | None = None,
     lookups_first: bool = True,
@@ -103,10 +104,11 @@ def walk(
     Args:
         model: a causal language model; its weights may be on the meta device until `source` loads them.
         plan: quantizers by layer name.
-        windows: calibration tokens, int64 [samples, seqlen]; None where the plan needs no statistics.
+        windows: calibration tokens, int64 [samples, seqlen]; None where no layer needs statistics.
         source: loads and releases modules.
         sink: takes every finished block.
         device: where blocks run.
+        on_layer: packs each layer of the plan; None for `Pack`, which does as the plan says.
         true_sequential: let each layer see its own block's earlier layers quantized, at the price of a pass of the
             streams per group of layers instead of one per block.
         tuner: improves every block that has packed layers; None for none.
@@ -118,7 +120,8 @@ def walk(
         CalibrationError: unusable statistics, with the layer's name.
     """
     prefix, blocks = find_blocks(model)
-    needs = plan_needs(plan)
+    hook = Pack(plan) if on_layer is None else on_layer
+    needs = max((hook.needs(layer) for layer in plan if layer not in tied(plan)), default=Needs.NOTHING)
     batches: list[Batch] = []
     wrap: Wrap = bare
     outer = {layer: quantizer for layer, quantizer in plan.items() if not layer.startswith(f"{prefix}.")}
@@ -133,7 +136,7 @@ def walk(
         batches, wrap = capture(model, blocks, windows, source, device, size)
     for layer in front:
         progress(0, len(blocks), layer)
-    found = _quantize_outer(model, blocks, front, batches, wrap, source, device)
+    found = _quantize_outer(model, blocks, front, hook, batches, wrap, source, device)
     if front and batches and windows is not None:
         for batch, behind in zip(batches, capture(model, blocks, windows, source, device, size)[0], strict=True):
             batch.quantized = behind.quantized
@@ -143,7 +146,7 @@ def walk(
         name = f"{prefix}.{index}"
         progress(index, len(blocks), name)
         source.load(name, block, device)
-        layers = {layer: quantizer for layer, quantizer in plan.items() if layer.startswith(f"{name}.")}
+        layers = [layer for layer in plan if layer.startswith(f"{name}.")]
         reference = _shared_copy(block) if needs >= Needs.CROSS or tuner is not None else None
         done = sink.finished(index)
         if done is None:
@@ -153,7 +156,7 @@ def walk(
                 told = partial(_tell, progress, index, len(blocks), name)
                 tune = partial(tuner, block, batches=batches, index=index, progress=told)
             results, order = _quantize_block(
-                block, reference, f"{name}.", layers, batches, index, true_sequential, order, tune
+                block, reference, f"{name}.", layers, hook, batches, index, true_sequential, order, tune
             )
             sink.write(index, name, results)
         else:
@@ -168,7 +171,7 @@ def walk(
                 module.release()
         source.release(name, block)
     rest = {layer: quantizer for layer, quantizer in outer.items() if layer not in front}
-    sink.write(-1, "", found | _quantize_outer(model, blocks, rest, batches, wrap, source, device))
+    sink.write(-1, "", found | _quantize_outer(model, blocks, rest, hook, batches, wrap, source, device))
     progress(len(blocks), len(blocks), "")
 
 
@@ -180,7 +183,8 @@ def _quantize_block(
     block: nn.Module,
     reference: nn.Module | None,
     prefix: str,
-    plan: Plan,
+    layers: list[str],
+    hook: LayerHook,
     batches: list[Batch],
     index: int,
     true_sequential: bool,
@@ -192,7 +196,7 @@ def _quantize_block(
     `order` is that of the block before, which is this block's too where it has the same layers. `tune` improves the
     named layers once all are packed, while the streams still stand before (quantized) and behind (full) the block.
     """
-    local = {name.removeprefix(prefix): quantizer for name, quantizer in plan.items()}
+    local = {name.removeprefix(prefix): hook.needs(name) for name in layers}
     if order is None or {name for group in order.groups for name in group} != set(local):
         order = execution_order(block, local, batches, index)
     stages = [[group] for group in order.groups] if true_sequential or not order.groups else [order.groups]
@@ -208,7 +212,7 @@ def _quantize_block(
         for group in stage:
             for name in group:
                 layer = block.get_submodule(name)
-                results[prefix + name] = quantize_layer(layer, local[name], stats.get(group[0]), prefix + name)
+                results[prefix + name] = _packed(hook, layer, stats.get(group[0]), prefix + name)
         for group in stage:
             for name in group:
                 _swap(block, name, results[prefix + name].weight)
@@ -225,7 +229,7 @@ def _quantize_block(
     for number, batch in enumerate(batches):
         with quantized.replay.running(number, quantized.settled, keep=False):
             batch.quantized = run_block(block, batch.quantized, batch.calls[index])
-    return {name: results[name] for name in plan}, order
+    return {name: results[name] for name in layers}, order
 
 
 @dataclass
@@ -255,7 +259,7 @@ def _gather(
     full: _Stream | None,
     prefix: str,
     groups: list[list[str]],
-    plan: Plan,
+    needed: dict[str, Needs],
     batches: list[Batch],
     index: int,
     advance: bool,
@@ -264,7 +268,7 @@ def _gather(
 
     With `advance`, the full stream's pass runs to the block's end and its output becomes the next input.
     """
-    needs = {group[0]: max(plan[name].needs for name in group) for group in groups}
+    needs = {group[0]: max(needed[name] for name in group) for group in groups}
     probes = [name for name, need in needs.items() if need > Needs.NOTHING]
     accumulators: dict[str, StatsAccumulator] = {}
     for number, batch in enumerate(batches):
@@ -298,18 +302,37 @@ def _gather(
     return {name: accumulator.finish(prefix + name) for name, accumulator in accumulators.items()}
 
 
-def quantize_layer(module: nn.Module, quantizer: Quantizer, stats: LayerStats | None, name: str) -> LayerResult:
-    """Quantizes one linear layer and measures its error."""
+@dataclass(frozen=True)
+class Pack:
+    """The hook of an ordinary run: every layer by its quantizer of the plan.
+
+    Attributes:
+        plan: quantizers by layer name.
+    """
+
+    plan: Plan
+
+    def needs(self, name: str) -> Needs:
+        """What the layer's quantizer reads."""
+        return self.plan[name].needs
+
+    def __call__(self, name: str, weight: Tensor, stats: LayerStats | None) -> LayerResult:
+        """The packed layer, and its error against what its quantizer aims at."""
+        quantizer = self.plan[name]
+        assert not isinstance(quantizer, Tied)
+        target, quantizer = aimed(quantizer, weight, stats)
+        packed = quantizer.quantize(target, stats)
+        return LayerResult(packed, relative_error(target, packed, stats), None if stats is None else stats.damping)
+
+
+def _packed(hook: LayerHook, module: nn.Module, stats: LayerStats | None, name: str) -> LayerResult:
     weight = linear_weight(module).detach().float()
     if not bool(torch.isfinite(weight).all()):
         raise QuantkitError(f"{name}: the weight holds NaN or Inf; the checkpoint is damaged")
-    target = weight
-    if isinstance(quantizer, TargetShift) and stats is not None:
-        target, quantizer = quantizer.target(weight, stats), quantizer.inner
-    packed = quantizer.quantize(target, stats)
+    result = hook(name, weight, stats)
     if stats is not None and stats.raised_damping is not None:
         logger.warning("%s: the Hessian factored only with damping raised to %g", name, stats.raised_damping)
-    return LayerResult(packed, relative_error(target, packed, stats), None if stats is None else stats.damping)
+    return result
 
 
 def relative_error(target: Tensor, packed: QuantizedWeight, stats: LayerStats | None) -> float:
@@ -324,6 +347,7 @@ def _quantize_outer(
     model: nn.Module,
     blocks: nn.ModuleList,
     plan: Plan,
+    hook: LayerHook,
     batches: list[Batch],
     wrap: Wrap,
     source: WeightSource,
@@ -335,25 +359,21 @@ def _quantize_outer(
         return results
     source.load("", model, device)
     sharing = tied(plan)
-    for name, quantizer in plan.items():
+    for name in plan:
         if name in sharing:
             continue
-        stats = None
-        if quantizer.needs > Needs.NOTHING:
+        stats, needs = None, hook.needs(name)
+        if needs > Needs.NOTHING:
             accumulator = None
             for batch in batches:
                 tokens = batch.tokens.to(device)
                 x_q = outer_input(model, blocks, name, tokens, batch.quantized, wrap)
-                x = (
-                    outer_input(model, blocks, name, tokens, batch.full, wrap)
-                    if quantizer.needs >= Needs.CROSS
-                    else None
-                )
+                x = outer_input(model, blocks, name, tokens, batch.full, wrap) if needs >= Needs.CROSS else None
                 accumulator = accumulator or StatsAccumulator(x_q.shape[-1], x is not None, device)
                 accumulator.add(x_q, x)
             assert accumulator is not None
             stats = accumulator.finish(name)
-        results[name] = quantize_layer(model.get_submodule(name), quantizer, stats, name)
+        results[name] = _packed(hook, model.get_submodule(name), stats, name)
         put(model, name, results[name].weight)
     for name, head in sharing.items():
         layout = plan[name].layout(*results[head].weight.shape)

@@ -8,7 +8,7 @@ and candidates do not see it.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ from quantkit.core.stats import LayerStats
 from quantkit.core.weight import QuantizedWeight
 from quantkit.io.checkpoint import alone, remove_strays
 from quantkit.io.source import ModelFolder, load_tokenizer
-from quantkit.models.plan import Plan, tied
+from quantkit.models.plan import Plan, tied, with_own_weight
 from quantkit.models.structure import is_lookup
 from quantkit.quantizers.target_shift import TargetShift
 from quantkit.run.recipe import Recipe
-from quantkit.run.sequential import relative_error, walk
+from quantkit.run.sequential import Pack, relative_error, walk
 from quantkit.search.budget import Budget
 from quantkit.search.store import Store, candidate_key
 
@@ -37,50 +37,54 @@ Found = dict[str, dict[Quantizer, LayerResult]]
 
 
 @dataclass(frozen=True)
-class Several:
-    """Quantizes a layer in several ways, notes all and returns the base's.
+class _Candidates:
+    """The hook of the walk: makes the candidates that are missing and goes on with the base's.
 
     Attributes:
         base: the candidate that the prefix is packed by.
-        missing: candidates to make.
+        missing: candidates to make, by layer.
         shift: of the target, 0 to 1. Errors are measured against the shifted target, whatever a candidate aims at.
-        found: where results are noted.
-        stored: reads the base's result, where it is there already.
+        found: where results are noted, by layer.
+        stored: reads the base's result, for layers where it is there already.
+        fixed: layers that are packed in one way.
     """
 
     base: Quantizer
-    missing: tuple[Quantizer, ...]
+    missing: dict[str, tuple[Quantizer, ...]]
     shift: float
-    found: dict[Quantizer, LayerResult] = field(repr=False, compare=False)
-    stored: Callable[[], QuantizedWeight] | None = field(repr=False, compare=False)
+    found: Found
+    stored: Mapping[str, Callable[[], QuantizedWeight]]
+    fixed: Plan
 
-    @property
-    def needs(self) -> Needs:
+    def needs(self, name: str) -> Needs:
         """The Hessian, in which errors are measured, and both streams where the target is shifted."""
-        return max(
-            Needs.CROSS if self.shift else Needs.HESSIAN, *(quantizer.needs for quantizer in (self.base, *self.missing))
-        )
+        if name in self.fixed:
+            return self.fixed[name].needs
+        least = Needs.CROSS if self.shift else Needs.HESSIAN
+        return max(least, *(quantizer.needs for quantizer in (self.base, *self.missing[name])))
 
-    def quantize(self, weight: Tensor, stats: LayerStats | None) -> QuantizedWeight:
+    def __call__(self, name: str, weight: Tensor, stats: LayerStats | None) -> LayerResult:
         """The base's result."""
+        if name in self.fixed:
+            return Pack(self.fixed)(name, weight, stats)
         assert stats is not None
         target = TargetShift(self.base, self.shift).target(weight, stats) if self.shift else weight
-        for quantizer in self.missing:
+        for quantizer in self.missing[name]:
             packed = quantizer.quantize(target if quantizer.needs == Needs.HESSIAN else weight, stats)
-            self.found[quantizer] = LayerResult(packed, relative_error(target, packed, stats), stats.damping)
-        if self.stored is None:
-            return self.found[self.base].weight
-        return self.stored().map(lambda tensor: tensor.to(weight.device))
-
-    def layout(self, out_features: int, in_features: int) -> QuantizedWeight:
-        """The base's layout."""
-        return self.base.layout(out_features, in_features)
+            error = relative_error(target, packed, stats)
+            self.found[name][quantizer] = LayerResult(packed, error, stats.damping)
+        if name not in self.stored:
+            return self.found[name][self.base]
+        again = self.stored[name]().map(lambda tensor: tensor.to(weight.device))
+        return LayerResult(again, relative_error(target, again, stats), stats.damping)
 
 
 class _Sink:
     """Writes what a walk finds into the database."""
 
-    def __init__(self, store: Store, quantizers: Mapping[str, Quantizer], base: str, found: Found, fixed: Plan) -> None:
+    def __init__(
+        self, store: Store, quantizers: Mapping[str, Quantizer], base: str, found: Found, fixed: Mapping[str, Quantizer]
+    ) -> None:
         self._store, self._quantizers, self._base, self._found = store, quantizers, base, found
         self._fixed = fixed
 
@@ -108,11 +112,6 @@ def _end_key(layer: str, quantizer: Quantizer) -> str:
     return f"{layer}-{candidate_key(quantizer)}"
 
 
-def _stored(fixed: Plan) -> Plan:
-    """Those of the layers packed in one way that have a weight of their own."""
-    return {name: quantizer for name, quantizer in fixed.items() if name not in tied(fixed)}
-
-
 @dataclass(frozen=True)
 class Database:
     """A model's candidates, all there.
@@ -138,7 +137,7 @@ class Database:
     def ends(self) -> dict[str, LayerResult]:
         """The layers of `fixed`, packed."""
         results = {}
-        for name, quantizer in _stored(self.fixed).items():
+        for name, quantizer in with_own_weight(self.fixed).items():
             key = _end_key(name, quantizer)
             made = self.store.candidates(-1, key)[name]
             results[name] = LayerResult(self.store.load_one(-1, key, name), made.relative_error, made.damping)
@@ -199,7 +198,7 @@ def build(
     indices = {f"{source.prefix}.{index}.": index for index in range(len(source.blocks))}
     blocks = {name: next((i for prefix, i in indices.items() if name.startswith(prefix)), -1) for name in plan}
     wanted = [(index, key) for index in set(blocks.values()) for key in quantizers]
-    wanted += [(-1, _end_key(name, quantizer)) for name, quantizer in _stored(fixed).items()]
+    wanted += [(-1, _end_key(name, quantizer)) for name, quantizer in with_own_weight(fixed).items()]
     if not all(store.has(*place) for place in wanted):
         with alone(store.folder):
             for place in store.folder.glob("block-*"):
@@ -240,17 +239,21 @@ def _fill(
     assert base is not None
     key = candidate_key(base)
     found: Found = {name: {} for name in blocks}
-    several: Plan = {}
-    for name, index in blocks.items():
-        missing = tuple(quantizer for other, quantizer in quantizers.items() if not store.has(index, other))
-        stored = partial(store.load_one, index, key, name) if store.has(index, key) else None
-        several[name] = Several(base, missing, recipe.target_shift, found[name], stored)
+    missing = {
+        name: tuple(quantizer for other, quantizer in quantizers.items() if not store.has(index, other))
+        for name, index in blocks.items()
+    }
+    stored = {
+        name: partial(store.load_one, index, key, name) for name, index in blocks.items() if store.has(index, key)
+    }
+    plan: Plan = {**dict.fromkeys(blocks, base), **fixed}
     walk(
         source.model,
-        several | fixed,
+        plan,
         windows,
-        source=source.source(several | fixed),
-        sink=_Sink(store, quantizers, key, found, _stored(fixed)),
+        source=source.source(plan),
+        sink=_Sink(store, quantizers, key, found, with_own_weight(fixed)),
+        on_layer=_Candidates(base, missing, recipe.target_shift, found, stored, fixed),
         device=device,
         progress=progress,
         true_sequential=recipe.true_sequential,

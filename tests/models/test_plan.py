@@ -2,10 +2,9 @@ import pytest
 
 from quantkit.core.errors import QuantkitError, UnknownName
 from quantkit.core.registry import names, resolve
-from quantkit.models.plan import make_plan, tied
+from quantkit.models.plan import Tied, make_plan, tied
 from quantkit.quantizers.gptq import GPTQ
 from quantkit.quantizers.rtn import RTN
-from quantkit.quantizers.tied import Tied
 from quantkit.run.recipe import Recipe, make_quantizer
 
 INNER = [f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn.q_proj", "mlp.down_proj")]

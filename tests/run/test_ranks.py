@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import quantkit
 from quantkit import GPTQ, RTN, Calibration, Hadamard, LowRank, Recipe
 from quantkit.core.errors import QuantkitError
+from quantkit.core.protocols import Needs
 from quantkit.core.stats import LayerStats
 from quantkit.quantizers.target_shift import TargetShift
 from quantkit.run.estimate import estimate
 from quantkit.run.pipeline import quantize_checkpoint
-from quantkit.run.ranks import Spectrum, share_ranks, summary, survey_plan, with_ranks
+from quantkit.run.ranks import Spectrum, Survey, share_ranks, summary, with_ranks
 
 
 def spectrum(values, rows=64, columns=64):
@@ -55,14 +56,16 @@ def test_the_spectrum_is_what_a_correction_removes():
     stats = LayerStats(inputs.T @ inputs / 500, None, 500, "layer")
     for inner, shape in ((RTN(2, 20), weight), (RTN(2, 12), weight.T.contiguous())):
         stats = stats if shape.shape[1] == 40 else LayerStats(torch.eye(24) + 0.5, None, 500, "layer")
-        plan, found = survey_plan({"layer": TargetShift(LowRank(inner, 5), 0.0)})
-        packed = plan["layer"].inner.quantize(shape, stats)
+        survey = Survey({"layer": LowRank(inner, 5), "other": inner})
+        assert survey.needs("layer") == Needs.HESSIAN and survey.needs("other") == Needs.NOTHING
+        packed = survey("layer", shape, stats).weight
+        assert survey("other", shape, None).weight.state().keys() == packed.state().keys()
         corrected = LowRank(inner, 5).quantize(shape, stats)
         size = quantkit.core.metrics.proxy_loss(shape, stats.hessian)
         before, after = (
             quantkit.core.metrics.proxy_loss(shape - w.dequantize(), stats.hessian) / size for w in (packed, corrected)
         )
-        values = found["layer"].values
+        (values,) = (spectrum.values for spectrum in survey.spectra.values())
         assert float(values.sum()) == pytest.approx(before, rel=1e-4)
         assert float(values[5:].sum()) == pytest.approx(after, rel=1e-2)
         assert len(values) == 24
@@ -77,7 +80,7 @@ def test_plans_get_their_ranks_wherever_the_correction_is():
         "c": RTN(2),
     }
     with pytest.raises(QuantkitError, match="the plan has none"):
-        survey_plan({"c": RTN(2)})
+        Survey({"c": RTN(2)})
 
 
 def test_a_model_gets_the_budget_in_memory_and_from_disk(reference, tmp_path):
@@ -103,3 +106,14 @@ def test_a_model_gets_the_budget_in_memory_and_from_disk(reference, tmp_path):
     assert all(torch.equal(tensor, found[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(QuantkitError, match="give 0"):
         quantkit.quantize(teacher, tokenizer, 2, low_rank_bits=-1, calibration=text)
+
+
+def test_a_rotated_or_shifted_correction_is_surveyed_in_its_own_terms():
+    """A rotation changes no eigenvalue, and what a shifted target aims at is what was lost."""
+    weight, inputs = torch.randn(24, 64), torch.randn(500, 64) * torch.linspace(0.1, 3, 64)
+    stats = LayerStats(inputs.T @ inputs / 500, inputs.T @ inputs / 480, 500, "layer")
+    for wrapped in (Hadamard(LowRank(RTN(2, 64), 5)), TargetShift(Hadamard(LowRank(RTN(2, 64), 5)), 0.7)):
+        survey = Survey({"layer": wrapped})
+        result = survey("layer", weight, stats)
+        lost = float(survey.spectra["layer"].values.sum())
+        assert lost == pytest.approx(result.relative_error, rel=1e-3)
