@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from quantkit.search.spaces import Space
 
 _BUDGET, _SEARCH, _CANDIDATES = "The budget", "The search", "Candidates"
-CANDIDATES = "gptq:2,gptq:3,gptq:4,gptq:5,gptq:6,gptq:8"
+CANDIDATES = "gptq(2), gptq(3), gptq(4), gptq(5), gptq(6), gptq(8)"
 HEAD_BITS = 6
 """Of head and embedding, where a budget is for all of the model."""
 STAGES = stages_text(Evolution.stages)
@@ -72,14 +72,14 @@ _Candidates = Annotated[
     str | None,
     typer.Option(
         show_default=CANDIDATES,
-        help="Ways to pack a layer, METHOD:BITS[:SETTING=VALUE]..., e.g. gptq:3,pyramid:2.5,gptq:2:low_rank=4.",
+        help="Ways to pack a layer, e.g. 'gptq(3), hadamard(pyramid(2.5)), low_rank(gptq(2), 4)'.",
         rich_help_panel=_CANDIDATES,
     ),
 ]
 _Base = Annotated[
     str | None,
     typer.Option(
-        help="The candidate that packs the layers in front, while a layer is calibrated; gptq:3 by default.",
+        help="The candidate that packs the layers in front, while a layer is calibrated; gptq(3) by default.",
         rich_help_panel=_CANDIDATES,
     ),
 ]
@@ -197,9 +197,7 @@ def search_command(
             made: Database | None = None
             if drop_blocks is None:
                 with processes.main_process_first():
-                    made = build(
-                        folder, recipe, tuple(offers.values()), place, budget=budget, device=where, progress=told
-                    )
+                    made = build(folder, recipe, offers, place, budget=budget, device=where, progress=told)
                 more = budget.check(made.source, tuple(made.blocks), made.quantizers.values(), made.fixed)
                 if main and more:
                     console.print(f"note: {more}")
@@ -222,8 +220,7 @@ def search_command(
     if main and made is None:
         _publish_pruned(folder, session, outcome, unfinished, output)
     elif main and made is not None:
-        texts = {quantizer: text for text, quantizer in offers.items()}
-        _publish(model, folder, session, made, outcome, texts, output, where, begun, overwrite)
+        _publish(model, folder, session, made, outcome, output, where, begun, overwrite)
     if main:
         _say_outcome(session, outcome, output)
         _remove(unfinished)
@@ -252,28 +249,26 @@ def _ends_bits(head_bits: int | None, of_all: bool, drops: bool) -> int | None:
 
 def _candidates(
     candidates: str | None, base: str | None, sparsity: float | None
-) -> tuple[dict[str, Quantizer], Quantizer]:
-    """(all candidates, by the text that names them in a plan; the base)."""
-    from quantkit.run.recipe import fraction_of, parse_quantizer
+) -> tuple[tuple[Quantizer, ...], Quantizer]:
+    """(all candidates, the base)."""
+    from quantkit.core import spec
+    from quantkit.run.recipe import fraction_of, with_bits
 
     if sparsity is not None and candidates is None:
         levels = sorted({round(max(0.0, min(0.95, sparsity + step)), 3) for step in SPARSITY_STEPS})
-        texts = [f"sparse:sparsity={level:g}" for level in levels]
-        base = base or f"sparse:sparsity={sparsity:g}"
-    else:
-        texts = [text.strip() for text in (candidates or CANDIDATES).split(",") if text.strip()]
-    if not texts:
-        raise QuantkitError(f"--candidates {candidates!r} names none; give some such as {CANDIDATES}")
-    base = base or ("gptq:3" if "gptq:3" in texts else texts[0])
-    offers = {text: parse_quantizer(text) for text in dict.fromkeys((*texts, base))}
-    for text, quantizer in offers.items():
+        candidates = ", ".join(f"sparse({level:g})" for level in levels)
+        base = base or f"sparse({sparsity:g})"
+    offers = spec.read_several(CANDIDATES if candidates is None else candidates)
+    default = spec.read("gptq(3)")
+    first = spec.read(base) if base else default if default in offers else offers[0]
+    for quantizer in dict.fromkeys((*offers, first)):
         if (bits := fraction_of(quantizer)) is not None:
-            method = text.split(":")[0]
+            lower, upper = (spec.write(with_bits(quantizer, int(bits) + more)) for more in (0, 1))
             raise QuantkitError(
-                f"the candidate {text!r}: {method} gives a layer a whole number of bits; offer {method}:{int(bits)} "
-                f"and {method}:{int(bits) + 1}, and the search mixes them"
+                f"the candidate {spec.write(quantizer)}: a layer gets a whole number of bits; offer {lower} and "
+                f"{upper}, and the search mixes them"
             )
-    return offers, offers[base]
+    return tuple(dict.fromkeys((*offers, first))), first
 
 
 def _budget(
@@ -367,16 +362,16 @@ def _publish(
     session: Session,
     database: Database,
     outcome: Outcome,
-    texts: dict[Quantizer, str],
     output: Path,
     device: torch.device,
     begun: float,
     overwrite: bool,
 ) -> None:
     """Makes a checkpoint of candidates, with its plan, its record and its picture."""
+    from quantkit.core import spec
     from quantkit.io.checkpoint import SEARCH_RECORD
     from quantkit.models.plan import tied, with_own_weight
-    from quantkit.run.recipe import in_words
+    from quantkit.quantizers.target_shift import unshifted
     from quantkit.search.picture import draw
     from quantkit.search.session import assemble
     from quantkit.search.spaces import CandidateSpace
@@ -384,9 +379,9 @@ def _publish(
     space = session.space
     assert isinstance(space, CandidateSpace)
     chosen = space.chosen(outcome.assignment)
-    plan = {layer: texts[database.quantizers[key]] for layer, key in chosen.items()}
+    plan = {layer: spec.write(database.quantizers[key]) for layer, key in chosen.items()}
     shared, packed = tied(database.fixed), with_own_weight(database.fixed)
-    plan |= {layer: in_words(packed[shared.get(layer, layer)]) for layer in database.fixed}
+    plan |= {layer: spec.write(unshifted(packed[shared.get(layer, layer)])) for layer in database.fixed}
     files = {
         "quantkit_plan.json": json.dumps({"layers": plan}, indent=2) + "\n",
         SEARCH_RECORD: _record(session, outcome, plan),

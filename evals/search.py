@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 import quantkit
+from quantkit.core import spec
 from quantkit.core.constants import TARGET_SHIFT
 from quantkit.core.device import pick_device
 from quantkit.evals.perplexity import Quality, evaluate
 from quantkit.io.source import load_tokenizer, resolve_folder
-from quantkit.run.recipe import Calibration, Recipe, parse_quantizer
+from quantkit.run.recipe import Calibration, Recipe
 from quantkit.run.text import documents, evaluation_tokens
 from quantkit.search.baselines import best_of_random
 from quantkit.search.budget import Budget
@@ -34,9 +35,9 @@ from quantkit.search.spaces import CandidateSpace
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows; each is printed as it is done."""
     folder, device = resolve_folder(arguments.model), pick_device(arguments.device)
-    candidates = [parse_quantizer(text) for text in arguments.candidates.split(",")]
+    candidates = spec.read_several(arguments.candidates)
     recipe = Recipe(
-        parse_quantizer(arguments.base),
+        spec.read(arguments.base),
         target_shift=TARGET_SHIFT,
         calibration=Calibration(arguments.data, arguments.num_samples, arguments.seqlen),
     )
@@ -93,8 +94,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("model")
     made.add_argument("--data", default="wikitext2")
     made.add_argument("--bits", type=float, nargs="+", default=[2.25, 2.5, 3, 3.14, 4])
-    made.add_argument("--candidates", default="gptq:2,gptq:3,gptq:4,gptq:5,gptq:6,gptq:8")
-    made.add_argument("--base", default="gptq:3")
+    made.add_argument("--candidates", default="gptq(2), gptq(3), gptq(4), gptq(5), gptq(6), gptq(8)")
+    made.add_argument("--base", default="gptq(3)")
     made.add_argument("--database", type=Path, default=Path("search-candidates"))
     made.add_argument("--num-samples", type=int, default=128, help="windows that candidates are calibrated on")
     made.add_argument("--search-samples", type=int, default=256, help="windows that fitness is measured on")

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
 from quantkit import GPTQ, RTN, VPTQ, Calibration, Hadamard, LowRank, Pyramid, Recipe, TargetShift, Trellis
+from quantkit.core import spec
 from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.metrics import proxy_loss
 from quantkit.core.protocols import Needs
@@ -128,7 +129,7 @@ def test_degenerate_weights(method):
 def test_frozen_and_described(method):
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.damp = 1
-    assert eval(repr(method)) == method, "the report's text makes the quantizer again"
+    assert spec.read(spec.write(method)) == method, "the report's text makes the quantizer again"
     assert hash(method) == hash(dataclasses.replace(method))
 
 

@@ -64,7 +64,7 @@ SETTINGS = {
     "ignored layers": "--bits 3 --ignore *.down_proj --ignore *.c_fc",
     "layers of a block at once": "--bits 3 --no-true-sequential",
 }
-CANDIDATES = ",".join(f"gptq:{bits}:group_size=64" for bits in (2, 3, 4))
+CANDIDATES = ",".join(f"gptq({bits},64)" for bits in (2, 3, 4))
 SEARCH = (
     "search {model} --search-samples 12 --held-out 4 --generations 2 --offspring 4 --candidates {candidates} "
     f"{TEXT} --database {{work}}/candidates --output {{work}}/"

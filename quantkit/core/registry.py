@@ -24,10 +24,13 @@ _BUILT_IN = {
     },
     "quantkit.quantizers": {
         "gptq": "quantkit.quantizers.gptq:GPTQ",
+        "hadamard": "quantkit.quantizers.hadamard:Hadamard",
+        "low_rank": "quantkit.quantizers.low_rank:LowRank",
         "pyramid": "quantkit.quantizers.pyramid:Pyramid",
         "vptq": "quantkit.quantizers.vptq:VPTQ",
         "rtn": "quantkit.quantizers.rtn:RTN",
         "sparse": "quantkit.quantizers.sparse:Sparse",
+        "target_shift": "quantkit.quantizers.target_shift:TargetShift",
         "trellis": "quantkit.quantizers.trellis:Trellis",
     },
 }

@@ -65,3 +65,8 @@ def aimed(quantizer: Quantizer, weight: Tensor, stats: LayerStats | None) -> tup
     if isinstance(quantizer, TargetShift) and stats is not None:
         return quantizer.target(weight, stats), quantizer.inner
     return weight, quantizer
+
+
+def unshifted(quantizer: Quantizer) -> Quantizer:
+    """What rounds, without the shift of its target."""
+    return quantizer.inner if isinstance(quantizer, TargetShift) else quantizer

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.core import spec
 from quantkit.core.device import compute_dtype, pick_device
 from quantkit.core.result import LayerResult
 from quantkit.core.weight import QuantizedWeight
@@ -55,7 +56,13 @@ class Run:
         """The record of the finished run."""
         layers = tuple(
             LayerReport(
-                name, repr(plan[name]), r.weight.label, r.weight.bits_per_weight, r.relative_error, r.damping, r.tuned
+                name,
+                spec.write(plan[name]),
+                r.weight.label,
+                r.weight.bits_per_weight,
+                r.relative_error,
+                r.damping,
+                r.tuned,
             )
             for name, r in results.items()
         )

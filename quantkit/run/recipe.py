@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from quantkit.core import spec
 from quantkit.core.constants import TARGET_SHIFT
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Needs, Quantizer
-from quantkit.core.registry import resolve
 from quantkit.models.plan import Plan, Rules, Tied, make_plan, plan_needs, with_own_weight
 from quantkit.models.rotation import Rotation
 from quantkit.models.structure import (
@@ -27,7 +27,6 @@ from quantkit.models.structure import (
 )
 from quantkit.quantizers.gptq import GPTQ
 from quantkit.quantizers.hadamard import Hadamard
-from quantkit.quantizers.low_rank import LowRank
 from quantkit.quantizers.rtn import RTN
 from quantkit.quantizers.target_shift import TargetShift
 from quantkit.run.sequential import Tuner
@@ -108,78 +107,27 @@ def make_quantizer(
                 "as Hadamard(LowRank(VPTQ(bits=2), rank=8)), or give the method's name"
             )
         return method
-    kind = resolve("quantkit.quantizers", method)
-    known = {entry.name for entry in dataclasses.fields(kind)}
-    unknown = sorted(given.keys() - known)
-    if unknown:
-        raise QuantkitError(f"{method} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
-    if isinstance(given.get("bits"), float) and given["bits"].is_integer():
-        given["bits"] = int(given["bits"])
-    needed = [entry.name for entry in dataclasses.fields(kind) if entry.default is dataclasses.MISSING]
-    missing = [name for name in needed if name not in given]
-    if missing:
-        raise QuantkitError(f"{method} needs {missing[0]}")
-    try:
-        quantizer = kind(**given)
-        quantizer = quantizer if low_rank is None else LowRank(quantizer, low_rank)
-    except (TypeError, ValueError) as error:
-        raise QuantkitError(str(error)) from error
+    quantizer = spec.make(method, **given)
+    if low_rank is not None:
+        quantizer = spec.make("low_rank", quantizer, low_rank)
     if hadamard is None:
-        hadamard = getattr(kind, "wants_rotation", False)
+        hadamard = getattr(core(quantizer), "wants_rotation", False)
     return Hadamard(quantizer) if hadamard else quantizer
 
 
-def parse_quantizer(text: str) -> Quantizer:
-    """A quantizer in words, "METHOD:BITS" with settings behind: "gptq:3", "gptq:4:group_size=64", "vptq:2:hadamard=no".
-
-    Raises:
-        QuantkitError: it says no method, or settings that the method does not have or lacks.
-    """
-    method, *rest = text.strip().split(":")
-    if rest and "=" not in rest[0]:
-        rest[0] = f"bits={rest[0]}"
-    form = f"{text!r} is no quantizer; write METHOD:BITS, such as gptq:3, pyramid:2.5 or gptq:4:group_size=64"
-    if not rest:
-        raise QuantkitError(form)
-    try:
-        values = {key: _value(word) for key, word in (part.split("=") for part in rest)}
-    except ValueError as error:
-        raise QuantkitError(form) from error
-    if not isinstance(values.get("bits", 0), int | float):
-        raise QuantkitError(form)
-    return make_quantizer(method, values.pop("hadamard", None), values.pop("low_rank", None), **values)
-
-
-def in_words(quantizer: Quantizer) -> str:
-    """What `parse_quantizer` reads, of one that a `head_bits` stands for; its shift belongs to the recipe."""
-    grid = core(quantizer)
-    assert isinstance(grid, GPTQ | RTN)
-    return f"{type(grid).__name__.lower()}:{grid.bits}:group_size={grid.group_size}"
-
-
 def read_plan(path: Path) -> dict[str, Quantizer]:
-    """Quantizers by layer from a plan: JSON {"layers": {layer: what `parse_quantizer` reads}}.
+    """Quantizers by layer from a plan: JSON {"layers": {layer: what `spec.read` reads}}.
 
     Raises:
         QuantkitError: the file is no plan.
     """
     try:
         layers = json.loads(path.read_text())["layers"]
-        return {str(layer): parse_quantizer(str(text)) for layer, text in layers.items()}
+        return {str(layer): spec.read(str(text)) for layer, text in layers.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise QuantkitError(
-            f'{path} is no plan ({error}); it holds {{"layers": {{"LAYER": "gptq:3", ...}}}}'
+            f'{path} is no plan ({error}); it holds {{"layers": {{"LAYER": "gptq(3)", ...}}}}'
         ) from error
-
-
-def _value(word: str) -> Any:
-    """A setting's value: yes, no, a number, or else the word itself."""
-    if word in ("yes", "no"):
-        return word == "yes"
-    try:
-        return float(word) if "." in word else int(word)
-    except ValueError:
-        return word
 
 
 def core(quantizer: Quantizer) -> Quantizer:
@@ -363,7 +311,7 @@ class Recipe:
         """JSON of all that the packed bytes depend on, but for the model itself."""
         source = self.calibration.source
         return {
-            "quantizers": {name: repr(quantizer) for name, quantizer in plan.items()},
+            "quantizers": {name: spec.write(quantizer) for name, quantizer in plan.items()},
             "true_sequential": self.true_sequential,
             "rotation": self.rotation and dataclasses.asdict(self.rotation),
             "tuner": self.tuner and repr(self.tuner),

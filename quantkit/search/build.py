@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.core import spec
 from quantkit.core.device import compute_dtype, pick_device
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Needs, Quantizer
@@ -184,7 +185,7 @@ def build(
     windows = recipe.calibration.windows(load_tokenizer(folder), source.model)
     settings = recipe.settings(plan, windows)
     identity = {key: value for key, value in settings.items() if key != "quantizers"} | {
-        "base": repr(base),
+        "base": spec.write(base),
         "target_shift": recipe.target_shift,
         "layers": sorted(plan),
         "model": source.shards.fingerprint(),

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 import quantkit.io.hf
+from quantkit.core import spec
 from quantkit.core.device import compute_dtype, multiplies_bf16
 from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.metrics import token_kl
@@ -293,12 +294,12 @@ def assemble(
     source, store = database.source, database.store
     plan = {layer: database.quantizers[key] for layer, key in chosen.items()} | database.fixed
     dense_bytes = source.nbytes() - source.packed_nbytes(plan)
-    described = {**database.settings, **settings, "quantizers": {layer: repr(plan[layer]) for layer in plan}}
+    described = {**database.settings, **settings, "quantizers": {layer: spec.write(plan[layer]) for layer in plan}}
     notes = model_notes(source.model, plan, source.untied, rotated=False)
     weights = count_weights(source.model, plan)
     run = Run(now if start is None else start, where, database.bytes_before, weights, described, notes)
     identity = {**settings, "chosen": dict(chosen), "database": database.store.identity}
-    identity["fixed"] = {layer: repr(quantizer) for layer, quantizer in database.fixed.items()}
+    identity["fixed"] = {layer: spec.write(quantizer) for layer, quantizer in database.fixed.items()}
     writer = CheckpointWriter(
         output, len(source.blocks), source.dense, identity, resume=not overwrite, overwrite=overwrite
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quantkit.core import spec
 from quantkit.core.device import free_memory
 from quantkit.core.protocols import Quantizer
 from quantkit.core.weight import QuantizedWeight
@@ -86,7 +87,7 @@ class CandidateSpace:
             self.losses.append(tuple(loss for _, loss, _ in kept))
             self.keys.append(tuple(key for _, _, key in kept))
         self.index = Index(tuple(costs))
-        fixed = {name: repr(quantizer) for name, quantizer in database.fixed.items()}
+        fixed = {name: spec.write(quantizer) for name, quantizer in database.fixed.items()}
         self.identity: Any = [database.store.identity, self.keys, fixed]
         self._present: list[str | None] = [None] * len(self.names)
         self._linears: OrderedDict[tuple[str, str], QuantizedLinear] = OrderedDict()

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quantkit.core import spec
 from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.protocols import Quantizer
 from quantkit.core.result import LayerResult
@@ -53,9 +54,8 @@ class Candidate:
 
 def candidate_key(quantizer: Quantizer) -> str:
     """The name of a quantizer's files: equal for equal settings."""
-    text = repr(quantizer)
-    words = re.findall(r"[A-Za-z]+(?=\()|bits=[\d.]+", text)
-    name = "-".join(word.lower().replace("bits=", "") for word in words)
+    text = spec.write(quantizer)
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")[:60]
     return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
@@ -124,7 +124,9 @@ class Store:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
-        write_json(path.with_suffix(".json"), {"quantizer": repr(quantizer), "layers": entries, "checksums": checksums})
+        write_json(
+            path.with_suffix(".json"), {"quantizer": spec.write(quantizer), "layers": entries, "checksums": checksums}
+        )
         needed = sum(tensor.nbytes for tensor in tensors.values())
         write_durably(path, partial(save_file, tensors, metadata={"format": "pt"}), needed)
 

@@ -13,7 +13,7 @@ import quantkit
 from .conftest import COMMAND, run
 
 SHORT = ["--calibration", "stdlib", "--num-samples", 4, "--seqlen", 64, "--search-samples", 12, "--held-out", 4]
-SHORT += ["--candidates", "gptq:2,gptq:3,gptq:4", "--generations", 2, "--offspring", 4, "--device", "cpu"]
+SHORT += ["--candidates", "gptq(2), gptq(3), gptq(4)", "--generations", 2, "--offspring", 4, "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_a_killed_search_goes_on(searched, model_folder):
     bits = {layer["name"]: layer["bits_per_weight"] for layer in report["layers"]}
     assert bits["lm_head"] == bits["model.embed_tokens"] == 6.25, "a budget of all weights is theirs too"
     plan = json.loads((place / "second" / "quantkit_plan.json").read_text())["layers"]
-    assert plan["lm_head"] == "gptq:6:group_size=64" and plan["model.embed_tokens"] == "rtn:6:group_size=64"
+    assert plan["lm_head"] == "gptq(6, group_size=64)" and plan["model.embed_tokens"] == "rtn(6, group_size=64)"
     history = json.loads((place / "second" / "quantkit_search.json").read_text())["history"]
     assert [[*line.values()] for line in history[: len(former)]] == former and len(history) == 12
 
@@ -114,7 +114,7 @@ def test_pruning(model_folder, tmp_path):
         ([], "none is given"),
         (["--avg-bits", 3, "--size", "4GB"], "--avg-bits and --size are given"),
         (["--avg-bits", 0], "give bits per weight"),
-        (["--avg-bits", 3, "--candidates", "gptq:2:low_rank=2.5"], "whole rank"),
+        (["--avg-bits", 3, "--candidates", "low_rank(gptq(2), 2.5)"], "whole rank"),
         (["--size", "four"], "is no size"),
         (["--fit", "12GB"], "--fit needs --context"),
         (["--fit", "1MB", "--context", 32768], "are needed beside the weights"),

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from quantkit import registry
+from quantkit.core import registry
 from quantkit.core.errors import UnknownName
 
 METHOD = "class Ternary:\n    bits = 1.58\n"

@@ -8,10 +8,12 @@ import torch
 
 import quantkit
 from quantkit import GPTQ, RTN, Calibration
+from quantkit.core import spec
 from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.metrics import token_kl
 from quantkit.models.plan import tied
-from quantkit.run.recipe import Recipe, in_words, parse_quantizer, read_plan
+from quantkit.quantizers.target_shift import unshifted
+from quantkit.run.recipe import Recipe, read_plan
 from quantkit.search.budget import Budget
 from quantkit.search.build import build
 from quantkit.search.session import assemble
@@ -106,7 +108,7 @@ def test_an_interrupted_search_ends_in_the_same_assignment(session, budget, tmp_
 def test_the_checkpoint_is_the_model_that_was_measured(session, database, reference, budget, tmp_path):
     outcome = session.search(budget)
     chosen = session.space.chosen(outcome.assignment)
-    texts = {quantizer: f"gptq:{quantizer.bits}" for quantizer in database.quantizers.values()}
+    texts = {quantizer: spec.write(quantizer) for quantizer in database.quantizers.values()}
     plan = {"layers": {layer: texts[database.quantizers[key]] for layer, key in chosen.items()}}
     report = assemble(
         reference, database, chosen, tmp_path / "found", settings={"budget": budget},
@@ -176,7 +178,7 @@ def test_head_and_embedding_are_packed_beside_the_candidates(with_ends, database
     tokens = session.fitness.windows[:1, :40]
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, session.space.model(tokens).logits, rtol=1e-4, atol=1e-4)
-    rules = {name: parse_quantizer(in_words(quantizer)) for name, quantizer in with_ends.fixed.items()}
+    rules = {name: unshifted(quantizer) for name, quantizer in with_ends.fixed.items()}
     planned = Recipe(None, rules).plan(quantkit.load(reference))
     assert planned == with_ends.fixed
 
@@ -199,7 +201,7 @@ def test_a_tied_head_is_one_weight_in_a_search_too(model_folder, tmp_path):
     packed = sum(made.store.candidates(made.blocks[name], key)[name].nbytes for name, key in chosen.items())
     others = 1_000_000 - units - loaded.lm_head.packed.nbytes
     assert report.bytes_after - packed - loaded.lm_head.packed.nbytes < others < 40_000, "norms and headers"
-    words = {name: parse_quantizer(in_words(made.fixed["lm_head"])) for name in made.fixed}
+    words = {name: unshifted(made.fixed["lm_head"]) for name in made.fixed}
     assert Recipe(None, words).plan(quantkit.load(folder)) == made.fixed
     searched = dataclasses.replace(recipe, rules={"lm_head": GPTQ(3, 32)})
     assert not build(folder, searched, (GPTQ(4, 32),), tmp_path / "with-head", device="cpu").fixed
@@ -238,17 +240,3 @@ def test_blocks_are_left_out(reference, tmp_path):
         loaded = quantkit.load(tmp_path / "pruned", dtype=torch.float32).eval()
         torch.testing.assert_close(loaded(tokens).logits, wanted, rtol=1e-4, atol=1e-4)
         assert loaded.generate(tokens, max_new_tokens=4, do_sample=False).shape == (1, 44)
-
-
-def test_candidates_in_words():
-    from quantkit.quantizers.sparse import Sparse
-    from quantkit.run.recipe import parse_quantizer
-
-    assert parse_quantizer("gptq:3") == GPTQ(3)
-    assert parse_quantizer("gptq:4:group_size=64:symmetric=no") == GPTQ(4, 64, symmetric=False)
-    assert parse_quantizer("pyramid:2.5:hadamard=no") == quantkit.Pyramid(2.5)
-    assert parse_quantizer("gptq:2:low_rank=4") == quantkit.LowRank(GPTQ(2), 4)
-    assert parse_quantizer("sparse:sparsity=0.5") == Sparse(0.5)
-    for text in ("gptq", "gptq:x", "gptq:3:group", "nothing:3", "gptq:3:colour=2", ""):
-        with pytest.raises(QuantkitError):
-            parse_quantizer(text)
