@@ -36,7 +36,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("quantize")(quantize_command)
+app.command("quantize", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(quantize_command)
 app.command("search")(search_command)
 app.command("tune")(tune_command)
 app.command("eval")(evaluate_command)

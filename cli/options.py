@@ -6,9 +6,12 @@ it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from quantkit.core.errors import QuantkitError
 
 if TYPE_CHECKING:
     import torch
@@ -54,3 +57,63 @@ def begin_processes(device: str) -> tuple[PartialState, torch.device]:
 
     processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=1))
     return processes, processes.device if processes.num_processes > 1 else pick_device(device)
+
+
+def own_settings(context: typer.Context, method: str, known: Collection[str]) -> dict[str, Any]:
+    """A method's settings from the options that a verb does not know by itself.
+
+    Args:
+        context: of the verb; what it left over is --name value, --name=value, --name or --no-name.
+        method: whose settings they are to be.
+        known: settings that the verb has options for.
+
+    Raises:
+        QuantkitError: no setting of the method's, or words that belong to no option.
+    """
+    if not context.args:
+        return {}
+    from dataclasses import fields
+
+    from quantkit.core import spec
+    from quantkit.core.registry import resolve
+
+    own = set() if "(" in method else {entry.name for entry in fields(resolve(spec.GROUP, method))} - set(known)
+    found: dict[str, Any] = {}
+    left = list(context.args)
+    while left:
+        word, given, value = left.pop(0).partition("=")
+        name = word.removeprefix("--").replace("-", "_")
+        negated = name.startswith("no_") and name.removeprefix("no_") in own
+        name = name.removeprefix("no_") if negated else name
+        if not word.startswith("--") or name not in own:
+            options = {option for parameter in context.command.params for option in parameter.opts}
+            raise QuantkitError(_unknown(word, method, options | {f"--{entry.replace('_', '-')}" for entry in own}))
+        if given:
+            found[name] = _literal(value)
+        elif negated or not left or left[0].startswith("--"):
+            found[name] = not negated
+        else:
+            found[name] = _literal(left.pop(0))
+    return found
+
+
+def _unknown(word: str, method: str, options: Collection[str]) -> str:
+    import difflib
+
+    if not word.startswith("--"):
+        return f"{word!r} belongs to no option; `quantkit quantize --help` lists them"
+    close = difflib.get_close_matches(word, sorted(options), n=1)
+    hint = f"; did you mean {close[0]}?" if close else "; `quantkit quantize --help` lists them"
+    return f"there is no option {word}, and {method} has no such setting{hint}"
+
+
+def _literal(text: str) -> Any:
+    """A number, a truth value, or else the word itself."""
+    import ast
+
+    if text.lower() in ("true", "false", "yes", "no"):
+        return text.lower() in ("true", "yes")
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text

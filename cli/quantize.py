@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -86,6 +87,7 @@ _ScaleInputs = Annotated[
 
 
 def quantize_command(
+    context: typer.Context,
     model: options.Model,
     bits: Annotated[
         float | None,
@@ -96,7 +98,11 @@ def quantize_command(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(show_default="gptq", help="gptq, trellis, pyramid, vptq (all need calibration text) or rtn."),
+        typer.Option(
+            show_default="gptq",
+            help="gptq, trellis, pyramid, vptq (all need calibration text), rtn, another package's, whose settings are "
+            "options too, or all in one: 'hadamard(vptq(2, outliers=0.01))'.",
+        ),
     ] = None,
     hadamard: Annotated[
         bool | None,
@@ -161,12 +167,13 @@ def quantize_command(
     settings["state_bits"] = state_bits
     settings |= {"vector_length": vector_length, "residual_bits": residual_bits, "book_share": book_share}
     settings |= {"outliers": outliers, "outlier_bits": outlier_bits, "ranges": ranges, "scale_inputs": scale_inputs}
+    settings |= options.own_settings(context, method or "gptq", settings)
     beside = {"bits": bits, "method": method, "hadamard": hadamard, "low_rank": low_rank} | settings
     if plan is not None and (given := [name for name, value in beside.items() if value is not None]):
         raise QuantkitError(
             f"--plan says how each layer is packed; --{given[0].replace('_', '-')} is not read beside it"
         )
-    bits, method = 3 if bits is None else bits, method or "gptq"
+    method = method or "gptq"
     if outlier_bits is not None and not outliers:
         raise QuantkitError("--outlier-bits is given without --outliers, the share of input features that get them")
     if low_rank is not None and low_rank_bits:
@@ -176,9 +183,10 @@ def quantize_command(
     from quantkit.io.source import resolve_folder
     from quantkit.models.rotation import Rotation
     from quantkit.run.pipeline import quantize_checkpoint
-    from quantkit.run.recipe import Calibration, Recipe, make_quantizer, read_plan
+    from quantkit.run.recipe import Calibration, Recipe, default_bits, make_quantizer, read_plan
     from quantkit.tuning.block import BlockTuning
 
+    bits = default_bits(method) if bits is None else bits
     quantizer = make_quantizer(method, hadamard, low_rank, bits=bits, **settings)
     text = Calibration(calibration, num_samples, seqlen, seed)
     rotation = Rotation() if rotate_model else None
@@ -188,7 +196,8 @@ def quantize_command(
     base = None if plan else quantizer
     recipe = Recipe(base, rules, target_shift, text, true_sequential, rotation, low_rank_bits, tuner, head_bits)
     folder = resolve_folder(model)
-    output = output or Path(f"{Path(model).resolve().name}-{method.lower()}-{bits:g}bit")
+    words = re.sub(r"[^a-z0-9.]+", "-", method.lower()).strip("-") + ("" if bits is None else f"-{bits:g}bit")
+    output = output or Path(f"{Path(model).resolve().name}-{words}")
     if dry_run:
         _say_estimate(model, folder, recipe, output, device)
         return

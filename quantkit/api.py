@@ -19,7 +19,7 @@ from quantkit.models.structure import tensor_bytes
 from quantkit.models.ties import tied_names, untie
 from quantkit.models.unpacking import choose_unpacked
 from quantkit.run.pipeline import MemorySink, Progress, Run, begin, count_weights, model_notes, shared_ranks, silent
-from quantkit.run.recipe import TARGET_SHIFT, Calibration, Recipe, make_quantizer
+from quantkit.run.recipe import TARGET_SHIFT, Calibration, Recipe, default_bits, make_quantizer
 from quantkit.run.sequential import walk
 from quantkit.tuning.block import BlockTuning
 
@@ -53,8 +53,8 @@ def quantize(
         model: a decoder-only transformers model.
         tokenizer: its tokenizer; methods that read no statistics do without.
         bits: per weight, for a method given by name, 3 by default; vector formats take any fraction, and use no more.
-        method: "gptq", "rtn", "pyramid", "vptq", another registered name, or a quantizer object, which holds all
-            settings: what the name "vptq" stands for is `Hadamard(VPTQ(bits=3))`.
+        method: "gptq", "rtn", "pyramid", "vptq", another registered name; or a quantizer object, or its text, which
+            hold all settings: what the name "vptq" stands for is `Hadamard(VPTQ(bits=3))`, or "hadamard(vptq(3))".
         group_size, symmetric: of the integer formats, for a method given by name; None for its defaults.
         hadamard: quantize in a rotated basis, for a method given by name; None for what suits the method.
         low_rank: rank of a correction of what rounding lost (see `quantizers.low_rank`), for a method given by name.
@@ -84,8 +84,9 @@ def quantize(
     if not isinstance(calibration, Calibration):
         text = str(calibration) if isinstance(calibration, Path) else calibration
         calibration = Calibration(text, num_samples, seqlen, seed)
-    bits = 3 if bits is None and isinstance(method, str) else bits
-    low_rank = 1 if low_rank is None and low_rank_bits and isinstance(method, str) else low_rank
+    named = isinstance(method, str) and "(" not in method
+    bits = default_bits(method) if bits is None else bits
+    low_rank = 1 if low_rank is None and low_rank_bits and named else low_rank
     quantizer = make_quantizer(method, hadamard, low_rank, bits=bits, group_size=group_size, symmetric=symmetric)
     rotation = Rotation() if rotate_model else None
     tuner = tune_blocks if isinstance(tune_blocks, BlockTuning) else BlockTuning(tune_blocks) if tune_blocks else None

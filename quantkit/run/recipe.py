@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from quantkit.core import spec
 from quantkit.core.constants import TARGET_SHIFT
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Needs, Quantizer
+from quantkit.core.registry import resolve
 from quantkit.models.plan import Plan, Rules, Tied, make_plan, plan_needs, with_own_weight
 from quantkit.models.rotation import Rotation
 from quantkit.models.structure import (
@@ -82,10 +83,10 @@ def window_length(seqlen: int | None, context: int | None) -> int:
 def make_quantizer(
     method: str | Quantizer, hadamard: bool | None = None, low_rank: int | None = None, **settings: Any
 ) -> Quantizer:
-    """A quantizer by its name in the registry and its settings, or the object itself.
+    """A quantizer by its name in the registry and its settings, by its text, or the object itself.
 
     Args:
-        method: the name, or an object, which is returned as it is and allows nothing beside.
+        method: the name; or a text with settings (`quantkit.core.spec`) or an object, which allow nothing beside.
         hadamard: quantize in a rotated basis; None for what suits the method.
         low_rank: rank of a correction; None for none.
         settings: of the method; those that are None are left to its defaults.
@@ -95,6 +96,8 @@ def make_quantizer(
         QuantkitError: a setting that the method does not have, or a value that it refuses.
     """
     given = {name: value for name, value in settings.items() if value is not None}
+    if isinstance(method, str) and "(" in method:
+        method = cast(Quantizer, spec.read(method))
     if not isinstance(method, str):
         _check_quantizer("method", method)
         beside = [
@@ -113,6 +116,13 @@ def make_quantizer(
     if hadamard is None:
         hadamard = getattr(core(quantizer), "wants_rotation", False)
     return Hadamard(quantizer) if hadamard else quantizer
+
+
+def default_bits(method: str | Quantizer) -> float | None:
+    """Bits for a method that is named without any: 3, and None for one that has no such setting, or an object."""
+    if not isinstance(method, str) or "(" in method:
+        return None
+    return 3 if "bits" in {entry.name for entry in dataclasses.fields(resolve(spec.GROUP, method))} else None
 
 
 def read_plan(path: Path) -> dict[str, Quantizer]:
