@@ -1,6 +1,7 @@
 """The command line: `quantkit VERB ...`; one file a verb."""
 
 import logging
+import re
 import sys
 from typing import Annotated, Any
 
@@ -81,8 +82,8 @@ def main() -> None:
         _end(
             console,
             QuantkitError(
-                "the GPU's memory is full; lower what is in it at a time (--seqlen, --num-samples, "
-                "--micro-batch), or use --device cpu"
+                "the GPU's memory is full; lower what is in it at a time (`seqlen`, `num_samples`, "
+                "`micro_batch`), or use `device` cpu"
             ),
         )
 
@@ -92,7 +93,20 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
+def _as_options(text: str, arguments: list[str]) -> str:
+    """An error's `settings`, as the library names them, by the names of the options of the verb that was called."""
+    commands = getattr(typer.main.get_command(app), "commands", {})
+    verb = next((commands[word] for word in arguments if word in commands), None)
+    known = {option for parameter in (verb.params if verb else ()) for option in parameter.opts}
+
+    def option(match: re.Match[str]) -> str:
+        name = "--" + match[1].replace("_", "-")
+        return name if name in known else match[0]
+
+    return re.sub(r"`([a-z_]+)`", option, text)
+
+
 def _end(console: Console, error: QuantkitError) -> None:
-    text = " ".join(str(error).split()).replace("[", r"\[")
+    text = " ".join(_as_options(str(error), sys.argv[1:]).split()).replace("[", r"\[")
     console.print(f"[bold red]error:[/] {text}", soft_wrap=True, highlight=False)
     sys.exit(error.exit_code)

@@ -6,16 +6,13 @@ it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from quantkit.core.errors import QuantkitError
-
-if TYPE_CHECKING:
-    import torch
-    from accelerate import PartialState
 
 TEXTS = "wikitext2, c4, stdlib (offline), a .txt or .jsonl file, or a hub dataset id."
 
@@ -43,20 +40,9 @@ KvBits = Annotated[
 ]
 
 
-def begin_processes(device: str) -> tuple[PartialState, torch.device]:
-    """(the processes that share the work, this one's device).
-
-    They wait a day for one another: the first may calibrate a large model while the others have nothing to do.
-    """
-    from datetime import timedelta
-
-    import torch
-    from accelerate import PartialState
-
-    from quantkit.core.device import pick_device
-
-    processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=1))
-    return processes, processes.device if processes.num_processes > 1 else pick_device(device)
+def is_first_process() -> bool:
+    """Whether this process prints, of those that torchrun or accelerate started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def own_settings(context: typer.Context, method: str, known: Collection[str]) -> dict[str, Any]:

@@ -87,6 +87,7 @@ def tune_command(
     from quantkit.core.device import compute_dtype, parse_dtype
     from quantkit.io.checkpoint import check_output, read_config
     from quantkit.io.source import load_tokenizer, resolve_folder
+    from quantkit.run.processes import begin_processes
     from quantkit.run.recipe import Calibration
     from quantkit.tuning.end_to_end import tune
 
@@ -106,7 +107,7 @@ def tune_command(
         embeddings=embeddings, corrections=corrections, kl=kl, ce=ce, hidden=hidden, recompute=recompute, top=top,
         seed=seed, pv=pv,
     )  # fmt: skip
-    processes, where = options.begin_processes(device)
+    processes, where = begin_processes(device)
     kind = parse_dtype(dtype) or compute_dtype(where) or "auto"
     tokenizer = load_tokenizer(folder)
     student: Any = quantkit.load(folder, dtype=kind, device=where)

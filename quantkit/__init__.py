@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.core.post_import import after_import
 
 if TYPE_CHECKING:
-    from quantkit.api import quantize
+    from quantkit.api import quantize, search
     from quantkit.io.hf import load
     from quantkit.kvcache.attention import compressed_kv
     from quantkit.kvcache.cache import GearCache
@@ -60,6 +60,7 @@ __all__ = [
     "quantize",
     "quantize_checkpoint",
     "rotate_model",
+    "search",
     "tune",
 ]
 _PLACES = {
@@ -68,7 +69,7 @@ _PLACES = {
     "kvcache.attention": ("compressed_kv",),
     "kvcache.cache": ("GearCache",),
     "kvcache.config": ("KVCacheConfig",),
-    "api": ("quantize",),
+    "api": ("quantize", "search"),
     "run.pipeline": ("quantize_checkpoint",),
     "quantizers.gptq": ("GPTQ",),
     "quantizers.hadamard": ("Hadamard",),

@@ -1,7 +1,8 @@
 """The facade: what `import quantkit` offers for models in memory and in folders."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -10,7 +11,7 @@ from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Quantizer
 from quantkit.io.hf import attach
 from quantkit.io.shards import LoadedWeights
-from quantkit.io.source import refuse_quantized
+from quantkit.io.source import refuse_quantized, resolve_folder
 from quantkit.models.linear import Packed
 from quantkit.models.plan import Rules
 from quantkit.models.rotation import Rotation
@@ -21,6 +22,12 @@ from quantkit.models.unpacking import choose_unpacked
 from quantkit.run.pipeline import MemorySink, Progress, Run, begin, count_weights, model_notes, shared_ranks, silent
 from quantkit.run.recipe import TARGET_SHIFT, Calibration, Recipe, default_bits, make_quantizer
 from quantkit.run.sequential import walk
+from quantkit.search.fitness import Measure
+from quantkit.search.run import Searched, SearchRun, Watch
+from quantkit.search.run import run as run_search
+from quantkit.search.session import SearchSettings
+from quantkit.search.settings import Evolution
+from quantkit.search.wanted import Wanted, candidates_of, head_bits_of
 from quantkit.tuning.block import BlockTuning
 
 
@@ -146,3 +153,92 @@ def quantize(
     model.quantkit_report = run.report(name, plan, results, tensor_bytes(model))  # type: ignore[assignment]
     choose_unpacked(model)
     return model
+
+
+def search(
+    model: str | Path,
+    output: str | Path,
+    *,
+    avg_bits: float | None = None,
+    size: str | None = None,
+    fit: str | None = None,
+    latency_ms: float | None = None,
+    sparsity: float | None = None,
+    drop_blocks: int | None = None,
+    context: int | None = None,
+    batch: int = 1,
+    kv_bits: int | None = None,
+    timings: Path | None = None,
+    candidates: str | None = None,
+    base: str | None = None,
+    head_bits: int | None = None,
+    include: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    target_shift: float = TARGET_SHIFT,
+    calibration: str | list[str] = "wikitext2",
+    num_samples: int = 128,
+    seqlen: int | None = None,
+    search_samples: int = 256,
+    held_out: int = 32,
+    evolution: Evolution | None = None,
+    measure: Measure = "kl",
+    start: Literal["best", "uniform"] = "best",
+    top: int = 512,
+    database: str | Path | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    watch: Watch | None = None,
+) -> Searched | None:
+    """Searches the best bits for every layer of a model under one budget, and makes a packed checkpoint of them.
+
+    Args:
+        model: folder or hub id of a full-precision model.
+        output: folder to make; its plan can be packed again with `quantkit quantize --plan`.
+        avg_bits, size, fit, latency_ms, sparsity, drop_blocks: the budget, one of them; see `search.wanted.Wanted`.
+        context, batch, kv_bits: of the generation that is to `fit`; timings: measured kernels, for `latency_ms`.
+        candidates: ways to pack a layer, texts of quantizers with commas between (`quantkit.core.spec`).
+        base: the one that packs the layers in front, while a layer is calibrated; gptq(3) by default.
+        head_bits: of the head and the input embedding, which are not searched; 0 or 16 leaves them dense.
+        include: patterns of layers outside the blocks to pack too; ignore: of layers to leave dense.
+        target_shift: 0 (off) to 1; see `quantizers.target_shift`.
+        calibration: dataset name, file, hub id or documents, for the candidates and for the search.
+        num_samples, seqlen: windows of the candidates' calibration, and their tokens.
+        search_samples: windows of other text that the search measures on; held_out: so many only for the comparison.
+        evolution: generations, offspring and stages.
+        measure: "kl" to the full model, or "perplexity".
+        start: the "best" of uniform, greedy and knapsack, or "uniform".
+        top: likeliest tokens that are kept of the full model's predictions.
+        database: folder of the candidates, beside the output by default; made once, used by all searches.
+        device: where the model runs; by default a GPU if there is one.
+        seed: of the search and of its text.
+        resume: go on with an unfinished search; overwrite: replace one, and the output.
+        watch: what is told on the way.
+
+    Returns:
+        What was found and made; None in processes other than the first.
+
+    Raises:
+        QuantkitError: bad input; the message says what would work.
+    """
+    wanted = Wanted(
+        avg_bits, size, fit, latency_ms, sparsity, drop_blocks, context, batch, kv_bits, timings
+    )  # fmt: skip
+    offers, first = candidates_of(wanted, candidates, base)
+    rules: dict[str, Quantizer | None] = {**dict.fromkeys(include, first), **dict.fromkeys(ignore)}
+    packed_ends = head_bits_of(wanted, head_bits)
+    text = Calibration(calibration, num_samples, seqlen)
+    name = Path(model).resolve().name
+    asked = SearchRun(
+        folder=resolve_folder(str(model)),
+        name=str(model),
+        output=Path(output),
+        database=Path(database or f"{name}-candidates"),
+        wanted=wanted,
+        candidates=offers,
+        recipe=Recipe(first, rules, target_shift, text, head_bits=packed_ends),
+        text=Calibration(calibration, search_samples, seqlen, seed=1_000_003 + seed),
+        settings=SearchSettings(evolution or Evolution(), measure, start, held_out, top, seed=seed),
+    )
+    return run_search(asked, device, resume=resume, overwrite=overwrite, watch=watch)

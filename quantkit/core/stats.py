@@ -66,7 +66,7 @@ class LayerStats:
             try:
                 self._factors[key] = damped_inverse_factor(hessian, damp)
             except NotPositiveDefinite as error:
-                raise CalibrationError(f"{self.name}: {error}; give more calibration text, or --method rtn") from error
+                raise CalibrationError(f"{self.name}: {error}; give more calibration text, or `method` rtn") from error
         return self._factors[key][0]
 
     def order(self, damp: float) -> Tensor:

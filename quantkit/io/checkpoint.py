@@ -94,7 +94,7 @@ class CheckpointWriter:
         except (OSError, ValueError) as error:
             if any(self._files.glob("*.safetensors")):
                 raise CheckpointError(
-                    f"{self.partial / _RUN} is unreadable ({error}); --overwrite starts anew"
+                    f"{self.partial / _RUN} is unreadable ({error}); `overwrite` starts anew"
                 ) from error
             write_json(self.partial / _RUN, run)  # nothing is done yet
             return
@@ -104,7 +104,7 @@ class CheckpointWriter:
             key = differing[0]
             raise QuantkitError(
                 f"{self.partial} was begun with other settings ({', '.join(differing)} differ; {key}: "
-                f"{_short(found.get(key))} then, {_short(run.get(key))} now); repeat them, or --overwrite starts anew"
+                f"{_short(found.get(key))} then, {_short(run.get(key))} now); repeat them, or `overwrite` starts anew"
             )
 
     def _paths(self, index: int) -> tuple[Path, Path]:
@@ -209,26 +209,26 @@ def check_output(output: Path, source: Path | None = None, *, resume: bool = Fal
         QuantkitError: `output` cannot be a new folder, exists, or is not a checkpoint that may be replaced.
     """
     if not output.name or output.name == "..":
-        raise QuantkitError(f"--output {output} names no new folder; give one such as out/model-3bit")
+        raise QuantkitError(f"`output` {output} names no new folder; give one such as out/model-3bit")
     above = next(parent for parent in output.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise QuantkitError(f"--output {output}: {above} is no folder that can be written to")
+        raise QuantkitError(f"`output` {output}: {above} is no folder that can be written to")
     if source is not None:
         ours, theirs = output.resolve(), source.resolve()
         if ours == theirs or ours in theirs.parents:
-            raise QuantkitError(f"--output {output} would replace the model in {source} itself; give another folder")
+            raise QuantkitError(f"`output` {output} would replace the model in {source} itself; give another folder")
     partial = _partial(output)
     if output.exists() and partial.exists() and not (partial / _FILES).exists():
         _remove(partial)  # the run was killed after its last step that matters
     if output.exists() and not overwrite:
         done = "already exists, and there is no unfinished run towards it" if resume else "already exists"
-        raise QuantkitError(f"{output} {done}; give another --output, or --overwrite to replace it")
+        raise QuantkitError(f"{output} {done}; give another `output`, or `overwrite` to replace it")
     if output.exists() and not _is_ours(output):
         raise QuantkitError(
-            f"{output} is not a quantkit checkpoint, and --overwrite replaces nothing else; remove it first"
+            f"{output} is not a quantkit checkpoint, and `overwrite` replaces nothing else; remove it first"
         )
     if partial.exists() and not (resume or overwrite):
-        raise QuantkitError(f"{partial} holds an unfinished run; --resume continues it, --overwrite starts anew")
+        raise QuantkitError(f"{partial} holds an unfinished run; `resume` continues it, `overwrite` starts anew")
 
 
 def _is_ours(folder: Path) -> bool:
@@ -405,7 +405,7 @@ def write_durably(path: Path, write: Callable[[Path], Any], needed: int) -> None
 def _disk_full(path: Path, needed: int, free: int) -> str:
     return (
         f"the disk is full: {path.name} takes {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free; "
-        "what was finished before is kept, so free some space and repeat with --resume"
+        "what was finished before is kept, so free some space and repeat with `resume`"
     )
 
 

@@ -420,6 +420,6 @@ def _refuse(model: nn.Module, why: str, heads: bool = False) -> NoReturn:
     """
     hint = "try it without the heads' part, Rotation(heads=False), or use" if heads else "use"
     raise QuantkitError(
-        f"{type(model).__name__} cannot be rotated as a whole: {why}; {hint} --hadamard (hadamard=True), "
+        f"{type(model).__name__} cannot be rotated as a whole: {why}; {hint} `hadamard`, "
         "which rotates each layer by itself and takes every model"
     )

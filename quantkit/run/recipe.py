@@ -201,7 +201,7 @@ def _check_embedding(model: nn.Module, name: str, quantizer: Quantizer | Tied) -
     if not is_lookup(module):
         raise QuantkitError(
             f"{name} is a {type(module).__name__}, which gives more than rows of its weight; leave it dense "
-            f"(--ignore {name})"
+            f"(`ignore` {name})"
         )
     if not isinstance(quantizer, Tied) and quantizer.needs > Needs.NOTHING:
         raise QuantkitError(
@@ -295,7 +295,7 @@ class Recipe:
         if embedding is None or head not in outer_linears(model):
             raise QuantkitError(
                 f"{type(model).__name__} gives no embedding and no linear head that could be packed at "
-                f"{self.head_bits} bits; leave --head-bits (head_bits) out"
+                f"{self.head_bits} bits; leave `head_bits` out"
             )
         assert self.head_bits is not None and head is not None
         bits = int(self.head_bits)

@@ -297,7 +297,7 @@ def _gather(
     for name in probes:
         if name not in accumulators:
             raise CalibrationError(
-                f"{prefix}{name}: no calibration token reached this layer; leave it out (--ignore '*{name}') or use RTN"
+                f"{prefix}{name}: no calibration token reached this layer; leave it out (`ignore` '*{name}') or use RTN"
             )
     return {name: accumulator.finish(prefix + name) for name, accumulator in accumulators.items()}
 

@@ -132,7 +132,7 @@ def calibration_windows(texts: list[str], tokenizer: Any, num_samples: int, seql
     if count == 0:
         raise CalibrationError(
             f"the calibration text has {len(tokens)} tokens, one window takes seqlen={seqlen}; "
-            f"give more text or --seqlen {max(2, len(tokens) // 2)}"
+            f"give more text or `seqlen` {max(2, len(tokens) // 2)}"
         )
     if count < num_samples:
         logger.warning("the calibration text holds only %d windows of %d tokens, not %d", count, seqlen, num_samples)

@@ -219,7 +219,7 @@ def _divided(recipe: Recipe, model: nn.Module) -> tuple[Plan, Plan]:
     plan, searched = recipe.plan(model), replace(recipe, head_bits=None).plan(model)
     for name in searched:
         if is_lookup(model.get_submodule(name)):
-            raise QuantkitError(f"{name} is an embedding, and candidates are for linear layers; --head-bits packs it")
+            raise QuantkitError(f"{name} is an embedding, and candidates are for linear layers; `head_bits` packs it")
     fixed = {name: quantizer for name, quantizer in plan.items() if name not in searched}
     return searched, {name: quantizer for name, quantizer in fixed.items() if tied(fixed).get(name) not in searched}
 

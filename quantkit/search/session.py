@@ -259,7 +259,7 @@ def _read(path: Path, identity: Any) -> tuple[dict[str, Assignment], State] | No
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a search's state ({error}); remove it") from error
     if found["identity"] != identity:
-        raise QuantkitError(f"{path} is the state of a search with other settings; repeat them, or --overwrite it")
+        raise QuantkitError(f"{path} is the state of a search with other settings; repeat them, or `overwrite` it")
     return starts, state
 
 

@@ -77,7 +77,7 @@ class Store:
         wanted = json.loads(json.dumps({"version": VERSION, "identity": identity}))
         self.identity: dict[str, Any] = wanted["identity"]
         if folder.exists() and not folder.is_dir():
-            raise QuantkitError(f"{folder} is no folder; give another --database")
+            raise QuantkitError(f"{folder} is no folder; give another `database`")
         record = folder / _RECORD
         if record.is_file():
             try:
@@ -91,10 +91,10 @@ class Store:
             if found.get("version") != VERSION or differing:
                 what = ", ".join(differing) or "version"
                 raise QuantkitError(
-                    f"{folder} holds candidates of another run ({what} differ); give another --database, or remove it"
+                    f"{folder} holds candidates of another run ({what} differ); give another `database`, or remove it"
                 )
         elif folder.exists() and any(folder.iterdir()):
-            raise QuantkitError(f"{folder} exists and is no database of candidates; give another --database")
+            raise QuantkitError(f"{folder} exists and is no database of candidates; give another `database`")
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(record, wanted)

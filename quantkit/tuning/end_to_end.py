@@ -114,7 +114,7 @@ def tune(
     check_vocabulary(windows, teacher)
     if len(windows) <= settings.held_out:
         raise QuantkitError(
-            f"{len(windows)} windows of text, {settings.held_out} of them held out: give more text or --num-samples"
+            f"{len(windows)} windows of text, {settings.held_out} of them held out: give more text or `num_samples`"
         )
     was_training, teacher_was_training = model.training, teacher.training
     mixed = multiplies_bf16(model.device) if settings.mixed is None else settings.mixed
@@ -373,5 +373,5 @@ def _layers(model: PreTrainedModel, corrections: bool) -> dict[str, Any]:
         if isinstance(weight, LowRankWeight)
     }
     if not adapted:
-        raise QuantkitError("the model's layers have no low-rank corrections; quantize it with --low-rank RANK first")
+        raise QuantkitError("the model's layers have no low-rank corrections; quantize it with `low_rank` RANK first")
     return adapted

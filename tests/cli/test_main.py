@@ -212,3 +212,15 @@ def test_ctrl_c_keeps_what_is_done(reference, tmp_path):
     assert "Traceback" not in stderr
     assert not output.exists()
     assert list(partial.rglob("*.safetensors"))
+
+
+def test_settings_in_errors_are_named_as_the_verbs_options():
+    """The library names its settings in backticks; what a verb has no option for stays as it is."""
+    from quantkit.cli.main import _as_options
+
+    text = "give another `output`, or lower `num_samples` and `micro_batch`; see `quantkit`"
+    assert _as_options(text, ["tune", "x"]) == (
+        "give another --output, or lower --num-samples and --micro-batch; see `quantkit`"
+    )
+    assert "`micro_batch`" in _as_options(text, ["quantize", "x"])
+    assert _as_options(text, ["--help"]) == text

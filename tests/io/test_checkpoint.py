@@ -117,7 +117,7 @@ def test_resuming_repeats_no_finished_block(architecture, model_folder, recipe, 
 def test_what_is_in_the_way_is_not_lost(model_folder, recipe, tmp_path):
     folder, output = model_folder("llama"), tmp_path / "out"
     interrupted(folder, recipe, output, after=1)
-    with pytest.raises(QuantkitError, match="--resume continues it"):
+    with pytest.raises(QuantkitError, match="`resume` continues it"):
         quantize_checkpoint(folder, recipe, output)
     with pytest.raises(QuantkitError, match=r"other settings.*quantizers"):
         quantize_checkpoint(folder, Recipe(GPTQ(4, 64), calibration=recipe.calibration), output, resume=True)
@@ -242,7 +242,7 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(model_folder, recipe, 
         save_file(tensors, path, metadata=metadata)
 
     monkeypatch.setattr(checkpoint, "save_file", save_until_full)
-    with pytest.raises(QuantkitError, match=r"disk is full.*--resume"):
+    with pytest.raises(QuantkitError, match=r"disk is full.*`resume`"):
         quantize_checkpoint(folder, recipe, output)
     assert not list(tmp_path.rglob("*.tmp"))
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1

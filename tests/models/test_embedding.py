@@ -385,7 +385,7 @@ def test_senseless_requests_are_refused(model_folder):
         model = load(model_folder("llama_small"))
         for name, value in change.items():
             setattr(model.model.embed_tokens, name, value)
-        with pytest.raises(QuantkitError, match=r"model\.embed_tokens is a .*more than rows.*--ignore model"):
+        with pytest.raises(QuantkitError, match=r"model\.embed_tokens is a .*more than rows.*`ignore` model"):
             quantkit.quantize(model, method="rtn", bits=3, group_size=32, head_bits=6)
         quantkit.quantize(model, method="rtn", bits=3, group_size=32, head_bits=6, rules={"*embed*": None})
         assert isinstance(model.lm_head, QuantizedLinear)

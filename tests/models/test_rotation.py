@@ -144,7 +144,7 @@ def test_other_shapes_are_refused_with_the_reason_and_left_alone(architecture, m
     else:
         model = load(model_folder(architecture))
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(QuantkitError, match=rf"rotated as a whole: .*{REFUSED[architecture]}.*use --hadamard"):
+    with pytest.raises(QuantkitError, match=rf"rotated as a whole: .*{REFUSED[architecture]}.*use `hadamard`"):
         rotate_model(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.config.tie_word_embeddings == (architecture in ("gpt2", "gemma2"))

@@ -122,7 +122,7 @@ def test_bad_input(teacher, tokenizer):
     model = quantized(teacher, tokenizer, RTN(3))
     with pytest.raises(QuantkitError, match="rank=0"):
         quantkit.finetune(model, 0)
-    with pytest.raises(QuantkitError, match="quantize it with --low-rank"):
+    with pytest.raises(QuantkitError, match="quantize it with `low_rank`"):
         settings = TuningSettings(1, held_out=2, corrections=True)
         quantkit.tune(model, teacher, tokenizer, calibration=Calibration("stdlib", 4, 64), settings=settings)
     quantkit.finetune(model)
