@@ -13,10 +13,10 @@ from quantkit.cli import options
 from quantkit.cli.display import console, report_table, search_progress
 from quantkit.core.constants import TARGET_SHIFT
 from quantkit.core.errors import Interrupted
-from quantkit.search.settings import CANDIDATES, Evolution, parse_stages, stages_text
+from quantkit.evopress.settings import CANDIDATES, Evolution, parse_stages, stages_text
 
 if TYPE_CHECKING:
-    from quantkit.search.run import Searched
+    from quantkit.evopress.run import Searched
 
 _BUDGET, _SEARCH, _CANDIDATES = "The budget", "The search", "Candidates"
 STAGES = stages_text(Evolution.stages)
@@ -146,7 +146,7 @@ def search_command(
     picture. An interrupted search continues with --resume. Several processes share the work under torchrun.
     """
     from quantkit.api import search
-    from quantkit.search.run import Watch
+    from quantkit.evopress.run import Watch
 
     output = output or Path(f"{Path(model).resolve().name}-searched")
     shown = options.is_first_process()

@@ -20,8 +20,8 @@ import torch
 
 import quantkit
 from quantkit.core.device import pick_device
-from quantkit.search.budget import parse_size
-from quantkit.search.memory import LiveBytes
+from quantkit.evopress.budget import parse_size
+from quantkit.evopress.memory import LiveBytes
 
 NEW_TOKENS = 8
 

@@ -20,16 +20,16 @@ from quantkit.core import spec
 from quantkit.core.constants import TARGET_SHIFT
 from quantkit.core.device import pick_device
 from quantkit.evals.perplexity import Quality, evaluate
+from quantkit.evopress.baselines import best_of_random
+from quantkit.evopress.budget import Budget
+from quantkit.evopress.build import build
+from quantkit.evopress.evolve import Assignment
+from quantkit.evopress.session import SearchSettings, Session
+from quantkit.evopress.settings import Evolution, parse_stages, stages_text
+from quantkit.evopress.spaces import CandidateSpace
 from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.run.recipe import Calibration, Recipe
 from quantkit.run.text import documents, evaluation_tokens
-from quantkit.search.baselines import best_of_random
-from quantkit.search.budget import Budget
-from quantkit.search.build import build
-from quantkit.search.evolve import Assignment
-from quantkit.search.session import SearchSettings, Session
-from quantkit.search.settings import Evolution, parse_stages, stages_text
-from quantkit.search.spaces import CandidateSpace
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:

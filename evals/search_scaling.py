@@ -17,16 +17,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit.core.device import pick_device
+from quantkit.evopress.baselines import uniform
+from quantkit.evopress.budget import Budget
+from quantkit.evopress.build import build
+from quantkit.evopress.evolve import Assignment, evolve
+from quantkit.evopress.session import SearchSettings, Session
+from quantkit.evopress.settings import Evolution, parse_stages, stages_text
+from quantkit.evopress.spaces import CandidateSpace
 from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.quantizers.rtn import RTN
 from quantkit.run.recipe import Calibration, Recipe
-from quantkit.search.baselines import uniform
-from quantkit.search.budget import Budget
-from quantkit.search.build import build
-from quantkit.search.evolve import Assignment, evolve
-from quantkit.search.session import SearchSettings, Session
-from quantkit.search.settings import Evolution, parse_stages, stages_text
-from quantkit.search.spaces import CandidateSpace
 
 Prepared = tuple[Session, int, Assignment]
 

@@ -9,6 +9,12 @@ from transformers import PreTrainedModel
 
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Quantizer
+from quantkit.evopress.fitness import Measure
+from quantkit.evopress.run import Searched, SearchRun, Watch
+from quantkit.evopress.run import run as run_search
+from quantkit.evopress.session import SearchSettings
+from quantkit.evopress.settings import Evolution
+from quantkit.evopress.wanted import Wanted, candidates_of, head_bits_of
 from quantkit.io.hf import attach
 from quantkit.io.shards import LoadedWeights
 from quantkit.io.source import refuse_quantized, resolve_folder
@@ -22,12 +28,6 @@ from quantkit.models.unpacking import choose_unpacked
 from quantkit.run.pipeline import MemorySink, Progress, Run, begin, count_weights, model_notes, shared_ranks, silent
 from quantkit.run.recipe import TARGET_SHIFT, Calibration, Recipe, default_bits, make_quantizer
 from quantkit.run.sequential import walk
-from quantkit.search.fitness import Measure
-from quantkit.search.run import Searched, SearchRun, Watch
-from quantkit.search.run import run as run_search
-from quantkit.search.session import SearchSettings
-from quantkit.search.settings import Evolution
-from quantkit.search.wanted import Wanted, candidates_of, head_bits_of
 from quantkit.tuning.block import BlockTuning
 
 
@@ -196,7 +196,7 @@ def search(
     Args:
         model: folder or hub id of a full-precision model.
         output: folder to make; its plan can be packed again with `quantkit quantize --plan`.
-        avg_bits, size, fit, latency_ms, sparsity, drop_blocks: the budget, one of them; see `search.wanted.Wanted`.
+        avg_bits, size, fit, latency_ms, sparsity, drop_blocks: the budget, one of them; see `evopress.wanted.Wanted`.
         context, batch, kv_bits: of the generation that is to `fit`; timings: measured kernels, for `latency_ms`.
         candidates: ways to pack a layer, texts of quantizers with commas between (`quantkit.core.spec`).
         base: the one that packs the layers in front, while a layer is calibrated; gptq(3) by default.

@@ -26,7 +26,7 @@ LAYERS = [
     ["io"],
     ["run"],
     ["tuning", "kvcache"],
-    ["search"],
+    ["evopress"],
     ["api", ""],
     ["evals"],
     ["cli"],

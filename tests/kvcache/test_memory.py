@@ -6,10 +6,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from quantkit.evopress.memory import LiveBytes
 from quantkit.kvcache.attention import compressed_kv
 from quantkit.kvcache.cache import GearLayer
 from quantkit.kvcache.config import KVCacheConfig
-from quantkit.search.memory import LiveBytes
 
 
 class Allocated(TorchDispatchMode):

@@ -9,10 +9,10 @@ import torch
 from accelerate import PartialState
 
 from quantkit import GPTQ, RTN, Calibration, Recipe
-from quantkit.search.build import build
-from quantkit.search.session import SearchSettings, Session
-from quantkit.search.settings import Evolution
-from quantkit.search.spaces import CandidateSpace
+from quantkit.evopress.build import build
+from quantkit.evopress.session import SearchSettings, Session
+from quantkit.evopress.settings import Evolution
+from quantkit.evopress.spaces import CandidateSpace
 
 
 def main(model, place, output):

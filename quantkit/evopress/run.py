@@ -20,6 +20,13 @@ from quantkit.core import spec
 from quantkit.core.device import parse_dtype
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Quantizer
+from quantkit.evopress.budget import Budget
+from quantkit.evopress.build import Database, build
+from quantkit.evopress.evolve import State
+from quantkit.evopress.picture import draw
+from quantkit.evopress.session import Outcome, SearchSettings, Session, assemble, check_text
+from quantkit.evopress.spaces import BlockSpace, CandidateSpace, Space
+from quantkit.evopress.wanted import Wanted
 from quantkit.io.checkpoint import SEARCH_RECORD, check_output, read_config, replace_folder
 from quantkit.io.source import load_tokenizer
 from quantkit.models.plan import tied, with_own_weight
@@ -27,13 +34,6 @@ from quantkit.quantizers.target_shift import unshifted
 from quantkit.run.processes import begin_processes
 from quantkit.run.recipe import Calibration, Recipe
 from quantkit.run.report import Report
-from quantkit.search.budget import Budget
-from quantkit.search.build import Database, build
-from quantkit.search.evolve import State
-from quantkit.search.picture import draw
-from quantkit.search.session import Outcome, SearchSettings, Session, assemble, check_text
-from quantkit.search.spaces import BlockSpace, CandidateSpace, Space
-from quantkit.search.wanted import Wanted
 
 PLAN = "quantkit_plan.json"
 PICTURE = "quantkit_search.png"

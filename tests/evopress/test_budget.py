@@ -10,12 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 from quantkit import GPTQ
 from quantkit.core.errors import QuantkitError
+from quantkit.evopress import memory
+from quantkit.evopress.budget import Budget, parse_size, read_timings
+from quantkit.evopress.memory import activation_bytes, beside_weights, kv_cache_bytes, prompt_bytes
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.quantizers.hadamard import Hadamard
 from quantkit.quantizers.sparse import Sparse
-from quantkit.search import memory
-from quantkit.search.budget import Budget, parse_size, read_timings
-from quantkit.search.memory import activation_bytes, beside_weights, kv_cache_bytes, prompt_bytes
 
 
 def empty(reference, **changes):

@@ -18,18 +18,18 @@ from quantkit.core.device import compute_dtype, multiplies_bf16
 from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.metrics import token_kl
 from quantkit.core.result import LayerResult
+from quantkit.evopress.baselines import greedy, knapsack, uniform
+from quantkit.evopress.build import Database
+from quantkit.evopress.evolve import Assignment, Generation, State, evolve
+from quantkit.evopress.fitness import Measure, ModelFitness
+from quantkit.evopress.settings import Evolution
+from quantkit.evopress.spaces import Space
 from quantkit.io.checkpoint import CheckpointWriter, write_json
 from quantkit.io.source import load_tokenizer
 from quantkit.run.pipeline import Run, begin, count_weights, model_notes, publish
 from quantkit.run.recipe import Calibration
 from quantkit.run.report import Report
 from quantkit.run.teacher import CachedTeacher, predict
-from quantkit.search.baselines import greedy, knapsack, uniform
-from quantkit.search.build import Database
-from quantkit.search.evolve import Assignment, Generation, State, evolve
-from quantkit.search.fitness import Measure, ModelFitness
-from quantkit.search.settings import Evolution
-from quantkit.search.spaces import Space
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from accelerate.utils import reduce
 from torch import Tensor
 
 from quantkit.core.metrics import token_nll
+from quantkit.evopress.evolve import Assignment
+from quantkit.evopress.spaces import Space
 from quantkit.run.teacher import CachedTeacher, Teacher, predict
-from quantkit.search.evolve import Assignment
-from quantkit.search.spaces import Space
 
 Measure = Literal["kl", "perplexity"]
 

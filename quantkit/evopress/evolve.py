@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 
 from quantkit.core.errors import QuantkitError
-from quantkit.search.settings import Evolution
+from quantkit.evopress.settings import Evolution
 
 Assignment = tuple[int, ...]
 _DEFAULTS = Evolution()

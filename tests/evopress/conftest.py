@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from quantkit import GPTQ, RTN, Calibration, Recipe
-from quantkit.search.build import build
-from quantkit.search.session import SearchSettings, Session
-from quantkit.search.settings import Evolution
-from quantkit.search.spaces import CandidateSpace
+from quantkit.evopress.build import build
+from quantkit.evopress.session import SearchSettings, Session
+from quantkit.evopress.settings import Evolution
+from quantkit.evopress.spaces import CandidateSpace
 
 CANDIDATES = (GPTQ(2), GPTQ(3), GPTQ(4), RTN(3))
 TEXT = Calibration("stdlib", 20, 128, seed=1)

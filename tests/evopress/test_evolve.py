@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from quantkit.core.errors import QuantkitError
-from quantkit.search.baselines import best_of_random, greedy, knapsack, random_assignment, uniform
-from quantkit.search.evolve import Index, State, evolve, mutated
-from quantkit.search.settings import Evolution, parse_stages
+from quantkit.evopress.baselines import best_of_random, greedy, knapsack, random_assignment, uniform
+from quantkit.evopress.evolve import Index, State, evolve, mutated
+from quantkit.evopress.settings import Evolution, parse_stages
 
 EVEN = Index(((100, 150, 200, 250),) * 10)
 """Ten equal layers."""

@@ -8,10 +8,10 @@ import torch
 
 from quantkit import GPTQ, RTN, Calibration, Recipe
 from quantkit.core.errors import CheckpointError, QuantkitError
+from quantkit.evopress.build import build
+from quantkit.evopress.store import candidate_key
 from quantkit.io.shards import Shards
 from quantkit.run.pipeline import quantize_checkpoint
-from quantkit.search.build import build
-from quantkit.search.store import candidate_key
 
 from .conftest import CANDIDATES
 

@@ -23,6 +23,8 @@ from quantkit.core.protocols import Needs, Quantizer
 from quantkit.core.result import LayerResult
 from quantkit.core.stats import LayerStats
 from quantkit.core.weight import QuantizedWeight
+from quantkit.evopress.budget import Budget
+from quantkit.evopress.store import Store, candidate_key
 from quantkit.io.checkpoint import alone, remove_strays
 from quantkit.io.source import ModelFolder, load_tokenizer
 from quantkit.models.plan import Plan, tied, with_own_weight
@@ -30,8 +32,6 @@ from quantkit.models.structure import is_lookup
 from quantkit.quantizers.target_shift import TargetShift
 from quantkit.run.recipe import Recipe
 from quantkit.run.sequential import Pack, relative_error, walk
-from quantkit.search.budget import Budget
-from quantkit.search.store import Store, candidate_key
 
 Found = dict[str, dict[Quantizer, LayerResult]]
 """What was made of each layer."""

@@ -11,15 +11,15 @@ from quantkit import GPTQ, RTN, Calibration
 from quantkit.core import spec
 from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.metrics import token_kl
+from quantkit.evopress.budget import Budget
+from quantkit.evopress.build import build
+from quantkit.evopress.session import assemble
+from quantkit.evopress.settings import Evolution
+from quantkit.evopress.spaces import BlockSpace, CandidateSpace
+from quantkit.evopress.store import candidate_key
 from quantkit.models.plan import tied
 from quantkit.quantizers.target_shift import unshifted
 from quantkit.run.recipe import Recipe, read_plan
-from quantkit.search.budget import Budget
-from quantkit.search.build import build
-from quantkit.search.session import assemble
-from quantkit.search.settings import Evolution
-from quantkit.search.spaces import BlockSpace, CandidateSpace
-from quantkit.search.store import candidate_key
 
 from .conftest import CANDIDATES, SHORT, TEXT, make_session
 
@@ -225,7 +225,7 @@ def test_perplexity_is_a_measure_too(reference, database, place, budget):
 
 def test_blocks_are_left_out(reference, tmp_path):
     settings = dataclasses.replace(SHORT, evolution=Evolution(2, 4, ((1, 512),)))
-    session = quantkit.search.session.Session(reference, BlockSpace, tmp_path, TEXT, settings, torch.device("cpu"))
+    session = quantkit.evopress.session.Session(reference, BlockSpace, tmp_path, TEXT, settings, torch.device("cpu"))
     outcome = session.search(4)
     assert sum(outcome.assignment) == 4
     figures = session.fitness([(1,) * 6, outcome.assignment, (0, 0, 1, 1, 1, 1)], 512, 0)

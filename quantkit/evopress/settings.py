@@ -22,7 +22,7 @@ class Evolution:
         offspring: drawn in each.
         stages: (survivors, tokens) of each selection; the last has one survivor.
         switches: most switches of an offspring; their number is the lesser of two draws from 1 to that.
-        rule: see `quantkit.search.evolve`.
+        rule: see `quantkit.evopress.evolve`.
     """
 
     generations: int = 100

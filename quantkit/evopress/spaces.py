@@ -12,12 +12,12 @@ from quantkit.core import spec
 from quantkit.core.device import free_memory
 from quantkit.core.protocols import Quantizer
 from quantkit.core.weight import QuantizedWeight
+from quantkit.evopress.build import Database
+from quantkit.evopress.evolve import Assignment, Index
 from quantkit.models.embedding import put
 from quantkit.models.forward import Wrap, bare
 from quantkit.models.linear import Packed, QuantizedLinear, new_linear
 from quantkit.models.structure import find_blocks
-from quantkit.search.build import Database
-from quantkit.search.evolve import Assignment, Index
 
 CACHE_SHARE = 1 / 4
 """Share of the free memory that unpacked candidates may take."""

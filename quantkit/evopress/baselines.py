@@ -11,7 +11,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from quantkit.search.evolve import Assignment, Fitness, Index
+from quantkit.evopress.evolve import Assignment, Fitness, Index
 
 Losses = Sequence[Sequence[float]]
 """Of each item's levels, as `Index.costs`."""

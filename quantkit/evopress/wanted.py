@@ -9,13 +9,13 @@ from transformers import AutoConfig
 from quantkit.core import spec
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Quantizer
+from quantkit.evopress.budget import Budget, parse_size, read_timings
+from quantkit.evopress.memory import beside_weights
+from quantkit.evopress.settings import CANDIDATES, HEAD_BITS
 from quantkit.io.source import ModelFolder
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.models.structure import block_linears, ends
 from quantkit.run.recipe import fraction_of, with_bits
-from quantkit.search.budget import Budget, parse_size, read_timings
-from quantkit.search.memory import beside_weights
-from quantkit.search.settings import CANDIDATES, HEAD_BITS
 
 SPARSITY_STEPS = (-0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3)
 """Of the candidates around a sparsity that is asked for."""
