@@ -1,13 +1,16 @@
 """The protocols that plugins fill."""
 
+from __future__ import annotations
+
 from enum import IntEnum
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from quantkit.core.result import LayerResult
-from quantkit.core.stats import LayerStats
-from quantkit.core.weight import QuantizedWeight
+    from quantkit.core.result import LayerResult
+    from quantkit.core.stats import LayerStats
+    from quantkit.core.weight import QuantizedWeight
 
 
 class Needs(IntEnum):

@@ -1,8 +1,12 @@
 """What comes out of quantizing a layer."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from quantkit.core.weight import QuantizedWeight
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from quantkit.core.weight import QuantizedWeight
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from quantkit.core.result import LayerResult
 from quantkit.core.stats import LayerStats
 from quantkit.core.weight import QuantizedWeight
 from quantkit.evopress.budget import Budget
-from quantkit.evopress.store import Store, candidate_key
+from quantkit.evopress.store import Database, Store, candidate_key, end_key
 from quantkit.io.checkpoint import alone, remove_strays
 from quantkit.io.source import ModelFolder, load_tokenizer
 from quantkit.models.plan import Plan, tied, with_own_weight
@@ -105,47 +104,7 @@ class _Sink:
         for layer in searched:
             self._found[layer].clear()
         for layer in (layer for layer in layers if layer in self._fixed):
-            self._store.write(index, _end_key(layer, self._fixed[layer]), self._fixed[layer], {layer: layers[layer]})
-
-
-def _end_key(layer: str, quantizer: Quantizer) -> str:
-    """The name of the file of a layer that is packed in one way."""
-    return f"{layer}-{candidate_key(quantizer)}"
-
-
-@dataclass(frozen=True)
-class Database:
-    """A model's candidates, all there.
-
-    Attributes:
-        store: on disk.
-        quantizers: by key, in the order asked for.
-        blocks: each searched layer's block, -1 for layers outside the blocks; in model order.
-        fixed: quantizers of the layers that are packed in one way, the head and the embedding.
-        source: the model's folder.
-        settings: JSON of the calibration.
-        bytes_before: of all tensors of the full model.
-    """
-
-    store: Store
-    quantizers: dict[str, Quantizer]
-    blocks: dict[str, int]
-    fixed: Plan
-    source: ModelFolder
-    settings: dict[str, Any]
-    bytes_before: int
-
-    def ends(self) -> dict[str, LayerResult]:
-        """The layers of `fixed`, packed."""
-        results = {}
-        for name, quantizer in with_own_weight(self.fixed).items():
-            key = _end_key(name, quantizer)
-            made = self.store.candidates(-1, key)[name]
-            results[name] = LayerResult(self.store.load_one(-1, key, name), made.relative_error, made.damping)
-        for name, layer in tied(self.fixed).items():
-            layout = self.fixed[name].layout(*results[layer].weight.shape)
-            results[name] = replace(results[layer], weight=layout)
-        return results
+            self._store.write(index, end_key(layer, self._fixed[layer]), self._fixed[layer], {layer: layers[layer]})
 
 
 def build(
@@ -199,7 +158,7 @@ def build(
     indices = {f"{source.prefix}.{index}.": index for index in range(len(source.blocks))}
     blocks = {name: next((i for prefix, i in indices.items() if name.startswith(prefix)), -1) for name in plan}
     wanted = [(index, key) for index in set(blocks.values()) for key in quantizers]
-    wanted += [(-1, _end_key(name, quantizer)) for name, quantizer in with_own_weight(fixed).items()]
+    wanted += [(-1, end_key(name, quantizer)) for name, quantizer in with_own_weight(fixed).items()]
     if not all(store.has(*place) for place in wanted):
         with alone(store.folder):
             for place in store.folder.glob("block-*"):

@@ -16,9 +16,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from transformers import PreTrainedModel
 
 from quantkit.core.errors import QuantkitError
 from quantkit.evopress.settings import Evolution
@@ -55,6 +56,27 @@ class Index:
             raise QuantkitError(f"a budget of {budget:,} is impossible: the least is {least:,}, the most {most:,}")
 
 
+class Space(Protocol):
+    """A search space over a model.
+
+    Attributes:
+        model: in memory; changes with each `apply`.
+        index: what can be chosen.
+        names: of the items.
+        losses: relative error of each item's levels, as the index has them.
+        identity: JSON of what levels stand for.
+    """
+
+    model: PreTrainedModel
+    index: Index
+    names: list[str]
+    losses: list[tuple[float, ...]]
+    identity: Any
+
+    def apply(self, assignment: Assignment) -> None:
+        """Makes the model that the assignment describes."""
+
+
 class Fitness(Protocol):
     """Measures assignments; less is better."""
 
@@ -82,6 +104,28 @@ class Generation:
     former: float
     cost: int
     switched: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished search.
+
+    Attributes:
+        assignment: what was found.
+        starts: what it was measured against, by name.
+        held_out: figure of each of them, and of "search", on text that the search did not see.
+        history: of the generations.
+        budget: that the items were allowed; spent: what they take.
+        seen: share of the found model's full KL that the kept successors show, on one held-out window.
+    """
+
+    assignment: Assignment
+    starts: dict[str, Assignment]
+    held_out: dict[str, float]
+    history: tuple[Generation, ...]
+    budget: int
+    spent: int
+    seen: float
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from accelerate.utils import reduce
 from torch import Tensor
 
 from quantkit.core.metrics import token_nll
-from quantkit.evopress.evolve import Assignment
-from quantkit.evopress.spaces import Space
+from quantkit.evopress.evolve import Assignment, Space
 from quantkit.run.teacher import CachedTeacher, Teacher, predict
 
 Measure = Literal["kl", "perplexity"]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quantkit.evopress.session import Outcome
+from quantkit.evopress.evolve import Outcome
 
 PLACE = re.compile(r"\.(\d+)\.")
 

@@ -20,12 +20,14 @@ from quantkit.core import spec
 from quantkit.core.device import parse_dtype
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Quantizer
+from quantkit.evopress.assemble import assemble
 from quantkit.evopress.budget import Budget
-from quantkit.evopress.build import Database, build
-from quantkit.evopress.evolve import State
+from quantkit.evopress.build import build
+from quantkit.evopress.evolve import Outcome, Space, State
 from quantkit.evopress.picture import draw
-from quantkit.evopress.session import Outcome, SearchSettings, Session, assemble, check_text
-from quantkit.evopress.spaces import BlockSpace, CandidateSpace, Space
+from quantkit.evopress.session import SearchSettings, Session, check_text
+from quantkit.evopress.spaces import BlockSpace, CandidateSpace
+from quantkit.evopress.store import Database
 from quantkit.evopress.wanted import Wanted
 from quantkit.io.checkpoint import SEARCH_RECORD, check_output, read_config, replace_folder
 from quantkit.io.source import load_tokenizer

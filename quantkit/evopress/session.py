@@ -13,22 +13,16 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 import quantkit.io.hf
-from quantkit.core import spec
 from quantkit.core.device import compute_dtype, multiplies_bf16
 from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.metrics import token_kl
-from quantkit.core.result import LayerResult
 from quantkit.evopress.baselines import greedy, knapsack, uniform
-from quantkit.evopress.build import Database
-from quantkit.evopress.evolve import Assignment, Generation, State, evolve
+from quantkit.evopress.evolve import Assignment, Generation, Outcome, Space, State, evolve
 from quantkit.evopress.fitness import Measure, ModelFitness
 from quantkit.evopress.settings import Evolution
-from quantkit.evopress.spaces import Space
-from quantkit.io.checkpoint import CheckpointWriter, write_json
+from quantkit.io.checkpoint import write_json
 from quantkit.io.source import load_tokenizer
-from quantkit.run.pipeline import Run, begin, count_weights, model_notes, publish
 from quantkit.run.recipe import Calibration
-from quantkit.run.report import Report
 from quantkit.run.teacher import CachedTeacher, predict
 
 logger = logging.getLogger(__name__)
@@ -72,28 +66,6 @@ class SearchSettings:
                 raise QuantkitError(f"{name}={getattr(self, name)}: give at least 1")
         if self.top < 512:
             raise QuantkitError(f"top={self.top}: fewer than 512 successors hide too much of the KL")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished search.
-
-    Attributes:
-        assignment: what was found.
-        starts: what it was measured against, by name.
-        held_out: figure of each of them, and of "search", on text that the search did not see.
-        history: of the generations.
-        budget: that the items were allowed; spent: what they take.
-        seen: share of the found model's full KL that the kept successors show, on one held-out window.
-    """
-
-    assignment: Assignment
-    starts: dict[str, Assignment]
-    held_out: dict[str, float]
-    history: tuple[Generation, ...]
-    budget: int
-    spent: int
-    seen: float
 
 
 def check_text(windows: int, settings: SearchSettings) -> None:
@@ -261,54 +233,3 @@ def _read(path: Path, identity: Any) -> tuple[dict[str, Assignment], State] | No
     if found["identity"] != identity:
         raise QuantkitError(f"{path} is the state of a search with other settings; repeat them, or `overwrite` it")
     return starts, state
-
-
-def assemble(
-    folder: Path,
-    database: Database,
-    chosen: Mapping[str, str],
-    output: Path,
-    *,
-    name: str = "",
-    settings: Mapping[str, Any],
-    files: Mapping[str, str],
-    device: torch.device,
-    start: float | None = None,
-    overwrite: bool = False,
-) -> Report:
-    """Makes a checkpoint of candidates.
-
-    Args:
-        folder: the full-precision model.
-        database: of the candidates.
-        chosen: each layer's candidate, by key.
-        output: the folder to make.
-        name: of the model, for reports.
-        settings: what the report says of the search.
-        files: further text files by name.
-        device: where the search ran.
-        start: time.monotonic() when it began; None for now.
-        overwrite: replace `output`.
-    """
-    where, now = begin(device)
-    source, store = database.source, database.store
-    plan = {layer: database.quantizers[key] for layer, key in chosen.items()} | database.fixed
-    dense_bytes = source.nbytes() - source.packed_nbytes(plan)
-    described = {**database.settings, **settings, "quantizers": {layer: spec.write(plan[layer]) for layer in plan}}
-    notes = model_notes(source.model, plan, source.untied, rotated=False)
-    weights = count_weights(source.model, plan)
-    run = Run(now if start is None else start, where, database.bytes_before, weights, described, notes)
-    identity = {**settings, "chosen": dict(chosen), "database": database.store.identity}
-    identity["fixed"] = {layer: spec.write(quantizer) for layer, quantizer in database.fixed.items()}
-    writer = CheckpointWriter(
-        output, len(source.blocks), source.dense, identity, resume=not overwrite, overwrite=overwrite
-    )
-    for index in (*range(len(source.blocks)), -1):
-        layers = {layer: key for layer, key in chosen.items() if database.blocks[layer] == index}
-        results = database.ends() if index < 0 else {}
-        for layer, key in layers.items():
-            candidate = store.candidates(index, key)[layer]
-            weight = store.load_one(index, key, layer)
-            results[layer] = LayerResult(weight, candidate.relative_error, candidate.damping)
-        writer.write(index, f"{source.prefix}.{index}" if index >= 0 else "", results)
-    return publish(writer, source, plan, run, name or folder.name, dense_bytes, files)

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,8 @@ from quantkit.core import spec
 from quantkit.core.device import free_memory
 from quantkit.core.protocols import Quantizer
 from quantkit.core.weight import QuantizedWeight
-from quantkit.evopress.build import Database
 from quantkit.evopress.evolve import Assignment, Index
+from quantkit.evopress.store import Database
 from quantkit.models.embedding import put
 from quantkit.models.forward import Wrap, bare
 from quantkit.models.linear import Packed, QuantizedLinear, new_linear
@@ -21,27 +21,6 @@ from quantkit.models.structure import find_blocks
 
 CACHE_SHARE = 1 / 4
 """Share of the free memory that unpacked candidates may take."""
-
-
-class Space(Protocol):
-    """A search space over a model.
-
-    Attributes:
-        model: in memory; changes with each `apply`.
-        index: what can be chosen.
-        names: of the items.
-        losses: relative error of each item's levels, as the index has them.
-        identity: JSON of what levels stand for.
-    """
-
-    model: PreTrainedModel
-    index: Index
-    names: list[str]
-    losses: list[tuple[float, ...]]
-    identity: Any
-
-    def apply(self, assignment: Assignment) -> None:
-        """Makes the model that the assignment describes."""
 
 
 Cost = Callable[[QuantizedWeight, Quantizer], int]

@@ -9,15 +9,17 @@ another set of candidates adds what is missing, and several searches may read on
 have equal keys, hence one file.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import re
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -30,6 +32,10 @@ from quantkit.core.result import LayerResult
 from quantkit.core.weight import QuantizedWeight
 from quantkit.io.checkpoint import write_durably, write_json
 from quantkit.io.shards import open_shard
+from quantkit.models.plan import Plan, tied, with_own_weight
+
+if TYPE_CHECKING:
+    from quantkit.io.source import ModelFolder
 
 VERSION = 1
 _RECORD = "database.json"
@@ -175,6 +181,46 @@ class Store:
             except (OSError, ValueError, KeyError) as error:
                 raise CheckpointError(f"{path} is damaged ({error}); remove it and the file beside it") from error
         return self._sidecars[path]
+
+
+def end_key(layer: str, quantizer: Quantizer) -> str:
+    """The name of the file of a layer that is packed in one way."""
+    return f"{layer}-{candidate_key(quantizer)}"
+
+
+@dataclass(frozen=True)
+class Database:
+    """A model's candidates, all there.
+
+    Attributes:
+        store: on disk.
+        quantizers: by key, in the order asked for.
+        blocks: each searched layer's block, -1 for layers outside the blocks; in model order.
+        fixed: quantizers of the layers that are packed in one way, the head and the embedding.
+        source: the model's folder.
+        settings: JSON of the calibration.
+        bytes_before: of all tensors of the full model.
+    """
+
+    store: Store
+    quantizers: dict[str, Quantizer]
+    blocks: dict[str, int]
+    fixed: Plan
+    source: ModelFolder
+    settings: dict[str, Any]
+    bytes_before: int
+
+    def ends(self) -> dict[str, LayerResult]:
+        """The layers of `fixed`, packed."""
+        results = {}
+        for name, quantizer in with_own_weight(self.fixed).items():
+            key = end_key(name, quantizer)
+            made = self.store.candidates(-1, key)[name]
+            results[name] = LayerResult(self.store.load_one(-1, key, name), made.relative_error, made.damping)
+        for name, layer in tied(self.fixed).items():
+            layout = self.fixed[name].layout(*results[layer].weight.shape)
+            results[name] = replace(results[layer], weight=layout)
+        return results
 
 
 def _checksum(tensor: Tensor) -> int:
