@@ -65,6 +65,7 @@ RANKS = [
     ],
     ["cli.main"],
     ["cli.__main__"],
+    ["evals.packed_bytes"],
 ]
 FOLDERS = ("quantkit", "kernels", "cli", "evals")
 
