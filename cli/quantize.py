@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 _INTEGER, _PYRAMID, _VPTQ = "Integer grids (gptq, rtn)", "Pyramid codes (pyramid)", "Vector codebooks (vptq)"
 _TRELLIS = "Trellis codes (trellis)"
+SETTINGS = (
+    *("group_size", "symmetric", "dimension", "axis", "state_bits", "vector_length", "residual_bits", "book_share"),
+    *("outliers", "outlier_bits", "ranges", "scale_inputs"),
+)
+"""Of methods, that have options of their own here."""
 
 
 _GroupSize = Annotated[
@@ -163,10 +168,7 @@ def quantize_command(
     An interrupted run continues with --resume and gives the same bytes. The report is printed and written to
     quantkit_report.json beside the checkpoint.
     """
-    settings: dict[str, Any] = {"group_size": group_size, "symmetric": symmetric, "dimension": dimension, "axis": axis}
-    settings["state_bits"] = state_bits
-    settings |= {"vector_length": vector_length, "residual_bits": residual_bits, "book_share": book_share}
-    settings |= {"outliers": outliers, "outlier_bits": outlier_bits, "ranges": ranges, "scale_inputs": scale_inputs}
+    settings: dict[str, Any] = {name: context.params[name] for name in SETTINGS}
     settings |= options.own_settings(context, method or "gptq", settings)
     beside = {"bits": bits, "method": method, "hadamard": hadamard, "low_rank": low_rank} | settings
     if plan is not None and (given := [name for name, value in beside.items() if value is not None]):

@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Quantizer
 from quantkit.evopress.fitness import Measure
 from quantkit.evopress.run import Searched, SearchRun, Watch
@@ -15,19 +14,11 @@ from quantkit.evopress.run import run as run_search
 from quantkit.evopress.session import SearchSettings
 from quantkit.evopress.settings import Evolution
 from quantkit.evopress.wanted import Wanted, candidates_of, head_bits_of
-from quantkit.io.hf import attach
-from quantkit.io.shards import LoadedWeights
-from quantkit.io.source import refuse_quantized, resolve_folder
-from quantkit.models.linear import Packed
+from quantkit.io.source import resolve_folder
 from quantkit.models.plan import Rules
 from quantkit.models.rotation import Rotation
-from quantkit.models.rotation import rotate_model as turn
-from quantkit.models.structure import tensor_bytes
-from quantkit.models.ties import tied_names, untie
-from quantkit.models.unpacking import choose_unpacked
-from quantkit.run.pipeline import MemorySink, Progress, Run, begin, count_weights, model_notes, shared_ranks, silent
+from quantkit.run.pipeline import Progress, quantize_model, silent
 from quantkit.run.recipe import TARGET_SHIFT, Calibration, Recipe, default_bits, make_quantizer
-from quantkit.run.sequential import walk
 from quantkit.tuning.block import BlockTuning
 
 
@@ -87,7 +78,6 @@ def quantize(
     Raises:
         QuantkitError: bad input; the message says what would work.
     """
-    where, start = begin(device)
     if not isinstance(calibration, Calibration):
         text = str(calibration) if isinstance(calibration, Path) else calibration
         calibration = Calibration(text, num_samples, seqlen, seed)
@@ -107,52 +97,7 @@ def quantize(
         tuner=tuner,
         head_bits=head_bits,
     )
-    refuse_quantized(model.config)
-    plan = recipe.plan(model)
-    windows = None
-    if recipe.reads_text(plan):
-        if tokenizer is None:
-            raise QuantkitError("this run reads calibration text and needs the model's tokenizer; RTN works without")
-        windows = calibration.windows(tokenizer, model)
-    before, ties = tensor_bytes(model), len(tied_names(model))
-    if rotation is not None:
-        turn(model, rotation.seed, rotation.heads)
-    untie(model, plan)
-    notes = model_notes(model, plan, ties > len(tied_names(model)), rotation is not None)
-    was_training = model.training
-    model.eval()
-    counts, sink = count_weights(model, plan), MemorySink()
-    try:
-        if recipe.low_rank_bits:
-            home, originals = model.device, {name: model.get_submodule(name) for name in plan}
-            plan, note = shared_ranks(model, plan, windows, recipe, LoadedWeights(model), where, progress)
-            for layer, module in originals.items():
-                model.set_submodule(layer, module.to(home))
-            notes = (*notes, note)
-        run = Run(start, where, before, counts, recipe.settings(plan, windows), notes)
-        walk(
-            model,
-            plan,
-            windows,
-            source=LoadedWeights(model),
-            sink=sink,
-            device=where,
-            progress=progress,
-            true_sequential=recipe.true_sequential,
-            tuner=recipe.tuner,
-        )
-    except QuantkitError as error:
-        if any(isinstance(module, Packed) for module in model.modules()):
-            error.args = (f"{error}; the model in memory is partly packed now: load it anew",)
-        raise
-    finally:
-        model.train(was_training)
-    results = {name: sink.layers[name] for name in plan}
-    attach(model, {name: result.weight.metadata() for name, result in results.items()})
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    model.quantkit_report = run.report(name, plan, results, tensor_bytes(model))  # type: ignore[assignment]
-    choose_unpacked(model)
-    return model
+    return quantize_model(model, tokenizer, recipe, device, progress)
 
 
 def search(

@@ -50,6 +50,19 @@ CONFIGS = {
 }
 
 
+KERNEL, SLOW = {"kernels"}, {"cli", "evals", "tuning", "evopress"}
+"""Folders whose tests are marked so, for an edit loop: pytest -m "not slow and not kernel"."""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        if folder in KERNEL:
+            item.add_marker("kernel")
+        if folder in SLOW:
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -13,6 +13,8 @@ from quantkit.io.hf import load
 
 from .conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 FILES = dict(re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", PAGE, re.S))
 (COMMANDS,) = re.findall(r"<!-- commands -->\n```bash\n(.*?)```", PAGE, re.S)

@@ -8,7 +8,7 @@ from quantkit.evals.benchmarks.structure import LAYERS, Module, depths, modules,
 
 from .conftest import ROOT
 
-DEPTH = 17
+DEPTH = 13
 """Of the longest chain of imports; less is better."""
 
 

@@ -150,6 +150,7 @@ def test_reads_the_shifted_target(method):
     )
 
 
+@pytest.mark.slow
 @each
 @pytest.mark.parametrize("architecture", ["llama_small", "gpt2_small"])
 def test_disk_memory_resume_and_generation(method, architecture, model_folder, text_file, tmp_path):

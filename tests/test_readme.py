@@ -13,6 +13,8 @@ from quantkit.cli.main import app
 
 from .conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 TEXT = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 

@@ -10,7 +10,7 @@ from quantkit.core import spec
 from quantkit.core.result import LayerResult
 from quantkit.evopress.store import Database
 from quantkit.io.checkpoint import CheckpointWriter
-from quantkit.run.pipeline import Run, begin, count_weights, model_notes, publish
+from quantkit.run.record import Run, begin, count_weights, model_notes, publish
 from quantkit.run.report import Report
 
 

@@ -7,21 +7,25 @@ those:
     weights + KV cache (context x batch) + activations (the longest prompt in one pass) + reserve <= device
 """
 
+from __future__ import annotations
+
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Quantizer
 from quantkit.core.weight import QuantizedWeight
-from quantkit.io.source import ModelFolder
 from quantkit.models.plan import Plan
 from quantkit.models.structure import linear_weight
 from quantkit.run.recipe import core
+
+if TYPE_CHECKING:
+    from quantkit.io.source import ModelFolder
 
 HEADER_BYTES = 160
 """Of a tensor's entry in a safetensors header, at most, and its share of the index."""

@@ -13,9 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from quantkit.core.errors import QuantkitError, first_line
 from quantkit.io.checkpoint import read_config
 from quantkit.io.hf import load
-from quantkit.io.shards import LoadedWeights, ModelTensors, ShardedWeights, Shards, match_names
+from quantkit.io.shards import Shards
+from quantkit.io.weights import LoadedWeights, ModelTensors, ShardedWeights, match_names
 from quantkit.models.forward import WeightSource
-from quantkit.models.plan import Plan
+from quantkit.models.plan import Plan, tied
 from quantkit.models.rotation import Rotation, find_structure, rotate_model, try_blocks
 from quantkit.models.structure import block_linears, find_blocks, outer_linears
 from quantkit.models.ties import belongs, tied_names, untie
@@ -116,7 +117,7 @@ class ModelFolder:
 
     def untie(self, plan: Plan) -> None:
         """Ends the ties of planned layers; see `io.shards.untie`."""
-        untie(self.model, plan, self._mapping)
+        untie(self.model, plan, tied(plan), self._mapping)
 
     def rotate(self, rotation: Rotation) -> None:
         """Turns the model: its tensors are turned ones from now on. A tied head gets a weight of its own.
@@ -128,7 +129,7 @@ class ModelFolder:
             rotate_model(self.model, rotation.seed, rotation.heads)
             return
         structure = find_structure(self.model, rotation)
-        untie(self.model, {structure.head}, self._mapping)
+        untie(self.model, {structure.head}, mapping=self._mapping)
         if not self._structure_only:
             try_blocks(self.model, structure)
             gains = structure.gains(self._tensors.read)

@@ -130,7 +130,7 @@ class QuantizedLinear(Packed):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._held: Tensor | None = None
         self.unpacked = False
-        self._stamp: list[int] = []  # of the tensors that an unpacked weight was made from
+        self._stamp: list[tuple[int, int]] = []  # of the tensors that an unpacked weight was made from
         self.shared: Outputs | None = None
         self._slot = 0
 
@@ -151,21 +151,22 @@ class QuantizedLinear(Packed):
             raise ValueError(f"x is {tuple(x.shape)}; this layer takes [..., {self.in_features}]")
         if self.shared is not None:
             return self.shared.output(self._slot, x)
-        if self.unpacked and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if self.unpacked and x.is_cpu and not torch.compiler.is_compiling():
             self._unpack(x.dtype)
-        if self._held is None:
-            return self.used.matmul(x, self.bias)
-        mixed = torch.is_autocast_enabled(x.device.type)  # casts by itself, and need not cast twice
-        held = self._held if mixed else self._held.to(x.dtype)
-        return torch.nn.functional.linear(x, held, None if self.bias is None else self.bias.to(x.dtype))
+        held, bias = self._held, self.bias
+        if held is None:
+            return self.used.matmul(x, bias)
+        if held.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):  # which casts by itself
+            held = held.to(x.dtype)
+        return torch.nn.functional.linear(x, held, None if bias is None else bias.to(x.dtype))
 
     def _unpack(self, dtype: torch.dtype) -> None:
         """Holds the weight as its tensors are now; not while any of them is trained."""
-        tensors = self.used.state().values()
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        self.used  # noqa: B018  (looks whether the tensors are still the same, and lists them)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for _, _, tensor in self._watched):
             self.release()
             return
-        stamp = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        stamp = [(id(t), 0 if t.is_inference() else t._version) for _, _, t in self._watched]
         if self._held is None or stamp != self._stamp:
             with torch.inference_mode(False), torch.no_grad():  # it is kept longer than the caller's mode
                 self.hold(dtype)

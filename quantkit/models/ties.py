@@ -1,12 +1,11 @@
 """Weights that are one under several names: a head tied to its embedding."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from quantkit.models.plan import tied
 from quantkit.models.structure import linear_weight
 
 
@@ -20,23 +19,29 @@ def belongs(name: str, layers: Collection[str]) -> bool:
     return name.endswith(".weight") and name.removesuffix(".weight") in layers
 
 
-def untie(model: PreTrainedModel, plan: Collection[str], mapping: dict[str, str] | None = None) -> None:
-    """Ends the ties of planned layers, so that changing one's weight leaves the other's as it is.
+def untie(
+    model: PreTrainedModel,
+    layers: Collection[str],
+    together: Mapping[str, str] | None = None,
+    mapping: dict[str, str] | None = None,
+) -> None:
+    """Ends the ties of some layers, so that changing one's weight leaves the other's as it is.
 
     Args:
         model: changed in place, its config too.
-        plan: layers that may be tied; where it is a plan that keeps two of them together, to be packed as one weight,
-            they stay one here, and only transformers no longer knows.
-        mapping: see `match_names`; gets an entry for each weight that was not stored.
+        layers: that may be tied.
+        together: pairs of them that are to be packed as one weight: they stay one here, and only transformers no longer
+            knows.
+        mapping: see `io.weights.match_names`; gets an entry for each weight that was not stored.
     """
     ties = tied_names(model)
-    ended = {name: origin for name, origin in ties.items() if belongs(name, plan) or belongs(origin, plan)}
-    together = [set(pair) for pair in tied(plan).items()] if isinstance(plan, dict) else []
+    ended = {name: origin for name, origin in ties.items() if belongs(name, layers) or belongs(origin, layers)}
+    pairs = [set(pair) for pair in (together or {}).items()]
     for name, origin in ended.items():
         ties.pop(name)
         if mapping:
             mapping.setdefault(name, mapping[origin])
-        if {name.removesuffix(".weight"), origin.removesuffix(".weight")} not in together:
+        if {name.removesuffix(".weight"), origin.removesuffix(".weight")} not in pairs:
             layer = model.get_submodule(name.rpartition(".")[0])
             layer.weight = torch.nn.Parameter(linear_weight(layer).detach(), requires_grad=False)
     if ended:

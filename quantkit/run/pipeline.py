@@ -1,28 +1,33 @@
 """A recipe applied to a folder of shards, with one block in memory at a time; and what runs have in common."""
 
 import dataclasses
-import json
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from quantkit.core import spec
-from quantkit.core.device import compute_dtype, pick_device
+from quantkit.core.device import compute_dtype
+from quantkit.core.errors import QuantkitError
 from quantkit.core.result import LayerResult
 from quantkit.core.weight import QuantizedWeight
 from quantkit.io.checkpoint import CheckpointWriter, check_output
-from quantkit.io.source import ModelFolder, load_tokenizer
+from quantkit.io.hf import attach
+from quantkit.io.source import ModelFolder, load_tokenizer, refuse_quantized
+from quantkit.io.weights import LoadedWeights
 from quantkit.models.forward import WeightSource
+from quantkit.models.linear import Packed
 from quantkit.models.plan import Plan, tied
-from quantkit.models.structure import fused_expert_parameters, linear_weight
+from quantkit.models.rotation import rotate_model
+from quantkit.models.structure import tensor_bytes
+from quantkit.models.ties import tied_names, untie
+from quantkit.models.unpacking import choose_unpacked
 from quantkit.run.ranks import Survey, share_ranks, summary, with_ranks
 from quantkit.run.recipe import Recipe
-from quantkit.run.report import LayerReport, Report, model_card, peak_device_bytes, peak_memory_bytes
+from quantkit.run.record import Run, begin, count_weights, model_notes, publish
+from quantkit.run.report import Report
 from quantkit.run.sequential import walk
 
 Progress = Callable[[int, int, str], None]
@@ -32,55 +37,75 @@ def silent(_done: int, _total: int, _name: str) -> None:
     """The progress of a run that nobody watches."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a report says of a run, beyond what came out.
+def quantize_model(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    recipe: Recipe,
+    device: str | torch.device | None = None,
+    progress: Progress = silent,
+) -> PreTrainedModel:
+    """Quantizes a loaded model in place and returns it.
 
-    Attributes:
-        start: time.monotonic() at its beginning.
-        device: where it takes place.
-        bytes_before: all tensors of the model.
-        weights: (weights in the plan's layers, weights of the model).
-        settings: everything that the result depends on.
-        notes: what a user should know.
+    Args:
+        model: a decoder-only transformers model.
+        tokenizer: its tokenizer; None where the recipe reads no text.
+        recipe: what to do.
+        device: where blocks are quantized; by default a GPU if there is one.
+        progress: called with (blocks done, blocks in all, name).
+
+    Returns:
+        The same model, with packed layers and its report as `model.quantkit_report`.
+
+    Raises:
+        QuantkitError: bad input; the message says what would work.
     """
-
-    start: float
-    device: torch.device
-    bytes_before: int
-    weights: tuple[int, int]
-    settings: dict[str, Any]
-    notes: tuple[str, ...]
-
-    def report(self, model: str, plan: Plan, results: dict[str, LayerResult], bytes_after: int) -> Report:
-        """The record of the finished run."""
-        layers = tuple(
-            LayerReport(
-                name,
-                spec.write(plan[name]),
-                r.weight.label,
-                r.weight.bits_per_weight,
-                r.relative_error,
-                r.damping,
-                r.tuned,
-            )
-            for name, r in results.items()
+    where, start = begin(device)
+    refuse_quantized(model.config)
+    plan = recipe.plan(model)
+    windows = None
+    if recipe.reads_text(plan):
+        if tokenizer is None:
+            raise QuantkitError("this run reads calibration text and needs the model's tokenizer; RTN works without")
+        windows = recipe.calibration.windows(tokenizer, model)
+    before, ties, rotation = tensor_bytes(model), len(tied_names(model)), recipe.rotation
+    if rotation is not None:
+        rotate_model(model, rotation.seed, rotation.heads)
+    untie(model, plan, tied(plan))
+    notes = model_notes(model, plan, ties > len(tied_names(model)), rotation is not None)
+    was_training = model.training
+    model.eval()
+    counts, sink = count_weights(model, plan), MemorySink()
+    try:
+        if recipe.low_rank_bits:
+            home, originals = model.device, {name: model.get_submodule(name) for name in plan}
+            plan, note = shared_ranks(model, plan, windows, recipe, LoadedWeights(model), where, progress)
+            for layer, module in originals.items():
+                model.set_submodule(layer, module.to(home))
+            notes = (*notes, note)
+        run = Run(start, where, before, counts, recipe.settings(plan, windows), notes)
+        walk(
+            model,
+            plan,
+            windows,
+            source=LoadedWeights(model),
+            sink=sink,
+            device=where,
+            progress=progress,
+            true_sequential=recipe.true_sequential,
+            tuner=recipe.tuner,
         )
-        packed, in_all = self.weights
-        return Report(
-            model=model,
-            layers=layers,
-            bits_per_weight=8 * sum(result.weight.nbytes for result in results.values()) / packed,
-            bytes_before=self.bytes_before,
-            bytes_after=bytes_after,
-            packed_weights=packed,
-            all_weights=in_all,
-            seconds=time.monotonic() - self.start,
-            peak_memory_bytes=peak_memory_bytes(),
-            peak_device_bytes=peak_device_bytes(self.device),
-            settings=self.settings,
-            notes=self.notes,
-        )
+    except QuantkitError as error:
+        if any(isinstance(module, Packed) for module in model.modules()):
+            error.args = (f"{error}; the model in memory is partly packed now: load it anew",)
+        raise
+    finally:
+        model.train(was_training)
+    results = {name: sink.layers[name] for name in plan}
+    attach(model, {name: result.weight.metadata() for name, result in results.items()})
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    model.quantkit_report = run.report(name, plan, results, tensor_bytes(model))  # type: ignore[assignment]
+    choose_unpacked(model)
+    return model
 
 
 def quantize_checkpoint(
@@ -152,39 +177,6 @@ def quantize_checkpoint(
     return publish(writer, source, plan, run, name or folder.name, dense_bytes)
 
 
-def publish(
-    writer: CheckpointWriter,
-    source: ModelFolder,
-    plan: Plan,
-    run: Run,
-    name: str,
-    dense_bytes: int,
-    files: Mapping[str, str] | None = None,
-) -> Report:
-    """Makes a checkpoint of finished blocks, with its report beside it.
-
-    Args:
-        writer: has all blocks.
-        source: the full-precision model.
-        plan: what each packed layer was quantized with.
-        run: what the report says of the run.
-        name: of the model, for reports.
-        dense_bytes: of all tensors outside the plan.
-        files: further text files by name.
-    """
-    entries = writer.entries()
-    results = {layer: _described(entries[layer]) for layer in plan}
-    packed_bytes = sum(result.weight.nbytes for result in results.values())
-    report = run.report(name, plan, results, dense_bytes + packed_bytes)
-    texts = {
-        "quantkit_report.json": json.dumps(report.to_json(), indent=2) + "\n",
-        "README.md": model_card(report),
-        **(files or {}),
-    }
-    writer.finish(source.folder, source.config | ({"tie_word_embeddings": False} if source.untied else {}), texts)
-    return report
-
-
 def shared_ranks(
     model: nn.Module,
     plan: Plan,
@@ -211,14 +203,6 @@ def shared_ranks(
     return with_ranks(plan, ranks), summary(survey.spectra, ranks, recipe.low_rank_bits)
 
 
-def begin(device: str | torch.device | None) -> tuple[torch.device, float]:
-    """(the run's device, with its peak memory counted from now; the time)."""
-    where = pick_device(device)
-    if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(where)
-    return where, time.monotonic()
-
-
 class MemorySink:
     """Keeps what is known of each layer; its tensors live in the model."""
 
@@ -234,33 +218,3 @@ class MemorySink:
         for layer, result in layers.items():
             described = result.weight.map(lambda tensor: tensor.to("meta"))
             self.layers[layer] = dataclasses.replace(result, weight=described)
-
-
-def _described(entry: dict[str, Any]) -> LayerResult:
-    """A layer as the checkpoint's sidecars describe it, without its tensors."""
-    weight, tuned = QuantizedWeight.empty(entry["metadata"]), entry.get("tuned")
-    return LayerResult(weight, entry["relative_error"], entry["damping"], tuple(tuned) if tuned else None)
-
-
-def count_weights(model: nn.Module, plan: Plan) -> tuple[int, int]:
-    """(weights in the plan's layers, weights of the model)."""
-    packed = sum(linear_weight(model.get_submodule(name)).numel() for name in plan.keys() - tied(plan).keys())
-    return packed, sum(p.numel() for p in model.parameters())
-
-
-def model_notes(model: nn.Module, plan: Plan, untied: bool, rotated: bool) -> tuple[str, ...]:
-    """What a user should know of a packed model: what is rotated, tied, untied, or stays dense."""
-    notes = []
-    if rotated:
-        notes.append("the residual stream is rotated: embedding, norms and head differ from the original model's")
-    for embedding, head in tied(plan).items():
-        notes.append(f"{embedding} and {head} stay one weight, packed as {head}, stored and counted once")
-    if untied and not tied(plan):
-        notes.append("the head was tied to the embedding; each is stored by itself now")
-    fused = fused_expert_parameters(model)
-    if fused:
-        share = 100 * sum(fused.values()) / sum(p.numel() for p in model.parameters())
-        notes.append(
-            f"{len(fused)} fused expert tensors ({share:.0f}% of the weights) are no linear layers and stay dense"
-        )
-    return tuple(notes)

@@ -12,7 +12,7 @@ from quantkit.core.metrics import proxy_loss
 from quantkit.evals.perplexity import evaluate
 from quantkit.evals.reference.recall import recall_document
 from quantkit.evals.reference.train import recall_accuracy, unigram_perplexity
-from quantkit.io.shards import LoadedWeights
+from quantkit.io.weights import LoadedWeights
 from quantkit.models.structure import block_linears, linear_weight
 from quantkit.run.sequential import walk
 from quantkit.run.text import documents, evaluation_tokens

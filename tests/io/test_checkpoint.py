@@ -87,6 +87,7 @@ for trial in range(10):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_ten_random_moments_and_resumed(model_folder, text_file, tmp_path):
     command = [sys.executable, "-c", _WORKER, str(model_folder("llama")), str(text_file), str(tmp_path), "0"]

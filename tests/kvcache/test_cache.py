@@ -225,11 +225,12 @@ def test_half_precision_counts_less_than_sixteen_bits(reference, prompts):
     assert model.config._attn_implementation != "quantkit"
 
 
+@pytest.mark.slow
 def test_generation_by_the_kernel_is_generation_by_decoding(model, prompts, monkeypatch):
     """Through the interpreter, with a left-padded row and a beam."""
     mask = torch.ones_like(prompts)
     mask[0, :11] = 0
-    settings = TOKENS | {"max_new_tokens": 6, "min_new_tokens": 6, "attention_mask": mask, "num_beams": 2}
+    settings = TOKENS | {"max_new_tokens": 3, "min_new_tokens": 3, "attention_mask": mask, "num_beams": 2}
     config = KVCacheConfig(4, 4, group_size=16, buffer=16, rank=8, targets=("k",), weighted=True)
     used, plain = [], attention.on_packed
     monkeypatch.setattr(attention, "on_packed", lambda *given: (used.append(1), plain(*given))[1])
@@ -238,10 +239,10 @@ def test_generation_by_the_kernel_is_generation_by_decoding(model, prompts, monk
         assert not used
         monkeypatch.setattr(attention, "kernel_pays", lambda query, layer: True)
         assert torch.equal(model.generate(prompts, **settings), wanted)
-        assert len(used) == 5 * 6
+        assert len(used) == 2 * 6
         monkeypatch.setattr(attention.self_check, "trusted", lambda family, device: family != "kv_attention")
         assert torch.equal(model.generate(prompts, **settings), wanted)
-    assert len(used) == 5 * 6, "a kernel that errs is not used"
+    assert len(used) == 2 * 6, "a kernel that errs is not used"
 
 
 def test_bad_input(model, prompts):

@@ -124,3 +124,14 @@ def test_an_unpacked_layer_follows_its_tensors_and_lets_them_be_trained():
     layer.scales.requires_grad_()
     layer(x)
     assert layer._held is None, "a weight that is trained is not held"
+
+
+def test_tensors_that_take_the_places_of_others_are_unpacked_anew():
+    layer = QuantizedLinear(RTN(4, 32).quantize(torch.randn(8, 64)))
+    layer.unpacked = True
+    x, other = torch.randn(3, 64), QuantizedLinear(RTN(4, 32).quantize(torch.randn(8, 64)))
+    first = layer(x)
+    for name, buffer in other.named_buffers():
+        layer._buffers[name] = buffer
+    assert not torch.allclose(layer(x), first)
+    torch.testing.assert_close(layer(x), other(x))

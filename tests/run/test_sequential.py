@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import quantkit
 from quantkit import GPTQ, RTN, Calibration, Recipe, TargetShift
 from quantkit.core.errors import CalibrationError, QuantkitError
-from quantkit.io.shards import LoadedWeights
+from quantkit.io.weights import LoadedWeights
 from quantkit.models.linear import QuantizedLinear
 from quantkit.models.structure import block_linears, find_blocks, linear_weight
 from quantkit.run.pipeline import quantize_checkpoint

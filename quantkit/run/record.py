@@ -1,0 +1,146 @@
+"""What a run remembers of itself from its beginning to the checkpoint's report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from quantkit.core import spec
+from quantkit.core.device import pick_device
+from quantkit.core.result import LayerResult
+from quantkit.core.weight import QuantizedWeight
+from quantkit.io.checkpoint import CheckpointWriter
+from quantkit.models.plan import Plan, tied
+from quantkit.models.structure import fused_expert_parameters, linear_weight
+from quantkit.run.report import LayerReport, Report, model_card, peak_device_bytes, peak_memory_bytes
+
+if TYPE_CHECKING:
+    from quantkit.io.source import ModelFolder
+
+
+def begin(device: str | torch.device | None) -> tuple[torch.device, float]:
+    """(the run's device, with its peak memory counted from now; the time)."""
+    where = pick_device(device)
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+    return where, time.monotonic()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a report says of a run, beyond what came out.
+
+    Attributes:
+        start: time.monotonic() at its beginning.
+        device: where it takes place.
+        bytes_before: all tensors of the model.
+        weights: (weights in the plan's layers, weights of the model).
+        settings: everything that the result depends on.
+        notes: what a user should know.
+    """
+
+    start: float
+    device: torch.device
+    bytes_before: int
+    weights: tuple[int, int]
+    settings: dict[str, Any]
+    notes: tuple[str, ...]
+
+    def report(self, model: str, plan: Plan, results: dict[str, LayerResult], bytes_after: int) -> Report:
+        """The record of the finished run."""
+        layers = tuple(
+            LayerReport(
+                name,
+                spec.write(plan[name]),
+                r.weight.label,
+                r.weight.bits_per_weight,
+                r.relative_error,
+                r.damping,
+                r.tuned,
+            )
+            for name, r in results.items()
+        )
+        packed, in_all = self.weights
+        return Report(
+            model=model,
+            layers=layers,
+            bits_per_weight=8 * sum(result.weight.nbytes for result in results.values()) / packed,
+            bytes_before=self.bytes_before,
+            bytes_after=bytes_after,
+            packed_weights=packed,
+            all_weights=in_all,
+            seconds=time.monotonic() - self.start,
+            peak_memory_bytes=peak_memory_bytes(),
+            peak_device_bytes=peak_device_bytes(self.device),
+            settings=self.settings,
+            notes=self.notes,
+        )
+
+
+def publish(
+    writer: CheckpointWriter,
+    source: ModelFolder,
+    plan: Plan,
+    run: Run,
+    name: str,
+    dense_bytes: int,
+    files: Mapping[str, str] | None = None,
+) -> Report:
+    """Makes a checkpoint of finished blocks, with its report beside it.
+
+    Args:
+        writer: has all blocks.
+        source: the full-precision model.
+        plan: what each packed layer was quantized with.
+        run: what the report says of the run.
+        name: of the model, for reports.
+        dense_bytes: of all tensors outside the plan.
+        files: further text files by name.
+    """
+    entries = writer.entries()
+    results = {layer: _described(entries[layer]) for layer in plan}
+    packed_bytes = sum(result.weight.nbytes for result in results.values())
+    report = run.report(name, plan, results, dense_bytes + packed_bytes)
+    texts = {
+        "quantkit_report.json": json.dumps(report.to_json(), indent=2) + "\n",
+        "README.md": model_card(report),
+        **(files or {}),
+    }
+    writer.finish(source.folder, source.config | ({"tie_word_embeddings": False} if source.untied else {}), texts)
+    return report
+
+
+def _described(entry: dict[str, Any]) -> LayerResult:
+    """A layer as the checkpoint's sidecars describe it, without its tensors."""
+    weight, tuned = QuantizedWeight.empty(entry["metadata"]), entry.get("tuned")
+    return LayerResult(weight, entry["relative_error"], entry["damping"], tuple(tuned) if tuned else None)
+
+
+def count_weights(model: nn.Module, plan: Plan) -> tuple[int, int]:
+    """(weights in the plan's layers, weights of the model)."""
+    packed = sum(linear_weight(model.get_submodule(name)).numel() for name in plan.keys() - tied(plan).keys())
+    return packed, sum(p.numel() for p in model.parameters())
+
+
+def model_notes(model: nn.Module, plan: Plan, untied: bool, rotated: bool) -> tuple[str, ...]:
+    """What a user should know of a packed model: what is rotated, tied, untied, or stays dense."""
+    notes = []
+    if rotated:
+        notes.append("the residual stream is rotated: embedding, norms and head differ from the original model's")
+    for embedding, head in tied(plan).items():
+        notes.append(f"{embedding} and {head} stay one weight, packed as {head}, stored and counted once")
+    if untied and not tied(plan):
+        notes.append("the head was tied to the embedding; each is stored by itself now")
+    fused = fused_expert_parameters(model)
+    if fused:
+        share = 100 * sum(fused.values()) / sum(p.numel() for p in model.parameters())
+        notes.append(
+            f"{len(fused)} fused expert tensors ({share:.0f}% of the weights) are no linear layers and stay dense"
+        )
+    return tuple(notes)
