@@ -191,8 +191,7 @@ def quantize_command(
     bits = default_bits(method) if bits is None else bits
     quantizer = make_quantizer(method, hadamard, low_rank, bits=bits, **settings)
     text = Calibration(calibration, num_samples, seqlen, seed)
-    rotation = Rotation() if rotate_model else None
-    tuner = BlockTuning(tune_blocks) if tune_blocks else None
+    rotation, tuner = Rotation() if rotate_model else None, BlockTuning(tune_blocks) if tune_blocks else None
     rules: dict[str, Quantizer | None] = {**read_plan(plan)} if plan else {}
     rules |= dict.fromkeys(ignore or ())
     base = None if plan else quantizer
