@@ -2,7 +2,7 @@
 
     python -m quantkit.evals.quality MODEL --data stdlib --calibration stdlib --bits 2 3 4 8
     python -m quantkit.evals.quality MODEL --methods rtn gptq pyramid vptq trellis --bits 2 3 4 --png rate-kl.png
-    python -m quantkit.evals.quality MODEL --quantizers "Hadamard(Pyramid(2.5, 32))" "VPTQ(2, outliers=0.01)"
+    python -m quantkit.evals.quality MODEL --quantizers "hadamard(pyramid(2.5, 32))" "vptq(2, outliers=0.01)"
 
 A row per method and bit width, or per quantizer, and per target shift and number of calibration windows: measured
 bits per weight, perplexity, KL to the full-precision model with its standard error, and the time that quantization
@@ -11,7 +11,6 @@ took. `--output` also writes the rows as JSON, `--png` draws KL over bits per we
 
 import argparse
 import copy
-import dataclasses
 import itertools
 import json
 import re
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import quantkit
-from quantkit import GPTQ, RTN, VPTQ, Hadamard, LowRank, Pyramid, Trellis
+from quantkit.core import spec
 from quantkit.core.constants import TARGET_SHIFT
 from quantkit.core.device import compute_dtype, pick_device
 from quantkit.core.errors import QuantkitError
@@ -38,13 +37,7 @@ from quantkit.run.text import documents, evaluation_tokens
 
 def quantizers_of(arguments: argparse.Namespace) -> list[Quantizer]:
     """The quantizers that were asked for, each checked before the first of them runs."""
-    names = {kind.__name__: kind for kind in (GPTQ, RTN, VPTQ, Hadamard, LowRank, Pyramid, Trellis)}
-    written = []
-    for text in arguments.quantizers or ():
-        try:
-            written.append(eval(text, {"__builtins__": {}}, names))  # one's own command line
-        except Exception as error:
-            raise QuantkitError(f"--quantizers {text!r}: {error}") from error
+    written = [spec.read(text) for text in arguments.quantizers or ()]
     methods = arguments.methods or ([] if written else ["rtn", "gptq"])
     integer = {"group_size": arguments.group_size, "symmetric": not arguments.asym}
     return [
@@ -62,18 +55,6 @@ def settings_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for windows, shift in itertools.product(samples, shifts):
             rows.append({"quantizer": quantizer, "target_shift": shift, "num_samples": windows})
     return rows
-
-
-def label(quantizer: Quantizer) -> str:
-    """A quantizer in few words: those of its settings that are not the defaults."""
-    changed = []
-    for field in dataclasses.fields(quantizer):  # type: ignore[arg-type]
-        value = getattr(quantizer, field.name)
-        if field.default is dataclasses.MISSING:
-            changed.append(label(value))
-        elif value != field.default or field.name == "bits":
-            changed.append(f"{field.name} {value:g}" if isinstance(value, float) else f"{field.name} {value}")
-    return f"{type(quantizer).__name__}({', '.join(changed)})"
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -103,7 +84,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             "bits_per_weight": report.bits_per_weight,
             "seconds": report.seconds,
         }
-        results.append(row | {"quantizer": repr(quantizer), "label": label(quantizer)} | found | asdict(quality))
+        results.append(row | {"label": spec.write(quantizer)} | found | asdict(quality))
         cells = [label(quantizer), f"{shift:g}", samples, f"{report.bits_per_weight:.3f}", f"{quality.perplexity:.3f}"]
         cells += [f"{1000 * (quality.kl or 0):.2f} +- {1000 * (quality.kl_se or 0):.2f}", f"{report.seconds:.0f}"]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
@@ -139,7 +120,7 @@ def main() -> None:
     parser.add_argument("--calibration", default="wikitext2")
     parser.add_argument("--methods", nargs="+", help="rtn and gptq by default, where no --quantizers are given")
     parser.add_argument("--bits", type=float, nargs="+", default=[2, 3, 4, 8])
-    parser.add_argument("--quantizers", nargs="+", help="quantizers as in Python, beside methods and bits")
+    parser.add_argument("--quantizers", nargs="+", help="texts of quantizers, beside methods and bits")
     parser.add_argument("--hadamard", action=argparse.BooleanOptionalAction, help="rotate; by default as methods want")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--asym", action="store_true")

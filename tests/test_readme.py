@@ -1,4 +1,4 @@
-"""README's Python works as it stands, and its commands name options that exist."""
+"""The documents' Python works as it stands, their commands name options that exist, and their links lead somewhere."""
 
 import json
 import os
@@ -16,14 +16,19 @@ from .conftest import ROOT
 pytestmark = pytest.mark.slow
 
 TEXT = (ROOT / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+PAGES = {
+    page: (ROOT / page).read_text()
+    for page in ("README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))))
+    if page not in ("docs/reference/cli.md", "docs/extending.md")  # the one is generated, the other a test of its own
+}
+PYTHON = [(page, code) for page, text in PAGES.items() for code in re.findall(r"```python\n(.*?)```", text, re.S)]
 
 
 @pytest.mark.parametrize("number", range(len(PYTHON)))
 def test_python_snippets_run(number, tmp_path):
     (tmp_path / "evals").symlink_to(ROOT / "evals")
     result = subprocess.run(
-        [sys.executable, "-c", PYTHON[number]],
+        [sys.executable, "-c", PYTHON[number][1]],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -38,11 +43,12 @@ def test_there_are_snippets():
     assert "<!-- main job -->" in TEXT
 
 
-def test_every_option_in_readme_exists():
+def test_every_option_exists():
     program = typer.main.get_command(app)
     parameters = [parameter for command in (program, *program.commands.values()) for parameter in command.params]
     known = {option for parameter in parameters for option in _names(parameter)}
-    blocks = re.findall(r"```(?:text|bash)\n(.*?)```", TEXT, re.S)
+    text = "\n".join(PAGES.values())
+    blocks = re.findall(r"```(?:text|bash)\n(.*?)```", text, re.S)
     used = {
         option
         for block in blocks
@@ -65,4 +71,15 @@ def test_the_kernel_table_is_the_recorded_one():
     found = {row["name"]: row["instructions_per_weight"] for row in recorded["builds"]}
     for bits in (2, 3, 4, 8):
         cells = [f"{found[f'decode int{bits} g128 M={rows} bf16 sm_90']:.2f}" for rows in (8, 16, 32)]
-        assert f"| {bits} bits | {' | '.join(cells)} |" in TEXT
+        assert f"| {bits} bits | {' | '.join(cells)} |" in PAGES["docs/kernels.md"]
+
+
+def test_readme_is_a_landing_page():
+    assert len(TEXT.encode()) <= 8000
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    folder = (ROOT / page).parent
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", PAGES[page]):
+        assert "://" in target or (folder / target).exists(), f"{page}: {target}"

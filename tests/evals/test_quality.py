@@ -16,13 +16,13 @@ def call(monkeypatch, *arguments):
 def test_rows_json_and_picture(model_folder, text_file, tmp_path, monkeypatch, capsys):
     call(
         monkeypatch, model_folder("llama"), "--data", text_file, "--calibration", "stdlib", "--methods", "rtn", "gptq",
-        "--bits", 3, "--group-size", 32, "--quantizers", "Hadamard(Trellis(2, 8))", "--num-samples", 2,
+        "--bits", 3, "--group-size", 32, "--quantizers", "hadamard(trellis(2, 8))", "--num-samples", 2,
         "--seqlen", 64, "--target-shift", 0.7, "--max-windows", 3, "--device", "cpu",
         "--output", tmp_path / "rows.json", "--png", tmp_path / "rows.png",
     )  # fmt: skip
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["label"] for row in rows] == [
-        "RTN(bits 3, group_size 32)", "GPTQ(bits 3, group_size 32)", "Hadamard(Trellis(bits 2, state_bits 8))"
+        "rtn(3, group_size=32)", "gptq(3, group_size=32)", "hadamard(trellis(2, state_bits=8))"
     ]  # fmt: skip
     assert all(row["kl"] > 0 and row["bits_per_weight"] > row["bits"] for row in rows)
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
@@ -31,6 +31,6 @@ def test_rows_json_and_picture(model_folder, text_file, tmp_path, monkeypatch, c
 
 
 def test_a_quantizer_that_does_not_exist_is_one_line(model_folder, monkeypatch):
-    for text, message in (("Trellis(9)", "1 to 8 bits"), ("Trelis(2)", "Trelis")):
+    for text, message in (("trellis(9)", "1 to 8 bits"), ("trelis(2)", "trelis")):
         with pytest.raises(SystemExit, match=message):
             call(monkeypatch, model_folder("llama"), "--quantizers", text)
