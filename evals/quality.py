@@ -84,8 +84,14 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             "bits_per_weight": report.bits_per_weight,
             "seconds": report.seconds,
         }
-        results.append(row | {"label": spec.write(quantizer)} | found | asdict(quality))
-        cells = [label(quantizer), f"{shift:g}", samples, f"{report.bits_per_weight:.3f}", f"{quality.perplexity:.3f}"]
+        results.append(row | {"quantizer": spec.write(quantizer)} | found | asdict(quality))
+        cells = [
+            spec.write(quantizer),
+            f"{shift:g}",
+            samples,
+            f"{report.bits_per_weight:.3f}",
+            f"{quality.perplexity:.3f}",
+        ]
         cells += [f"{1000 * (quality.kl or 0):.2f} +- {1000 * (quality.kl_se or 0):.2f}", f"{report.seconds:.0f}"]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     print(f"\nfull precision: perplexity {results[0]['baseline_perplexity']:.3f}")
@@ -96,7 +102,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     """KL over measured bits, a line for each way to quantize."""
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for row in results:
-        family = re.sub(r"\bbits [\d.]+(, )?", "", row["label"]).replace("()", "")
+        family = re.sub(r"\(\d[\d.]*(, )?", "(", row["quantizer"]).replace("()", "")
         shift = (
             "" if row["num_samples"] == 0 or row["target_shift"] == TARGET_SHIFT else f", shift {row['target_shift']:g}"
         )

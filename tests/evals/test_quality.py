@@ -21,13 +21,13 @@ def test_rows_json_and_picture(model_folder, text_file, tmp_path, monkeypatch, c
         "--output", tmp_path / "rows.json", "--png", tmp_path / "rows.png",
     )  # fmt: skip
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["label"] for row in rows] == [
+    assert [row["quantizer"] for row in rows] == [
         "rtn(3, group_size=32)", "gptq(3, group_size=32)", "hadamard(trellis(2, state_bits=8))"
     ]  # fmt: skip
     assert all(row["kl"] > 0 and row["bits_per_weight"] > row["bits"] for row in rows)
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert all(f"| {row['label']} |" in printed for row in rows)
+    assert all(f"| {row['quantizer']} |" in printed for row in rows)
 
 
 def test_a_quantizer_that_does_not_exist_is_one_line(model_folder, monkeypatch):
