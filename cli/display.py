@@ -96,14 +96,17 @@ def search_progress(shown: bool, generations: int) -> Iterator[tuple[Callable, C
         yield lambda *_: None, lambda *_: None
         return
     with _bar() as bar:
-        before, after = bar.add_task("candidates", total=None), bar.add_task("generations", total=generations)
+        # nothing is shown before something happens: what was asked for may be refused
+        before = bar.add_task("candidates", total=None, visible=False)
+        after = bar.add_task("generations", total=generations, visible=False)
 
         def told(done: int, total: int, name: str) -> None:
-            bar.update(before, completed=done, total=total, description=name or "candidates")
+            bar.update(before, completed=done, total=total, description=name or "candidates", visible=True)
+            bar.update(after, visible=True)
 
         def progress(done: int, fitness: float, share: float) -> None:
             text = f"fitness {fitness:.4f}, {100 * share:.2f}% of the budget"
-            bar.update(after, completed=done, description=text)
+            bar.update(after, completed=done, description=text, visible=True)
 
         yield told, progress
 

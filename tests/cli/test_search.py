@@ -100,7 +100,7 @@ def test_pruning(model_folder, tmp_path):
     again = run("search", folder, "--drop-blocks", 1, *common, "--output", tmp_path / "shallow", "--overwrite")
     assert again.returncode == 0, again.stderr
     assert not list(tmp_path.glob("shallow.*"))
-    sparse = ["--candidates", "sparse:sparsity=0.4,sparse:sparsity=0.5,sparse:sparsity=0.6"]
+    sparse = ["--candidates", "sparse(0.4), sparse(0.5), sparse(0.6)"]
     result = run("search", folder, "--sparsity", 0.5, *sparse, *common, "--output", tmp_path / "sparse")
     assert result.returncode == 0, result.stderr
     linears = [m for m in quantkit.load(tmp_path / "sparse").modules() if hasattr(m, "packed")]
@@ -130,10 +130,10 @@ def test_pruning(model_folder, tmp_path):
         (["--avg-bits", 3, "--kv-bits", 4], "--kv-bits is given without --fit"),
         (["--avg-bits", 3, "--search-samples", 8, "--held-out", 8], "8 windows of text, 8 of them held out"),
         (["--latency-ms", 3], "--timings"),
-        (["--avg-bits", 3, "--candidates", "gptk:3"], "did you mean 'gptq'"),
-        (["--avg-bits", 3, "--candidates", "gptq"], "'gptq' is no quantizer; write METHOD:BITS"),
-        (["--avg-bits", 3, "--candidates", ","], "names none"),
-        (["--avg-bits", 3, "--candidates", "trellis:2.5"], "offer trellis:2 and trellis:3"),
+        (["--avg-bits", 3, "--candidates", "gptk(3)"], "did you mean 'gptq'"),
+        (["--avg-bits", 3, "--candidates", "gptq:3"], "'gptq:3' is no quantizer; write a method and its settings"),
+        (["--avg-bits", 3, "--candidates", ","], "is no quantizer"),
+        (["--avg-bits", 3, "--candidates", "trellis(2.5)"], "offer trellis(2) and trellis(3)"),
         (["--avg-bits", 3, "--held-out", 0], "held_out=0"),
         (["--avg-bits", 3, "--generations", -1], "generations=-1"),
     ],

@@ -11,9 +11,9 @@ from quantkit import GPTQ, RTN, Calibration
 from quantkit.core import spec
 from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.metrics import token_kl
+from quantkit.evopress.assemble import assemble
 from quantkit.evopress.budget import Budget
 from quantkit.evopress.build import build
-from quantkit.evopress.session import assemble
 from quantkit.evopress.settings import Evolution
 from quantkit.evopress.spaces import BlockSpace, CandidateSpace
 from quantkit.evopress.store import candidate_key
@@ -169,7 +169,7 @@ def test_head_and_embedding_are_packed_beside_the_candidates(with_ends, database
     assert 0.97 * asked < size <= asked
     rows = {row.name: row for row in report.layers}
     assert rows["lm_head"].bits_per_weight == rows["model.embed_tokens"].bits_per_weight == 6.125
-    assert "GPTQ" in rows["lm_head"].quantizer and "RTN" in rows["model.embed_tokens"].quantizer
+    assert "gptq" in rows["lm_head"].quantizer and "rtn" in rows["model.embed_tokens"].quantizer
     loaded = quantkit.load(tmp_path / "found", dtype=torch.float32).eval()
     session.space.apply(outcome.assignment)
     for linear in session.space.model.modules():

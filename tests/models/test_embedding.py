@@ -163,7 +163,7 @@ def test_every_weight_counts_once(architecture, model_folder, packed_folder, rec
     rows = {row.name: row for row in report.layers}
     together = architecture in ("llama_tied_small", "gpt2_small")
     assert rows[embedding].format == ("tied to lm_head" if together else "int_group")
-    assert rows[head].quantizer.startswith("TargetShift(inner=GPTQ(bits=6")
+    assert rows[head].quantizer.startswith("target_shift(gptq(6")
     assert any("stay one weight" in note for note in report.notes) == together
     modules = dict(loaded.named_modules())
     weights = [modules[name].packed for name in rows if not (together and name == embedding)]
@@ -218,7 +218,7 @@ def test_a_tie_holds(architecture, packed_folder, tmp_path):
 
 def test_blocks_see_the_packed_embedding_and_the_head_what_it_multiplies(model_folder, tokenizer, texts):
     """Statistics are those of a run of the model as it will be: with a head tied to the embedding, its inputs'."""
-    from .test_calibrate import spy
+    from ..run.test_sequential import spy
 
     for architecture in ("llama_small", "llama_tied_small"):
         seen, model = {}, load(model_folder(architecture))
