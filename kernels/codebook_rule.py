@@ -145,8 +145,10 @@ def _most_entries(problem: Problem, block_m: int) -> int:
     """
     if problem.plain or problem.residual_bits:
         return 4 if block_m == 8 or (block_m == 16 and not problem.residual_bits) else 2
+    if problem.bits == 16 and block_m < 32:  # their places in global memory take registers of their own
+        return 2 if block_m == 16 else 4 if problem.dtype == torch.float16 else 8
     several_planes = problem.bits & (problem.bits - 1)
-    return {8: 8, 16: 3 if several_planes else 4, 32: 2 if several_planes else 3}[block_m]
+    return {8: 8, 16: 3 if several_planes else 4, 32: 2}[block_m]
 
 
 def _share(v: int, most: int) -> int:
@@ -180,6 +182,8 @@ def rule(problem: Problem) -> Config:
     for block_n in (128, 64):
         for num_stages in range(2, 13):
             config = Config(block_m, block_n, num_warps=block_n // 16, num_stages=num_stages)
+            if block_n == 128 and block_m == 16 and lookup(problem, config).window > 2:
+                continue  # 8 warps hold fewer
             blocks = -(-problem.vectors // block_n) * -(-problem.v // lookup(problem, config).window)
             config = replace(config, split_k=shares(blocks, problem.K // TILE, problem.multiprocessors))
             found = lookup(problem, config)
