@@ -60,7 +60,7 @@ SETTINGS = {
     "head bits": "--bits 3 --head-bits 6",
     "tuned blocks": "--bits 2 --tune-blocks 3",
     "tuned trellis blocks": "--method trellis --bits 2 --state-bits 8 --tune-blocks 2",
-    "ignored layers": "--bits 3 --ignore *.down_proj --ignore *.c_fc",
+    "ignored layers": "--bits 3 --ignore *.0.*",
     "layers of a block at once": "--bits 3 --no-true-sequential",
 }
 CANDIDATES = ",".join(f"gptq({bits},64)" for bits in (2, 3, 4))
@@ -133,8 +133,8 @@ def digest(folder: Path, packed: bool = False) -> str:
             places |= dict.fromkeys(opened.keys(), file)
     if packed:
         places = {name: file for name, file in places.items() if any(name.startswith(f"{layer}.") for layer in layers)}
-    if not places:
-        raise FileNotFoundError(f"{folder} holds no {'packed ' if packed else ''}tensors")
+    if not places and not packed:  # where blocks are left out nothing is packed
+        raise FileNotFoundError(f"{folder} holds no tensors")
     for name in sorted(places):
         with safe_open(places[name], framework="pt") as opened:
             tensor = opened.get_tensor(name)
