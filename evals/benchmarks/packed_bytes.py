@@ -123,7 +123,7 @@ def digest(folder: Path, packed: bool = False) -> str:
     """SHA-256 of the tensors of a folder's safetensors files, by name, type, shape and bytes.
 
     Args:
-        packed: those of packed layers alone; the others of a model in memory have the type that it was computed in.
+        packed: those of packed layers alone, without biases, which have the type that a model in memory computes in.
     """
     layers = json.loads((folder / "config.json").read_text()).get("quantization_config", {}).get("layers", {})
     found = hashlib.sha256()
@@ -132,7 +132,8 @@ def digest(folder: Path, packed: bool = False) -> str:
         with safe_open(file, framework="pt") as opened:
             places |= dict.fromkeys(opened.keys(), file)
     if packed:
-        places = {name: file for name, file in places.items() if any(name.startswith(f"{layer}.") for layer in layers)}
+        own = tuple(f"{layer}." for layer in layers)
+        places = {name: file for name, file in places.items() if name.startswith(own) and not name.endswith(".bias")}
     if not places and not packed:  # where blocks are left out nothing is packed
         raise FileNotFoundError(f"{folder} holds no tensors")
     for name in sorted(places):
