@@ -155,7 +155,7 @@ def search(
         measure: "kl" to the full model, or "perplexity".
         start: the "best" of uniform, greedy and knapsack, or "uniform".
         top: likeliest tokens that are kept of the full model's predictions.
-        database: folder of the candidates, beside the output by default; made once, used by all searches.
+        database: folder of the candidates, NAME-candidates by default; made once, used by all searches.
         device: where the model runs; by default a GPU if there is one.
         seed: of the search and of its text.
         resume: go on with an unfinished search; overwrite: replace one, and the output.

@@ -27,7 +27,7 @@ class ModelFitness:
         windows: int64 [windows, length].
         held_out: so many of the first windows are never drawn; `on` measures them.
         measure: "kl", or "perplexity", the mean negative log-likelihood of the text.
-        mixed: see `tuning.teacher.predict`.
+        mixed: see `run.teacher.predict`.
         micro_batch: windows that run through the model together.
     """
 
