@@ -91,59 +91,72 @@ _ScaleInputs = Annotated[
 ]
 
 
+_Bits = Annotated[
+    float | None,
+    typer.Option(
+        show_default="3",
+        help="Bits per weight of the codes: 1 to 8; trellis, pyramid and vptq take fractions, and use no more.",
+    ),
+]
+_Method = Annotated[
+    str | None,
+    typer.Option(
+        show_default="gptq",
+        help="gptq, trellis, pyramid, vptq (all need calibration text), rtn, another package's, whose settings are "
+        "options too, or all in one: 'hadamard(vptq(2, outliers=0.01))'.",
+    ),
+]
+_Hadamard = Annotated[
+    bool | None,
+    typer.Option("--hadamard/--no-hadamard", help="Rotate weights first; by default for trellis, pyramid and vptq."),
+]
+_LowRank = Annotated[
+    int | None, typer.Option(help="Rank of a correction of what rounding lost, beside --bits; none by default.")
+]
+_LowRankBits = Annotated[
+    float, typer.Option(help="Extra bits per weight for such corrections, shared out over layers by their gain.")
+]
+_RotateModel = Annotated[
+    bool, typer.Option("--rotate-model", help="Rotate the whole model first, at no cost later (Llama's shape).")
+]
+_TuneBlocks = Annotated[
+    int,
+    typer.Option(
+        metavar="STEPS",
+        help="Tune each block's codes and scales against the full model's block; 100 is a good number.",
+    ),
+]
+_TrueSequential = Annotated[
+    bool, typer.Option(help="Let each layer see its own block's earlier layers quantized; off is faster.")
+]
+_Plan = Annotated[
+    Path | None,
+    typer.Option(help="quantkit_plan.json of a search: each layer's own method and bits, instead of --bits."),
+]
+_Ignore = Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave dense; may be repeated.")]
+_Output = Annotated[Path | None, typer.Option(help="Folder to make; by default NAME-METHOD-Nbit.")]
+_Seed = Annotated[int, typer.Option(help="Of the choice of calibration sequences; methods have fixed seeds.")]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what the run would make and need.")]
+
+
 def quantize_command(
     context: typer.Context,
     model: options.Model,
-    bits: Annotated[
-        float | None,
-        typer.Option(
-            show_default="3",
-            help="Bits per weight of the codes: 1 to 8; trellis, pyramid and vptq take fractions, and use no more.",
-        ),
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            show_default="gptq",
-            help="gptq, trellis, pyramid, vptq (all need calibration text), rtn, another package's, whose settings are "
-            "options too, or all in one: 'hadamard(vptq(2, outliers=0.01))'.",
-        ),
-    ] = None,
-    hadamard: Annotated[
-        bool | None,
-        typer.Option(
-            "--hadamard/--no-hadamard", help="Rotate weights first; by default for trellis, pyramid and vptq."
-        ),
-    ] = None,
-    low_rank: Annotated[
-        int | None, typer.Option(help="Rank of a correction of what rounding lost, beside --bits; none by default.")
-    ] = None,
-    low_rank_bits: Annotated[
-        float, typer.Option(help="Extra bits per weight for such corrections, shared out over layers by their gain.")
-    ] = 0,
-    rotate_model: Annotated[
-        bool, typer.Option("--rotate-model", help="Rotate the whole model first, at no cost later (Llama's shape).")
-    ] = False,
-    tune_blocks: Annotated[
-        int,
-        typer.Option(
-            metavar="STEPS",
-            help="Tune each block's codes and scales against the full model's block; 100 is a good number.",
-        ),
-    ] = 0,
+    bits: _Bits = None,
+    method: _Method = None,
+    hadamard: _Hadamard = None,
+    low_rank: _LowRank = None,
+    low_rank_bits: _LowRankBits = 0,
+    rotate_model: _RotateModel = False,
+    tune_blocks: _TuneBlocks = 0,
     calibration: options.Text = "wikitext2",
     num_samples: options.NumSamples = 128,
     seqlen: options.Seqlen = None,
     target_shift: options.Shift = TARGET_SHIFT,
-    true_sequential: Annotated[
-        bool, typer.Option(help="Let each layer see its own block's earlier layers quantized; off is faster.")
-    ] = True,
-    plan: Annotated[
-        Path | None,
-        typer.Option(help="quantkit_plan.json of a search: each layer's own method and bits, instead of --bits."),
-    ] = None,
+    true_sequential: _TrueSequential = True,
+    plan: _Plan = None,
     head_bits: options.HeadBits = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave dense; may be repeated.")] = None,
+    ignore: _Ignore = None,
     group_size: _GroupSize = None,
     symmetric: _Symmetric = None,
     dimension: _Dimension = None,
@@ -156,53 +169,41 @@ def quantize_command(
     outlier_bits: _OutlierBits = None,
     ranges: _Ranges = None,
     scale_inputs: _ScaleInputs = None,
-    output: Annotated[Path | None, typer.Option(help="Folder to make; by default NAME-METHOD-Nbit.")] = None,
+    output: _Output = None,
     device: options.Device = "auto",
-    seed: Annotated[int, typer.Option(help="Of the choice of calibration windows; methods have fixed seeds.")] = 0,
+    seed: _Seed = 0,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what the run would make and need.")] = False,
+    dry_run: _DryRun = False,
 ) -> None:
     """Quantize a model: blocks are read, quantized and written one at a time.
 
     An interrupted run continues with --resume and gives the same bytes. The report is printed and written to
     quantkit_report.json beside the checkpoint.
     """
-    settings: dict[str, Any] = {name: context.params[name] for name in SETTINGS}
-    settings |= options.own_settings(context, method or "gptq", settings)
-    beside = {"bits": bits, "method": method, "hadamard": hadamard, "low_rank": low_rank} | settings
-    if plan is not None and (given := [name for name, value in beside.items() if value is not None]):
-        raise QuantkitError(
-            f"--plan says how each layer is packed; --{given[0].replace('_', '-')} is not read beside it"
-        )
-    method = method or "gptq"
-    if outlier_bits is not None and not outliers:
-        raise QuantkitError("--outlier-bits is given without --outliers, the share of input features that get them")
-    if low_rank is not None and low_rank_bits:
-        raise QuantkitError("--low-rank gives every layer one rank, --low-rank-bits shares ranks out; give one of them")
-    low_rank = 1 if low_rank_bits else low_rank
-    from quantkit.io.checkpoint import check_output
+    quantizer, words = _quantizer(context, plan, bits, method, hadamard, low_rank, low_rank_bits)
     from quantkit.io.source import resolve_folder
     from quantkit.models.rotation import Rotation
     from quantkit.run.pipeline import quantize_checkpoint
-    from quantkit.run.recipe import Calibration, Recipe, default_bits, make_quantizer, read_plan
+    from quantkit.run.recipe import Calibration, Recipe, read_plan
     from quantkit.tuning.block import BlockTuning
 
-    bits = default_bits(method) if bits is None else bits
-    quantizer = make_quantizer(method, hadamard, low_rank, bits=bits, **settings)
-    text = Calibration(calibration, num_samples, seqlen, seed)
-    rotation, tuner = Rotation() if rotate_model else None, BlockTuning(tune_blocks) if tune_blocks else None
-    rules: dict[str, Quantizer | None] = {**read_plan(plan)} if plan else {}
-    rules |= dict.fromkeys(ignore or ())
-    base = None if plan else quantizer
-    recipe = Recipe(base, rules, target_shift, text, true_sequential, rotation, low_rank_bits, tuner, head_bits)
+    recipe = Recipe(
+        None if plan else quantizer,
+        {**(read_plan(plan) if plan else {}), **dict.fromkeys(ignore or ())},
+        target_shift,
+        Calibration(calibration, num_samples, seqlen, seed),
+        true_sequential,
+        Rotation() if rotate_model else None,
+        low_rank_bits,
+        BlockTuning(tune_blocks) if tune_blocks else None,
+        head_bits,
+    )
     folder = resolve_folder(model)
-    words = re.sub(r"[^a-z0-9.]+", "-", method.lower()).strip("-") + ("" if bits is None else f"-{bits:g}bit")
     output = output or Path(f"{Path(model).resolve().name}-{words}")
     if dry_run:
         _say_estimate(model, folder, recipe, output, device)
         return
-    check_output(output, folder, resume=resume, overwrite=overwrite)
     try:
         with block_progress() as progress:
             report = quantize_checkpoint(
@@ -212,6 +213,40 @@ def quantize_command(
         raise _interrupted(output) from None
     report_table(report)
     console.print(f"checkpoint: [bold]{output}[/]   load it with quantkit.load({str(output)!r})", soft_wrap=True)
+
+
+def _quantizer(
+    context: typer.Context,
+    plan: Path | None,
+    bits: float | None,
+    method: str | None,
+    hadamard: bool | None,
+    low_rank: int | None,
+    low_rank_bits: float,
+) -> tuple[Quantizer, str]:
+    """The quantizer that the options describe, and words for it in a folder's name.
+
+    Raises:
+        QuantkitError: options that exclude one another, or settings that the method does not have.
+    """
+    settings: dict[str, Any] = {name: context.params[name] for name in SETTINGS}
+    settings |= options.own_settings(context, method or "gptq", settings)
+    beside = {"bits": bits, "method": method, "hadamard": hadamard, "low_rank": low_rank} | settings
+    if plan is not None and (given := [name for name, value in beside.items() if value is not None]):
+        raise QuantkitError(
+            f"--plan says how each layer is packed; --{given[0].replace('_', '-')} is not read beside it"
+        )
+    if settings["outlier_bits"] is not None and not settings["outliers"]:
+        raise QuantkitError("--outlier-bits is given without --outliers, the fraction of input features that get them")
+    if low_rank is not None and low_rank_bits:
+        raise QuantkitError("--low-rank gives every layer one rank, --low-rank-bits shares ranks out; give one of them")
+    from quantkit.run.recipe import default_bits, make_quantizer
+
+    method = method or "gptq"
+    bits = default_bits(method) if bits is None else bits
+    quantizer = make_quantizer(method, hadamard, 1 if low_rank_bits else low_rank, bits=bits, **settings)
+    words = re.sub(r"[^a-z0-9.]+", "-", method.lower()).strip("-")
+    return quantizer, words + ("" if bits is None else f"-{bits:g}bit")
 
 
 def _say_estimate(model: str, folder: Path, recipe: Recipe, output: Path, device: str) -> None:

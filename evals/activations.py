@@ -30,17 +30,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-import quantkit
-from quantkit import Pyramid
 from quantkit.core.device import compute_dtype, pick_device
 from quantkit.core.errors import QuantkitError
 from quantkit.evals.perplexity import evaluate
+from quantkit.io.hf import load
 from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.kernels.hadamard import random_signs, rotate
 from quantkit.models.linear import QuantizedLinear
 from quantkit.models.structure import ROUTERS, context_length, is_linear
 from quantkit.quantizers.grid import fit_grid
-from quantkit.quantizers.pyramid import fit_gains, gain_levels, shape
+from quantkit.quantizers.pyramid import Pyramid, fit_gains, gain_levels, shape
 from quantkit.run.recipe import window_length
 from quantkit.run.text import documents, evaluation_tokens
 
@@ -288,7 +287,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Evaluates every method at every width; prints a markdown line for each as it is done."""
     device = pick_device(arguments.device)
     folder = resolve_folder(arguments.model)
-    baseline = quantkit.load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
+    baseline = load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
     model = copy.deepcopy(baseline)
     tokens, bytes_per_token = evaluation_tokens(documents(arguments.data, "evaluation"), load_tokenizer(folder))
     length = window_length(arguments.seqlen, context_length(baseline))

@@ -65,15 +65,17 @@ def main() -> None:
 
     import torch
 
-    import quantkit
+    from quantkit.api import quantize
     from quantkit.evals.perplexity import evaluate
+    from quantkit.io.hf import load
     from quantkit.io.source import load_tokenizer
+    from quantkit.run.recipe import Calibration
     from quantkit.run.text import documents, evaluation_tokens
 
     folder = Path(arguments.model)
     tokenizer = load_tokenizer(folder)
-    baseline = quantkit.load(folder, dtype=torch.float32).eval()
-    text = quantkit.Calibration(arguments.calibration, arguments.num_samples, arguments.seqlen)
+    baseline = load(folder, dtype=torch.float32).eval()
+    text = Calibration(arguments.calibration, arguments.num_samples, arguments.seqlen)
     judged = evaluation_tokens(documents(arguments.data, "evaluation"), tokenizer)
     rows: list[dict[str, Any]] = []
 
@@ -92,12 +94,10 @@ def main() -> None:
             made = Path(workspace) / f"peer-{bits}"
             peer = (windows, bits, arguments.group_size, arguments.iterations, made)
             seconds = theirs(arguments.peer_python, arguments.model, *peer)
-            judge("auto-round", bits, quantkit.load(made, dtype=torch.float32), seconds)
+            judge("auto-round", bits, load(made, dtype=torch.float32), seconds)
             for steps in (0, arguments.steps):
-                model = quantkit.load(folder, dtype=torch.float32)
-                quantkit.quantize(
-                    model, tokenizer, bits, group_size=arguments.group_size, calibration=text, tune_blocks=steps
-                )
+                model = load(folder, dtype=torch.float32)
+                quantize(model, tokenizer, bits, group_size=arguments.group_size, calibration=text, tune_blocks=steps)
                 name = f"GPTQ, blocks tuned in {steps} steps" if steps else "GPTQ"
                 report: Any = model.quantkit_report
                 judge(name, bits, model, report.seconds)

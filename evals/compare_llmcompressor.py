@@ -20,7 +20,7 @@ from pathlib import Path
 _OURS = """
 import json, sys, time, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-import quantkit
+from quantkit.api import quantize
 from quantkit.run.recipe import Calibration
 
 class Fixed(Calibration):
@@ -30,7 +30,7 @@ class Fixed(Calibration):
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 start = time.monotonic()
-quantkit.quantize(model, tokenizer, 3, calibration=Fixed(), target_shift=float(sys.argv[3]))
+quantize(model, tokenizer, 3, calibration=Fixed(), target_shift=float(sys.argv[3]))
 print(json.dumps(time.monotonic() - start))
 """
 
@@ -73,14 +73,14 @@ def main() -> None:
 
     import torch
 
-    from quantkit.io.source import ModelFolder, load_tokenizer
+    from quantkit.io.source import load_tokenizer, open_folder
     from quantkit.run.recipe import Calibration
 
     folder = Path(arguments.model)
     calibration = Calibration(arguments.calibration, arguments.num_samples, arguments.seqlen)
     with tempfile.TemporaryDirectory() as workspace:
         windows = str(Path(workspace) / "windows.pt")
-        torch.save(calibration.windows(load_tokenizer(folder), ModelFolder(folder).model), windows)
+        torch.save(calibration.windows(load_tokenizer(folder), open_folder(folder).model), windows)
         rows: dict[str, list[float]] = {"llm-compressor": [], "quantkit": [], "quantkit, target shift 0": []}
         for _ in range(arguments.runs):
             rows["llm-compressor"].append(timed(arguments.peer_python, _THEIRS, arguments.model, windows))

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import quantkit
 from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.codebook import CodebookWeight
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.formats.rotated import RotatedWeight
 from quantkit.formats.trellis import TrellisWeight
+from quantkit.io.hf import load
 from quantkit.kernels.bitpack import row_words
 from quantkit.kernels.hadamard import random_signs
 from quantkit.models.linear import QuantizedLinear
@@ -238,7 +238,6 @@ def main() -> None:
     show(products(shapes, arguments.rows, [name for name in KINDS if arguments.only in name]))
     sets = []
     if arguments.models:
-        load = quantkit.load
         packed = {Path(folder).name: load(folder, dtype=torch.float32).eval() for folder in arguments.models}
         sets.append((load(arguments.baseline, dtype=torch.float32).eval(), packed))
     if arguments.shaped:

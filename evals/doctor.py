@@ -21,7 +21,7 @@ import psutil
 import torch
 from torch import Tensor
 
-import quantkit
+from quantkit.core.constants import RELEASE
 from quantkit.core.errors import first_line
 from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.codebook import CodebookWeight
@@ -121,7 +121,7 @@ def examine(device: torch.device, progress: Progress = lambda done, total, name:
     progress(len(todo), len(todo), "")
     faults = [f"the {family.name} kernel: {family.verdict}" for family in checked if family.verdict != self_check.RIGHT]
     faults += [f"{product.name}: {product.fault}" for product in products if product.fault is not None]
-    versions: dict[str, str | None] = {"quantkit": quantkit.__version__, "python": platform.python_version()}
+    versions: dict[str, str | None] = {"quantkit": RELEASE, "python": platform.python_version()}
     return Findings(
         versions | {name: _installed(name) for name in REQUIRED}, gpus(), memory(), _name(device), kernels, checked,
         products, {name: _installed(name) for name in OPTIONAL}, faults,

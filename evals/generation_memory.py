@@ -18,10 +18,11 @@ from typing import Any
 import psutil
 import torch
 
-import quantkit
 from quantkit.core.device import pick_device
 from quantkit.evopress.budget import parse_size
 from quantkit.evopress.memory import LiveBytes
+from quantkit.io.hf import load
+from quantkit.kvcache.attention import compressed_kv
 
 NEW_TOKENS = 8
 
@@ -40,7 +41,7 @@ def peak_bytes(folder: Path, context: int, batch: int, device: torch.device, kv_
     before = process.memory_info().rss
     if device.type == "cpu":
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-    model = quantkit.load(folder, device=device).eval()
+    model = load(folder, device=device).eval()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     _generate(model, context, batch, kv_bits)
@@ -53,13 +54,13 @@ def peak_bytes(folder: Path, context: int, batch: int, device: torch.device, kv_
 
 def _generate(model: Any, context: int, batch: int, kv_bits: int | None) -> None:
     prompt = torch.randint(0, model.config.vocab_size, (batch, context - NEW_TOKENS), device=model.device)
-    with nullcontext() if kv_bits is None else quantkit.compressed_kv(model, bits=kv_bits):
+    with nullcontext() if kv_bits is None else compressed_kv(model, bits=kv_bits):
         model.generate(prompt, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
 
 
 def live_bytes(folder: Path, context: int, batch: int, device: torch.device, kv_bits: int | None = None) -> int:
     """Most bytes of tensors alive at once while generating, the weights among them; arguments of `peak_bytes`."""
-    model = quantkit.load(folder, device=device).eval()
+    model = load(folder, device=device).eval()
     weights = [*model.parameters(), *model.buffers()]
     with LiveBytes(weights) as live:
         _generate(model, context, batch, kv_bits)

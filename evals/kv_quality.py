@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import quantkit
 from quantkit.core.device import compute_dtype, pick_device
 from quantkit.core.errors import QuantkitError
 from quantkit.core.metrics import token_kl
 from quantkit.evals.reference.recall import recall_document
+from quantkit.io.hf import load
 from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.kvcache.prefix import PrefixReader, compressed_prefix
@@ -139,7 +139,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows; each is printed as it is done."""
     folder, device = resolve_folder(arguments.model), pick_device(arguments.device)
     tokenizer = load_tokenizer(folder)
-    model: Any = quantkit.load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
+    model: Any = load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
     tokens, _ = evaluation_tokens(documents(arguments.data, "evaluation"), tokenizer)
     length = window_length(arguments.seqlen, context_length(model))
     windows = tokens[: len(tokens) // length * length].view(-1, length)[: arguments.max_windows]

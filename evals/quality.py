@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import quantkit
+from quantkit.api import quantize
 from quantkit.core import spec
 from quantkit.core.constants import TARGET_SHIFT
 from quantkit.core.device import compute_dtype, pick_device
@@ -28,6 +28,7 @@ from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Needs, Quantizer
 from quantkit.evals.perplexity import evaluate
 from quantkit.evals.rate_distortion import figure_class
+from quantkit.io.hf import load
 from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.models.structure import context_length
 from quantkit.run.recipe import Calibration, core, make_quantizer, window_length
@@ -63,7 +64,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     device = pick_device(arguments.device)
     folder = resolve_folder(arguments.model)
     tokenizer = load_tokenizer(folder)
-    baseline = quantkit.load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
+    baseline = load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
     tokens, bytes_per_token = evaluation_tokens(documents(arguments.data, "evaluation"), tokenizer)
     length = window_length(arguments.seqlen, context_length(baseline))
     print("| method | target shift | windows | bits/weight | perplexity | KL x 1000 | seconds |")
@@ -73,9 +74,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         model = copy.deepcopy(baseline)
         quantizer, shift, samples = row["quantizer"], row["target_shift"], row["num_samples"]
         calibration = Calibration(arguments.calibration, max(samples, 1), arguments.seqlen, arguments.seed)
-        quantkit.quantize(
-            model, tokenizer, method=quantizer, target_shift=shift, calibration=calibration, device=device
-        )
+        quantize(model, tokenizer, method=quantizer, target_shift=shift, calibration=calibration, device=device)
         quality = evaluate(model, tokens, bytes_per_token, length, baseline=baseline, max_windows=arguments.max_windows)
         report = model.quantkit_report
         assert isinstance(report, Report)

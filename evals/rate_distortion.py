@@ -22,11 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit import RTN, VPTQ, Pyramid, Trellis
 from quantkit.core.stats import LayerStats
 from quantkit.core.weight import QuantizedWeight
 from quantkit.quantizers import kmeans
-from quantkit.quantizers.pyramid import fit_gains, gain_levels, shape
+from quantkit.quantizers.pyramid import Pyramid, fit_gains, gain_levels, shape
+from quantkit.quantizers.rtn import RTN
+from quantkit.quantizers.trellis import Trellis
+from quantkit.quantizers.vptq import VPTQ
 
 LAYER = 4096
 """Features on both sides of the layer whose stored bytes are counted."""

@@ -20,15 +20,18 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-import quantkit
-from quantkit import BlockTuning, LowRank, PVSettings, TuningSettings
+from quantkit.api import quantize, tune
 from quantkit.core.device import compute_dtype, pick_device
 from quantkit.evals.perplexity import evaluate
+from quantkit.io.hf import load
 from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.models.structure import context_length
+from quantkit.quantizers.low_rank import LowRank
 from quantkit.run.recipe import Calibration, make_quantizer, window_length
 from quantkit.run.report import Report
 from quantkit.run.text import documents, evaluation_tokens
+from quantkit.tuning.block import BlockTuning
+from quantkit.tuning.settings import PVSettings, TuningSettings
 
 PARTS = ("pv", "blocks", "vptq", "low-rank", "lrec")
 Row = tuple[str, Callable[[], PreTrainedModel]]
@@ -47,7 +50,7 @@ class Table:
         folder = resolve_folder(arguments.model)
         self.tokenizer = load_tokenizer(folder)
         kind = compute_dtype(self.device) or "auto"
-        self.teacher = quantkit.load(folder, dtype=kind, device=self.device).eval()
+        self.teacher = load(folder, dtype=kind, device=self.device).eval()
         self.tokens, self.bytes_per_token = evaluation_tokens(documents(arguments.data, "evaluation"), self.tokenizer)
         self.length = window_length(arguments.seqlen, context_length(self.teacher))
         self._made: dict[str, PreTrainedModel] = {}
@@ -57,7 +60,7 @@ class Table:
         key = f"{method} {tune_blocks}"
         if key not in self._made:
             text = Calibration(self.arguments.calibration, self.arguments.num_samples, self.arguments.seqlen)
-            self._made[key] = quantkit.quantize(
+            self._made[key] = quantize(
                 copy.deepcopy(self.teacher),
                 self.tokenizer,
                 method=method,
@@ -85,7 +88,7 @@ class Table:
             steps, arguments.batch, arguments.micro_batch, evaluate_every=50, pv=PVSettings(code_lr=code_lr)
         )
         model, run = self.quantized(method, tune_blocks), replace(run, **settings)
-        return quantkit.tune(model, self.teacher, self.tokenizer, calibration=text, settings=run)
+        return tune(model, self.teacher, self.tokenizer, calibration=text, settings=run)
 
     def rows(self) -> Iterator[Row]:
         """Label and maker of every variant, those that start from the same model beside each other."""

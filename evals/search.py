@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-import quantkit
 from quantkit.core import spec
 from quantkit.core.constants import TARGET_SHIFT
 from quantkit.core.device import pick_device
@@ -27,6 +26,7 @@ from quantkit.evopress.evolve import Assignment
 from quantkit.evopress.session import SearchSettings, Session
 from quantkit.evopress.settings import Evolution, parse_stages, stages_text
 from quantkit.evopress.spaces import CandidateSpace
+from quantkit.io.hf import load
 from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.run.recipe import Calibration, Recipe
 from quantkit.run.text import documents, evaluation_tokens
@@ -49,7 +49,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     begun = time.monotonic()
     database = build(folder, recipe, tuple(candidates), arguments.database, device=device)
     session = Session(folder, partial(CandidateSpace, database=database), arguments.database, text, settings, device)
-    teacher = quantkit.load(folder, dtype=session.space.model.dtype, device=device).eval()
+    teacher = load(folder, dtype=session.space.model.dtype, device=device).eval()
     judged = evaluation_tokens(documents(arguments.data, "evaluation"), load_tokenizer(folder))
     measured: dict[Assignment, Quality] = {}
 

@@ -8,10 +8,12 @@ it: the names below come on first use, and the registration when transformers do
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from quantkit.core.constants import RELEASE
 from quantkit.core.post_import import after_import
 
 if TYPE_CHECKING:
-    from quantkit.api import quantize, search
+    from quantkit.api import quantize, search, tune
+    from quantkit.evals.evaluate import CacheTest, evaluate
     from quantkit.io.hf import load
     from quantkit.kvcache.attention import compressed_kv
     from quantkit.kvcache.cache import GearCache
@@ -30,15 +32,15 @@ if TYPE_CHECKING:
     from quantkit.run.recipe import Calibration, Recipe
     from quantkit.tuning.adapters import finetune, finished, peft_config
     from quantkit.tuning.block import BlockTuning
-    from quantkit.tuning.end_to_end import tune
     from quantkit.tuning.settings import PVSettings, TuningSettings
 
-__version__ = "0.1.0"
+__version__ = RELEASE
 __all__ = [
     "GPTQ",
     "RTN",
     "VPTQ",
     "BlockTuning",
+    "CacheTest",
     "Calibration",
     "GearCache",
     "Hadamard",
@@ -52,6 +54,7 @@ __all__ = [
     "Trellis",
     "TuningSettings",
     "compressed_kv",
+    "evaluate",
     "finetune",
     "finished",
     "fuse",
@@ -69,7 +72,8 @@ _PLACES = {
     "kvcache.attention": ("compressed_kv",),
     "kvcache.cache": ("GearCache",),
     "kvcache.config": ("KVCacheConfig",),
-    "api": ("quantize", "search"),
+    "api": ("quantize", "search", "tune"),
+    "evals.evaluate": ("CacheTest", "evaluate"),
     "run.pipeline": ("quantize_checkpoint",),
     "quantizers.gptq": ("GPTQ",),
     "quantizers.hadamard": ("Hadamard",),
@@ -83,7 +87,6 @@ _PLACES = {
     "models.rotation": ("Rotation", "rotate_model"),
     "tuning.adapters": ("finetune", "finished", "peft_config"),
     "tuning.block": ("BlockTuning",),
-    "tuning.end_to_end": ("tune",),
     "tuning.settings": ("PVSettings", "TuningSettings"),
 }
 _PLACE = {name: f"quantkit.{module}" for module, found in _PLACES.items() for name in found}

@@ -1,32 +1,39 @@
 """The facade: what `import quantkit` offers for models in memory and in folders."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
+from quantkit.core.constants import TARGET_SHIFT
+from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Quantizer
-from quantkit.evopress.fitness import Measure
-from quantkit.evopress.run import Searched, SearchRun, Watch
-from quantkit.evopress.run import run as run_search
-from quantkit.evopress.session import SearchSettings
-from quantkit.evopress.settings import Evolution
-from quantkit.evopress.wanted import Wanted, candidates_of, head_bits_of
-from quantkit.io.source import resolve_folder
+from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.models.plan import Rules
 from quantkit.models.rotation import Rotation
-from quantkit.run.pipeline import Progress, quantize_model, silent
-from quantkit.run.recipe import TARGET_SHIFT, Calibration, Recipe, default_bits, make_quantizer
-from quantkit.tuning.block import BlockTuning
+from quantkit.run.pipeline import Progress, quantize_checkpoint, quantize_model, silent
+from quantkit.run.recipe import Calibration, Recipe, default_bits, make_quantizer
+from quantkit.tuning.settings import TuningSettings
+
+if TYPE_CHECKING:  # each is imported by the function that needs it
+    from quantkit.evopress.fitness import Measure
+    from quantkit.evopress.run import Searched
+    from quantkit.evopress.run import Watch as SearchWatch
+    from quantkit.evopress.settings import Evolution
+    from quantkit.tuning.block import BlockTuning
+    from quantkit.tuning.end_to_end import Progress as TuningProgress
 
 
 def quantize(
-    model: PreTrainedModel,
+    model: PreTrainedModel | str | Path,
     tokenizer: Any = None,
     bits: float | None = None,
     *,
+    output: str | Path | None = None,
     method: str | Quantizer = "gptq",
     group_size: int | None = None,
     symmetric: bool | None = None,
@@ -42,14 +49,17 @@ def quantize(
     num_samples: int = 128,
     seqlen: int | None = None,
     seed: int = 0,
+    true_sequential: bool = True,
     device: str | torch.device | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
     progress: Progress = silent,
-) -> PreTrainedModel:
-    """Quantizes a loaded model in place and returns it.
+) -> Any:
+    """Quantizes a model: one in memory in place, one in a folder block by block into another folder.
 
     Args:
-        model: a decoder-only transformers model.
-        tokenizer: its tokenizer; methods that read no statistics do without.
+        model: a decoder-only transformers model; or its folder or hub id.
+        tokenizer: of a model in memory; methods that read no statistics do without.
         bits: per weight, for a method given by name, 3 by default; vector formats take any fraction, and use no more.
         method: "gptq", "rtn", "pyramid", "vptq", another registered name; or a quantizer object, or its text, which
             hold all settings: what the name "vptq" stands for is `Hadamard(VPTQ(bits=3))`, or "hadamard(vptq(3))".
@@ -58,7 +68,7 @@ def quantize(
         low_rank: rank of a correction of what rounding lost (see `quantizers.low_rank`), for a method given by name.
         low_rank_bits: extra bits per weight for such corrections, shared out over the layers by what they gain (see
             `quantkit.run.ranks`), instead of one rank for all.
-        rotate_model: turn the model's residual stream first; see `quantkit.models.rotation`.
+        rotate_model: rotate the model's residual stream first; see `quantkit.models.rotation`.
         tune_blocks: steps in which each block is tuned once it is quantized (see `tuning.block`), 0 for none; or the
             settings of those steps.
         rules: patterns over layer names -> quantizer, or None to leave layers dense; the last match decides, e.g.
@@ -67,13 +77,16 @@ def quantize(
         head_bits: pack the head and the input embedding too, at 1 to 8 bits (see `Recipe`); rules go before it.
         target_shift: 0 (off) to 1; see `quantizers.target_shift`.
         calibration: a dataset name, file, hub id, list of documents, or a `Calibration`.
-        num_samples, seqlen, seed: the calibration's windows, where `calibration` is not a `Calibration`.
+        num_samples, seqlen, seed: the calibration's sequences, where `calibration` is not a `Calibration`.
+        output: folder to make; it appears whole or not at all. None to return the packed model.
+        true_sequential: let each layer see its own block's earlier layers quantized; without it, it is faster.
         device: where blocks are quantized; by default a GPU if there is one.
+        resume: go on with an unfinished run towards `output`; overwrite: replace one, and `output`.
         progress: called with (blocks done, blocks in all, name).
 
     Returns:
-        The same model, with packed layers; `save_pretrained` writes a packed checkpoint, and
-        `model.quantkit_report` holds the `Report`.
+        The model with packed layers (the same, where it was in memory); `save_pretrained` writes a packed checkpoint,
+        and `model.quantkit_report` holds the `Report`. With `output` the `Report` alone.
 
     Raises:
         QuantkitError: bad input; the message says what would work.
@@ -86,18 +99,27 @@ def quantize(
     low_rank = 1 if low_rank is None and low_rank_bits and named else low_rank
     quantizer = make_quantizer(method, hadamard, low_rank, bits=bits, group_size=group_size, symmetric=symmetric)
     rotation = Rotation() if rotate_model else None
-    tuner = tune_blocks if isinstance(tune_blocks, BlockTuning) else BlockTuning(tune_blocks) if tune_blocks else None
+    tuner = tune_blocks or None
+    if isinstance(tuner, int):
+        from quantkit.tuning.block import BlockTuning
+
+        tuner = BlockTuning(tuner)
     recipe = Recipe(
-        quantizer,
-        rules or {},
-        target_shift,
-        calibration,
-        rotation=rotation,
-        low_rank_bits=low_rank_bits,
-        tuner=tuner,
-        head_bits=head_bits,
-    )
-    return quantize_model(model, tokenizer, recipe, device, progress)
+        quantizer, rules or {}, target_shift, calibration, true_sequential, rotation, low_rank_bits, tuner, head_bits
+    )  # fmt: skip
+    if isinstance(model, PreTrainedModel):
+        if output is not None:
+            raise QuantkitError("a model in memory is packed in place; leave out `output`, and save_pretrained it")
+        return quantize_model(model, tokenizer, recipe, device, progress)
+    folder = resolve_folder(model)
+    if output is not None:
+        return quantize_checkpoint(
+            folder, recipe, Path(output), name=str(model), device=device, resume=resume, overwrite=overwrite,
+            progress=progress,
+        )  # fmt: skip
+    from quantkit.io.hf import load
+
+    return quantize_model(load(folder), tokenizer or load_tokenizer(folder), recipe, device, progress)
 
 
 def search(
@@ -134,7 +156,7 @@ def search(
     seed: int = 0,
     resume: bool = False,
     overwrite: bool = False,
-    watch: Watch | None = None,
+    watch: SearchWatch | None = None,
 ) -> Searched | None:
     """Searches the best bits for every layer of a model under one budget, and makes a packed checkpoint of them.
 
@@ -149,12 +171,12 @@ def search(
         include: patterns of layers outside the blocks to pack too; ignore: of layers to leave dense.
         target_shift: 0 (off) to 1; see `quantizers.target_shift`.
         calibration: dataset name, file, hub id or documents, for the candidates and for the search.
-        num_samples, seqlen: windows of the candidates' calibration, and their tokens.
-        search_samples: windows of other text that the search measures on; held_out: so many only for the comparison.
+        num_samples, seqlen: sequences of the candidates' calibration, and their tokens.
+        search_samples: sequences of other text that the search measures on; held_out: so many only for the comparison.
         evolution: generations, offspring and stages.
         measure: "kl" to the full model, or "perplexity".
         start: the "best" of uniform, greedy and knapsack, or "uniform".
-        top: likeliest tokens that are kept of the full model's predictions.
+        top: k of the top-k tokens that are kept of the full model's predictions.
         database: folder of the candidates, NAME-candidates by default; made once, used by all searches.
         device: where the model runs; by default a GPU if there is one.
         seed: of the search and of its text.
@@ -167,6 +189,11 @@ def search(
     Raises:
         QuantkitError: bad input; the message says what would work.
     """
+    from quantkit.evopress.run import SearchRun, run
+    from quantkit.evopress.session import SearchSettings
+    from quantkit.evopress.settings import Evolution
+    from quantkit.evopress.wanted import Wanted, candidates_of, head_bits_of
+
     wanted = Wanted(
         avg_bits, size, fit, latency_ms, sparsity, drop_blocks, context, batch, kv_bits, timings
     )  # fmt: skip
@@ -186,4 +213,66 @@ def search(
         text=Calibration(calibration, search_samples, seqlen, seed=1_000_003 + seed),
         settings=SearchSettings(evolution or Evolution(), measure, start, held_out, top, seed=seed),
     )
-    return run_search(asked, device, resume=resume, overwrite=overwrite, watch=watch)
+    return run(asked, device, resume=resume, overwrite=overwrite, watch=watch)
+
+
+def tune(
+    model: PreTrainedModel | str | Path,
+    teacher: PreTrainedModel | str | Path,
+    tokenizer: Any = None,
+    *,
+    output: str | Path | None = None,
+    calibration: Calibration | str = "wikitext2",
+    settings: TuningSettings | None = None,
+    state: str | Path | None = None,
+    cache: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[TuningProgress], None] = lambda _progress: None,
+    caching: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Any:
+    """Tunes a packed model by KL to its teacher's predictions: one in memory in place, one in a folder into another.
+
+    Args:
+        model: with packed layers, as `quantkit.load` or `quantkit.quantize` gives it; or its folder or hub id.
+        teacher: the full-precision model, likewise.
+        tokenizer: of a model in memory.
+        output: folder to make, of a model in a folder.
+        calibration: the text; sequences for tuning and held-out ones are drawn from it. Give another seed than
+            quantization had (0 by default; here 1): what it was calibrated on it predicts too well to be held out.
+        settings: of the run.
+        state: for a model in memory, a folder to keep the run's state in; the run goes on from what is there.
+        cache: a folder to keep the teacher's predictions in; they are made once, and read in every step.
+        device, dtype: of models in folders; by default a GPU if there is one, and float32 on a CPU.
+        resume: go on with an unfinished run towards `output`; overwrite: replace one, and `output`.
+        progress: called after each step.
+        caching: called with (sequences done, sequences in all) while the cache is filled.
+
+    Returns:
+        The same model in memory with the best state found; its `quantkit_tuning` holds the held-out KL at each
+        measurement, and the first also the full one where the teacher was cached. With `output` that list, or None in
+        processes other than the first.
+
+    Raises:
+        QuantkitError: no packed layers, a format that cannot be tuned, another vocabulary, or too little text.
+    """
+    from quantkit.tuning import end_to_end
+    from quantkit.tuning.run import TuningRun, run
+
+    watch, kept = end_to_end.Watch(progress, caching), None if cache is None else Path(cache)
+    if isinstance(model, PreTrainedModel) and isinstance(teacher, PreTrainedModel):
+        if output is not None:
+            raise QuantkitError("a model in memory is tuned in place; leave out `output`, and save_pretrained it")
+        return end_to_end.tune(
+            model, teacher, tokenizer, calibration=calibration, settings=settings, cache=kept, watch=watch,
+            state=None if state is None else Path(state),
+        )  # fmt: skip
+    if isinstance(model, PreTrainedModel) or isinstance(teacher, PreTrainedModel) or output is None:
+        raise QuantkitError("give two models in memory, or two folders and an `output`")
+    text = Calibration(calibration, 512, seed=1) if isinstance(calibration, str) else calibration
+    asked = TuningRun(
+        resolve_folder(model), resolve_folder(teacher), Path(output), text, settings or TuningSettings(), kept
+    )  # fmt: skip
+    return run(asked, device, dtype, resume=resume, overwrite=overwrite, watch=watch)

@@ -27,8 +27,9 @@ LAYERS = [
     ["run"],
     ["tuning", "kvcache"],
     ["evopress"],
-    ["api", ""],
+    ["api"],
     ["evals"],
+    [""],
     ["cli"],
     ["evals.benchmarks"],
 ]

@@ -1,5 +1,7 @@
 """Constants that are also read where torch and transformers must not be imported."""
 
+RELEASE = "0.1.0"
+"""Of quantkit."""
 METHOD = "quantkit"
 """The quant_method of packed checkpoints."""
 VERSION = 2

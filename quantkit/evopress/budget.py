@@ -25,7 +25,7 @@ from quantkit.models.structure import linear_weight
 from quantkit.run.recipe import core
 
 if TYPE_CHECKING:
-    from quantkit.io.source import ModelFolder
+    from quantkit.io.source import Source
 
 HEADER_BYTES = 160
 """Of a tensor's entry in a safetensors header, at most, and its share of the index."""
@@ -62,7 +62,7 @@ class Budget:
     kind: Literal["bits", "bytes", "weights", "latency", "blocks"]
     timings: Mapping[tuple[str, int, int], float] | None = None
 
-    def units(self, source: ModelFolder | None, layers: Sequence[str], fixed: Plan | None = None) -> int:
+    def units(self, source: Source | None, layers: Sequence[str], fixed: Plan | None = None) -> int:
         """What the searched layers may cost, in units of `cost`.
 
         Args:
@@ -73,7 +73,7 @@ class Budget:
         factor, rest = self._scale(source, layers, fixed or {})
         return int(self.amount * factor) - rest
 
-    def _scale(self, source: ModelFolder | None, layers: Sequence[str], fixed: Plan) -> tuple[float, int]:
+    def _scale(self, source: Source | None, layers: Sequence[str], fixed: Plan) -> tuple[float, int]:
         """(units in one of `amount`, units that all else takes)."""
         if self.kind == "blocks" or source is None:
             return 1, 0
@@ -110,7 +110,7 @@ class Budget:
         return weight.nbytes
 
     def check(
-        self, source: ModelFolder, layers: Sequence[str], quantizers: Iterable[Quantizer], fixed: Plan | None = None
+        self, source: Source, layers: Sequence[str], quantizers: Iterable[Quantizer], fixed: Plan | None = None
     ) -> str:
         """Holds the budget against what the candidates' layouts cost, before any of them is made.
 

@@ -24,8 +24,7 @@ from quantkit.core.stats import LayerStats
 from quantkit.core.weight import QuantizedWeight
 from quantkit.evopress.budget import Budget
 from quantkit.evopress.store import Database, Store, candidate_key, end_key
-from quantkit.io.checkpoint import alone, remove_strays
-from quantkit.io.source import ModelFolder, load_tokenizer
+from quantkit.io.source import Source, open_folder
 from quantkit.models.plan import Plan, tied, with_own_weight
 from quantkit.models.structure import is_lookup
 from quantkit.quantizers.target_shift import TargetShift
@@ -135,19 +134,19 @@ def build(
     base = recipe.quantizer
     assert base is not None
     where = pick_device(device)
-    source = ModelFolder(folder, compute_dtype(where))
+    source = open_folder(folder, compute_dtype(where))
     for quantizer in (base, *candidates):
         replace(recipe, quantizer=quantizer).plan(source.model)  # raises where a candidate does not fit the model
     plan, fixed = _divided(recipe, source.model)
     before = source.nbytes()
     source.untie(plan | fixed)
-    windows = recipe.calibration.windows(load_tokenizer(folder), source.model)
+    windows = recipe.calibration.windows(source.tokenizer(), source.model)
     settings = recipe.settings(plan, windows)
     identity = {key: value for key, value in settings.items() if key != "quantizers"} | {
         "base": spec.write(base),
         "target_shift": recipe.target_shift,
         "layers": sorted(plan),
-        "model": source.shards.fingerprint(),
+        "model": source.fingerprint(),
         "device": where.type,
         "dtype": str(source.model.dtype),
     }
@@ -160,12 +159,10 @@ def build(
     wanted = [(index, key) for index in set(blocks.values()) for key in quantizers]
     wanted += [(-1, end_key(name, quantizer)) for name, quantizer in with_own_weight(fixed).items()]
     if not all(store.has(*place) for place in wanted):
-        with alone(store.folder):
-            for place in store.folder.glob("block-*"):
-                remove_strays(place)
+        again = source.unpacked(plan | fixed)
+        with store.begin():
             _fill(store, source, fixed, quantizers, blocks, recipe, windows, where, progress)
-        source = ModelFolder(folder, compute_dtype(where))  # the walk packed the other's layers
-        source.untie(plan | fixed)
+        source = again()
     return Database(store, quantizers, blocks, fixed, source, settings, before)
 
 
@@ -185,7 +182,7 @@ def _divided(recipe: Recipe, model: nn.Module) -> tuple[Plan, Plan]:
 
 def _fill(
     store: Store,
-    source: ModelFolder,
+    source: Source,
     fixed: Plan,
     quantizers: dict[str, Quantizer],
     blocks: dict[str, int],
@@ -211,7 +208,7 @@ def _fill(
         source.model,
         plan,
         windows,
-        source=source.source(plan),
+        source=source.weights(plan),
         sink=_Sink(store, quantizers, key, found, with_own_weight(fixed)),
         on_layer=_Candidates(base, missing, recipe.target_shift, found, stored, fixed),
         device=device,

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from io import BytesIO
 from typing import Any
 
 from quantkit.evopress.evolve import Outcome
@@ -10,14 +10,16 @@ from quantkit.evopress.evolve import Outcome
 PLACE = re.compile(r"\.(\d+)\.")
 
 
-def draw(outcome: Outcome, bits: Mapping[str, float], measure: str, path: Path) -> None:
+def draw(outcome: Outcome, bits: Mapping[str, float], measure: str) -> bytes:
     """Draws a finished search.
 
     Args:
         outcome: of the search.
         bits: per weight, by layer.
         measure: what fitness is.
-        path: of the picture, such as a .png.
+
+    Returns:
+        The picture, a PNG.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -65,4 +67,6 @@ def draw(outcome: Outcome, bits: Mapping[str, float], measure: str, path: Path) 
     right.set_xlabel("generation")
     right.set_title("KL to the full model, nats a token" if measure == "kl" else "negative log-likelihood")
     right.legend()
-    figure.savefig(path, dpi=130)
+    picture = BytesIO()
+    figure.savefig(picture, dpi=130, format="png")
+    return picture.getvalue()

@@ -1,14 +1,13 @@
 """A search from a model's folder to a checkpoint: candidates, evolution, then the checkpoint with its plan and picture.
 
-It works in `<output>.search`, where its state lies after every generation, and in the database of candidates, which
+It works in `<output>.partial`, where its state lies after every generation, and in the database of candidates, which
 serves any number of searches.
 """
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 
 from quantkit.core import spec
 from quantkit.core.device import parse_dtype
-from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Quantizer
 from quantkit.evopress.assemble import assemble
 from quantkit.evopress.budget import Budget
@@ -29,7 +27,9 @@ from quantkit.evopress.session import SearchSettings, Session, check_text
 from quantkit.evopress.spaces import BlockSpace, CandidateSpace
 from quantkit.evopress.store import Database
 from quantkit.evopress.wanted import Wanted
-from quantkit.io.checkpoint import SEARCH_RECORD, check_output, read_config, replace_folder
+from quantkit.io.checkpoint import read_config
+from quantkit.io.files import Output
+from quantkit.io.shards import Shards
 from quantkit.io.source import load_tokenizer
 from quantkit.models.plan import tied, with_own_weight
 from quantkit.quantizers.target_shift import unshifted
@@ -37,6 +37,7 @@ from quantkit.run.processes import begin_processes
 from quantkit.run.recipe import Calibration, Recipe
 from quantkit.run.report import Report
 
+SEARCH_RECORD = "quantkit_search.json"
 PLAN = "quantkit_plan.json"
 PICTURE = "quantkit_search.png"
 
@@ -65,11 +66,6 @@ class SearchRun:
     recipe: Recipe
     text: Calibration
     settings: SearchSettings
-
-    @property
-    def unfinished(self) -> Path:
-        """Where the search works."""
-        return self.output.with_name(self.output.name + ".search")
 
 
 @dataclass(frozen=True)
@@ -129,44 +125,37 @@ def run(
         QuantkitError: bad input; the message says what would work.
     """
     begun, watch = time.monotonic(), watch or Watch()
-    check_output(asked.output, asked.folder, resume=resume, overwrite=overwrite)
-    if asked.unfinished.exists() and not (resume or overwrite):
-        raise QuantkitError(
-            f"{asked.unfinished} holds an unfinished search; `resume` continues it, `overwrite` starts anew"
-        )
+    output = Output(asked.output, asked.folder, resume=resume, overwrite=overwrite)
     check_text(asked.text.num_samples, asked.settings)
     processes, where = begin_processes(device)
-    main = processes.is_main_process
     budget, said = asked.wanted.budget(asked.folder, where, asked.recipe.head_bits is not None)
+    processes.wait_for_everyone()  # all have looked at what is there
+    main, found = processes.is_main_process, None
     if main and said:
         watch.note(said)
-    if main and not resume:
-        _remove(asked.unfinished)
-    made, session, allowed = _prepared(asked, budget, processes, where, watch)
-    asked.unfinished.mkdir(parents=True, exist_ok=True)
+    identity = {"run": "search", "model": Shards(asked.folder).fingerprint()}
+    with output.begin(identity) if main else nullcontext(output):
+        made, session, allowed = _prepared(asked, budget, processes, where, output, watch)
 
-    def show(now: State) -> None:
-        watch.generation(len(now.history), now.history[-1].fitness, now.history[-1].cost / allowed)
+        def show(now: State) -> None:
+            watch.generation(len(now.history), now.history[-1].fitness, now.history[-1].cost / allowed)
 
-    outcome = session.search(allowed, asked.unfinished / "search.json", show)
-    found = None
-    if main:
-        found = (
-            _prune(asked, session, outcome)
-            if made is None
-            else _pack(asked, session, made, outcome, where, begun, overwrite)
-        )
-        _remove(asked.unfinished)
-    processes.wait_for_everyone()
+        outcome = session.search(allowed, output, show)
+        if main and made is None:
+            found = _prune(asked, session, outcome, output)
+        elif main and made is not None:
+            found = _pack(asked, session, made, outcome, output, where, begun)
+        processes.wait_for_everyone()
     return found
 
 
 def _prepared(
-    asked: SearchRun, budget: Budget, processes: Any, device: torch.device, watch: Watch
+    asked: SearchRun, budget: Budget, processes: Any, device: torch.device, output: Output, watch: Watch
 ) -> tuple[Database | None, Session, int]:
     """(the candidates, or None where blocks are left out; what can be chosen, and a measure; the budget in units)."""
     made: Database | None = None
     make_space: Callable[..., Space] = BlockSpace
+    predictions = asked.database
     if asked.wanted.drop_blocks is None:
         with processes.main_process_first():
             made = build(
@@ -177,7 +166,8 @@ def _prepared(
         if processes.is_main_process and more:
             watch.note(f"note: {more}")
         make_space = partial(CandidateSpace, database=made, cost=budget.cost)
-    predictions = asked.unfinished if made is None else asked.database
+    else:
+        predictions = output.own("predictions") if processes.is_main_process else output.path("predictions")
     session = Session(asked.folder, make_space, predictions, asked.text, asked.settings, device, watch.progress)
     names = session.space.names
     allowed = budget.units(made.source, names, made.fixed) if made else budget.units(None, names)
@@ -190,9 +180,9 @@ def _pack(
     session: Session,
     database: Database,
     outcome: Outcome,
+    output: Output,
     device: torch.device,
     begun: float,
-    overwrite: bool,
 ) -> Searched:
     """Makes a checkpoint of candidates, with its plan, its record and its picture."""
     space = session.space
@@ -201,48 +191,44 @@ def _pack(
     plan = {layer: spec.write(database.quantizers[key]) for layer, key in chosen.items()}
     shared, packed = tied(database.fixed), with_own_weight(database.fixed)
     plan |= {layer: spec.write(unshifted(packed[shared.get(layer, layer)])) for layer in database.fixed}
-    files = {
-        PLAN: json.dumps({"layers": plan}, indent=2) + "\n",
-        SEARCH_RECORD: _record(session, outcome, plan),
-    }
-    settings = {"search": asdict(session.settings), "budget": outcome.budget}
+    measure, drawn = session.settings.measure, False
+
+    def files(report: Report) -> dict[str, bytes]:
+        nonlocal drawn
+        texts = {PLAN: _json({"layers": plan}), SEARCH_RECORD: _record(session, outcome, plan)}
+        bits = {layer.name: layer.bits_per_weight for layer in report.layers if layer.name not in shared}
+        with suppress(ImportError):
+            texts[PICTURE] = draw(outcome, bits, measure)
+            drawn = True
+        return texts
+
     report = assemble(
-        asked.folder, database, chosen, asked.output, name=asked.name, settings=settings, files=files, device=device,
-        start=begun, overwrite=overwrite,
+        database, chosen, output, name=asked.name, files=files, device=device, start=begun,
+        settings={"search": asdict(session.settings), "budget": outcome.budget},
     )  # fmt: skip
-    bits = {layer.name: layer.bits_per_weight for layer in report.layers if layer.name not in shared}
-    drawn = False
-    with suppress(ImportError):
-        draw(outcome, bits, session.settings.measure, asked.output / PICTURE)
-        drawn = True
-    return Searched(outcome, session.settings.measure, report, picture=drawn)
+    return Searched(outcome, measure, report, picture=drawn)
 
 
-def _prune(asked: SearchRun, session: Session, outcome: Outcome) -> Searched:
+def _prune(asked: SearchRun, session: Session, outcome: Outcome, output: Output) -> Searched:
     """Makes a dense checkpoint of the blocks that stay."""
     space = session.space
     assert isinstance(space, BlockSpace)
     kept = {name: bool(level) for name, level in zip(space.names, outcome.assignment, strict=True)}
-    finished = asked.unfinished / "checkpoint"
     stored = parse_dtype(read_config(asked.folder).get("dtype"))
     pruned: Any = space.pruned(outcome.assignment)
-    (pruned if stored is None else pruned.to(stored)).save_pretrained(finished)
-    load_tokenizer(asked.folder).save_pretrained(finished)
-    (finished / SEARCH_RECORD).write_text(_record(session, outcome, kept))
-    replace_folder(finished, asked.output)
+    pruned = pruned if stored is None else pruned.to(stored)
+    output.empty()
+    output.take(pruned.save_pretrained)
+    output.take(load_tokenizer(asked.folder).save_pretrained)
+    output.write_bytes(output.made(SEARCH_RECORD), _record(session, outcome, kept))
+    output.publish()
     left_out = tuple(name for name, stays in kept.items() if not stays)
     return Searched(outcome, session.settings.measure, left_out=left_out)
 
 
-def _record(session: Session, outcome: Outcome, layers: Mapping[str, Any]) -> str:
-    record = asdict(outcome) | {"measure": session.settings.measure, "layers": layers}
-    return json.dumps(record, indent=2) + "\n"
+def _record(session: Session, outcome: Outcome, layers: Mapping[str, Any]) -> bytes:
+    return _json(asdict(outcome) | {"measure": session.settings.measure, "layers": layers})
 
 
-def _remove(unfinished: Path) -> None:
-    """Deletes a search's own files, and its folder where nothing else is in it."""
-    (unfinished / "search.json").unlink(missing_ok=True)
-    for made in (*unfinished.glob("teacher-*"), *unfinished.glob("checkpoint")):
-        shutil.rmtree(made)
-    if unfinished.is_dir() and not any(unfinished.iterdir()):
-        unfinished.rmdir()
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

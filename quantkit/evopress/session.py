@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from accelerate import PartialState
@@ -20,7 +20,7 @@ from quantkit.evopress.baselines import greedy, knapsack, uniform
 from quantkit.evopress.evolve import Assignment, Generation, Outcome, Space, State, evolve
 from quantkit.evopress.fitness import Measure, ModelFitness
 from quantkit.evopress.settings import Evolution
-from quantkit.io.checkpoint import write_json
+from quantkit.io.files import RunFolder, read_json
 from quantkit.io.source import load_tokenizer
 from quantkit.run.recipe import Calibration
 from quantkit.run.teacher import CachedTeacher, predict
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 Told = Callable[[int, int, str], None]
 PROBE = 256
 """Tokens on which the kept successors' KL is held against the full one."""
+_STATE = "search.json"
 START_DRAW = -1
 """The text that sensitivities and starts are measured on; generations draw from 0 on."""
 
@@ -113,7 +114,7 @@ class Session:
         self.text_digest = hashlib.sha256(f"{settings.top} ".encode() + windows.numpy().tobytes()).hexdigest()[:12]
         with self._processes.main_process_first():
             teacher = CachedTeacher.fill(
-                predictions / f"teacher-{self.text_digest}",
+                RunFolder(predictions / f"teacher-{self.text_digest}", "a teacher's predictions"),
                 model,
                 windows,
                 settings.top,
@@ -160,13 +161,13 @@ class Session:
         }
 
     def search(
-        self, budget: int, state_file: Path | None = None, progress: Callable[[State], None] = lambda _state: None
+        self, budget: int, folder: RunFolder | None = None, progress: Callable[[State], None] = lambda _state: None
     ) -> Outcome:
         """Searches under a budget.
 
         Args:
             budget: most that an assignment may cost.
-            state_file: to keep the search's state in; where it exists, the search goes on from it.
+            folder: to keep the search's state in, held by the first process; the search goes on from what is there.
             progress: called after each generation.
 
         Raises:
@@ -175,10 +176,15 @@ class Session:
         settings, index = self.settings, self.space.index
         index.check_budget(budget)
         wanted = asdict(replace(settings, evolution=replace(settings.evolution, generations=0)))  # may be more now
-        identity = json.loads(
-            json.dumps([wanted, self.space.names, self.space.identity, index.costs, budget, self.text_digest])
-        )
-        record = None if state_file is None else _read(state_file, identity)
+        keeps = folder is not None and self._processes.is_main_process
+        if folder is not None and keeps:
+            space = json.dumps([self.space.names, self.space.identity, index.costs])
+            folder.identify(
+                {"settings": wanted, "budget": budget, "text": self.text_digest}
+                | {"candidates": hashlib.sha256(space.encode()).hexdigest()[:12]}
+            )
+        record = None if folder is None else _read(folder)
+        self._processes.wait_for_everyone()  # all have read the same
         if record is None:
             starts = {"uniform": uniform(index, budget)} if settings.start == "uniform" else self.starts(budget)
             figures = self.fitness([*starts.values()], settings.evolution.stages[-1][1], START_DRAW)
@@ -187,12 +193,12 @@ class Session:
             starts, state = record
 
         def told(now: State) -> None:
-            if state_file is not None and self._processes.is_main_process:
-                _write(state_file, identity, starts, now)
+            if folder is not None and keeps:
+                _write(folder, starts, now)
             progress(now)
 
-        if record is None and state_file is not None and self._processes.is_main_process:
-            _write(state_file, identity, starts, state)
+        if record is None and folder is not None and keeps:
+            _write(folder, starts, state)
         generator = torch.Generator().manual_seed(settings.seed)
         state = evolve(index, self.fitness, budget, generator, state, settings.evolution, told)
         compared = starts | {"search": state.parent}
@@ -212,24 +218,22 @@ class Session:
         return float(kept.mean() / token_kl(self._probe, found.logits[:, :PROBE].cpu()).mean())
 
 
-def _write(path: Path, identity: Any, starts: Mapping[str, Assignment], state: State) -> None:
+def _write(folder: RunFolder, starts: Mapping[str, Assignment], state: State) -> None:
     history = [[line.fitness, line.former, line.cost, line.switched] for line in state.history]
     search = {"parent": state.parent, "history": history, "random": state.random.hex()}
-    write_json(path, {"identity": identity, "starts": starts, "state": search})
+    folder.write_json(_STATE, {"starts": starts, "state": search})
 
 
-def _read(path: Path, identity: Any) -> tuple[dict[str, Assignment], State] | None:
+def _read(folder: RunFolder) -> tuple[dict[str, Assignment], State] | None:
     """The starts and the state of an unfinished search; None where there is none."""
-    if not path.exists():
+    if not folder.has(_STATE):
         return None
+    path = folder.path(_STATE)
+    found = read_json(path, "a search's state; remove it")
     try:
-        found = json.loads(path.read_text())
         starts = {name: tuple(levels) for name, levels in found["starts"].items()}
         search = found["state"]
         history = tuple(Generation(*line) for line in search["history"])
-        state = State(tuple(search["parent"]), history, bytes.fromhex(search["random"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return starts, State(tuple(search["parent"]), history, bytes.fromhex(search["random"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a search's state ({error}); remove it") from error
-    if found["identity"] != identity:
-        raise QuantkitError(f"{path} is the state of a search with other settings; repeat them, or `overwrite` it")
-    return starts, state

@@ -1,6 +1,6 @@
 """The database of candidates: every layer, packed in several ways, with what each costs and loses.
 
-    FOLDER/database.json                    whose candidates these are: model, calibration, the prefix they were fed by
+    FOLDER/run.json                         whose candidates these are: model, calibration, the prefix they were fed by
     FOLDER/block-00001/KEY.safetensors      one way to pack a block's layers, tensors named as in a checkpoint
     FOLDER/block-00001/KEY.json             its quantizer, and each layer's metadata, relative error and damping
 
@@ -12,10 +12,10 @@ have equal keys, hence one file.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,15 +30,14 @@ from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.protocols import Quantizer
 from quantkit.core.result import LayerResult
 from quantkit.core.weight import QuantizedWeight
-from quantkit.io.checkpoint import write_durably, write_json
+from quantkit.io.files import RunFolder, read_json
 from quantkit.io.shards import open_shard
 from quantkit.models.plan import Plan, tied, with_own_weight
 
 if TYPE_CHECKING:
-    from quantkit.io.source import ModelFolder
+    from quantkit.io.source import Source
 
 VERSION = 1
-_RECORD = "database.json"
 
 
 @dataclass(frozen=True)
@@ -78,41 +77,25 @@ class Store:
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], num_blocks: int) -> None:
-        self.folder, self.num_blocks = folder, num_blocks
-        self._sidecars: dict[Path, dict[str, Any]] = {}
-        wanted = json.loads(json.dumps({"version": VERSION, "identity": identity}))
-        self.identity: dict[str, Any] = wanted["identity"]
-        if folder.exists() and not folder.is_dir():
-            raise QuantkitError(f"{folder} is no folder; give another `database`")
-        record = folder / _RECORD
-        if record.is_file():
-            try:
-                found = json.loads(record.read_text())
-                former = dict(found["identity"].items())
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(
-                    f"{record} is unreadable ({error}); remove the database and build it anew"
-                ) from error
-            differing = sorted(k for k in former.keys() | self.identity.keys() if former.get(k) != self.identity.get(k))
-            if found.get("version") != VERSION or differing:
-                what = ", ".join(differing) or "version"
-                raise QuantkitError(
-                    f"{folder} holds candidates of another run ({what} differ); give another `database`, or remove it"
-                )
-        elif folder.exists() and any(folder.iterdir()):
-            raise QuantkitError(f"{folder} exists and is no database of candidates; give another `database`")
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(record, wanted)
+        self.identity, self.num_blocks = {"version": VERSION, **identity}, num_blocks
+        self._folder = RunFolder(folder, "a database of candidates")
+        self._sidecars: dict[str, dict[str, Any]] = {}
+        if found := self._folder.differing(self.identity):
+            raise QuantkitError(
+                f"{folder} holds candidates of another run ({'; '.join(found)}); give another `database`, or remove it"
+            )
+
+    def begin(self) -> AbstractContextManager[Any]:
+        """The time in which candidates are written; see `RunFolder.begin`."""
+        return self._folder.begin(self.identity)
 
     def has(self, index: int, key: str) -> bool:
         """Whether a block's candidates of one kind are there."""
-        return self._path(index, key).is_file()
+        return self._folder.has(self._name(index, key))
 
     def write(self, index: int, key: str, quantizer: Quantizer, layers: Mapping[str, LayerResult]) -> None:
         """Makes a block's candidates of one kind durable; what is there stays."""
-        path = self._path(index, key)
-        if path.is_file():
+        if self.has(index, key):
             return
         tensors = {
             f"{layer}.{name}": tensor.cpu().contiguous()
@@ -128,13 +111,12 @@ class Store:
             }
             for layer, result in layers.items()
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
         checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
-        write_json(
-            path.with_suffix(".json"), {"quantizer": spec.write(quantizer), "layers": entries, "checksums": checksums}
-        )
+        sidecar = {"quantizer": spec.write(quantizer), "layers": entries, "checksums": checksums}
+        self._folder.write_json(self._name(index, key, "json"), sidecar)
         needed = sum(tensor.nbytes for tensor in tensors.values())
-        write_durably(path, partial(save_file, tensors, metadata={"format": "pt"}), needed)
+        save = partial(save_file, tensors, metadata={"format": "pt"})
+        self._folder.write(self._name(index, key), save, needed)
 
     def candidates(self, index: int, key: str) -> dict[str, Candidate]:
         """A block's candidates of one kind, by layer.
@@ -150,7 +132,7 @@ class Store:
         Raises:
             CheckpointError: the file is damaged.
         """
-        path, sidecar = self._path(index, key), self._sidecar(index, key)
+        path, sidecar = self._folder.path(self._name(index, key)), self._sidecar(index, key)
         weights = {}
         with open_shard(path) as shard:
             present = set(shard.keys())
@@ -168,19 +150,18 @@ class Store:
         """One layer's; see `load`."""
         return self.load(index, key, [layer])[layer]
 
-    def _path(self, index: int, key: str) -> Path:
-        number = self.num_blocks + 1 if index < 0 else index + 1
-        return self.folder / f"block-{number:05d}" / f"{key}.safetensors"
+    def _name(self, index: int, key: str, suffix: str = "safetensors") -> str:
+        return f"block-{self.num_blocks + 1 if index < 0 else index + 1:05d}/{key}.{suffix}"
 
     def _sidecar(self, index: int, key: str) -> dict[str, Any]:
-        path = self._path(index, key).with_suffix(".json")
-        if path not in self._sidecars:
-            try:
-                found = json.loads(path.read_text())
-                self._sidecars[path] = {"layers": found["layers"], "checksums": found["checksums"]}
-            except (OSError, ValueError, KeyError) as error:
-                raise CheckpointError(f"{path} is damaged ({error}); remove it and the file beside it") from error
-        return self._sidecars[path]
+        name = self._name(index, key, "json")
+        if name not in self._sidecars:
+            path = self._folder.path(name)
+            found = read_json(path, "a record of candidates; remove it and the file beside it")
+            if not {"layers", "checksums"} <= found.keys():
+                raise CheckpointError(f"{path} is damaged; remove it and the file beside it")
+            self._sidecars[name] = found
+        return self._sidecars[name]
 
 
 def end_key(layer: str, quantizer: Quantizer) -> str:
@@ -197,7 +178,7 @@ class Database:
         quantizers: by key, in the order asked for.
         blocks: each searched layer's block, -1 for layers outside the blocks; in model order.
         fixed: quantizers of the layers that are packed in one way, the head and the embedding.
-        source: the model's folder.
+        source: the full-precision model.
         settings: JSON of the calibration.
         bytes_before: of all tensors of the full model.
     """
@@ -206,7 +187,7 @@ class Database:
     quantizers: dict[str, Quantizer]
     blocks: dict[str, int]
     fixed: Plan
-    source: ModelFolder
+    source: Source
     settings: dict[str, Any]
     bytes_before: int
 

@@ -12,7 +12,7 @@ from quantkit.core.protocols import Quantizer
 from quantkit.evopress.budget import Budget, parse_size, read_timings
 from quantkit.evopress.memory import beside_weights
 from quantkit.evopress.settings import CANDIDATES, HEAD_BITS
-from quantkit.io.source import ModelFolder
+from quantkit.io.source import open_folder
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.models.structure import block_linears, ends
 from quantkit.run.recipe import fraction_of, with_bits
@@ -104,7 +104,7 @@ class Wanted:
     def _fitting(self, folder: Path, device: torch.device, packs_head: bool) -> tuple[Budget, str]:
         """Bytes of weights that leave room for what generation needs beside them."""
         assert self.fit is not None and self.context is not None
-        source = ModelFolder(folder, structure_only=True)
+        source = open_folder(folder, structure_only=True)
         kv = None if self.kv_bits is None else KVCacheConfig.gear(self.kv_bits)
         head = ends(source.model)[1] if packs_head else None
         layers = [*block_linears(source.model)]

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from quantkit.core.constants import METHOD
 from quantkit.core.errors import CheckpointError, QuantkitError, first_line
-from quantkit.io.checkpoint import METHOD, packed_layers, read_config
+from quantkit.io.checkpoint import packed_layers, read_config
 from quantkit.io.registration import QuantkitConfig, QuantkitHfQuantizer
 from quantkit.io.shards import Shards
 from quantkit.models.unpacking import ASKED, choose_unpacked

@@ -1,7 +1,12 @@
-"""A model on disk, opened without its weights: structure on the meta device, tensors read when needed."""
+"""A full-precision model as runs need it: in memory, or on disk, its tensors read a block at a time."""
 
+import hashlib
+import json
 import logging
-from collections.abc import Iterable
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +16,21 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from quantkit.core.errors import QuantkitError, first_line
-from quantkit.io.checkpoint import read_config
+from quantkit.io.checkpoint import WRITTEN_ANEW, read_config
 from quantkit.io.hf import load
 from quantkit.io.shards import Shards
 from quantkit.io.weights import LoadedWeights, ModelTensors, ShardedWeights, match_names
 from quantkit.models.forward import WeightSource
+from quantkit.models.linear import Packed
 from quantkit.models.plan import Plan, tied
 from quantkit.models.rotation import Rotation, find_structure, rotate_model, try_blocks
 from quantkit.models.structure import block_linears, find_blocks, outer_linears
 from quantkit.models.ties import belongs, tied_names, untie
 
 logger = logging.getLogger(__name__)
+
+_COPIED = {".json", ".jinja", ".model", ".py", ".txt"}
+"""Files beside a model's weights that go with it: its tokenizer, chat template, code."""
 
 
 def resolve_folder(model: str | Path) -> Path:
@@ -71,94 +80,47 @@ def refuse_quantized(config: Any) -> None:
         raise QuantkitError(f"the model is quantized already (quant_method {method}); give the full-precision one")
 
 
-class ModelFolder:
-    """A full-precision model's folder as the walker and the writer need it.
+class Source(ABC):
+    """A full-precision model that is about to be quantized.
 
     Args:
-        folder: holds config.json and safetensors.
-        dtype: of the computation; None for the checkpoint's own.
-        structure_only: never read weights; names, shapes and sizes are all that is wanted.
+        model: a causal language model; on the meta device where its weights are read when needed.
+        name: of the model, for reports.
+        config: JSON of its config.json.
 
     Attributes:
-        model: the causal language model; on the meta device unless `whole`.
-        whole: the shards store some tensors in another form than the model (fused experts, say), so transformers
-            had to load all of it at once, in its own dtype.
+        model, name, config: the same.
+        prefix, blocks: of its decoder blocks; see `models.structure.find_blocks`.
 
     Raises:
-        QuantkitError: not a loadable causal language model, quantized already, or damaged shards.
+        QuantkitError: it is quantized already, or has no decoder blocks.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None = None, structure_only: bool = False) -> None:
-        self.folder = folder
-        self.config = read_config(folder)
-        refuse_quantized(self.config)
-        self.shards = Shards(folder)
-        self.model: PreTrainedModel = _meta_model(folder, dtype)
-        self.prefix, self.blocks = find_blocks(self.model)
-        self._mapping = match_names(self.model, self.shards) or {}
-        self._tensors = ModelTensors(self.shards, self._mapping)
-        self.whole, self._structure_only = not self._mapping, structure_only
-        unused = sorted(set(self.shards.specs) - set(self._mapping.values()))
-        if unused and not self.whole:
-            logger.info("%d stored tensors belong to no part of the model, %s among them", len(unused), unused[0])
-        if self.whole and structure_only:
-            self.model = _meta_model(folder, None)  # in the type in which it would be loaded and stored
-            self.prefix, self.blocks = find_blocks(self.model)
-        elif self.whole:
-            logger.warning("%s stores tensors in another form than the model; loading all of it at once", folder)
-            self.model = load(folder).eval()
-            self.prefix, self.blocks = find_blocks(self.model)
-        self._ties = len(tied_names(self.model))
+    def __init__(self, model: PreTrainedModel, name: str, config: dict[str, Any]) -> None:
+        refuse_quantized(config)
+        self.model, self.name, self.config = model, name, config
+        self.prefix, self.blocks = find_blocks(model)
+        self._ties = len(tied_names(model))
 
     @property
     def untied(self) -> bool:
         """Whether a tie of head and embedding was ended, be it that they are packed as one weight."""
         return len(tied_names(self.model)) < self._ties
 
-    def untie(self, plan: Plan) -> None:
-        """Ends the ties of planned layers; see `io.shards.untie`."""
-        untie(self.model, plan, tied(plan), self._mapping)
-
-    def rotate(self, rotation: Rotation) -> None:
-        """Turns the model: its tensors are turned ones from now on. A tied head gets a weight of its own.
-
-        Raises:
-            QuantkitError: the model has another shape.
-        """
-        if self.whole and not self._structure_only:
-            rotate_model(self.model, rotation.seed, rotation.heads)
-            return
-        structure = find_structure(self.model, rotation)
-        untie(self.model, {structure.head}, mapping=self._mapping)
-        if not self._structure_only:
-            try_blocks(self.model, structure)
-            gains = structure.gains(self._tensors.read)
-            self._tensors.change = lambda name, tensor: structure.turned(name, tensor, gains)
-
-    def source(self, plan: Plan) -> WeightSource:
-        """The walker's source of weights."""
-        if self.whole:
-            return LoadedWeights(self.model)
-        head = self.model.get_output_embeddings()  # other layers outside the blocks may run in front of them
-        unused = {name for name, layer in outer_linears(self.model).items() if layer is head and name not in plan}
-        return ShardedWeights(self.model, self._tensors, self.model.dtype, unused)
-
     def dense(self, index: int, packed: set[str]) -> dict[str, Tensor]:
-        """Tensors of a block (-1: of all else) as stored, or turned, but for the weights of packed layers."""
-        names = [name for name in self._stored_names() if self._is_in(name, index) and not belongs(name, packed)]
-        if self.whole:
-            state = self.model.state_dict()
-            return {name: state[name].contiguous() for name in names}
-        return dict(self._tensors.read(names))
+        """Tensors of a block (-1: of all else) as they will be stored, but for the weights of packed layers."""
+        inside = f"{self.prefix}." if index < 0 else f"{self.prefix}.{index}."
+        here = [name for name in self._stored() if name.startswith(inside) == (index >= 0)]
+        return dict(self._read([name for name in here if not belongs(name, packed)]))
 
     def nbytes(self) -> int:
         """Bytes of all stored tensors."""
-        return sum(self._tensor_bytes(name) for name in self._stored_names())
+        return sum(self._nbytes(name) for name in self._stored())
 
     def packed_nbytes(self, layers: Iterable[str]) -> int:
         """Bytes that the stored weights of these layers take now."""
         packed = set(layers)
-        return sum(self._tensor_bytes(name) for name in self._stored_names() if belongs(name, packed))
+        return sum(self._nbytes(name) for name in self._stored() if belongs(name, packed))
 
     def linears(self) -> list[torch.nn.Module]:
         """All linear layers in the decoder blocks."""
@@ -168,20 +130,269 @@ class ModelFolder:
         """Bytes of the largest block with `itemsize` bytes a number."""
         return max(sum(p.numel() for p in block.parameters()) for block in self.blocks) * itemsize
 
-    def _stored_names(self) -> list[str]:
-        if not self.whole:
-            return list(self._mapping)
-        tied = tied_names(self.model)
-        return [name for name in self.model.state_dict() if name not in tied]
+    @abstractmethod
+    def untie(self, plan: Plan) -> None:
+        """Ends the ties of planned layers; see `models.ties.untie`."""
 
-    def _is_in(self, name: str, index: int) -> bool:
-        return name.startswith(f"{self.prefix}.{index}.") if index >= 0 else not name.startswith(f"{self.prefix}.")
+    @abstractmethod
+    def rotate(self, rotation: Rotation) -> None:
+        """Rotates the model: its tensors are rotated ones from now on. A tied head gets a weight of its own.
 
-    def _tensor_bytes(self, name: str) -> int:
-        if self.whole:
-            tensor = self.model.state_dict()[name]
-            return tensor.numel() * tensor.element_size()
-        return self.shards.tensor_nbytes(self._mapping[name])
+        Raises:
+            QuantkitError: the model has another shape.
+        """
+
+    @abstractmethod
+    def weights(self, plan: Plan) -> WeightSource:
+        """The walker's source of weights."""
+
+    @abstractmethod
+    def unpacked(self, plan: Plan) -> Callable[[], "Source"]:
+        """What gives the model back as it is now, to be called when a walk has packed the planned layers."""
+
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """The model's tokenizer.
+
+        Raises:
+            QuantkitError: there is none.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes by which another model is known."""
+
+    @abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """What lies beside a model's weights, by name."""
+
+    @contextmanager
+    def walked(self) -> Iterator[None]:
+        """The time in which layers are packed."""
+        yield
+
+    @abstractmethod
+    def _stored(self) -> Iterable[str]:
+        """Names of all stored tensors."""
+
+    @abstractmethod
+    def _read(self, names: list[str]) -> Iterable[tuple[str, Tensor]]:
+        """Stored tensors by name."""
+
+    @abstractmethod
+    def _nbytes(self, name: str) -> int:
+        """Bytes of a stored tensor."""
+
+
+class Loaded(Source):
+    """A model in memory, which is packed in place.
+
+    Args:
+        model: on one device.
+        tokenizer: None where nothing reads text.
+        folder: that the model was loaded from because its files hold some tensors in another form than the model, and
+            that everything else is copied from; None for a model that the user loaded.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any = None, folder: Path | None = None) -> None:
+        name = folder.name if folder else getattr(model.config, "_name_or_path", "") or type(model).__name__
+        config = read_config(folder) if folder else {**model.config.to_dict(), "architectures": [type(model).__name__]}
+        super().__init__(model, name, config)
+        self._tokenizer, self._folder = tokenizer, folder
+
+    def untie(self, plan: Plan) -> None:
+        """See `Source`."""
+        untie(self.model, plan, tied(plan))
+
+    def rotate(self, rotation: Rotation) -> None:
+        """See `Source`."""
+        if self.model.device.type == "meta":
+            untie(self.model, {find_structure(self.model, rotation).head})
+        else:
+            rotate_model(self.model, rotation.seed, rotation.heads)
+
+    def weights(self, plan: Plan) -> WeightSource:
+        """See `Source`."""
+        return LoadedWeights(self.model)
+
+    def unpacked(self, plan: Plan) -> Callable[[], Source]:
+        """See `Source`."""
+        home, originals = self.model.device, {name: self.model.get_submodule(name) for name in plan}
+
+        def again() -> Source:
+            for layer, module in originals.items():
+                self.model.set_submodule(layer, module.to(home))
+            return self
+
+        return again
+
+    def tokenizer(self) -> Any:
+        """See `Source`."""
+        if self._tokenizer is None and self._folder is None:
+            raise QuantkitError("this run reads calibration text and needs the model's tokenizer; RTN works without")
+        return load_tokenizer(self._folder) if self._folder is not None else self._tokenizer
+
+    def fingerprint(self) -> dict[str, str]:
+        """Of the files, or of every tensor's shape and a sample of it."""
+        if self._folder is not None:
+            return Shards(self._folder).fingerprint()
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode())
+        for name, tensor in self.model.state_dict().items():
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 256)].double().cpu()
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+        return {"memory": digest.hexdigest()}
+
+    def files(self) -> dict[str, bytes]:
+        """See `Source`."""
+        if self._folder is not None:
+            return _beside(self._folder)
+        with tempfile.TemporaryDirectory() as folder:
+            for part in (self._tokenizer, getattr(self.model, "generation_config", None)):
+                if part is not None:
+                    part.save_pretrained(folder)
+            return _beside(Path(folder))
+
+    @contextmanager
+    def walked(self) -> Iterator[None]:
+        """Puts the model into evaluation mode meanwhile, and says where a failure leaves it."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        except QuantkitError as error:
+            if self._folder is None and any(isinstance(module, Packed) for module in self.model.modules()):
+                error.args = (f"{error}; the model in memory is partly packed now: load it anew",)
+            raise
+        finally:
+            self.model.train(was_training)
+
+    def _stored(self) -> Iterable[str]:
+        shared = tied_names(self.model)
+        return [name for name in self.model.state_dict() if name not in shared]
+
+    def _read(self, names: list[str]) -> Iterable[tuple[str, Tensor]]:
+        state = self.model.state_dict()
+        return [(name, state[name].contiguous()) for name in names]
+
+    def _nbytes(self, name: str) -> int:
+        return self.model.state_dict()[name].nbytes
+
+
+class Sharded(Source):
+    """A model on disk; no more than a block of it is in memory.
+
+    Args:
+        folder: holds config.json and safetensors.
+        model: its structure, on the meta device, in the dtype of the computation.
+        shards: of the folder.
+        mapping: names of the model's tensors -> names in the shards.
+        structure_only: never read weights; names, shapes and sizes are all that is wanted.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: PreTrainedModel,
+        shards: Shards,
+        mapping: dict[str, str],
+        structure_only: bool = False,
+    ) -> None:
+        super().__init__(model, folder.name, read_config(folder))
+        self._folder, self._shards, self._structure_only = folder, shards, structure_only
+        self._tensors = ModelTensors(shards, mapping)
+        self._rotation: Rotation | None = None
+        unused = sorted(set(shards.specs) - set(mapping.values()))
+        if unused:
+            logger.info("%d stored tensors belong to no part of the model, %s among them", len(unused), unused[0])
+
+    def untie(self, plan: Plan) -> None:
+        """See `Source`."""
+        untie(self.model, plan, tied(plan), self._tensors.mapping)
+
+    def rotate(self, rotation: Rotation) -> None:
+        """See `Source`."""
+        self._rotation = rotation
+        structure = find_structure(self.model, rotation)
+        untie(self.model, {structure.head}, mapping=self._tensors.mapping)
+        if not self._structure_only:
+            try_blocks(self.model, structure)
+            gains = structure.gains(self._tensors.read)
+            self._tensors.change = lambda name, tensor: structure.turned(name, tensor, gains)
+
+    def weights(self, plan: Plan) -> WeightSource:
+        """See `Source`."""
+        head = self.model.get_output_embeddings()  # other layers outside the blocks may run in front of them
+        unused = {name for name, layer in outer_linears(self.model).items() if layer is head and name not in plan}
+        return ShardedWeights(self.model, self._tensors, self.model.dtype, unused)
+
+    def unpacked(self, plan: Plan) -> Callable[[], Source]:
+        """See `Source`."""
+
+        def again() -> Source:
+            source = open_folder(self._folder, self.model.dtype)
+            if self._rotation is not None:
+                source.rotate(self._rotation)
+            source.untie(plan)
+            return source
+
+        return again
+
+    def tokenizer(self) -> Any:
+        """See `Source`."""
+        return load_tokenizer(self._folder)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Of the files."""
+        return self._shards.fingerprint()
+
+    def files(self) -> dict[str, bytes]:
+        """See `Source`."""
+        return _beside(self._folder)
+
+    def _stored(self) -> Iterable[str]:
+        return list(self._tensors.mapping)
+
+    def _read(self, names: list[str]) -> Iterable[tuple[str, Tensor]]:
+        return self._tensors.read(names)
+
+    def _nbytes(self, name: str) -> int:
+        return self._shards.tensor_nbytes(self._tensors.mapping[name])
+
+
+def open_folder(folder: Path, dtype: torch.dtype | None = None, structure_only: bool = False) -> Source:
+    """A model's folder, opened.
+
+    Args:
+        folder: holds config.json and safetensors.
+        dtype: of the computation; None for the checkpoint's own.
+        structure_only: never read weights; names, shapes and sizes are all that is wanted.
+
+    Returns:
+        Its structure over the shards; or the model itself, in the dtype in which it is stored, where the shards hold
+        some tensors in another form (fused experts, say), which transformers alone brings into the model's.
+
+    Raises:
+        QuantkitError: not a loadable causal language model, quantized already, or damaged shards.
+    """
+    refuse_quantized(read_config(folder))
+    shards = Shards(folder)
+    model = _meta_model(folder, dtype)
+    mapping = match_names(model, shards)
+    if mapping:
+        return Sharded(folder, model, shards, mapping, structure_only)
+    if structure_only:
+        return Loaded(_meta_model(folder, None), folder=folder)
+    logger.warning("%s stores tensors in another form than the model; loading all of it at once", folder)
+    return Loaded(load(folder).eval(), folder=folder)
+
+
+def _beside(folder: Path) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix in _COPIED and path.name not in WRITTEN_ANEW
+    }
 
 
 def _meta_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:

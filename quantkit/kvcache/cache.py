@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from quantkit.core.errors import CheckpointError, QuantkitError
-from quantkit.io.checkpoint import write_durably
+from quantkit.io.files import write_durably
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.kvcache.storage import Growing, Side
 from quantkit.models.structure import key_heads

@@ -7,7 +7,7 @@ import torch
 
 from quantkit.core.device import compute_dtype, free_memory, pick_device
 from quantkit.core.protocols import Needs
-from quantkit.io.source import ModelFolder
+from quantkit.io.source import Loaded, Source, open_folder
 from quantkit.models.plan import plan_needs, tied
 from quantkit.models.structure import context_length, linear_weight
 from quantkit.run.ranks import with_ranks
@@ -50,7 +50,7 @@ def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimat
         device: where.
     """
     where = pick_device(device)
-    source = ModelFolder(folder, compute_dtype(where), structure_only=True)
+    source = open_folder(folder, compute_dtype(where), structure_only=True)
     model = source.model
     plan = recipe.plan(model)
     shapes = {name: tuple(linear_weight(model.get_submodule(name)).shape) for name in plan}
@@ -71,13 +71,13 @@ def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimat
         bytes_before=before,
         bytes_after=dense_bytes + packed_bytes,
         memory_bytes=peak_memory_bytes()
-        + (before if source.whole else 0)
+        + (before if isinstance(source, Loaded) else 0)
         + _working_bytes(source, recipe, max(shapes.values(), key=lambda s: s[0] * s[1]), where),
         device=str(where),
     )
 
 
-def _working_bytes(source: ModelFolder, recipe: Recipe, largest: tuple[int, ...], device: torch.device) -> int:
+def _working_bytes(source: Source, recipe: Recipe, largest: tuple[int, ...], device: torch.device) -> int:
     """Bytes of one block, of the streams, and of the largest layer while it is quantized."""
     model = source.model
     itemsize = torch.empty(0, dtype=model.dtype).element_size()

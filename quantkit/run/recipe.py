@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -26,12 +26,11 @@ from quantkit.models.structure import (
     linear_weight,
     outer_linears,
 )
-from quantkit.quantizers.gptq import GPTQ
-from quantkit.quantizers.hadamard import Hadamard
-from quantkit.quantizers.rtn import RTN
 from quantkit.quantizers.target_shift import TargetShift
-from quantkit.run.sequential import Tuner
 from quantkit.run.text import calibration_windows, documents
+
+if TYPE_CHECKING:
+    from quantkit.run.sequential import Tuner
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def make_quantizer(
         quantizer = spec.make("low_rank", quantizer, low_rank)
     if hadamard is None:
         hadamard = getattr(core(quantizer), "wants_rotation", False)
-    return Hadamard(quantizer) if hadamard else quantizer
+    return spec.make("hadamard", quantizer) if hadamard else quantizer
 
 
 def default_bits(method: str | Quantizer) -> float | None:
@@ -241,7 +240,7 @@ class Recipe:
     true_sequential: bool = True
     rotation: Rotation | None = None
     low_rank_bits: float = 0
-    tuner: Tuner | None = None
+    tuner: "Tuner | None" = None
     head_bits: int | None = None
 
     def __post_init__(self) -> None:
@@ -302,10 +301,10 @@ class Recipe:
         groups = {name: _group(linear_weight(model.get_submodule(name)).shape[1]) for name in (embedding, head)}
         others = [quantizer for quantizer in (self.quantizer, *self.rules.values()) if quantizer is not None]
         text = self.tuner or self.low_rank_bits or any(quantizer.needs > Needs.NOTHING for quantizer in others)
-        last = self._shifted((GPTQ if text else RTN)(bits, groups[head]))
+        last = self._shifted(spec.make("gptq" if text else "rtn", bits, groups[head]))
         assert last is not None
         tied = self._keeps_tie(model, embedding, head)
-        return {embedding: Tied(head) if tied else RTN(bits, groups[embedding]), head: last}
+        return {embedding: Tied(head) if tied else spec.make("rtn", bits, groups[embedding]), head: last}
 
     def _keeps_tie(self, model: nn.Module, embedding: str, head: str) -> bool:
         """Whether the head's weight is the embedding's; a rotation of the model ends that."""

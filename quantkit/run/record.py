@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,14 +14,9 @@ from torch import nn
 from quantkit.core import spec
 from quantkit.core.device import pick_device
 from quantkit.core.result import LayerResult
-from quantkit.core.weight import QuantizedWeight
-from quantkit.io.checkpoint import CheckpointWriter
 from quantkit.models.plan import Plan, tied
 from quantkit.models.structure import fused_expert_parameters, linear_weight
 from quantkit.run.report import LayerReport, Report, model_card, peak_device_bytes, peak_memory_bytes
-
-if TYPE_CHECKING:
-    from quantkit.io.source import ModelFolder
 
 
 def begin(device: str | torch.device | None) -> tuple[torch.device, float]:
@@ -52,8 +47,17 @@ class Run:
     settings: dict[str, Any]
     notes: tuple[str, ...]
 
-    def report(self, model: str, plan: Plan, results: dict[str, LayerResult], bytes_after: int) -> Report:
-        """The record of the finished run."""
+    def report(self, model: str, plan: Plan, results: Mapping[str, LayerResult], dense_bytes: int) -> Report:
+        """The record of the finished run.
+
+        Args:
+            model: its name.
+            plan: what each packed layer was quantized with.
+            results: of the plan's layers.
+            dense_bytes: of all tensors outside the plan.
+        """
+        results = {name: results[name] for name in plan}
+        nbytes = sum(result.weight.nbytes for result in results.values())
         layers = tuple(
             LayerReport(
                 name,
@@ -70,9 +74,9 @@ class Run:
         return Report(
             model=model,
             layers=layers,
-            bits_per_weight=8 * sum(result.weight.nbytes for result in results.values()) / packed,
+            bits_per_weight=8 * nbytes / packed,
             bytes_before=self.bytes_before,
-            bytes_after=bytes_after,
+            bytes_after=dense_bytes + nbytes,
             packed_weights=packed,
             all_weights=in_all,
             seconds=time.monotonic() - self.start,
@@ -83,43 +87,10 @@ class Run:
         )
 
 
-def publish(
-    writer: CheckpointWriter,
-    source: ModelFolder,
-    plan: Plan,
-    run: Run,
-    name: str,
-    dense_bytes: int,
-    files: Mapping[str, str] | None = None,
-) -> Report:
-    """Makes a checkpoint of finished blocks, with its report beside it.
-
-    Args:
-        writer: has all blocks.
-        source: the full-precision model.
-        plan: what each packed layer was quantized with.
-        run: what the report says of the run.
-        name: of the model, for reports.
-        dense_bytes: of all tensors outside the plan.
-        files: further text files by name.
-    """
-    entries = writer.entries()
-    results = {layer: _described(entries[layer]) for layer in plan}
-    packed_bytes = sum(result.weight.nbytes for result in results.values())
-    report = run.report(name, plan, results, dense_bytes + packed_bytes)
-    texts = {
-        "quantkit_report.json": json.dumps(report.to_json(), indent=2) + "\n",
-        "README.md": model_card(report),
-        **(files or {}),
-    }
-    writer.finish(source.folder, source.config | ({"tie_word_embeddings": False} if source.untied else {}), texts)
-    return report
-
-
-def _described(entry: dict[str, Any]) -> LayerResult:
-    """A layer as the checkpoint's sidecars describe it, without its tensors."""
-    weight, tuned = QuantizedWeight.empty(entry["metadata"]), entry.get("tuned")
-    return LayerResult(weight, entry["relative_error"], entry["damping"], tuple(tuned) if tuned else None)
+def files_of(report: Report) -> dict[str, bytes]:
+    """What lies beside a checkpoint to tell of it, by name."""
+    record = json.dumps(report.to_json(), indent=2) + "\n"
+    return {"quantkit_report.json": record.encode(), "README.md": model_card(report).encode()}
 
 
 def count_weights(model: nn.Module, plan: Plan) -> tuple[int, int]:

@@ -1,16 +1,15 @@
 """What a student learns from: the teacher's predictions, from the model itself or from a cache of them on disk.
 
-The cache holds the log-probabilities of each token's k likeliest successors; the rest of the vocabulary counts as one
-event, the tail. KL over these k + 1 events is never more than the full KL (merging events loses information); by how
+The cache holds the log-probabilities of the top-k tokens at each place; the rest of the vocabulary counts as one event,
+the tail. KL over these k + 1 events is never more than the full KL (merging events loses information); by how
 much it is less is measured on the held-out windows and said.
 """
 
 import hashlib
-import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 
 from quantkit.core.errors import QuantkitError
 from quantkit.core.metrics import token_kl
-from quantkit.io.checkpoint import alone, write_durably, write_json
+from quantkit.io.files import RunFolder
 
 FILE_WINDOWS = 64
 """Windows in one file of a cache: what an interrupted run has to compute anew, at most."""
@@ -103,16 +102,16 @@ class CachedTeacher:
     """A teacher's predictions, read from disk.
 
     Args:
-        folder: made by `fill`.
+        cache: filled by `fill`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, cache: RunFolder) -> None:
+        self._cache = cache
         self._files: dict[int, Any] = {}
 
     @staticmethod
     def fill(
-        folder: Path,
+        cache: RunFolder,
         model: PreTrainedModel,
         windows: Tensor,
         top: int,
@@ -122,18 +121,18 @@ class CachedTeacher:
         """Makes what is not there yet.
 
         Args:
-            folder: of the cache.
+            cache: where.
             model: the teacher.
             windows: int64 [windows, length].
-            top: how many successors are kept, k.
+            top: k, the likeliest tokens that are kept.
             progress: called with (windows done, windows in all).
             mixed: see `predict`.
 
         Raises:
-            QuantkitError: the folder holds a cache of another text, another k or another teacher.
+            QuantkitError: the folder holds a cache of another text, another k or another teacher, or is being filled.
         """
         if top < 1:
-            raise QuantkitError(f"{top} successors a token: keep at least 1")
+            raise QuantkitError(f"{top} kept tokens: keep at least 1")
         top = min(top, model.config.vocab_size)
         with torch.no_grad():
             probe = predict(model, windows[:1]).logits.double().sum()
@@ -142,33 +141,22 @@ class CachedTeacher:
             "top": top,
             "teacher": f"{float(probe):.6g}",
         }
-        record = folder / "cache.json"
-        if record.exists():
-            try:
-                found = json.loads(record.read_text())
-            except ValueError as error:
-                raise QuantkitError(f"{record} is damaged ({error}); remove the folder") from error
-            if found != identity:
-                raise QuantkitError(f"{folder} is a cache of another text, teacher or number of successors; remove it")
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(record, identity)
-        with alone(folder):
-            for first in range(0, len(windows), FILE_WINDOWS):
-                path = _file(folder, first // FILE_WINDOWS)
-                if not path.exists():
+        parts = {_file(first // FILE_WINDOWS): first for first in range(0, len(windows), FILE_WINDOWS)}
+        whole = all(map(cache.has, parts))
+        with nullcontext() if whole and not cache.differing(identity) else cache.begin(identity):
+            for name, first in parts.items():
+                if not cache.has(name):
                     kept = [
-                        _successors(model, tokens, top, mixed)
+                        _likeliest(model, tokens, top, mixed)
                         for tokens in windows[first : first + FILE_WINDOWS].split(4)
                     ]
                     tensors = {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
-                    needed = sum(tensor.nbytes for tensor in tensors.values())
-                    write_durably(path, partial(save_file, tensors), needed)
+                    cache.write(name, partial(save_file, tensors), sum(tensor.nbytes for tensor in tensors.values()))
                 progress(min(first + FILE_WINDOWS, len(windows)), len(windows))
-        return CachedTeacher(folder)
+        return CachedTeacher(cache)
 
     def divergence(self, tokens: Tensor, numbers: Tensor, found: Predictions) -> tuple[Tensor, Tensor | None]:
-        """See `Teacher`; KL over the kept successors and the tail, and no hidden states."""
+        """See `Teacher`; KL over the top-k tokens and the tail, and no hidden states."""
         rows = [self._window(int(number)) for number in numbers]
         logs = torch.stack([row["logs"] for row in rows]).to(found.logits.device).float()
         kept = torch.stack([row["tokens"] for row in rows]).to(found.logits.device).long()
@@ -179,11 +167,11 @@ class CachedTeacher:
     def _window(self, number: int) -> dict[str, Tensor]:
         file, row = divmod(number, FILE_WINDOWS)
         if file not in self._files:
-            self._files[file] = safe_open(_file(self._folder, file), "pt")
+            self._files[file] = safe_open(self._cache.path(_file(file)), "pt")
         return {name: self._files[file].get_slice(name)[row] for name in ("logs", "tokens")}
 
 
-def _successors(model: PreTrainedModel, tokens: Tensor, top: int, mixed: bool) -> dict[str, Tensor]:
+def _likeliest(model: PreTrainedModel, tokens: Tensor, top: int, mixed: bool) -> dict[str, Tensor]:
     with torch.no_grad():
         logs = torch.log_softmax(predict(model, tokens, mixed).logits.float(), -1)
     values, kept = logs.topk(top)
@@ -195,5 +183,5 @@ def _log_rest(logs: Tensor) -> Tensor:
     return torch.log((1 - logs.exp().sum(-1)).clamp_min(1e-6))
 
 
-def _file(folder: Path, number: int) -> Path:
-    return folder / f"teacher-{number:05d}.safetensors"
+def _file(index: int) -> str:
+    return f"teacher-{index:05d}.safetensors"

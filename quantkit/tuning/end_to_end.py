@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from quantkit.core.device import multiplies_bf16
 from quantkit.core.errors import QuantkitError
 from quantkit.formats.low_rank import LowRankWeight
-from quantkit.io.checkpoint import write_durably
+from quantkit.io.files import RunFolder
 from quantkit.models.forward import patched_forwards
 from quantkit.models.linear import QuantizedLinear
 from quantkit.models.structure import check_vocabulary
@@ -44,6 +44,7 @@ from quantkit.tuning.tunable import tunable
 
 logger = logging.getLogger(__name__)
 
+_STATE = "state.pt"
 EMBEDDING_SHARE = 0.1
 """Learning rate of embedding and head, beside that of scales."""
 
@@ -67,6 +68,19 @@ class Progress:
     best: float
 
 
+@dataclass(frozen=True)
+class Watch:
+    """What is told on the way.
+
+    Attributes:
+        progress: called after each step.
+        caching: called with (sequences done, sequences in all) while the teacher's predictions are kept.
+    """
+
+    progress: Callable[[Progress], None] = lambda _progress: None
+    caching: Callable[[int, int], None] = lambda _done, _total: None
+
+
 def tune(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -74,10 +88,9 @@ def tune(
     *,
     calibration: Calibration | str = "wikitext2",
     settings: TuningSettings | None = None,
-    state: Path | None = None,
+    state: Path | RunFolder | None = None,
     cache: Path | None = None,
-    progress: Callable[[Progress], None] = lambda _progress: None,
-    caching: Callable[[int, int], None] = lambda _done, _total: None,
+    watch: Watch | None = None,
 ) -> PreTrainedModel:
     """Tunes a packed model in place and returns it.
 
@@ -88,10 +101,9 @@ def tune(
         calibration: the text; windows for tuning and held-out ones are drawn from it. Give another seed than
             quantization had (0 by default; here 1): what it was calibrated on it predicts too well to be held out.
         settings: of the run.
-        state: a file to keep the run's state in; where it exists, the run goes on from it and ends in the same model.
+        state: a folder to keep the run's state in; the run goes on from what is there and ends in the same model.
         cache: a folder to keep the teacher's predictions in; they are made once, and read in every step.
-        progress: called after each step.
-        caching: called with (windows done, windows in all) while the cache is filled.
+        watch: what is told on the way.
 
     Returns:
         The same model with the best state found; `model.quantkit_tuning` holds the held-out KL at each measurement, and
@@ -100,7 +112,7 @@ def tune(
     Raises:
         QuantkitError: no packed layers, a format that cannot be tuned, another vocabulary, or too little text.
     """
-    settings = settings or TuningSettings()
+    settings, watch = settings or TuningSettings(), watch or Watch()
     calibration = Calibration(calibration, 512, seed=1) if isinstance(calibration, str) else calibration
     for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
         theirs, ours = (getattr(one.config.get_text_config(), name, None) for one in (teacher, model))
@@ -120,25 +132,30 @@ def tune(
     mixed = multiplies_bf16(model.device) if settings.mixed is None else settings.mixed
     wanted: Teacher | CachedTeacher = Teacher(teacher.eval(), mixed)
     processes = PartialState(cpu=model.device.type == "cpu")
+    folder = RunFolder(state, "a tuning run's state") if isinstance(state, Path) else state
+    processes.wait_for_everyone()  # all have looked at what is there
+    holds = folder is not None and folder is not state and processes.is_main_process
     run = _Run(model.eval(), wanted, windows, settings, mixed)
-    try:
-        run.begin()
-        if cache is not None:
-            with processes.main_process_first():
-                run.teacher = CachedTeacher.fill(cache, teacher, windows, settings.top, caching, mixed)
+    with folder.begin({"run": "tune"}) if holds and folder is not None else nullcontext():
+        try:
             run.begin()
-        if state is not None and state.exists():
-            run.restore(state)
-        processes.wait_for_everyone()
-        while run.step < settings.steps and not run.ended:
-            run.advance()
-            if state is not None and (run.measured or run.step == settings.steps) and processes.is_main_process:
-                run.save(state)
-            progress(run.progress)
-    finally:
-        run.finish()
-        model.train(was_training)
-        teacher.train(teacher_was_training)
+            if cache is not None:
+                with processes.main_process_first():
+                    kept = RunFolder(cache, "a teacher's predictions")
+                    run.teacher = CachedTeacher.fill(kept, teacher, windows, settings.top, watch.caching, mixed)
+                run.begin()
+            if folder is not None:
+                run.restore(folder)
+            processes.wait_for_everyone()
+            while run.step < settings.steps and not run.ended:
+                run.advance()
+                if folder is not None and (run.measured or run.step == settings.steps):
+                    run.save(folder)
+                watch.progress(run.progress)
+        finally:
+            run.finish()
+            model.train(was_training)
+            teacher.train(teacher_was_training)
     model.quantkit_tuning = run.history  # type: ignore[assignment]
     return model
 
@@ -302,13 +319,14 @@ class _Run:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
 
-    def save(self, path: Path) -> None:
-        """Everything that the rest of the run depends on, durably."""
+    def save(self, folder: RunFolder) -> None:
+        """Everything that the rest of the run depends on, by the first process."""
+        if not self._processes.is_main_process:
+            return
         tensors, targets = [
             [tensor.detach() for tensor in group] for group in (self._tensors(), self.optimizer.targets)
         ]
         content = {
-            "identity": self._identity(),
             "step": self.step,
             "ended": self.ended,
             "history": self.history,
@@ -318,22 +336,23 @@ class _Run:
             "adam": self.optimizer.adam.state_dict(),
         }
         needed = 3 * sum(tensor.nbytes for tensor in [*self.best, *tensors, *targets])  # Adam keeps two more of each
-        write_durably(path, lambda target: torch.save(content, target), needed)
+        folder.write(_STATE, lambda target: torch.save(content, target), needed)
 
-    def restore(self, path: Path) -> None:
-        """The inverse of `save`.
+    def restore(self, folder: RunFolder) -> None:
+        """The inverse of `save`, where something was saved.
 
         Raises:
             QuantkitError: the file is damaged, or of a run with other settings.
         """
+        if self._processes.is_main_process:
+            folder.identify(self._identity())
+        if not folder.has(_STATE):
+            return
+        path = folder.path(_STATE)
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds
             raise QuantkitError(f"{path} is not a tuning run's state ({type(error).__name__}); remove it") from error
-        if content["identity"] != self._identity():
-            raise QuantkitError(
-                f"{path} is the state of a run with other settings, text or model; remove it to start anew"
-            )
         self.step, self.ended, self.history, self.best = (content[key] for key in ("step", "ended", "history", "best"))
         with torch.no_grad():
             pairs = [*zip(self._tensors(), content["tensors"], strict=True)]
@@ -342,10 +361,15 @@ class _Run:
                 tensor.copy_(saved)
         self.optimizer.adam.load_state_dict(content["adam"])
 
-    def _identity(self) -> str:
-        layers = {name: str(layer) for name, layer in self.layers.items()}
-        text = json.dumps([asdict(self.settings), layers, f"{self.history[0]['kl']:.5g}"])
-        return hashlib.sha256(text.encode() + self.windows.numpy().tobytes()).hexdigest()
+    def _identity(self) -> dict[str, Any]:
+        """What the run's outcome depends on; two models differ in their first loss, if in nothing else."""
+        layers = json.dumps({name: str(layer) for name, layer in self.layers.items()})
+        return {
+            "settings": asdict(self.settings),
+            "layers": hashlib.sha256(layers.encode()).hexdigest(),
+            "text": hashlib.sha256(self.windows.numpy().tobytes()).hexdigest(),
+            "kl": f"{self.history[0]['kl']:.5g}",
+        }
 
 
 def _dense(model: PreTrainedModel, settings: TuningSettings) -> list[TunedTensor]:

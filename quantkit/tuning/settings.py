@@ -32,13 +32,13 @@ class PVSettings:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ValueError(f"mode={self.mode!r}: choose one of {', '.join(MODES)}")
+            raise QuantkitError(f"mode={self.mode!r}: choose one of {', '.join(MODES)}")
         for name in ("lr", "code_lr"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: from 0 to below 1")
+                raise QuantkitError(f"{name}={getattr(self, name)}: from 0 to below 1")
         for name in ("share", "trust", "decay"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a share, from 0 to 1")
+                raise QuantkitError(f"{name}={getattr(self, name)}: a fraction, from 0 to 1")
 
 
 @dataclass(frozen=True)
