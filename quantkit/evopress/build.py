@@ -24,12 +24,12 @@ from quantkit.core.stats import LayerStats
 from quantkit.core.weight import QuantizedWeight
 from quantkit.evopress.budget import Budget
 from quantkit.evopress.store import Database, Store, candidate_key, end_key
-from quantkit.io.source import Source, open_folder
+from quantkit.io.source import open_folder
 from quantkit.models.plan import Plan, tied, with_own_weight
 from quantkit.models.structure import is_lookup
 from quantkit.quantizers.target_shift import TargetShift
 from quantkit.run.recipe import Recipe
-from quantkit.run.sequential import Pack, relative_error, walk
+from quantkit.run.sequential import Pack, Walker, relative_error
 
 Found = dict[str, dict[Quantizer, LayerResult]]
 """What was made of each layer."""
@@ -140,8 +140,8 @@ def build(
     plan, fixed = _divided(recipe, source.model)
     before = source.nbytes()
     source.untie(plan | fixed)
-    windows = recipe.calibration.windows(source.tokenizer(), source.model)
-    settings = recipe.settings(plan, windows)
+    tokens = recipe.calibration.windows(source.tokenizer(), source.model)
+    settings = recipe.settings(plan, tokens)
     identity = {key: value for key, value in settings.items() if key != "quantizers"} | {
         "base": spec.write(base),
         "target_shift": recipe.target_shift,
@@ -158,12 +158,13 @@ def build(
     blocks = {name: next((i for prefix, i in indices.items() if name.startswith(prefix)), -1) for name in plan}
     wanted = [(index, key) for index in set(blocks.values()) for key in quantizers]
     wanted += [(-1, end_key(name, quantizer)) for name, quantizer in with_own_weight(fixed).items()]
-    if not all(store.has(*place) for place in wanted):
-        again = source.unpacked(plan | fixed)
-        with store.begin():
-            _fill(store, source, fixed, quantizers, blocks, recipe, windows, where, progress)
-        source = again()
-    return Database(store, quantizers, blocks, fixed, source, settings, before)
+    made = Database(store, quantizers, blocks, fixed, source, settings, before)
+    if all(store.has(*place) for place in wanted):
+        return made
+    again = source.unpacked(plan | fixed)
+    with store.begin():
+        _fill(made, recipe, tokens, where, progress)
+    return replace(made, source=again())
 
 
 def _divided(recipe: Recipe, model: nn.Module) -> tuple[Plan, Plan]:
@@ -181,38 +182,33 @@ def _divided(recipe: Recipe, model: nn.Module) -> tuple[Plan, Plan]:
 
 
 def _fill(
-    store: Store,
-    source: Source,
-    fixed: Plan,
-    quantizers: dict[str, Quantizer],
-    blocks: dict[str, int],
+    database: Database,
     recipe: Recipe,
-    windows: Tensor,
+    tokens: Tensor,
     device: torch.device,
     progress: Callable[[int, int, str], None],
 ) -> None:
     """Walks over the model and makes what is missing."""
-    base = recipe.quantizer
+    base, store, source = recipe.quantizer, database.store, database.source
     assert base is not None
-    key = candidate_key(base)
+    key, blocks, fixed = candidate_key(base), database.blocks, database.fixed
     found: Found = {name: {} for name in blocks}
     missing = {
-        name: tuple(quantizer for other, quantizer in quantizers.items() if not store.has(index, other))
+        name: tuple(quantizer for other, quantizer in database.quantizers.items() if not store.has(index, other))
         for name, index in blocks.items()
     }
     stored = {
         name: partial(store.load_one, index, key, name) for name, index in blocks.items() if store.has(index, key)
     }
     plan: Plan = {**dict.fromkeys(blocks, base), **fixed}
-    walk(
+    Walker(
         source.model,
         plan,
-        windows,
-        source=source.weights(plan),
-        sink=_Sink(store, quantizers, key, found, with_own_weight(fixed)),
-        on_layer=_Candidates(base, missing, recipe.target_shift, found, stored, fixed),
-        device=device,
-        progress=progress,
-        true_sequential=recipe.true_sequential,
+        tokens,
+        source.weights(plan),
+        device,
+        _Candidates(base, missing, recipe.target_shift, found, stored, fixed),
+        recipe.true_sequential,
         lookups_first=False,
-    )
+        progress=progress,
+    ).run(_Sink(store, database.quantizers, key, found, with_own_weight(fixed)))

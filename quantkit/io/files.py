@@ -169,12 +169,8 @@ class RunFolder:
     def _open(self) -> None:
         """Removes what a write left behind that was killed."""
         self._written = self._journaled()
-        for name in self._written:
-            self.path(f"{name}.tmp").unlink(missing_ok=True)
-        for folder in {self.path(name).parent for name in (*self._written, _IDENTITY)}:
-            for path in folder.glob(".tmp*"):
-                if _OF_SAFETENSORS.fullmatch(path.name):
-                    path.unlink()
+        for name in (*(f"{name}.tmp" for name in self._written), *self._strays()):
+            self.path(name).unlink(missing_ok=True)
 
     def differing(self, identity: Mapping[str, Any]) -> list[str]:
         """What of an identity was recorded otherwise, in words."""
@@ -250,9 +246,18 @@ class RunFolder:
     def foreign(self) -> list[str]:
         """Names of files in the folder that quantkit has not written."""
         own = {_IDENTITY, _JOURNAL, _LOCK, *self._written}
-        own |= {f"{name}.tmp" for name in own}
+        own |= {f"{name}.tmp" for name in own} | set(self._strays())
         folders = tuple(name for name in own if name.endswith("/"))
         return [name for name in _files(self.folder) if name not in own and not name.startswith(folders)]
+
+    def _strays(self) -> list[str]:
+        """Names of safetensors' own temporary files, in folders that the run writes into."""
+        return [
+            path.relative_to(self.folder).as_posix()
+            for folder in {self.path(name).parent for name in (*self._written, _IDENTITY)}
+            for path in folder.glob(".tmp*")
+            if _OF_SAFETENSORS.fullmatch(path.name)
+        ]
 
     def clear(self) -> None:
         """Removes what the run has written, and the folders that this empties."""
@@ -341,6 +346,12 @@ class Output(RunFolder):
             self.clear()
         super()._open()
 
+    def foreign(self) -> list[str]:
+        """See `RunFolder`; what is being replaced has a list of its own."""
+        replaced = self.path(_REPLACED)
+        found = [name for name in super().foreign() if not name.startswith(f"{_REPLACED}/")]
+        return found + [f"{_REPLACED}/{name}" for name in (_unlike_manifest(replaced) if replaced.is_dir() else [])]
+
     def made(self, name: str) -> str:
         """The name, in this folder, of a file of the folder to come."""
         return f"{_MADE}/{name}"
@@ -392,21 +403,26 @@ class Output(RunFolder):
     def _remove_replaced(self) -> None:
         replaced = self.path(_REPLACED)
         if replaced.is_dir():
-            manifest = replaced / MANIFEST
-            names = read_json(manifest, "a list of files")["files"] if manifest.is_file() else {}
-            _remove(replaced, [*names, MANIFEST])
+            _remove(replaced, [*_listed(replaced), MANIFEST])
             with suppress(OSError):
                 replaced.rmdir()
 
 
 def _unlike_manifest(folder: Path) -> list[str]:
     """Names of a published folder's files that are not as its run left them."""
-    listed = read_json(folder / MANIFEST, "a list of files; remove the folder yourself").get("files")
-    known = listed if isinstance(listed, dict) else {}
+    known = _listed(folder)
     return [
         name for name in _files(folder)
         if name != MANIFEST and ((folder / name).is_symlink() or known.get(name) != (folder / name).stat().st_size)
     ]  # fmt: skip
+
+
+def _listed(folder: Path) -> dict[str, Any]:
+    """The files that a published folder lists; none where it was empty."""
+    if not (folder / MANIFEST).is_file():
+        return {}
+    listed = read_json(folder / MANIFEST, "a list of files; remove the folder yourself").get("files")
+    return listed if isinstance(listed, dict) else {}
 
 
 def _files(folder: Path) -> list[str]:

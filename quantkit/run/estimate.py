@@ -13,7 +13,7 @@ from quantkit.models.structure import context_length, linear_weight
 from quantkit.run.ranks import with_ranks
 from quantkit.run.recipe import Recipe, window_length
 from quantkit.run.report import peak_memory_bytes
-from quantkit.run.sequential import REPLAY_SHARE
+from quantkit.run.sequential import REPLAY_FRACTION
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _working_bytes(source: Source, recipe: Recipe, largest: tuple[int, ...], dev
     hidden = model.config.get_text_config().hidden_size
     widest = max(linear_weight(module).shape[1] for module in source.linears())
     replayed = tokens * (hidden + widest) * itemsize
-    replayed = min(replayed, int(REPLAY_SHARE * free_memory(device)))
+    replayed = min(replayed, int(REPLAY_FRACTION * free_memory(device)))
     stream = tokens * hidden * itemsize + replayed
     streams = stream * (2 if needs == Needs.CROSS or recipe.tuner else 1)
     if recipe.tuner:  # the weights, their targets, gradients and the optimizer's two moments, in fp32

@@ -23,7 +23,7 @@ from quantkit.run.ranks import Survey, share_ranks, summary, with_ranks
 from quantkit.run.recipe import Recipe
 from quantkit.run.record import Run, begin, count_weights, files_of, model_notes
 from quantkit.run.report import Report
-from quantkit.run.sequential import Sink, walk
+from quantkit.run.sequential import Sink, Walker
 
 Progress = Callable[[int, int, str], None]
 
@@ -78,10 +78,10 @@ def run(
     where, start = begin(device)
     plan = recipe.plan(source.model)
     before = source.nbytes()
-    windows = None
+    tokens = None
     if recipe.reads_text(plan):
-        windows = recipe.calibration.windows(source.tokenizer(), source.model)
-    identity = recipe.settings(plan, windows) | {"low_rank_bits": recipe.low_rank_bits, "model": source.fingerprint()}
+        tokens = recipe.calibration.windows(source.tokenizer(), source.model)
+    identity = recipe.settings(plan, tokens) | {"low_rank_bits": recipe.low_rank_bits, "model": source.fingerprint()}
     identity |= {"device": where.type, "dtype": str(source.model.dtype)}
     if recipe.rotation is not None:
         source.rotate(recipe.rotation)
@@ -91,20 +91,19 @@ def run(
     notes = model_notes(source.model, plan, source.untied, recipe.rotation is not None)
     with destination.begin(identity), source.walked():
         if recipe.low_rank_bits:
-            source, plan, note = _with_shared_ranks(source, plan, windows, recipe, where, progress)
+            source, plan, note = _with_shared_ranks(source, plan, tokens, recipe, where, progress)
             notes = (*notes, note)
-        this = Run(start, where, before, counts, recipe.settings(plan, windows), notes)
-        walk(
+        this = Run(start, where, before, counts, recipe.settings(plan, tokens), notes)
+        Walker(
             source.model,
             plan,
-            windows,
-            source=source.weights(plan),
-            sink=destination,
-            device=where,
+            tokens,
+            source.weights(plan),
+            where,
             progress=progress,
             true_sequential=recipe.true_sequential,
             tuner=recipe.tuner,
-        )
+        ).run(destination)
         report = this.report(name or source.name, plan, destination.results(), dense_bytes)
         config = source.config | ({"tie_word_embeddings": False} if source.untied else {})
         destination.finish(config, source.files() | files_of(report))
@@ -114,24 +113,23 @@ def run(
 def _with_shared_ranks(
     source: Source,
     plan: Plan,
-    windows: Tensor | None,
+    tokens: Tensor | None,
     recipe: Recipe,
     device: torch.device,
     progress: Progress,
 ) -> tuple[Source, Plan, str]:
     """(the source as it was, the plan with the ranks that a first pass finds best, and a sentence about them)."""
     again, survey = source.unpacked(plan), Survey(plan)
-    walk(
+    Walker(
         source.model,
         plan,
-        windows,
-        source=source.weights(plan),
-        sink=InMemory(source.model),
-        device=device,
-        on_layer=survey,
+        tokens,
+        source.weights(plan),
+        device,
+        survey,
+        recipe.true_sequential,
         progress=lambda done, total, name: progress(done, total, f"ranks: {name}" if name else name),
-        true_sequential=recipe.true_sequential,
-    )
+    ).run(InMemory(source.model))
     ranks = share_ranks(survey.spectra, recipe.low_rank_bits)
     return again(), with_ranks(plan, ranks), summary(survey.spectra, ranks, recipe.low_rank_bits)
 
@@ -199,7 +197,6 @@ def quantize_checkpoint(
     *,
     name: str = "",
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -209,7 +206,6 @@ def quantize_checkpoint(
     Args:
         folder: the model, as transformers saves it.
         output: the folder to make; it appears whole or not at all.
-        dtype: of the computation; by default fp32 on a CPU and the checkpoint's own type on a GPU.
         resume, overwrite: see `io.files.Output`.
         recipe, name, device, progress: see `run`.
 
@@ -217,6 +213,6 @@ def quantize_checkpoint(
         The report, which is also written beside the checkpoint as quantkit_report.json.
     """
     target = Output(output, folder, resume=resume, overwrite=overwrite)
-    source = open_folder(folder, dtype or compute_dtype(pick_device(device)))
+    source = open_folder(folder, compute_dtype(pick_device(device)))
     writer = CheckpointWriter(target, len(source.blocks), source.dense)
     return run(source, recipe, writer, name=name, device=device, progress=progress)

@@ -16,7 +16,6 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -51,8 +50,8 @@ from quantkit.quantizers.target_shift import aimed
 
 logger = logging.getLogger(__name__)
 
-REPLAY_SHARE = 1 / 8
-"""Share of the free memory in which each stream may keep what a block need not compute again."""
+REPLAY_FRACTION = 1 / 8
+"""Of the free memory in which each stream may keep what a block need not compute again."""
 
 
 class Tuner(Protocol):
@@ -83,153 +82,255 @@ class Sink(Protocol):
         """Takes a finished block; index -1 stands for all that lies outside the blocks."""
 
 
-@torch.no_grad()
-def walk(
-    model: nn.Module,
-    plan: Plan,
-    windows: Tensor | None,
-    *,
-    source: WeightSource,
-    sink: Sink,
-    device: torch.device,
-    on_layer: LayerHook | None = None,
-    true_sequential: bool = True,
-    tuner: Tuner | None = None,
-    lookups_first: bool = True,
-    batch_tokens: int = 8192,
-    progress: Callable[[int, int, str], None] = lambda done, total, name: None,
-) -> None:
-    """Quantizes all layers of the plan and leaves packed layers in the model.
+@dataclass
+class Walker:
+    """Quantizes all layers of a plan and leaves packed layers in the model.
 
-    Args:
+    Attributes:
         model: a causal language model; its weights may be on the meta device until `source` loads them.
         plan: quantizers by layer name.
-        windows: calibration tokens, int64 [samples, seqlen]; None where no layer needs statistics.
+        tokens: calibration text, int64 [sequences, seqlen]; None where no layer needs statistics.
         source: loads and releases modules.
-        sink: takes every finished block.
         device: where blocks run.
-        on_layer: packs each layer of the plan; None for `Pack`, which does as the plan says.
+        hook: packs each layer of the plan; None for `Pack`, which does as the plan says.
         true_sequential: let each layer see its own block's earlier layers quantized, at the price of a pass of the
             streams per group of layers instead of one per block.
         tuner: improves every block that has packed layers; None for none.
         lookups_first: let the blocks see the packed embedding.
         batch_tokens: tokens that run through a block together.
         progress: called with (blocks done, blocks in all, name of the block begun or "").
-
-    Raises:
-        CalibrationError: unusable statistics, with the layer's name.
     """
-    prefix, blocks = find_blocks(model)
-    hook = Pack(plan) if on_layer is None else on_layer
-    needs = max((hook.needs(layer) for layer in plan if layer not in tied(plan)), default=Needs.NOTHING)
-    batches: list[Batch] = []
-    wrap: Wrap = bare
-    outer = {layer: quantizer for layer, quantizer in plan.items() if not layer.startswith(f"{prefix}.")}
-    front = {
-        layer: quantizer for layer, quantizer in outer.items()
-        if lookups_first and layer not in tied(plan) and is_lookup(model.get_submodule(layer))
-    }  # fmt: skip
-    if needs > Needs.NOTHING or tuner is not None:
-        if windows is None:
+
+    model: nn.Module
+    plan: Plan
+    tokens: Tensor | None
+    source: WeightSource
+    device: torch.device
+    hook: LayerHook | None = None
+    true_sequential: bool = True
+    tuner: Tuner | None = None
+    lookups_first: bool = True
+    batch_tokens: int = 8192
+    progress: Callable[[int, int, str], None] = lambda done, total, name: None
+
+    def __post_init__(self) -> None:
+        self._prefix, self._blocks = find_blocks(self.model)
+        self._hook: LayerHook = Pack(self.plan) if self.hook is None else self.hook
+        own = (layer for layer in self.plan if layer not in tied(self.plan))
+        self._needs = max(map(self._hook.needs, own), default=Needs.NOTHING)
+        self._batches: list[Batch] = []
+        self._wrap: Wrap = bare
+        self._order: Order | None = None
+
+    @torch.no_grad()
+    def run(self, sink: Sink) -> None:
+        """Walks over the model; `sink` takes every finished block.
+
+        Raises:
+            CalibrationError: unusable statistics, with the layer's name.
+        """
+        outer = [layer for layer in self.plan if not layer.startswith(f"{self._prefix}.")]
+        front = [layer for layer in outer if self.lookups_first and self._is_own_lookup(layer)]
+        self._begin_streams()
+        for layer in front:
+            self.progress(0, len(self._blocks), layer)
+        results = self._quantize_outer(front)
+        if front and self._batches:
+            for batch, behind in zip(self._batches, self._captured(), strict=True):
+                batch.quantized = behind.quantized
+        before: list[tuple] = []
+        for index, block in enumerate(self._blocks):
+            name = f"{self._prefix}.{index}"
+            self.progress(index, len(self._blocks), name)
+            self.source.load(name, block, self.device)
+            done = sink.finished(index)
+            if done is None:
+                self._order = self._order if settings(block) == before else None
+                before = settings(block)
+                sink.write(index, name, self._quantize_block(index, name))
+            else:
+                self._pass_finished(index, name, done)
+            for module in block.modules():
+                if isinstance(module, QuantizedLinear):
+                    module.release()
+            self.source.release(name, block)
+        sink.write(-1, "", results | self._quantize_outer([layer for layer in outer if layer not in front]))
+        self.progress(len(self._blocks), len(self._blocks), "")
+
+    def _is_own_lookup(self, layer: str) -> bool:
+        return layer not in tied(self.plan) and is_lookup(self.model.get_submodule(layer))
+
+    def _begin_streams(self) -> None:
+        """Runs the calibration text up to the first block, where anything reads what flows there."""
+        if self._needs == Needs.NOTHING and self.tuner is None:
+            return
+        if self.tokens is None:
             raise CalibrationError("this run reads what flows through the layers; give calibration text")
-        size = batch_tokens if tuner is None else min(batch_tokens, tuner.batch_tokens)
-        batches, wrap = capture(model, blocks, windows, source, device, size)
-    for layer in front:
-        progress(0, len(blocks), layer)
-    found = _quantize_outer(model, blocks, front, hook, batches, wrap, source, device)
-    if front and batches and windows is not None:
-        for batch, behind in zip(batches, capture(model, blocks, windows, source, device, size)[0], strict=True):
-            batch.quantized = behind.quantized
-    order: Order | None = None
-    before: list[tuple] = []
-    for index, block in enumerate(blocks):
-        name = f"{prefix}.{index}"
-        progress(index, len(blocks), name)
-        source.load(name, block, device)
-        layers = [layer for layer in plan if layer.startswith(f"{name}.")]
-        reference = _shared_copy(block) if needs >= Needs.CROSS or tuner is not None else None
-        done = sink.finished(index)
-        if done is None:
-            order, before = order if settings(block) == before else None, settings(block)
-            tune = None
-            if tuner is not None:
-                told = partial(_tell, progress, index, len(blocks), name)
-                tune = partial(tuner, block, batches=batches, index=index, progress=told)
-            results, order = _quantize_block(
-                block, reference, f"{name}.", layers, hook, batches, index, true_sequential, order, tune
-            )
-            sink.write(index, name, results)
-        else:
-            for layer, weight in done.items():
-                _swap(block, layer.removeprefix(f"{name}."), weight.map(lambda t: t.to(device)))
-            for batch in batches:
-                batch.quantized = run_block(block, batch.quantized, batch.calls[index])
-            _advance_full(reference, batches, index)
-        del reference
-        for module in block.modules():
-            if isinstance(module, QuantizedLinear):
-                module.release()
-        source.release(name, block)
-    rest = {layer: quantizer for layer, quantizer in outer.items() if layer not in front}
-    sink.write(-1, "", found | _quantize_outer(model, blocks, rest, hook, batches, wrap, source, device))
-    progress(len(blocks), len(blocks), "")
+        self._batches = self._captured()
 
+    def _captured(self) -> list[Batch]:
+        assert self.tokens is not None
+        size = self.batch_tokens if self.tuner is None else min(self.batch_tokens, self.tuner.batch_tokens)
+        batches, self._wrap = capture(self.model, self._blocks, self.tokens, self.source, self.device, size)
+        return batches
 
-def _tell(progress: Callable[[int, int, str], None], index: int, blocks: int, name: str, step: int, steps: int) -> None:
-    progress(index, blocks, f"{name}, tuning {step}/{steps}")
+    def _reference(self, block: nn.Module) -> nn.Module | None:
+        """The block as the full stream runs it, where there is such a stream."""
+        return _shared_copy(block) if self._needs >= Needs.CROSS or self.tuner is not None else None
 
-
-def _quantize_block(
-    block: nn.Module,
-    reference: nn.Module | None,
-    prefix: str,
-    layers: list[str],
-    hook: LayerHook,
-    batches: list[Batch],
-    index: int,
-    true_sequential: bool,
-    order: Order | None,
-    tune: Callable[[list[str]], tuple[float, float]] | None,
-) -> tuple[dict[str, LayerResult], Order]:
-    """Quantizes one block's layers in the order of their execution, and moves both streams past the block.
-
-    `order` is that of the block before, which is this block's too where it has the same layers. `tune` improves the
-    named layers once all are packed, while the streams still stand before (quantized) and behind (full) the block.
-    """
-    local = {name.removeprefix(prefix): hook.needs(name) for name in layers}
-    if order is None or {name for group in order.groups for name in group} != set(local):
-        order = execution_order(block, local, batches, index)
-    stages = [[group] for group in order.groups] if true_sequential or not order.groups else [order.groups]
-    results: dict[str, LayerResult] = {}
-    budget = int(REPLAY_SHARE * free_memory(batches[0].quantized.device)) if batches and len(stages) > 1 else 0
-    quantized = _Stream(block, Replay(block, local, order, budget), set())
-    full = None
-    if reference is not None:
-        full = _Stream(reference, Replay(reference, local, order, budget), set(local))
-    for stage in stages:
-        advance = stage is stages[-1]
-        stats = _gather(quantized, full, prefix, stage, local, batches, index, advance)
-        for group in stage:
-            for name in group:
-                layer = block.get_submodule(name)
-                results[prefix + name] = _packed(hook, layer, stats.get(group[0]), prefix + name)
-        for group in stage:
-            for name in group:
-                _swap(block, name, results[prefix + name].weight)
-                quantized.settled.add(name)
-    if not order.groups:
-        _advance_full(reference, batches, index)
-    if tune is not None and results:
-        quantized.replay.clear()  # its outputs are of layers that are about to change
-        losses = tune([*local])
-        for name in local:
-            linear = block.get_submodule(name)
-            assert isinstance(linear, QuantizedLinear)
-            results[prefix + name] = replace(results[prefix + name], weight=linear.packed, tuned=losses)
-    for number, batch in enumerate(batches):
-        with quantized.replay.running(number, quantized.settled, keep=False):
+    def _pass_finished(self, index: int, name: str, done: dict[str, QuantizedWeight]) -> None:
+        """Moves both streams past a block that an earlier run packed."""
+        block = self._blocks[index]
+        reference = self._reference(block)
+        for layer, weight in done.items():
+            _swap(block, layer.removeprefix(f"{name}."), weight.map(lambda tensor: tensor.to(self.device)))
+        for batch in self._batches:
             batch.quantized = run_block(block, batch.quantized, batch.calls[index])
-    return {name: results[name] for name in layers}, order
+        self._advance_full(reference, index)
+
+    def _advance_full(self, reference: nn.Module | None, index: int) -> None:
+        """Moves the full stream past a block that gathers nothing."""
+        if reference is not None:
+            for batch in self._batches:
+                batch.full = run_block(reference, batch.full, batch.calls[index])
+
+    def _quantize_block(self, index: int, name: str) -> dict[str, LayerResult]:
+        """Quantizes one block's layers in the order of their execution, and moves both streams past the block."""
+        block = self._blocks[index]
+        reference = self._reference(block)
+        layers = [layer for layer in self.plan if layer.startswith(f"{name}.")]
+        local = {layer.removeprefix(f"{name}."): self._hook.needs(layer) for layer in layers}
+        if self._order is None or {one for group in self._order.groups for one in group} != set(local):
+            self._order = execution_order(block, local, self._batches, index)
+        order = self._order  # that of the block before is this block's too where it has the same layers
+        stages = [[group] for group in order.groups] if self.true_sequential or not order.groups else [order.groups]
+        budget = 0
+        if self._batches and len(stages) > 1:
+            budget = int(REPLAY_FRACTION * free_memory(self._batches[0].quantized.device))
+        quantized = _Stream(block, Replay(block, local, order, budget), set())
+        full = None
+        if reference is not None:
+            full = _Stream(reference, Replay(reference, local, order, budget), set(local))
+        results: dict[str, LayerResult] = {}
+        for stage in stages:
+            needs = {group[0]: max(local[one] for one in group) for group in stage}
+            stats = self._gather(quantized, full, f"{name}.", needs, index, advance=stage is stages[-1])
+            for group in stage:
+                for one in group:
+                    layer = f"{name}.{one}"
+                    results[layer] = _packed(self._hook, block.get_submodule(one), stats.get(group[0]), layer)
+            for one in (one for group in stage for one in group):
+                _swap(block, one, results[f"{name}.{one}"].weight)
+                quantized.settled.add(one)
+        if not order.groups:
+            self._advance_full(reference, index)
+        if self.tuner is not None and results:
+            quantized.replay.clear()  # its outputs are of layers that are about to change
+            results = self._tuned(index, name, results)
+        for number, batch in enumerate(self._batches):
+            with quantized.replay.running(number, quantized.settled, keep=False):
+                batch.quantized = run_block(block, batch.quantized, batch.calls[index])
+        return {layer: results[layer] for layer in layers}
+
+    def _tuned(self, index: int, name: str, results: dict[str, LayerResult]) -> dict[str, LayerResult]:
+        """A block's layers improved, while the streams still stand before (quantized) and behind (full) it."""
+        assert self.tuner is not None
+        block, blocks = self._blocks[index], len(self._blocks)
+
+        def told(step: int, steps: int) -> None:
+            self.progress(index, blocks, f"{name}, tuning {step}/{steps}")
+
+        names = [layer.removeprefix(f"{name}.") for layer in results]
+        losses = self.tuner(block, names, batches=self._batches, index=index, progress=told)
+        changed = {}
+        for layer, result in results.items():
+            linear = block.get_submodule(layer.removeprefix(f"{name}."))
+            assert isinstance(linear, QuantizedLinear)
+            changed[layer] = replace(result, weight=linear.packed, tuned=losses)
+        return changed
+
+    def _gather(
+        self,
+        quantized: "_Stream",
+        full: "_Stream | None",
+        prefix: str,
+        needs: dict[str, Needs],
+        index: int,
+        advance: bool,
+    ) -> dict[str, LayerStats]:
+        """Statistics of some groups' shared inputs, by each group's first layer; one pass of each stream.
+
+        With `advance`, the full stream's pass runs to the block's end and its output becomes the next input.
+        """
+        probes = [name for name, need in needs.items() if need > Needs.NOTHING]
+        accumulators: dict[str, StatsAccumulator] = {}
+        for number, batch in enumerate(self._batches):
+            call = batch.calls[index]
+            wanted: dict[str, Tensor] = {}
+            if full is not None and (advance or any(need >= Needs.CROSS for need in needs.values())):
+                with full.replay.running(number, full.settled, keep=not advance):
+                    wanted, output = inputs_of(full.block, probes, batch.full, call, to_the_end=advance)
+                full.replay.reached(number, wanted)
+                if output is not None:
+                    batch.full = output
+            if probes:
+                with quantized.replay.running(number, quantized.settled, keep=True):
+                    inputs, _ = inputs_of(quantized.block, probes, batch.quantized, call, to_the_end=False)
+                quantized.replay.reached(number, inputs)
+                for name, x_q in inputs.items():
+                    x = wanted.get(name) if needs[name] >= Needs.CROSS else None
+                    if needs[name] >= Needs.CROSS and (x is None or x.shape != x_q.shape):
+                        raise CalibrationError(
+                            f"{prefix}{name}: the two streams send different tokens through this layer (a routed "
+                            "expert?); use a target shift of 0"
+                        )
+                    if name not in accumulators:
+                        accumulators[name] = StatsAccumulator(x_q.shape[-1], x is not None, x_q.device)
+                    accumulators[name].add(x_q, x)
+        for name in probes:
+            if name not in accumulators:
+                raise CalibrationError(
+                    f"{prefix}{name}: no calibration token reached this layer; leave it out (`ignore` '*{name}') or "
+                    "use RTN"
+                )
+        return {name: accumulator.finish(prefix + name) for name, accumulator in accumulators.items()}
+
+    def _quantize_outer(self, layers: list[str]) -> dict[str, LayerResult]:
+        """Quantizes layers outside the blocks.
+
+        A head's inputs are those of the model's own forward with stubbed blocks.
+        """
+        results: dict[str, LayerResult] = {}
+        if not layers:
+            return results
+        self.source.load("", self.model, self.device)
+        sharing = {name: head for name, head in tied(self.plan).items() if name in layers}
+        for name in (name for name in layers if name not in sharing):
+            stats = self._outer_stats(name)
+            results[name] = _packed(self._hook, self.model.get_submodule(name), stats, name)
+            put(self.model, name, results[name].weight)
+        for name, head in sharing.items():
+            layout = self.plan[name].layout(*results[head].weight.shape)
+            results[name] = replace(results[head], weight=layout)
+            put(self.model, name, layout)
+        self.source.release("", self.model)
+        return results
+
+    def _outer_stats(self, name: str) -> LayerStats | None:
+        needs = self._hook.needs(name)
+        if needs == Needs.NOTHING:
+            return None
+        accumulator = None
+        for batch in self._batches:
+            tokens = batch.tokens.to(self.device)
+            x_q = outer_input(self.model, self._blocks, name, tokens, batch.quantized, self._wrap)
+            x = None
+            if needs >= Needs.CROSS:
+                x = outer_input(self.model, self._blocks, name, tokens, batch.full, self._wrap)
+            accumulator = accumulator or StatsAccumulator(x_q.shape[-1], x is not None, self.device)
+            accumulator.add(x_q, x)
+        assert accumulator is not None
+        return accumulator.finish(name)
 
 
 @dataclass
@@ -245,61 +346,6 @@ class _Stream:
     block: nn.Module
     replay: Replay
     settled: set[str]
-
-
-def _advance_full(reference: nn.Module | None, batches: list[Batch], index: int) -> None:
-    """Moves the full stream past a block that gathers nothing."""
-    if reference is not None:
-        for batch in batches:
-            batch.full = run_block(reference, batch.full, batch.calls[index])
-
-
-def _gather(
-    quantized: _Stream,
-    full: _Stream | None,
-    prefix: str,
-    groups: list[list[str]],
-    needed: dict[str, Needs],
-    batches: list[Batch],
-    index: int,
-    advance: bool,
-) -> dict[str, LayerStats]:
-    """Statistics of each group's shared input, by the group's first layer; one pass of each stream.
-
-    With `advance`, the full stream's pass runs to the block's end and its output becomes the next input.
-    """
-    needs = {group[0]: max(needed[name] for name in group) for group in groups}
-    probes = [name for name, need in needs.items() if need > Needs.NOTHING]
-    accumulators: dict[str, StatsAccumulator] = {}
-    for number, batch in enumerate(batches):
-        call = batch.calls[index]
-        wanted: dict[str, Tensor] = {}
-        if full is not None and (advance or any(need >= Needs.CROSS for need in needs.values())):
-            with full.replay.running(number, full.settled, keep=not advance):
-                wanted, output = inputs_of(full.block, probes, batch.full, call, to_the_end=advance)
-            full.replay.reached(number, wanted)
-            if output is not None:
-                batch.full = output
-        if probes:
-            with quantized.replay.running(number, quantized.settled, keep=True):
-                inputs, _ = inputs_of(quantized.block, probes, batch.quantized, call, to_the_end=False)
-            quantized.replay.reached(number, inputs)
-            for name, x_q in inputs.items():
-                x = wanted.get(name) if needs[name] >= Needs.CROSS else None
-                if needs[name] >= Needs.CROSS and (x is None or x.shape != x_q.shape):
-                    raise CalibrationError(
-                        f"{prefix}{name}: the two streams send different tokens through this layer (a routed expert?); "
-                        "use a target shift of 0"
-                    )
-                if name not in accumulators:
-                    accumulators[name] = StatsAccumulator(x_q.shape[-1], x is not None, x_q.device)
-                accumulators[name].add(x_q, x)
-    for name in probes:
-        if name not in accumulators:
-            raise CalibrationError(
-                f"{prefix}{name}: no calibration token reached this layer; leave it out (`ignore` '*{name}') or use RTN"
-            )
-    return {name: accumulator.finish(prefix + name) for name, accumulator in accumulators.items()}
 
 
 @dataclass(frozen=True)
@@ -341,46 +387,6 @@ def relative_error(target: Tensor, packed: QuantizedWeight, stats: LayerStats | 
     if stats is None:
         return float(error.square().sum() / target.square().sum().clamp_min(1e-30))
     return proxy_loss(error, stats.hessian) / max(proxy_loss(target, stats.hessian), 1e-30)
-
-
-def _quantize_outer(
-    model: nn.Module,
-    blocks: nn.ModuleList,
-    plan: Plan,
-    hook: LayerHook,
-    batches: list[Batch],
-    wrap: Wrap,
-    source: WeightSource,
-    device: torch.device,
-) -> dict[str, LayerResult]:
-    """Quantizes layers outside the blocks; a head's inputs are those of the model's own forward with stubbed blocks."""
-    results: dict[str, LayerResult] = {}
-    if not plan:
-        return results
-    source.load("", model, device)
-    sharing = tied(plan)
-    for name in plan:
-        if name in sharing:
-            continue
-        stats, needs = None, hook.needs(name)
-        if needs > Needs.NOTHING:
-            accumulator = None
-            for batch in batches:
-                tokens = batch.tokens.to(device)
-                x_q = outer_input(model, blocks, name, tokens, batch.quantized, wrap)
-                x = outer_input(model, blocks, name, tokens, batch.full, wrap) if needs >= Needs.CROSS else None
-                accumulator = accumulator or StatsAccumulator(x_q.shape[-1], x is not None, device)
-                accumulator.add(x_q, x)
-            assert accumulator is not None
-            stats = accumulator.finish(name)
-        results[name] = _packed(hook, model.get_submodule(name), stats, name)
-        put(model, name, results[name].weight)
-    for name, head in sharing.items():
-        layout = plan[name].layout(*results[head].weight.shape)
-        results[name] = replace(results[head], weight=layout)
-        put(model, name, layout)
-    source.release("", model)
-    return results
 
 
 def _swap(root: nn.Module, name: str, weight: QuantizedWeight) -> None:

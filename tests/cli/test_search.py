@@ -53,7 +53,7 @@ def test_a_killed_search_goes_on(searched, model_folder):
     arguments = ["search", model_folder("llama"), "--size", "1.8MB", *SHORT, "--database", place / "candidates"]
     arguments = [*map(str, [*arguments, "--output", place / "second", "--generations", 12])]
     process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    state, deadline = place / "second.search" / "search.json", time.monotonic() + 240
+    state, deadline = place / "second.partial" / "search.json", time.monotonic() + 240
     while not state.exists() or len(json.loads(state.read_text())["state"]["history"]) < 3:
         assert time.monotonic() < deadline
         assert process.poll() is None, process.stderr.read()

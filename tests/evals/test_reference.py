@@ -14,7 +14,7 @@ from quantkit.evals.reference.recall import recall_document
 from quantkit.evals.reference.train import recall_accuracy, unigram_perplexity
 from quantkit.io.weights import LoadedWeights
 from quantkit.models.structure import block_linears, linear_weight
-from quantkit.run.sequential import walk
+from quantkit.run.sequential import Walker
 from quantkit.run.text import documents, evaluation_tokens
 
 WINDOWS, SEQLEN = 14, 512
@@ -117,7 +117,7 @@ def test_gptq_beats_rtn_on_every_layer(model, reference, tokenizer, bits):
             pass
 
     plan = dict.fromkeys(block_linears(subject), Both(bits))
-    walk(subject, plan, windows, source=LoadedWeights(subject), sink=Sink(), device=torch.device("cpu"))
+    Walker(subject, plan, windows, LoadedWeights(subject), torch.device("cpu")).run(Sink())
     assert len(compared) == len(plan)
     assert all(gptq < rtn for gptq, rtn in compared.values())
 

@@ -17,6 +17,7 @@ from quantkit.evopress.build import build
 from quantkit.evopress.settings import Evolution
 from quantkit.evopress.spaces import BlockSpace, CandidateSpace
 from quantkit.evopress.store import candidate_key
+from quantkit.io.files import RunFolder
 from quantkit.models.plan import tied
 from quantkit.quantizers.target_shift import unshifted
 from quantkit.run.recipe import Recipe, read_plan
@@ -88,21 +89,26 @@ def test_an_interrupted_search_ends_in_the_same_assignment(session, budget, tmp_
         if len(now.history) == 2:
             raise KeyboardInterrupt
 
+    def search(*arguments):
+        folder = RunFolder(tmp_path / "search", "a search")
+        with folder.begin({}):
+            return session.search(arguments[0], folder, *arguments[1:])
+
     with pytest.raises(KeyboardInterrupt):
-        session.search(budget, tmp_path / "s.json", stop)
+        search(budget, stop)
     rest = []
-    again = session.search(budget, tmp_path / "s.json", rest.append)
+    again = search(budget, rest.append)
     assert len(rest) == 1
     assert again == whole
     longer = dataclasses.replace(session.settings, evolution=dataclasses.replace(SHORT.evolution, generations=5))
     with monkeypatch.context() as patched:
         patched.setattr(session, "settings", longer)
-        assert session.search(budget, tmp_path / "s.json").history[:3] == whole.history
-    with pytest.raises(QuantkitError, match="other settings"):
-        session.search(budget - 1, tmp_path / "s.json")
-    (tmp_path / "s.json").write_text("{}")
+        assert search(budget).history[:3] == whole.history
+    with pytest.raises(QuantkitError, match="other settings: budget is"):
+        search(budget - 1)
+    (tmp_path / "search" / "search.json").write_text("{}")
     with pytest.raises(CheckpointError, match="not a search's state"):
-        session.search(budget, tmp_path / "s.json")
+        search(budget)
 
 
 def test_the_checkpoint_is_the_model_that_was_measured(session, database, reference, budget, tmp_path):

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -15,17 +14,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import quantkit
 from quantkit import GPTQ, RTN, Calibration, Recipe
 from quantkit.core.errors import CheckpointError, QuantkitError
-from quantkit.io.checkpoint import alone, check_output
+from quantkit.io.files import MANIFEST
 from quantkit.io.shards import INDEX, Shards
 from quantkit.run.pipeline import quantize_checkpoint
 
 
 def digest(folder):
-    """Hash of every file but the report, which holds times."""
+    """Hash of every file but the report, which holds times, and the list of the files' sizes."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())
-        if path.name != "quantkit_report.json"
+        if path.name not in ("quantkit_report.json", MANIFEST)
     }
 
 
@@ -204,12 +203,11 @@ def test_no_block_stays_in_memory(model_folder, recipe, tmp_path, monkeypatch):
 
     opened = []
 
-    class Watched(pipeline.ModelFolder):
-        def __init__(self, *args):
-            super().__init__(*args)
-            opened.append(self)
+    def watched(*args, really=pipeline.open_folder):
+        opened.append(really(*args))
+        return opened[-1]
 
-    monkeypatch.setattr(pipeline, "ModelFolder", Watched)
+    monkeypatch.setattr(pipeline, "open_folder", watched)
     quantize_checkpoint(model_folder("llama"), recipe, tmp_path / "out")
     (folder,) = opened
     assert all(tensor.is_meta for tensor in folder.model.model.layers.state_dict().values())
@@ -217,16 +215,6 @@ def test_no_block_stays_in_memory(model_folder, recipe, tmp_path, monkeypatch):
     assert len(layers) == 14
     assert all(layer.packed.codes.is_meta for layer in layers)
     assert all(layer._cached is None or layer._cached.codes.is_meta for layer in layers)
-
-
-def test_killed_after_publishing(model_folder, recipe, tmp_path):
-    output = tmp_path / "out"
-    quantize_checkpoint(model_folder("llama"), recipe, output)
-    output.with_name("out.partial").mkdir()
-    with pytest.raises(QuantkitError, match="no unfinished run"):
-        quantize_checkpoint(model_folder("llama"), recipe, output, resume=True)
-    assert not output.with_name("out.partial").exists()
-    assert output.exists()
 
 
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(model_folder, recipe, tmp_path, monkeypatch):
@@ -367,32 +355,11 @@ GOLDEN = {
 }
 
 
-def test_who_fills_a_folder_is_alone(tmp_path, caplog):
-    entered = threading.Event()
-
-    def second():
-        with alone(tmp_path):
-            entered.set()
-
-    with alone(tmp_path):
-        thread = threading.Thread(target=second)
-        thread.start()
-        assert not entered.wait(1) and "waiting" in caplog.text
-    assert entered.wait(10)
-    thread.join()
-
-
-def test_an_output_inside_a_file_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(QuantkitError, match="no folder that can be written to"):
-        check_output(tmp_path / "file" / "deeper" / "out")
-
-
 def test_what_a_killed_write_leaves_is_removed(reference, tmp_path):
     """safetensors writes under a name of its own first; a kill in that moment must not end up in a checkpoint."""
     quantize_checkpoint(reference, Recipe(RTN(4)), tmp_path / "whole")
+    interrupted(reference, Recipe(RTN(4)), tmp_path / "out", after=1)
     partial = tmp_path / "out.partial" / "checkpoint"
-    partial.mkdir(parents=True)
     for name in (".tmpAb12Cd", "model-00001-of-00007.safetensors.tmp"):
         (partial / name).write_bytes(b"half")
     quantize_checkpoint(reference, Recipe(RTN(4)), tmp_path / "out", resume=True)

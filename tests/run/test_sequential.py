@@ -11,7 +11,7 @@ from quantkit.io.weights import LoadedWeights
 from quantkit.models.linear import QuantizedLinear
 from quantkit.models.structure import block_linears, find_blocks, linear_weight
 from quantkit.run.pipeline import quantize_checkpoint
-from quantkit.run.sequential import walk
+from quantkit.run.sequential import Walker
 
 from ..conftest import CONFIGS, VOCABULARY
 
@@ -85,7 +85,7 @@ def test_inputs_are_those_of_the_quantized_prefix(model_folder, tokenizer, texts
     model = load(model_folder("llama"))
     windows = Calibration(texts, 4, 128).windows(tokenizer, model)
     plan = dict.fromkeys(block_linears(model), spy(GPTQ().needs, seen)(2, 64))
-    walk(model, plan, windows, source=LoadedWeights(model), sink=Collector(), device=torch.device("cpu"))
+    Walker(model, plan, windows, LoadedWeights(model), torch.device("cpu")).run(Collector())
     inputs = []
     handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_streams_agree_where_nothing_was_lost(model_folder, tokenizer, texts):
     model = load(model_folder("gpt2"))
     windows = Calibration(texts, 4, 128).windows(tokenizer, model)
     plan = dict.fromkeys(block_linears(model), spy(TargetShift(GPTQ(), 1.0).needs, gathered)(8, 32))
-    walk(model, plan, windows, source=LoadedWeights(model), sink=Collector(), device=torch.device("cpu"))
+    Walker(model, plan, windows, LoadedWeights(model), torch.device("cpu")).run(Collector())
     first = gathered["transformer.h.0.attn.c_attn"]
     assert torch.equal(first.hessian, first.cross)
     for stats in gathered.values():
@@ -122,10 +122,8 @@ def test_true_sequential_changes_what_later_layers_see(model_folder, tokenizer, 
         plan = dict.fromkeys(block_linears(model), TargetShift(GPTQ(2, 64), 0.7))
         windows = Calibration(texts, 4, 128).windows(tokenizer, model)
         sink = Collector()
-        walk(
-            model, plan, windows, source=LoadedWeights(model), sink=sink, device=torch.device("cpu"),
-            true_sequential=true_sequential,
-        )  # fmt: skip
+        source = LoadedWeights(model)
+        Walker(model, plan, windows, source, torch.device("cpu"), true_sequential=true_sequential).run(sink)
         reports.append(sink.blocks[0][2])
     q, o = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj"
     assert torch.equal(reports[0][q].weight.state()["codes"], reports[1][q].weight.state()["codes"])
@@ -144,7 +142,7 @@ def test_replaying_changes_no_bit_and_runs_attention_once(architecture, model_fo
         lambda *args, **kwargs: attended.append(1) or original(*args, **kwargs),
     )
     for share in (0, 1 / 8):
-        monkeypatch.setattr(calibrate, "REPLAY_SHARE", share)
+        monkeypatch.setattr(calibrate, "REPLAY_FRACTION", share)
         model = load(model_folder(architecture))
         attended.clear()
         quantkit.quantize(model, tokenizer, calibration=texts, num_samples=4, seqlen=128, bits=2, group_size=32)
@@ -296,12 +294,12 @@ def test_replay_leaves_unusual_blocks_alone(kind, model_folder, tokenizer, texts
 
     states = []
     for share in (0, 1 / 8):
-        monkeypatch.setattr(calibrate, "REPLAY_SHARE", share)
+        monkeypatch.setattr(calibrate, "REPLAY_FRACTION", share)
         model = load(model_folder("llama"))
         odd_blocks(model, kind)
         plan = dict.fromkeys(block_linears(model), TargetShift(GPTQ(2, 32), 0.7))
         windows = Calibration(texts, 4, 128).windows(tokenizer, model)
-        walk(model, plan, windows, source=LoadedWeights(model), sink=Collector(), device=torch.device("cpu"))
+        Walker(model, plan, windows, LoadedWeights(model), torch.device("cpu")).run(Collector())
         states.append(model.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -316,10 +314,8 @@ def test_replay_keeps_to_its_budget(model_folder, tokenizer, texts, monkeypatch)
         model = load(model_folder("llama"))
         plan = dict.fromkeys(block_linears(model), TargetShift(GPTQ(2, 32), 0.7))
         windows = Calibration(texts, 6, 128).windows(tokenizer, model)
-        walk(
-            model, plan, windows, source=LoadedWeights(model), sink=Collector(), device=torch.device("cpu"),
-            batch_tokens=128,
-        )  # fmt: skip
+        source = LoadedWeights(model)
+        Walker(model, plan, windows, source, torch.device("cpu"), batch_tokens=128).run(Collector())
         states.append(model.state_dict())
     for other in states[1:]:
         assert all(torch.equal(states[0][name], other[name]) for name in other)

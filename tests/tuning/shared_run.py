@@ -21,7 +21,7 @@ def main(packed, teacher, output):
         AutoTokenizer.from_pretrained(teacher),
         calibration=Calibration("stdlib", 16, 64, seed=1),
         settings=settings,
-        state=Path(output) / "state.pt",
+        state=Path(output) / "state",
     )
     processes = PartialState()
     codes = [int(tensor.long().sum()) for tensor in student.state_dict().values() if tensor.dtype == torch.int32]

@@ -90,12 +90,10 @@ def test_an_interrupted_run_ends_in_the_same_model(models, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantkit.tune(
-            broken, teacher, tokenizer, calibration=text, settings=SHORT, state=tmp_path / "s.pt", progress=stop
-        )
+        quantkit.tune(broken, teacher, tokenizer, calibration=text, settings=SHORT, state=tmp_path / "s", progress=stop)
     again, steps = copy.deepcopy(model), []
     quantkit.tune(
-        again, teacher, tokenizer, calibration=text, settings=SHORT, state=tmp_path / "s.pt",
+        again, teacher, tokenizer, calibration=text, settings=SHORT, state=tmp_path / "s",
         progress=lambda now: steps.append(now.step),
     )  # fmt: skip
     assert steps == [5, 6]
@@ -103,14 +101,10 @@ def test_an_interrupted_run_ends_in_the_same_model(models, tmp_path):
     assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in again.state_dict().items())
     other = TuningSettings(7, 2, 1, evaluate_every=2, held_out=2)
     with pytest.raises(QuantkitError, match="other settings"):
-        quantkit.tune(
-            copy.deepcopy(model), teacher, tokenizer, calibration=text, settings=other, state=tmp_path / "s.pt"
-        )
-    (tmp_path / "s.pt").write_bytes(b"damaged")
+        quantkit.tune(copy.deepcopy(model), teacher, tokenizer, calibration=text, settings=other, state=tmp_path / "s")
+    (tmp_path / "s" / "state.pt").write_bytes(b"damaged")
     with pytest.raises(QuantkitError, match="not a tuning run's state"):
-        quantkit.tune(
-            copy.deepcopy(model), teacher, tokenizer, calibration=text, settings=SHORT, state=tmp_path / "s.pt"
-        )
+        quantkit.tune(copy.deepcopy(model), teacher, tokenizer, calibration=text, settings=SHORT, state=tmp_path / "s")
 
 
 @pytest.mark.parametrize(
@@ -207,8 +201,8 @@ def test_a_full_disk_is_said_and_the_model_keeps_its_best_state(models, tmp_path
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(QuantkitError, match="the disk is full"):
-        quantkit.tune(model, teacher, tokenizer, calibration=text, settings=SHORT, state=tmp_path / "state.pt")
-    assert not list(tmp_path.iterdir())
+        quantkit.tune(model, teacher, tokenizer, calibration=text, settings=SHORT, state=tmp_path / "state")
+    assert not list(tmp_path.rglob("state.pt*"))
     assert not any(isinstance(module, TunedLinear) for module in model.modules())
 
 
@@ -249,7 +243,7 @@ def test_the_command(models, text_file, tmp_path):
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "held-out KL to the teacher" in result.output
-    assert not (tmp_path / "out.tuning").exists()
+    assert not (tmp_path / "out.partial").exists()
     record = json.loads((tmp_path / "out" / "quantkit_tuning.json").read_text())
     assert record["settings"]["steps"] == 4
     loaded = quantkit.load(tmp_path / "out", dtype=torch.float32)

@@ -206,5 +206,5 @@ def test_continuous_parts_descend(method):
     ids=lambda s: next(iter(s)),
 )
 def test_bad_settings(settings):
-    with pytest.raises(ValueError, match=next(iter(settings))):
+    with pytest.raises(QuantkitError, match=next(iter(settings))):
         PVSettings(**settings)

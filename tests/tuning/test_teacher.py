@@ -9,6 +9,7 @@ import quantkit
 from quantkit import GPTQ, Calibration, PVSettings, TuningSettings
 from quantkit.core.errors import QuantkitError
 from quantkit.core.metrics import token_kl
+from quantkit.io.files import RunFolder
 from quantkit.run.teacher import CachedTeacher, Predictions, predict
 
 TEXT = Calibration("stdlib", 70, 32)  # two files of a cache
@@ -31,7 +32,7 @@ def test_what_is_cached_understates_the_kl_and_less_with_more_successors(teacher
     full = token_kl(wanted.logits, found.logits)
     gaps = []
     for top in (8, 256, 2048):
-        cache = CachedTeacher.fill(tmp_path / str(top), teacher, windows, top, silent)
+        cache = CachedTeacher.fill(RunFolder(tmp_path / str(top), "a cache"), teacher, windows, top, silent)
         kl, hidden = cache.divergence(windows[numbers], numbers, found)
         assert hidden is None
         gaps.append(float((full - kl).mean() / full.mean()))
@@ -44,17 +45,19 @@ def test_what_is_cached_understates_the_kl_and_less_with_more_successors(teacher
 
 def test_an_interrupted_cache_is_completed(teacher, windows, tmp_path):
     seen = []
-    CachedTeacher.fill(tmp_path / "cache", teacher, windows, 4, lambda done, total: seen.append((done, total)))
+    CachedTeacher.fill(
+        RunFolder(tmp_path / "cache", "a cache"), teacher, windows, 4, lambda done, total: seen.append((done, total))
+    )
     assert seen == [(64, 70), (70, 70)]
     files = sorted((tmp_path / "cache").glob("*.safetensors"))
     first, second = (path.read_bytes() for path in files)
     files[1].unlink()
-    CachedTeacher.fill(tmp_path / "cache", teacher, windows, 4, silent)
+    CachedTeacher.fill(RunFolder(tmp_path / "cache", "a cache"), teacher, windows, 4, silent)
     assert (files[0].read_bytes(), files[1].read_bytes()) == (first, second)
-    with pytest.raises(QuantkitError, match="a cache of another text"):
-        CachedTeacher.fill(tmp_path / "cache", teacher, windows, 5, silent)
+    with pytest.raises(QuantkitError, match="other settings: top is 5, and was 4"):
+        CachedTeacher.fill(RunFolder(tmp_path / "cache", "a cache"), teacher, windows, 5, silent)
     with pytest.raises(QuantkitError, match="keep at least 1"):
-        CachedTeacher.fill(tmp_path / "other", teacher, windows, 0, silent)
+        CachedTeacher.fill(RunFolder(tmp_path / "other", "a cache"), teacher, windows, 0, silent)
 
 
 def test_tuning_by_a_cache(teacher, tokenizer, tmp_path):
