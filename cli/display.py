@@ -47,9 +47,9 @@ def block_progress() -> Iterator[Callable[[int, int, str], None]]:
 
 @contextmanager
 def window_progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar over windows: yields a callback (windows done, windows in all)."""
+    """A bar over sequences: yields a callback (sequences done, sequences in all)."""
     with _bar() as bar:
-        task = bar.add_task("windows", total=None)
+        task = bar.add_task("sequences", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
@@ -71,7 +71,7 @@ def check_progress() -> Iterator[Callable[[int, int, str], None]]:
 
 @contextmanager
 def tuning_bars() -> Iterator[dict[str, Callable]]:
-    """A bar over the windows that are cached, then over tuning steps: yields `tune`'s callbacks by name."""
+    """A bar over the sequences that are cached, then over tuning steps: yields `tune`'s callbacks by name."""
     with _bar() as bar:
         task = bar.add_task("teacher and student", total=None)
 
@@ -90,7 +90,8 @@ def search_progress(shown: bool, generations: int) -> Iterator[tuple[Callable, C
     """A bar over what comes before a search, and one over its generations.
 
     Yields:
-        callbacks (done, in all, of what) and (generations done, fitness, share of the budget); silent unless `shown`.
+        callbacks (done, in all, of what) and (generations done, fitness, fraction of the budget); silent unless
+        `shown`.
     """
     if not shown:
         yield lambda *_: None, lambda *_: None
@@ -104,8 +105,8 @@ def search_progress(shown: bool, generations: int) -> Iterator[tuple[Callable, C
             bar.update(before, completed=done, total=total, description=name or "candidates", visible=True)
             bar.update(after, visible=True)
 
-        def progress(done: int, fitness: float, share: float) -> None:
-            text = f"fitness {fitness:.4f}, {100 * share:.2f}% of the budget"
+        def progress(done: int, fitness: float, fraction: float) -> None:
+            text = f"fitness {fitness:.4f}, {100 * fraction:.2f}% of the budget"
             bar.update(after, completed=done, description=text, visible=True)
 
         yield told, progress
@@ -123,9 +124,9 @@ def report_table(report: Report) -> None:
         cells = [layer.name, layer.format, f"{layer.bits_per_weight:.3f}", f"{layer.relative_error:.2e}", damping]
         table.add_row(*cells, *(["{:.2e} -> {:.2e}".format(*layer.tuned)] if layer.tuned else []))
     console.print(table)
-    share = 100 * report.packed_weights / report.all_weights
+    fraction = 100 * report.packed_weights / report.all_weights
     console.print(
-        f"bits per weight  {report.bits_per_weight:.3f} measured, in layers that hold {share:.1f}% of the weights"
+        f"bits per weight  {report.bits_per_weight:.3f} measured, in layers that hold {fraction:.1f}% of the weights"
     )
     ratio = report.bytes_before / report.bytes_after
     console.print(f"size             {size(report.bytes_before)} -> {size(report.bytes_after)} ({ratio:.2f}x smaller)")

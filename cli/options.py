@@ -18,8 +18,8 @@ TEXTS = "wikitext2, c4, stdlib (offline), a .txt or .jsonl file, or a hub datase
 
 Model = Annotated[str, typer.Argument(help="Folder of a transformers model, or its id on the hub.")]
 Text = Annotated[str, typer.Option(help=TEXTS)]
-NumSamples = Annotated[int, typer.Option(help="Calibration windows.")]
-Seqlen = Annotated[int | None, typer.Option(help="Tokens a window; by default 2048 or the model's context.")]
+NumSamples = Annotated[int, typer.Option(help="Calibration sequences.")]
+Seqlen = Annotated[int | None, typer.Option(help="Tokens a sequence; by default 2048 or the model's context.")]
 Shift = Annotated[float, typer.Option("--target-shift", help="0 (off) to 1: aim at the full-precision output.")]
 HeadBits = Annotated[
     int | None, typer.Option(help="Pack the head (GPTQ) and the input embedding too, at 1 to 8 bits; dense by default.")

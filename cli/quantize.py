@@ -63,14 +63,14 @@ _ResidualBits = Annotated[
 _BookShare = Annotated[
     float | None,
     typer.Option(
-        help="Most that codebooks may cost, as a share of --bits, where --vector-length is free; 0.05 by default.",
+        help="Most that codebooks may cost, as a fraction of --bits, where --vector-length is free; 0.05 by default.",
         rich_help_panel=_VPTQ,
     ),
 ]
 _Outliers = Annotated[
     float | None,
     typer.Option(
-        help="Share of input features with longer codes, 0 to 1; of use with --no-hadamard.",
+        help="Fraction of input features with longer codes, 0 to 1; of use with --no-hadamard.",
         rich_help_panel=_VPTQ,
     ),
 ]

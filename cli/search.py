@@ -46,7 +46,7 @@ _Timings = Annotated[
 ]
 _Sparsity = Annotated[
     float | None,
-    typer.Option(help="Prune instead: share of the layers' weights that become zero.", rich_help_panel=_BUDGET),
+    typer.Option(help="Prune instead: fraction of the layers' weights that become zero.", rich_help_panel=_BUDGET),
 ]
 _DropBlocks = Annotated[
     int | None, typer.Option(help="Prune instead: leave out so many decoder blocks.", rich_help_panel=_BUDGET)
@@ -86,7 +86,7 @@ _Database = Annotated[
     typer.Option(help="Folder of the candidates, NAME-candidates by default: made once, used by all searches."),
 ]
 _SearchSamples = Annotated[
-    int, typer.Option(help="Windows of other text that the search measures on.", rich_help_panel=_SEARCH)
+    int, typer.Option(help="Sequences of other text that the search measures on.", rich_help_panel=_SEARCH)
 ]
 _HeldOut = Annotated[
     int, typer.Option(help="So many of them only for the comparison at the end.", rich_help_panel=_SEARCH)
@@ -100,7 +100,7 @@ _Start = Annotated[
     typer.Option(help="best (of uniform, greedy and knapsack) or uniform.", rich_help_panel=_SEARCH),
 ]
 _Top = Annotated[
-    int, typer.Option(help="Successors of a token that are kept of the full model.", rich_help_panel=_SEARCH)
+    int, typer.Option(help="Top-k tokens of each place that are kept of the full model.", rich_help_panel=_SEARCH)
 ]
 
 
@@ -183,7 +183,7 @@ def _say(found: Searched, top: int, output: Path) -> None:
         table.add_row(name, f"{figure:.4f}")
     console.print(table)
     if found.measure == "kl":
-        seen = f"{100 * outcome.seen:.1f}% of the full KL (one held-out window)"
-        console.print(f"seen             {seen} in the likeliest {top} successors and the rest as one")
+        seen = f"{100 * outcome.seen:.1f}% of the full KL (one held-out sequence)"
+        console.print(f"seen             {seen} in the top {top} tokens and the rest as one")
     console.print(f"budget           {outcome.spent:,} of {outcome.budget:,} spent")
     console.print(f"checkpoint: [bold]{output}[/]   load it with quantkit.load({str(output)!r})", soft_wrap=True)

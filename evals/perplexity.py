@@ -31,8 +31,8 @@ class Quality:
         perplexity, perplexity_se: exp(mean NLL) and its standard error.
         nll: mean nats a token.
         bits_per_byte: mean bits a byte of text.
-        tokens, windows: tokens scored, windows they came from.
-        available: windows that the whole text has.
+        tokens, windows: tokens scored, sequences they came from.
+        available: sequences that the whole text has.
         kl, kl_se: mean KL(baseline || model) in nats a token; None without a baseline, like all that follows.
         top1_agreement: share of positions where both models' first choices are the same token.
         flip_rate: share of positions where exactly one of the two has the true token as its first choice.
@@ -71,28 +71,28 @@ def evaluate(
         model: a transformers model in evaluation mode.
         tokens: int64 [count], the whole text.
         bytes_per_token: UTF-8 bytes of the text per token.
-        seqlen: tokens a window.
-        stride: tokens between windows; by default seqlen.
-        prefix: so many of a window's first tokens, and the one after, are not scored.
+        seqlen: tokens a sequence.
+        stride: tokens between sequences; by default seqlen.
+        prefix: so many of a sequence's first tokens, and the one after, are not scored.
         baseline: the model to compare with, of the same vocabulary.
-        max_windows: stop after so many windows.
-        progress: called with (windows done, windows in all).
+        max_windows: stop after so many sequences.
+        progress: called with (sequences done, sequences in all).
 
     Raises:
         QuantkitError: the text is shorter than a window, or the stride makes no sense.
     """
     stride = seqlen if stride is None else stride
     if max_windows is not None and max_windows < 1:
-        raise QuantkitError(f"max_windows={max_windows}: measure at least one window")
+        raise QuantkitError(f"max_windows={max_windows}: measure at least one sequence")
     if not 1 <= stride <= seqlen:
         raise QuantkitError(f"stride={stride}: use 1 to seqlen={seqlen}")
     if not 0 <= prefix < seqlen - 1:
-        raise QuantkitError(f"a prefix of {prefix} leaves nothing to score of windows of {seqlen} tokens")
+        raise QuantkitError(f"a prefix of {prefix} leaves nothing to score of sequences of {seqlen} tokens")
     available = range(0, len(tokens) - seqlen + 1, stride)
     starts = list(available)[:max_windows]
     if not starts:
         raise QuantkitError(
-            f"the text has {len(tokens)} tokens, one window takes seqlen={seqlen}; use a shorter --seqlen"
+            f"the text has {len(tokens)} tokens, one sequence takes seqlen={seqlen}; use a shorter --seqlen"
         )
     columns: dict[str, list[float]] = {name: [] for name in ("nll", "base_nll", "kl", "agree", "flip", "count")}
     for index, start in enumerate(starts):

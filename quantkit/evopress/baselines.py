@@ -20,11 +20,11 @@ CAPACITIES = 20_000
 
 
 def uniform(index: Index, budget: int) -> Assignment:
-    """Every item at the same share of its highest cost, as far as its levels allow, and what is left spread evenly."""
+    """Every item at one fraction of its highest cost, as far as its levels allow, and what is left spread evenly."""
     index.check_budget(budget)
     levels = [0] * len(index.costs)
-    for share in sorted({Fraction(cost, costs[-1]) for costs in index.costs for cost in costs}):
-        higher = [max(bisect_right(costs, math.floor(share * costs[-1])) - 1, 0) for costs in index.costs]
+    for fraction in sorted({Fraction(cost, costs[-1]) for costs in index.costs for cost in costs}):
+        higher = [max(bisect_right(costs, math.floor(fraction * costs[-1])) - 1, 0) for costs in index.costs]
         if index.cost(higher) > budget:
             break
         levels = higher

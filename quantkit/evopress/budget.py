@@ -51,7 +51,7 @@ class Budget:
     """What a model may cost.
 
     Attributes:
-        amount: "bits": per weight of the searched layers; "bytes": of all weight files; "weights": share of the
+        amount: "bits": per weight of the searched layers; "bytes": of all weight files; "weights": fraction of the
             searched layers' weights that are not zero; "latency": milliseconds in the layers' kernels, for one token;
             "blocks": how many stay.
         kind: which of these.

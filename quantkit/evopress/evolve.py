@@ -116,7 +116,7 @@ class Outcome:
         held_out: figure of each of them, and of "search", on text that the search did not see.
         history: of the generations.
         budget: that the items were allowed; spent: what they take.
-        seen: share of the found model's full KL that the kept successors show, on one held-out window.
+        seen: fraction of the found model's full KL that the kept tokens show, on one held-out sequence.
     """
 
     assignment: Assignment

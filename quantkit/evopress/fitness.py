@@ -23,54 +23,54 @@ class ModelFitness:
 
     Args:
         space: the model and what assignments mean.
-        teacher: the full model's predictions of `windows`.
-        windows: int64 [windows, length].
-        held_out: so many of the first windows are never drawn; `on` measures them.
+        teacher: the full model's predictions of `sequences`.
+        sequences: int64 [sequences, length].
+        held_out: so many of the first sequences are never drawn; `on` measures them.
         measure: "kl", or "perplexity", the mean negative log-likelihood of the text.
         mixed: see `run.teacher.predict`.
-        micro_batch: windows that run through the model together.
+        micro_batch: sequences that run through the model together.
     """
 
     def __init__(
         self,
         space: Space,
         teacher: CachedTeacher | Teacher,
-        windows: Tensor,
+        sequences: Tensor,
         held_out: int = 0,
         measure: Measure = "kl",
         mixed: bool = False,
         micro_batch: int = 4,
     ) -> None:
-        self.space, self.windows, self._held_out = space, windows, held_out
+        self.space, self.sequences, self._held_out = space, sequences, held_out
         self.teacher, self._measure, self.mixed, self._micro_batch = teacher, measure, mixed, micro_batch
         self._processes = PartialState()
 
     def __call__(self, assignments: Sequence[Assignment], tokens: int, draw: int) -> list[float]:
         """See `evolve.Fitness`."""
-        drawn = len(self.windows) - self._held_out
-        count = max(1, min(drawn, round(tokens / self.windows.shape[1])))
+        drawn = len(self.sequences) - self._held_out
+        count = max(1, min(drawn, round(tokens / self.sequences.shape[1])))
         generator = torch.Generator().manual_seed(7_368_787 + draw)
         return self.on(assignments, self._held_out + torch.randperm(drawn, generator=generator)[:count])
 
-    def on(self, assignments: Sequence[Assignment], numbers: Tensor) -> list[float]:
-        """Each assignment's figure on the windows with these numbers."""
+    def on(self, assignments: Sequence[Assignment], indices: Tensor) -> list[float]:
+        """Each assignment's figure on the sequences with these indices."""
         found = torch.zeros(len(assignments), dtype=torch.float64)
         processes = self._processes
         for place in range(processes.process_index, len(assignments), processes.num_processes):
-            found[place] = self.each(assignments[place], numbers).mean()
+            found[place] = self.each(assignments[place], indices).mean()
         if processes.num_processes > 1:
             found = reduce(found.to(processes.device), "sum").cpu()
         return [figure if math.isfinite(figure) else math.inf for figure in found.tolist()]
 
     @torch.no_grad()
-    def each(self, assignment: Assignment, numbers: Tensor) -> Tensor:
-        """An assignment's figure on each window, fp64 [len(numbers)]."""
+    def each(self, assignment: Assignment, indices: Tensor) -> Tensor:
+        """An assignment's figure on each sequence, fp64 [len(indices)]."""
         self.space.apply(assignment)
-        return torch.cat([self._loss(part).double().mean(1).cpu() for part in numbers.split(self._micro_batch)])
+        return torch.cat([self._loss(part).double().mean(1).cpu() for part in indices.split(self._micro_batch)])
 
-    def _loss(self, numbers: Tensor) -> Tensor:
-        tokens = self.windows[numbers]
+    def _loss(self, indices: Tensor) -> Tensor:
+        tokens = self.sequences[indices]
         predictions = predict(self.space.model, tokens, self.mixed)
         if self._measure == "kl":
-            return self.teacher.divergence(tokens, numbers, predictions)[0]
+            return self.teacher.divergence(tokens, indices, predictions)[0]
         return token_nll(predictions.logits[:, :-1], tokens[:, 1:].to(predictions.logits.device))

@@ -90,11 +90,11 @@ def beside_weights(
     if kv is not None:  # a compressed cache packs a layer's prompt right after its attention; sliding layers stay plain
         kinds, lengths = _cached_tokens(model.config, context)
         plain = sum(length for kind, length in zip(kinds, lengths, strict=True) if kind == "sliding_attention")
-        share = 1 - plain / sum(lengths)
-        activations += int(cache * share) // max(1, len(kinds) - kinds.count("sliding_attention"))
+        fraction = 1 - plain / sum(lengths)
+        activations += int(cache * fraction) // max(1, len(kinds) - kinds.count("sliding_attention"))
         heads, size = key_heads(model.config)
-        packed_share = share * kv.bits_per_element(size, heads, context) / (8 * itemsize)
-        cache = int(cache * (1 - share + packed_share))
+        packed_fraction = fraction * kv.bits_per_element(size, heads, context) / (8 * itemsize)
+        cache = int(cache * (1 - fraction + packed_fraction))
     activations += DEQUANTIZED[device.type] * largest
     reserve = LIBRARIES[device.type] + int((ALLOCATOR[device.type] - 1) * (cache + activations))
     return Beside(cache, activations, reserve)

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 Told = Callable[[int, int, str], None]
 PROBE = 256
-"""Tokens on which the kept successors' KL is held against the full one."""
+"""Tokens on which the kept tokens' KL is held against the full one."""
 _STATE = "search.json"
 START_DRAW = -1
 """The text that sensitivities and starts are measured on; generations draw from 0 on."""
@@ -47,8 +47,8 @@ class SearchSettings:
         evolution: see there.
         measure: what is least in the end: "kl" to the full model, or the text's "perplexity".
         start: "uniform" levels, or the "best" of all `starts`.
-        held_out: so many windows of the text are kept for the comparison at the end.
-        top: likeliest successors of each token that are kept of the full model's predictions.
+        held_out: so many sequences of the text are kept for the comparison at the end.
+        top: likeliest tokens of each token that are kept of the full model's predictions.
         sensitivity_tokens: on which each layer's sensitivity is measured.
         seed: of the search.
     """
@@ -66,13 +66,13 @@ class SearchSettings:
             if getattr(self, name) < 1:
                 raise QuantkitError(f"{name}={getattr(self, name)}: give at least 1")
         if self.top < 512:
-            raise QuantkitError(f"top={self.top}: fewer than 512 successors hide too much of the KL")
+            raise QuantkitError(f"top={self.top}: fewer than 512 tokens hide too much of the KL")
 
 
-def check_text(windows: int, settings: SearchSettings) -> None:
-    """Raises QuantkitError where the held-out windows leave nothing to search on."""
-    if windows <= settings.held_out:
-        raise QuantkitError(f"{windows} windows of text, {settings.held_out} of them held out: give more of them")
+def check_text(sequences: int, settings: SearchSettings) -> None:
+    """Raises QuantkitError where the held-out sequences leave nothing to search on."""
+    if sequences <= settings.held_out:
+        raise QuantkitError(f"{sequences} sequences of text, {settings.held_out} of them held out: give more of them")
 
 
 class Session:
@@ -103,28 +103,28 @@ class Session:
     ) -> None:
         self.settings, self._told, self._processes = settings, told, PartialState()
         model = quantkit.io.hf.load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
-        windows = text.windows(load_tokenizer(folder), model)
-        check_text(len(windows), settings)
-        drawn = (len(windows) - settings.held_out) * windows.shape[1]
+        sequences = text.windows(load_tokenizer(folder), model)
+        check_text(len(sequences), settings)
+        drawn = (len(sequences) - settings.held_out) * sequences.shape[1]
         if drawn < max(tokens for _, tokens in settings.evolution.stages):
             logger.warning(
                 "the search has %s tokens of text, less than its last stage would draw; give more", f"{drawn:,}"
             )
         mixed = multiplies_bf16(device)
-        self.text_digest = hashlib.sha256(f"{settings.top} ".encode() + windows.numpy().tobytes()).hexdigest()[:12]
+        self.text_digest = hashlib.sha256(f"{settings.top} ".encode() + sequences.numpy().tobytes()).hexdigest()[:12]
         with self._processes.main_process_first():
             teacher = CachedTeacher.fill(
                 RunFolder(predictions / f"teacher-{self.text_digest}", "a teacher's predictions"),
                 model,
-                windows,
+                sequences,
                 settings.top,
                 lambda done, total: told(done, total, "the full model's predictions"),
                 mixed,
             )
         with torch.no_grad():
-            self._probe = predict(model, windows[:1], mixed).logits[:, :PROBE].float().cpu()
+            self._probe = predict(model, sequences[:1], mixed).logits[:, :PROBE].float().cpu()
         self.space = make_space(model, torch.bfloat16 if mixed else model.dtype)
-        self.fitness = ModelFitness(self.space, teacher, windows, settings.held_out, settings.measure, mixed)
+        self.fitness = ModelFitness(self.space, teacher, sequences, settings.held_out, settings.measure, mixed)
         self._sensitivities: list[tuple[float, ...]] | None = None
 
     def sensitivities(self) -> list[tuple[float, ...]]:
@@ -210,9 +210,9 @@ class Session:
 
     @torch.no_grad()
     def _seen(self, assignment: Assignment) -> float:
-        """KL over the kept successors and the rest as one event, by KL over the vocabulary."""
+        """KL over the kept tokens and the rest as one event, by KL over the vocabulary."""
         self.space.apply(assignment)
-        fitness, tokens = self.fitness, self.fitness.windows[:1]
+        fitness, tokens = self.fitness, self.fitness.sequences[:1]
         found = predict(self.space.model, tokens, fitness.mixed)
         kept = fitness.teacher.divergence(tokens, torch.zeros(1, dtype=torch.int64), found)[0][:, :PROBE]
         return float(kept.mean() / token_kl(self._probe, found.logits[:, :PROBE].cpu()).mean())

@@ -19,8 +19,8 @@ from quantkit.models.forward import Wrap, bare
 from quantkit.models.linear import Packed, QuantizedLinear, new_linear
 from quantkit.models.structure import find_blocks
 
-CACHE_SHARE = 1 / 4
-"""Share of the free memory that unpacked candidates may take."""
+CACHE_FRACTION = 1 / 4
+"""Fraction of the free memory that unpacked candidates may take."""
 
 
 Cost = Callable[[QuantizedWeight, Quantizer], int]
@@ -70,7 +70,7 @@ class CandidateSpace:
         self.identity: Any = [database.store.identity, self.keys, fixed]
         self._present: list[str | None] = [None] * len(self.names)
         self._linears: OrderedDict[tuple[str, str], QuantizedLinear] = OrderedDict()
-        self._budget = int(CACHE_SHARE * free_memory(model.device))
+        self._budget = int(CACHE_FRACTION * free_memory(model.device))
 
     def chosen(self, assignment: Assignment) -> dict[str, str]:
         """Each layer's candidate."""

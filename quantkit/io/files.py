@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from filelock import SoftFileLock, Timeout
 from safetensors import SafetensorError
@@ -141,7 +141,7 @@ class RunFolder:
         )
 
     @contextmanager
-    def begin(self, identity: Mapping[str, Any]) -> Iterator[Self]:
+    def begin(self, identity: Mapping[str, Any]) -> Iterator["RunFolder"]:
         """Makes the folder where there is none and holds it for as long as the context lasts.
 
         Args:

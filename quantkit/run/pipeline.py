@@ -19,7 +19,7 @@ from quantkit.io.hf import attach
 from quantkit.io.source import Loaded, Source, open_folder
 from quantkit.models.plan import Plan
 from quantkit.models.unpacking import choose_unpacked
-from quantkit.run.ranks import Survey, share_ranks, summary, with_ranks
+from quantkit.run.ranks import Survey, allocate_ranks, summary, with_ranks
 from quantkit.run.recipe import Recipe
 from quantkit.run.record import Run, begin, count_weights, files_of, model_notes
 from quantkit.run.report import Report
@@ -91,7 +91,7 @@ def run(
     notes = model_notes(source.model, plan, source.untied, recipe.rotation is not None)
     with destination.begin(identity), source.walked():
         if recipe.low_rank_bits:
-            source, plan, note = _with_shared_ranks(source, plan, tokens, recipe, where, progress)
+            source, plan, note = _with_allocated_ranks(source, plan, tokens, recipe, where, progress)
             notes = (*notes, note)
         this = Run(start, where, before, counts, recipe.settings(plan, tokens), notes)
         Walker(
@@ -110,7 +110,7 @@ def run(
     return report
 
 
-def _with_shared_ranks(
+def _with_allocated_ranks(
     source: Source,
     plan: Plan,
     tokens: Tensor | None,
@@ -130,7 +130,7 @@ def _with_shared_ranks(
         recipe.true_sequential,
         progress=lambda done, total, name: progress(done, total, f"ranks: {name}" if name else name),
     ).run(InMemory(source.model))
-    ranks = share_ranks(survey.spectra, recipe.low_rank_bits)
+    ranks = allocate_ranks(survey.spectra, recipe.low_rank_bits)
     return again(), with_ranks(plan, ranks), summary(survey.spectra, ranks, recipe.low_rank_bits)
 
 

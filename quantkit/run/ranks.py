@@ -100,7 +100,7 @@ class Survey:
         return result
 
 
-def share_ranks(spectra: Mapping[str, Spectrum], bits: float) -> dict[str, int]:
+def allocate_ranks(spectra: Mapping[str, Spectrum], bits: float) -> dict[str, int]:
     """The ranks that gain most.
 
     Args:

@@ -39,9 +39,9 @@ class Calibration:
 
     Attributes:
         source: a dataset name, a file, a hub id, or the documents themselves.
-        num_samples: windows.
-        seqlen: tokens a window; None for 2048, or the model's context where that is shorter.
-        seed: of the choice of windows.
+        num_samples: sequences.
+        seqlen: tokens a sequence; None for 2048, or the model's context where that is shorter.
+        seed: of the choice of sequences.
     """
 
     source: str | list[str] = "wikitext2"
@@ -51,29 +51,29 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
-            raise QuantkitError(f"num_samples={self.num_samples}: give at least one window")
+            raise QuantkitError(f"num_samples={self.num_samples}: give at least one sequence")
         if self.seqlen is not None and self.seqlen < 2:
-            raise QuantkitError(f"seqlen={self.seqlen}: a window has at least two tokens")
+            raise QuantkitError(f"seqlen={self.seqlen}: a sequence has at least two tokens")
 
     def windows(self, tokenizer: Any, model: nn.Module) -> Tensor:
         """int64 [samples, seqlen]; see `run.text.calibration_windows`."""
         texts = documents(self.source, "calibration") if isinstance(self.source, str) else self.source
         length = window_length(self.seqlen, context_length(model))
-        windows = calibration_windows(texts, tokenizer, self.num_samples, length, self.seed)
-        check_vocabulary(windows, model)
-        return windows
+        sequences = calibration_windows(texts, tokenizer, self.num_samples, length, self.seed)
+        check_vocabulary(sequences, model)
+        return sequences
 
 
 def window_length(seqlen: int | None, context: int | None) -> int:
-    """The asked-for window, or 2048 cut to the model's context.
+    """The asked-for sequence, or 2048 cut to the model's context.
 
     Raises:
-        QuantkitError: the asked-for window exceeds the context.
+        QuantkitError: the asked-for sequence exceeds the context.
     """
     if seqlen is None:
         return min(2048, context or 2048)
     if seqlen < 2:
-        raise QuantkitError(f"seqlen={seqlen}: a window has at least two tokens")
+        raise QuantkitError(f"seqlen={seqlen}: a sequence has at least two tokens")
     if context is not None and seqlen > context:
         raise QuantkitError(f"seqlen={seqlen} exceeds the model's context of {context} tokens; use at most that")
     return seqlen
@@ -159,7 +159,7 @@ def fraction_of(quantizer: Quantizer) -> float | None:
     return inner.bits if getattr(inner, "whole_bits", False) and inner.bits != int(inner.bits) else None
 
 
-def share_fractions(plan: Plan, weights: Mapping[str, int]) -> Plan:
+def allocate_fractions(plan: Plan, weights: Mapping[str, int]) -> Plan:
     """Gives layers whole numbers of bits where their method has no others and a fraction is asked for on average.
 
     The smallest layers of those that share a quantizer get the number above it, as far as the average allows: a bit
@@ -224,7 +224,7 @@ class Recipe:
         target_shift: 0 to 1, for all quantizers that read statistics.
         calibration: the text behind the statistics.
         true_sequential: let each layer see its own block's earlier layers quantized.
-        rotation: turn the model's residual stream first; None to leave it as it is.
+        rotation: rotate the model's residual stream first; None to leave it as it is.
         low_rank_bits: bits per weight that low-rank corrections may cost, shared out over the layers (see
             `quantkit.run.ranks`); 0 for the ranks that the quantizers have.
         tuner: improves every block once it is quantized; None to leave it as it is.
@@ -279,7 +279,7 @@ class Recipe:
             if head in plan and plan[head] == plan[embedding] and self._keeps_tie(model, embedding, head):
                 plan[embedding] = Tied(head)
             _check_embedding(model, embedding, plan[embedding])
-        plan = share_fractions(plan, {name: linear_weight(model.get_submodule(name)).numel() for name in plan})
+        plan = allocate_fractions(plan, {name: linear_weight(model.get_submodule(name)).numel() for name in plan})
         widest = max(linear_weight(model.get_submodule(name)).shape[1] for name in plan)
         for quantizer in dict.fromkeys(map(core, with_own_weight(plan).values())):
             if getattr(quantizer, "group_size", -1) > widest:
@@ -316,7 +316,7 @@ class Recipe:
             return quantizer
         return TargetShift(quantizer, self.target_shift)
 
-    def settings(self, plan: Plan, windows: Tensor | None) -> dict[str, Any]:
+    def settings(self, plan: Plan, sequences: Tensor | None) -> dict[str, Any]:
         """JSON of all that the packed bytes depend on, but for the model itself."""
         source = self.calibration.source
         return {
@@ -325,12 +325,12 @@ class Recipe:
             "rotation": self.rotation and dataclasses.asdict(self.rotation),
             "tuner": self.tuner and repr(self.tuner),
             "calibration": None
-            if windows is None
+            if sequences is None
             else {
                 "source": source if isinstance(source, str) else "documents",
-                "num_samples": windows.shape[0],
-                "seqlen": windows.shape[1],
+                "num_samples": sequences.shape[0],
+                "seqlen": sequences.shape[1],
                 "seed": self.calibration.seed,
-                "tokens_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+                "tokens_sha256": hashlib.sha256(sequences.numpy().tobytes()).hexdigest(),
             },
         }

@@ -110,8 +110,8 @@ def model_notes(model: nn.Module, plan: Plan, untied: bool, rotated: bool) -> tu
         notes.append("the head was tied to the embedding; each is stored by itself now")
     fused = fused_expert_parameters(model)
     if fused:
-        share = 100 * sum(fused.values()) / sum(p.numel() for p in model.parameters())
+        fraction = 100 * sum(fused.values()) / sum(p.numel() for p in model.parameters())
         notes.append(
-            f"{len(fused)} fused expert tensors ({share:.0f}% of the weights) are no linear layers and stay dense"
+            f"{len(fused)} fused expert tensors ({fraction:.0f}% of the weights) are no linear layers and stay dense"
         )
     return tuple(notes)

@@ -2,7 +2,7 @@
 
 The cache holds the log-probabilities of the top-k tokens at each place; the rest of the vocabulary counts as one event,
 the tail. KL over these k + 1 events is never more than the full KL (merging events loses information); by how
-much it is less is measured on the held-out windows and said.
+much it is less is measured on the held-out sequences and said.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ from quantkit.core.errors import QuantkitError
 from quantkit.core.metrics import token_kl
 from quantkit.io.files import RunFolder
 
-FILE_WINDOWS = 64
-"""Windows in one file of a cache: what an interrupted run has to compute anew, at most."""
+FILE_SEQUENCES = 64
+"""Sequences in one file of a cache: what an interrupted run has to compute anew, at most."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Predictions:
     """A model's outputs.
 
     Attributes:
-        logits: [windows, length, vocabulary].
-        hidden: what the head reads, [windows, length, features].
+        logits: [sequences, length, vocabulary].
+        hidden: what the head reads, [sequences, length, features].
     """
 
     logits: Tensor
@@ -40,7 +40,7 @@ class Predictions:
 
 
 def predict(model: PreTrainedModel, tokens: Tensor, mixed: bool = False) -> Predictions:
-    """A forward pass of int64 [windows, length].
+    """A forward pass of int64 [sequences, length].
 
     Args:
         model: student or teacher.
@@ -69,16 +69,16 @@ class Teacher:
     def __init__(self, model: PreTrainedModel, mixed: bool = False) -> None:
         self.model, self.mixed = model, mixed
 
-    def divergence(self, tokens: Tensor, numbers: Tensor, found: Predictions) -> tuple[Tensor, Tensor | None]:
+    def divergence(self, tokens: Tensor, indices: Tensor, found: Predictions) -> tuple[Tensor, Tensor | None]:
         """How far a student is from the teacher.
 
         Args:
-            tokens: int64 [windows, length].
-            numbers: of those windows in the text.
+            tokens: int64 [sequences, length].
+            indices: of those sequences in the text.
             found: the student's outputs.
 
         Returns:
-            (KL(teacher || student) [windows, length]; squared distance of what the heads read, relative to the
+            (KL(teacher || student) [sequences, length]; squared distance of what the heads read, relative to the
             teacher's size, of the same shape, or None where it is not known).
 
         Raises:
@@ -113,7 +113,7 @@ class CachedTeacher:
     def fill(
         cache: RunFolder,
         model: PreTrainedModel,
-        windows: Tensor,
+        sequences: Tensor,
         top: int,
         progress: Callable[[int, int], None],
         mixed: bool = False,
@@ -123,9 +123,9 @@ class CachedTeacher:
         Args:
             cache: where.
             model: the teacher.
-            windows: int64 [windows, length].
+            sequences: int64 [sequences, length].
             top: k, the likeliest tokens that are kept.
-            progress: called with (windows done, windows in all).
+            progress: called with (sequences done, sequences in all).
             mixed: see `predict`.
 
         Raises:
@@ -135,37 +135,37 @@ class CachedTeacher:
             raise QuantkitError(f"{top} kept tokens: keep at least 1")
         top = min(top, model.config.vocab_size)
         with torch.no_grad():
-            probe = predict(model, windows[:1]).logits.double().sum()
+            probe = predict(model, sequences[:1]).logits.double().sum()
         identity = {
-            "tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+            "tokens": hashlib.sha256(sequences.numpy().tobytes()).hexdigest(),
             "top": top,
             "teacher": f"{float(probe):.6g}",
         }
-        parts = {_file(first // FILE_WINDOWS): first for first in range(0, len(windows), FILE_WINDOWS)}
+        parts = {_file(first // FILE_SEQUENCES): first for first in range(0, len(sequences), FILE_SEQUENCES)}
         whole = all(map(cache.has, parts))
         with nullcontext() if whole and not cache.differing(identity) else cache.begin(identity):
             for name, first in parts.items():
                 if not cache.has(name):
                     kept = [
                         _likeliest(model, tokens, top, mixed)
-                        for tokens in windows[first : first + FILE_WINDOWS].split(4)
+                        for tokens in sequences[first : first + FILE_SEQUENCES].split(4)
                     ]
                     tensors = {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
                     cache.write(name, partial(save_file, tensors), sum(tensor.nbytes for tensor in tensors.values()))
-                progress(min(first + FILE_WINDOWS, len(windows)), len(windows))
+                progress(min(first + FILE_SEQUENCES, len(sequences)), len(sequences))
         return CachedTeacher(cache)
 
-    def divergence(self, tokens: Tensor, numbers: Tensor, found: Predictions) -> tuple[Tensor, Tensor | None]:
+    def divergence(self, tokens: Tensor, indices: Tensor, found: Predictions) -> tuple[Tensor, Tensor | None]:
         """See `Teacher`; KL over the top-k tokens and the tail, and no hidden states."""
-        rows = [self._window(int(number)) for number in numbers]
+        rows = [self._sequence(int(index)) for index in indices]
         logs = torch.stack([row["logs"] for row in rows]).to(found.logits.device).float()
         kept = torch.stack([row["tokens"] for row in rows]).to(found.logits.device).long()
         own = torch.log_softmax(found.logits.float(), -1).gather(-1, kept)
         tail, own_tail = _log_rest(logs), _log_rest(own)
         return (logs.exp() * (logs - own)).sum(-1) + tail.exp() * (tail - own_tail), None
 
-    def _window(self, number: int) -> dict[str, Tensor]:
-        file, row = divmod(number, FILE_WINDOWS)
+    def _sequence(self, index: int) -> dict[str, Tensor]:
+        file, row = divmod(index, FILE_SEQUENCES)
         if file not in self._files:
             self._files[file] = safe_open(self._cache.path(_file(file)), "pt")
         return {name: self._files[file].get_slice(name)[row] for name in ("logs", "tokens")}

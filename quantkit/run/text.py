@@ -1,4 +1,4 @@
-"""Text in, windows of tokens out: named datasets, files, and datasets of the hub."""
+"""Text in, sequences of tokens out: named datasets, files, and datasets of the hub."""
 
 import json
 import logging
@@ -102,16 +102,16 @@ def _read_hub(source: str, arguments: dict[str, Any]) -> list[str]:
 
 
 def calibration_windows(texts: list[str], tokenizer: Any, num_samples: int, seqlen: int, seed: int) -> Tensor:
-    """Draws non-overlapping windows from random places of the text.
+    """Draws non-overlapping sequences from random places of the text.
 
-    Pieces of the text are shuffled by `seed` and joined by two newlines until they fill the windows. A window
+    Pieces of the text are shuffled by `seed` and joined by two newlines until they fill the sequences. A sequence
     begins with the tokenizer's BOS token where the tokenizer adds one of its own accord.
 
     Returns:
         int64 [samples, seqlen]; fewer samples than asked for where the text is short, with a warning.
 
     Raises:
-        CalibrationError: the text does not fill one window.
+        CalibrationError: the text does not fill one sequence.
     """
     pieces = [text[i : i + _PIECE] for text in texts for i in range(0, len(text), _PIECE) if text.strip()]
     random.Random(seed).shuffle(pieces)
@@ -131,13 +131,13 @@ def calibration_windows(texts: list[str], tokenizer: Any, num_samples: int, seql
         raise CalibrationError("the calibration text is empty; give documents with text")
     if count == 0:
         raise CalibrationError(
-            f"the calibration text has {len(tokens)} tokens, one window takes seqlen={seqlen}; "
+            f"the calibration text has {len(tokens)} tokens, one sequence takes seqlen={seqlen}; "
             f"give more text or `seqlen` {max(2, len(tokens) // 2)}"
         )
     if count < num_samples:
-        logger.warning("the calibration text holds only %d windows of %d tokens, not %d", count, seqlen, num_samples)
-    windows = torch.tensor(tokens[: count * body]).view(count, body)
-    return torch.cat([torch.tensor(bos, dtype=torch.int64).expand(count, -1), windows], dim=1)
+        logger.warning("the calibration text holds only %d sequences of %d tokens, not %d", count, seqlen, num_samples)
+    sequences = torch.tensor(tokens[: count * body]).view(count, body)
+    return torch.cat([torch.tensor(bos, dtype=torch.int64).expand(count, -1), sequences], dim=1)
 
 
 def evaluation_tokens(texts: list[str], tokenizer: Any) -> tuple[Tensor, float]:

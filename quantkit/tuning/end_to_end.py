@@ -2,11 +2,11 @@
 
     loss = mean over tokens of  kl KL(teacher || student) + ce CE(text, student) + hidden |h - h'|^2 / |h'|^2
 
-KL is over all logits, h and h' are what the heads read. Held-out windows of the same text are measured from time to
+KL is over all logits, h and h' are what the heads read. Held-out sequences of the same text are measured from time to
 time, by KL, and the best state is the one that is kept. Tuned are the packed layers (`quantkit.tuning.pv`) and the
 model's norms, or the layers' low-rank corrections alone (`quantkit.tuning.adapters`).
 
-Several processes (`accelerate launch`, torchrun) share the windows of every step. Each holds the whole model, adds up
+Several processes (`accelerate launch`, torchrun) share the sequences of every step. Each holds the whole model, adds up
 gradients with the others and takes the same step.
 """
 
@@ -45,7 +45,7 @@ from quantkit.tuning.tunable import tunable
 logger = logging.getLogger(__name__)
 
 _STATE = "state.pt"
-EMBEDDING_SHARE = 0.1
+EMBEDDING_RATE = 0.1
 """Learning rate of embedding and head, beside that of scales."""
 
 
@@ -55,7 +55,7 @@ class Progress:
 
     Attributes:
         step, steps: taken, and in all.
-        loss: on the step's windows, nats a token where it is the KL alone.
+        loss: on the step's sequences, nats a token where it is the KL alone.
         changed: units that got another code in it.
         kl: held-out KL at the last measurement; best: the least of all.
     """
@@ -98,7 +98,7 @@ def tune(
         model: with packed layers, as `quantkit.load` or `quantkit.quantize` gives it.
         teacher: the full-precision model.
         tokenizer: of both.
-        calibration: the text; windows for tuning and held-out ones are drawn from it. Give another seed than
+        calibration: the text; sequences for tuning and held-out ones are drawn from it. Give another seed than
             quantization had (0 by default; here 1): what it was calibrated on it predicts too well to be held out.
         settings: of the run.
         state: a folder to keep the run's state in; the run goes on from what is there and ends in the same model.
@@ -122,11 +122,11 @@ def tune(
             )
     if cache is not None and settings.hidden:
         raise QuantkitError("a cached teacher has no hidden states; leave out the cache, or the loss on them")
-    windows = calibration.windows(tokenizer, model)
-    check_vocabulary(windows, teacher)
-    if len(windows) <= settings.held_out:
+    sequences = calibration.windows(tokenizer, model)
+    check_vocabulary(sequences, teacher)
+    if len(sequences) <= settings.held_out:
         raise QuantkitError(
-            f"{len(windows)} windows of text, {settings.held_out} of them held out: give more text or `num_samples`"
+            f"{len(sequences)} sequences of text, {settings.held_out} of them held out: give more text or `num_samples`"
         )
     was_training, teacher_was_training = model.training, teacher.training
     mixed = multiplies_bf16(model.device) if settings.mixed is None else settings.mixed
@@ -135,14 +135,14 @@ def tune(
     folder = RunFolder(state, "a tuning run's state") if isinstance(state, Path) else state
     processes.wait_for_everyone()  # all have looked at what is there
     holds = folder is not None and folder is not state and processes.is_main_process
-    run = _Run(model.eval(), wanted, windows, settings, mixed)
+    run = _Run(model.eval(), wanted, sequences, settings, mixed)
     with folder.begin({"run": "tune"}) if holds and folder is not None else nullcontext():
         try:
             run.begin()
             if cache is not None:
                 with processes.main_process_first():
                     kept = RunFolder(cache, "a teacher's predictions")
-                    run.teacher = CachedTeacher.fill(kept, teacher, windows, settings.top, watch.caching, mixed)
+                    run.teacher = CachedTeacher.fill(kept, teacher, sequences, settings.top, watch.caching, mixed)
                 run.begin()
             if folder is not None:
                 run.restore(folder)
@@ -167,11 +167,11 @@ class _Run:
         self,
         model: PreTrainedModel,
         teacher: Teacher | CachedTeacher,
-        windows: Tensor,
+        sequences: Tensor,
         settings: TuningSettings,
         mixed: bool = False,
     ) -> None:
-        self.model, self.teacher, self.windows, self.settings = model, teacher, windows, settings
+        self.model, self.teacher, self.sequences, self.settings = model, teacher, sequences, settings
         self._mixed, self._processes = mixed, PartialState()
         self.layers = _layers(model, settings.corrections)  # raises before anything changed
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -207,12 +207,12 @@ class _Run:
     def advance(self) -> None:
         """Takes a step; measures where it is time."""
         settings = self.settings
-        numbers = self._order(self.step)
+        indices = self._order(self.step)
         self.optimizer.open()
         total = torch.zeros((), dtype=torch.float64)
-        for mine in self._own(numbers).split(settings.micro_batch):
+        for mine in self._own(indices).split(settings.micro_batch):
             with self._recomputing():
-                part = self._loss(mine).sum() / (len(numbers) * self.windows.shape[1])
+                part = self._loss(mine).sum() / (len(indices) * self.sequences.shape[1])
                 part.backward()
             total += part.detach().double().cpu()
         loss = float(self._summed(total))
@@ -232,8 +232,8 @@ class _Run:
         self.progress = Progress(self.step, settings.steps, loss, changed, self._kl, best)
 
     def _order(self, step: int) -> Tensor:
-        """The windows of a step by number: every epoch in an order of its own."""
-        count = len(self.windows) - self.settings.held_out
+        """The sequences of a step by number: every epoch in an order of its own."""
+        count = len(self.sequences) - self.settings.held_out
         chosen = []
         for place in range(step * self.settings.batch, (step + 1) * self.settings.batch):
             epoch, index = divmod(place, count)
@@ -241,9 +241,9 @@ class _Run:
             chosen.append(torch.randperm(count, generator=generator)[index])
         return torch.stack(chosen) + self.settings.held_out
 
-    def _own(self, numbers: Tensor) -> Tensor:
-        """This process's share of some windows."""
-        return numbers[self._processes.process_index :: self._processes.num_processes]
+    def _own(self, indices: Tensor) -> Tensor:
+        """This process's part of some sequences."""
+        return indices[self._processes.process_index :: self._processes.num_processes]
 
     def _summed(self, tensor: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -264,23 +264,23 @@ class _Run:
         _, blocks = max(lists, key=lambda found: sum(name.startswith(f"{found[0]}.") for name in self.layers))
         return patched_forwards(blocks, [partial(checkpoint, block.forward, use_reentrant=False) for block in blocks])
 
-    def _loss(self, numbers: Tensor) -> Tensor:
-        """Each token's, [windows, length]; the last token of a window has no successor, and no cross-entropy."""
+    def _loss(self, indices: Tensor) -> Tensor:
+        """Each token's loss, [sequences, length]; the last of a sequence predicts nothing, and has no cross-entropy."""
         settings = self.settings
-        tokens = self.windows[numbers]
+        tokens = self.sequences[indices]
         found = predict(self.model, tokens, self._mixed)
-        kl, distance = self.teacher.divergence(tokens, numbers, found)
+        kl, distance = self.teacher.divergence(tokens, indices, found)
         loss = settings.kl * kl
         if settings.hidden:
             if distance is None:
                 raise QuantkitError("the teacher's hidden states are of another size; tune without a loss on them")
             loss = loss + settings.hidden * distance.to(kl.device)
         if settings.ce:
-            successors = tokens[:, 1:].to(found.logits.device)
+            following = tokens[:, 1:].to(found.logits.device)
             ce = torch.nn.functional.cross_entropy(
-                found.logits[:, :-1].float().flatten(0, 1), successors.flatten(), reduction="none"
+                found.logits[:, :-1].float().flatten(0, 1), following.flatten(), reduction="none"
             )
-            loss = loss + settings.ce * torch.nn.functional.pad(ce.view(successors.shape), (0, 1)).to(loss.device)
+            loss = loss + settings.ce * torch.nn.functional.pad(ce.view(following.shape), (0, 1)).to(loss.device)
         return loss
 
     @torch.no_grad()
@@ -289,10 +289,10 @@ class _Run:
             part.open()
         total = torch.zeros((), dtype=torch.float64)
         for mine in self._own(torch.arange(self.settings.held_out)).split(self.settings.micro_batch):
-            tokens = self.windows[mine]
+            tokens = self.sequences[mine]
             each, _ = self.teacher.divergence(tokens, mine, predict(self.model, tokens, self._mixed))
             total += each.double().sum().cpu()
-        kl = float(self._summed(total)) / (self.settings.held_out * self.windows.shape[1])
+        kl = float(self._summed(total)) / (self.settings.held_out * self.sequences.shape[1])
         if math.isfinite(kl) and kl < min((entry["kl"] for entry in self.history), default=math.inf):
             self.best = [tensor.detach().clone() for tensor in self._tensors()]
         if not math.isfinite(kl) and not self.history:
@@ -367,7 +367,7 @@ class _Run:
         return {
             "settings": asdict(self.settings),
             "layers": hashlib.sha256(layers.encode()).hexdigest(),
-            "text": hashlib.sha256(self.windows.numpy().tobytes()).hexdigest(),
+            "text": hashlib.sha256(self.sequences.numpy().tobytes()).hexdigest(),
             "kl": f"{self.history[0]['kl']:.5g}",
         }
 
@@ -382,7 +382,7 @@ def _dense(model: PreTrainedModel, settings: TuningSettings) -> list[TunedTensor
     ]
     ends = [model.get_input_embeddings(), model.get_output_embeddings()] if settings.embeddings else []
     tables = {id(p): p for module in ends if not isinstance(module, QuantizedLinear) for p in module.parameters()}
-    return norms + [TunedTensor(table, EMBEDDING_SHARE) for table in tables.values()]
+    return norms + [TunedTensor(table, EMBEDDING_RATE) for table in tables.values()]
 
 
 def _layers(model: PreTrainedModel, corrections: bool) -> dict[str, Any]:

@@ -83,8 +83,8 @@ def test_inspect_and_eval(packed, model_folder, text_file):
     )
     assert same["perplexity"] == pytest.approx(figures["baseline_perplexity"])
     told = run("eval", output, "--data", text_file, "--seqlen", 128, "--stride", 64, "--max-windows", 2).stdout
-    assert f"{text_file.name}, windows of 128 tokens every 64" in "".join(told.splitlines())
-    assert re.search(r"over +2 of \d\d+ windows, 191 tokens scored", told)
+    assert f"{text_file.name}, sequences of 128 tokens every 64" in "".join(told.splitlines())
+    assert re.search(r"over +2 of \d\d+ sequences, 191 tokens scored", told)
 
 
 def test_dry_run_predicts_the_sizes_and_touches_nothing(packed, model_folder, text_file, tmp_path):

@@ -128,7 +128,7 @@ def test_pruning(model_folder, tmp_path):
         (["--drop-blocks", 2], "the model has 2 blocks, and one must stay"),
         (["--fit", "1GB", "--context", 99, "--kv-bits", -100], "a cache has 2, 3, 4 or 8 bits"),
         (["--avg-bits", 3, "--kv-bits", 4], "--kv-bits is given without --fit"),
-        (["--avg-bits", 3, "--search-samples", 8, "--held-out", 8], "8 windows of text, 8 of them held out"),
+        (["--avg-bits", 3, "--search-samples", 8, "--held-out", 8], "8 sequences of text, 8 of them held out"),
         (["--latency-ms", 3], "--timings"),
         (["--avg-bits", 3, "--candidates", "gptk(3)"], "did you mean 'gptq'"),
         (["--avg-bits", 3, "--candidates", "gptq:3"], "'gptq:3' is no quantizer; write a method and its settings"),

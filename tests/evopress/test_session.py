@@ -41,7 +41,7 @@ def test_fitness_is_the_models_kl(session, reference):
     (found,) = session.fitness.on([assignment], torch.arange(4))
     teacher = quantkit.load(reference, dtype=torch.float32).eval()
     session.space.apply(assignment)
-    windows = session.fitness.windows[:4]
+    windows = session.fitness.sequences[:4]
     with torch.no_grad():
         wanted = token_kl(teacher(windows).logits, session.space.model(windows).logits).mean()
     assert found == pytest.approx(float(wanted), rel=0.03)
@@ -127,7 +127,7 @@ def test_the_checkpoint_is_the_model_that_was_measured(session, database, refere
     for linear in session.space.model.modules():
         if hasattr(linear, "release"):
             linear.release()
-    tokens = session.fitness.windows[:1, :40]
+    tokens = session.fitness.sequences[:1, :40]
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, session.space.model(tokens).logits, rtol=1e-4, atol=1e-4)
         assert loaded.generate(tokens, max_new_tokens=4, do_sample=False).shape == (1, 44)
@@ -181,7 +181,7 @@ def test_head_and_embedding_are_packed_beside_the_candidates(with_ends, database
     for linear in session.space.model.modules():
         if hasattr(linear, "release"):
             linear.release()
-    tokens = session.fitness.windows[:1, :40]
+    tokens = session.fitness.sequences[:1, :40]
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, session.space.model(tokens).logits, rtol=1e-4, atol=1e-4)
     rules = {name: unshifted(quantizer) for name, quantizer in with_ends.fixed.items()}
@@ -237,7 +237,7 @@ def test_blocks_are_left_out(reference, tmp_path):
     figures = session.fitness([(1,) * 6, outcome.assignment, (0, 0, 1, 1, 1, 1)], 512, 0)
     assert figures[0] == pytest.approx(0, abs=2e-3) and figures[1] < figures[2]
     session.space.apply(outcome.assignment)
-    tokens = session.fitness.windows[:1, :40]
+    tokens = session.fitness.sequences[:1, :40]
     with torch.no_grad():
         wanted = session.space.model(tokens, use_cache=False).logits
         pruned = session.space.pruned(outcome.assignment)

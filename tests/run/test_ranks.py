@@ -15,7 +15,7 @@ from quantkit.core.stats import LayerStats
 from quantkit.quantizers.target_shift import TargetShift
 from quantkit.run.estimate import estimate
 from quantkit.run.pipeline import quantize_checkpoint
-from quantkit.run.ranks import Spectrum, Survey, share_ranks, summary, with_ranks
+from quantkit.run.ranks import Spectrum, Survey, allocate_ranks, summary, with_ranks
 
 
 def spectrum(values, rows=64, columns=64):
@@ -26,7 +26,7 @@ def test_a_flat_spectrum_is_better_served_by_weight_bits():
     assert spectrum([1.0] * 64).worth() == 0
     steep = spectrum([100.0, 50.0] + [0.1] * 62)
     assert steep.worth() == 2
-    ranks = share_ranks({"flat": spectrum([1.0] * 64), "steep": steep}, 8.0)
+    ranks = allocate_ranks({"flat": spectrum([1.0] * 64), "steep": steep}, 8.0)
     assert ranks == {"flat": 0, "steep": 2}
     text = summary({"flat": spectrum([1.0] * 64), "steep": steep}, ranks, 8.0)
     assert "1 the same bits serve better as weight bits (flat)" in text
@@ -39,7 +39,7 @@ def test_the_best_ranks_of_all_that_the_budget_allows():
         values = (torch.rand(4, generator=generator, dtype=torch.float64) * 8).exp().sort(descending=True).values
         spectra[name] = Spectrum(values, (400, 400), 16 * 800)
     bits = 5 * 16 * 800 / (3 * 400 * 400)  # five ranks
-    ranks = share_ranks(spectra, bits)
+    ranks = allocate_ranks(spectra, bits)
     assert sum(ranks.values()) == 5
 
     def gain(chosen):
@@ -47,7 +47,7 @@ def test_the_best_ranks_of_all_that_the_budget_allows():
 
     best = max((c for c in itertools.product(range(5), repeat=3) if sum(c) <= 5), key=gain)
     assert gain([ranks[name] for name in "abc"]) == pytest.approx(gain(best))
-    assert sum(share_ranks(spectra, 0.9 * 16 * 800 / (3 * 400 * 400)).values()) == 0
+    assert sum(allocate_ranks(spectra, 0.9 * 16 * 800 / (3 * 400 * 400)).values()) == 0
 
 
 def test_the_spectrum_is_what_a_correction_removes():

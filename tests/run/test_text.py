@@ -60,7 +60,7 @@ def test_windows_are_real_text_and_follow_the_seed(tokenizer, texts):
 
 
 def test_short_text(tokenizer, caplog):
-    with pytest.raises(CalibrationError, match=r"one window takes seqlen=64; give more text or `seqlen`"):
+    with pytest.raises(CalibrationError, match=r"one sequence takes seqlen=64; give more text or `seqlen`"):
         calibration_windows(["just a few words"], tokenizer, 8, 64, seed=0)
     with caplog.at_level(logging.WARNING):
         windows = calibration_windows(["many words " * 200], tokenizer, 1000, 64, seed=0)
