@@ -12,8 +12,9 @@ from rich import box
 from rich.table import Table
 
 from quantkit.cli import options
-from quantkit.cli.display import console, size, tuning_progress
+from quantkit.cli.display import console, tuning_progress
 from quantkit.core.errors import QuantkitError, first_line
+from quantkit.core.units import size
 
 if TYPE_CHECKING:
     import torch

@@ -12,19 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from quantkit.core.units import size
+
 if TYPE_CHECKING:
     from quantkit.run.report import Report
     from quantkit.tuning.end_to_end import Progress as TuningProgress
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-
-
-def size(count: int | float) -> str:
-    """Bytes for people: 11.0 MiB, 2.05 GiB."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count:.0f} B"
 
 
 def _bar() -> Progress:

@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 
 from quantkit.cli import options
-from quantkit.cli.display import size
 from quantkit.core.errors import Interrupted, QuantkitError
+from quantkit.core.units import size
 
 
 def generate_command(

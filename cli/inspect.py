@@ -10,7 +10,8 @@ import typer
 from rich import box
 from rich.table import Table
 
-from quantkit.cli.display import console, size
+from quantkit.cli.display import console
+from quantkit.core.units import size
 
 if TYPE_CHECKING:
     from quantkit.core.weight import QuantizedWeight

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from quantkit.cli import options
-from quantkit.cli.display import block_progress, console, report_table, size
+from quantkit.cli.display import block_progress, console, report_table
 from quantkit.core.constants import TARGET_SHIFT
 from quantkit.core.errors import Interrupted, QuantkitError
+from quantkit.core.units import size
 
 if TYPE_CHECKING:
     from quantkit.core.protocols import Quantizer

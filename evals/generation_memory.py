@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from quantkit.core.device import pick_device
-from quantkit.evopress.budget import parse_size
+from quantkit.core.units import parse_size
 from quantkit.evopress.memory import LiveBytes
 from quantkit.io.hf import load
 from quantkit.kvcache.attention import compressed_kv

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,22 +27,9 @@ if TYPE_CHECKING:
     from quantkit.io.source import Source
 
 HEADER_BYTES = 160
-"""Of a tensor's entry in a safetensors header, at most, and its share of the index."""
+"""Of a tensor's entry in a safetensors header, at most, and what the index says of it."""
 TENSORS = 8
 """Of a packed layer, at most."""
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "4GB" (decimal), "3.5GiB" (binary) or a plain number.
-
-    Raises:
-        QuantkitError: it is none of these.
-    """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?)?b?\s*", text.lower())
-    if match is None or float(match[1]) <= 0:
-        raise QuantkitError(f"{text!r} is no size; give one such as 4GB, 3.5GiB or 800MB")
-    return int(float(match[1]) * UNITS[match[2] or ""])
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from transformers import AutoConfig
 from quantkit.core import spec
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Quantizer
-from quantkit.evopress.budget import Budget, parse_size, read_timings
+from quantkit.core.units import parse_size, size
+from quantkit.evopress.budget import Budget, read_timings
 from quantkit.evopress.memory import beside_weights
 from quantkit.evopress.settings import CANDIDATES, HEAD_BITS
 from quantkit.io.source import open_folder
@@ -115,9 +116,9 @@ class Wanted:
                 f"`fit` {self.fit}: {need.total:,} bytes are needed beside the weights at this context and batch"
             )
         text = (
-            f"{self.fit} at {self.context:,} tokens x {self.batch}: {_mib(need.cache)} of KV cache, "
-            f"{_mib(need.activations)} of activations, {_mib(need.reserve)} for allocators and libraries; "
-            f"{_mib(left)} for the model"
+            f"{self.fit} at {self.context:,} tokens x {self.batch}: {size(need.cache)} of KV cache, "
+            f"{size(need.activations)} of activations, {size(need.reserve)} for allocators and libraries; "
+            f"{size(left)} for the model"
         )
         return Budget(left, "bytes"), text
 
@@ -167,7 +168,3 @@ def candidates_of(wanted: Wanted, candidates: str | None, base: str | None) -> t
                 f"{upper}, and the search mixes them"
             )
     return every, first
-
-
-def _mib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"

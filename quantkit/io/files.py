@@ -28,6 +28,7 @@ from filelock import SoftFileLock, Timeout
 from safetensors import SafetensorError
 
 from quantkit.core.errors import CheckpointError, QuantkitError
+from quantkit.core.units import size
 
 MANIFEST = "quantkit_files.json"
 """Lists a published folder's files, itself left out, with their bytes."""
@@ -460,7 +461,7 @@ def _sync(folder: Path) -> None:
 
 def _disk_full(path: Path, needed: int, free: int) -> str:
     return (
-        f"the disk is full: {path.name} takes {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free; "
+        f"the disk is full: {path.name} takes {size(needed)} and {size(free)} are free; "
         "what was finished before is kept, so free some space and repeat with `resume`"
     )
 

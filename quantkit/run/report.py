@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from quantkit.core.units import size
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -98,6 +100,6 @@ model = quantkit.load("path/to/this/folder")
 `AutoModelForCausalLM.from_pretrained` works too, after `import quantkit`.
 
 - measured bits per weight: {report.bits_per_weight:.3f} in packed layers, which hold {percent:.1f}% of the weights
-- size: {report.bytes_after / 2**20:.1f} MiB, from {report.bytes_before / 2**20:.1f} MiB
+- size: {size(report.bytes_after)}, from {size(report.bytes_before)}
 - per-layer errors and all settings: `quantkit_report.json`
 """

@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 from quantkit import GPTQ
 from quantkit.core.errors import QuantkitError
+from quantkit.core.units import parse_size
 from quantkit.evopress import memory
-from quantkit.evopress.budget import Budget, parse_size, read_timings
+from quantkit.evopress.budget import Budget, read_timings
 from quantkit.evopress.memory import activation_bytes, beside_weights, kv_cache_bytes, prompt_bytes
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.quantizers.hadamard import Hadamard
