@@ -155,7 +155,7 @@ def test_overwrite_replaces_nothing_but_checkpoints(model_folder, tmp_path):
     for output, message in [
         (source, "would replace the model"),
         (source.parent, "would replace the model"),
-        (precious, "is not a quantkit checkpoint"),
+        (precious, "is not a checkpoint of quantkit's making"),
         (tmp_path, "would replace the model"),
     ]:
         with pytest.raises(QuantkitError, match=message):
