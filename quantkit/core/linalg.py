@@ -101,4 +101,5 @@ def column_scales(target: Tensor, values: Tensor, hessian: Tensor, damp: float =
     right = ((target @ hessian) * values).sum(0)
     ridge = damp * normal.diagonal().mean().clamp_min(1e-30)
     normal.diagonal().add_(ridge)
-    return torch.linalg.solve(normal, right + ridge)
+    scales: Tensor = torch.linalg.solve(normal, right + ridge)
+    return scales

@@ -55,7 +55,8 @@ def resolve(group: str, name: str) -> type:
     if name not in table:
         raise UnknownName(group.rsplit(".", 1)[1].removesuffix("s"), name, table)
     module, attribute = table[name].split(":")
-    return getattr(import_module(module), attribute)
+    found: type = getattr(import_module(module), attribute)
+    return found
 
 
 def rescan() -> None:

@@ -31,7 +31,7 @@ class LayerStats:
     cross: Tensor | None = None
     num_tokens: int = 0
     name: str = "layer"
-    _factors: dict[tuple, tuple[Tensor, float]] = field(default_factory=dict, repr=False)
+    _factors: dict[tuple[float, bytes | None], tuple[Tensor, float]] = field(default_factory=dict, repr=False)
     _orders: dict[float, Tensor] = field(default_factory=dict, repr=False)
     _changed: dict[Hashable, "LayerStats"] = field(default_factory=dict, repr=False)
 

@@ -13,12 +13,14 @@ Source: VPTQ (arXiv 2409.17066).
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
+from quantkit.core.schema import TensorSpec, extent
 from quantkit.core.weight import QuantizedWeight, corrected
 from quantkit.kernels import launching, plans
 from quantkit.kernels.bitpack import pack, planes, row_words
@@ -85,33 +87,38 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
         """Columns that this level's own codes stand for."""
         return self.in_features - (0 if self.outliers is None else self.outliers.in_features)
 
-    def validate(self) -> None:
-        """Checks every shape that addresses follow from, that numbers are finite and the order is a permutation."""
-        if self.outliers is not None:
-            self.outliers.validate()
-            if self.outliers.out_features != self.out_features or self.columns < 1:
-                raise ValueError(f"outliers are {self.outliers.shape} in a weight of {self.shape}")
-        for codes, books in self.stages():
+    def schema(self) -> dict[str, TensorSpec]:
+        """Codes and codebooks of each stage, and what columns are multiplied by and sorted in."""
+        vector = extent(self.books, 2)
+        vectors = -(-self.out_features // vector)
+        schema = {
+            "scales": TensorSpec(torch.float16, (self.in_features,), continuous=True, optional=True),
+            "order": TensorSpec((torch.int16, torch.int32), (self.in_features,), optional=True),
+        }
+        for prefix, (_, books) in zip(("", "residual_"), self.stages(), strict=False):
             bits = _bits(books)
-            if books.dim() != 3 or books.dtype != torch.float16 or not 1 <= bits <= LARGEST_BITS or books.numel() == 0:
-                raise ValueError(f"books are {books.dtype} {tuple(books.shape)}; give fp16 [ranges, 2^bits, v]")
-            if books.shape[1] != 1 << bits or books.shape[2] != self.books.shape[2]:
-                raise ValueError(f"books are {tuple(books.shape)}; they hold a power of two of vectors of one length")
-            if len(books) != -(-self.columns // range_width(self.columns, len(books))):
-                raise ValueError(f"{len(books)} ranges do not divide {self.columns} columns")
-            expected = -(-self.out_features // books.shape[2]), row_words(self.columns, bits)
-            if codes.dtype != torch.int32 or tuple(codes.shape) != expected:
-                raise ValueError(f"codes are {codes.dtype} {tuple(codes.shape)}; this weight takes int32 {expected}")
-        for name in ("books", "residual_books", "scales"):
-            tensor = getattr(self, name)
-            if tensor is not None and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{name} hold NaN or Inf")
-        if self.scales is not None and (self.scales.dtype, self.scales.shape) != (torch.float16, (self.in_features,)):
-            raise ValueError(f"scales are {self.scales.dtype} {tuple(self.scales.shape)}; one fp16 an input feature")
-        if self.order is not None and not self.order.is_meta:
+            schema[f"{prefix}codes"] = TensorSpec(torch.int32, (vectors, row_words(self.columns, bits)))
+            shape = extent(books, 0), 1 << bits, vector
+            schema[f"{prefix}books"] = TensorSpec(torch.float16, shape, continuous=True)
+        return schema
+
+    def _check_fields(self) -> None:
+        if self.columns < 1 or (self.outliers is not None and self.outliers.out_features != self.out_features):
+            inner = None if self.outliers is None else list(self.outliers.shape)
+            raise self._refused("outliers", inner, f"columns of a weight of {list(self.shape)}, and not all")
+        for name, (_, books) in zip(("books", "residual_books"), self.stages(), strict=False):
+            ranges, vector, bits = extent(books, 0), extent(books, 2), _bits(books)
+            if min(ranges, vector, bits) < 1 or bits > LARGEST_BITS:
+                raise self._refused(name, books, f"[ranges, 2^bits, v] of 1 to {LARGEST_BITS} bits")
+            if ranges != -(-self.columns // range_width(self.columns, ranges)):
+                raise self._refused(name, books, f"as many ranges as divide {self.columns} columns")
+
+    def _check_values(self) -> None:
+        """The order is a permutation."""
+        if self.order is not None:
             places = torch.arange(self.in_features, device=self.order.device)
-            if self.order.shape != places.shape or not torch.equal(self.order.long().sort().values, places):
-                raise ValueError(f"the order is no permutation of {self.in_features} input features")
+            if not torch.equal(self.order.long().sort().values, places):
+                raise ValueError(f"order holds no permutation of {self.in_features} input features")
 
     def stages(self) -> list[tuple[Tensor, Tensor]]:
         """(codes, books) of one or two stages."""
@@ -163,17 +170,18 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
         """The product with x in the stored order."""
         if self.outliers is None:
             return self._product(x, bias)
-        first, rest = x.split([self.outliers.in_features, self.columns], dim=-1)
+        first, rest = torch.split(x, [self.outliers.in_features, self.columns], dim=-1)
         return self._product(rest, bias) + self.outliers._multiplied(first, None)
 
     def _product(self, x: Tensor, bias: Tensor | None, up: Tensor | None = None, down: Tensor | None = None) -> Tensor:
         """The product with this level's own codes."""
         if plans.direct(x, bias, up, down):
             return self._planned(x, bias, up, down)
-        return codebook_matmul(x, *self._stages, self.out_features, bias, up, down)
+        y: Tensor = codebook_matmul(x, *self._stages, self.out_features, bias, up, down)
+        return y
 
     @cached_property
-    def _planned(self) -> plans.Planned:
+    def _planned(self) -> Callable[..., Tensor]:
         return plans.Planned(codebook_matmul, launch, *self._stages, self.out_features)
 
     @property
@@ -194,4 +202,4 @@ def _warn(v: int, bits: int, residual_bits: int, ranges: int, capability: int) -
 
 
 def _bits(books: Tensor) -> int:
-    return (books.shape[1] - 1).bit_length()
+    return (extent(books, 1) - 1).bit_length()

@@ -16,10 +16,12 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
+from operator import gt
 
 import torch
 from torch import Tensor
 
+from quantkit.core.schema import TensorSpec, extent, unset
 from quantkit.core.weight import QuantizedWeight, corrected
 from quantkit.kernels import int_group_matmul, launching, plans, pyramid, pyramid_matmul
 from quantkit.kernels.bitpack import pack, row_words, unpack
@@ -34,6 +36,8 @@ from quantkit.kernels.pyramid_matmul import (
 logger = logging.getLogger(__name__)
 
 PIECE = 16
+LARGEST_DIMENSION, LARGEST_PULSES, LARGEST_GAIN = 256, 2**13, 8
+"""Of P(D, K), whose points are counted in a table of D x K numbers of many words, and bits of a gain."""
 FIELDS_AT_ONCE = 2**22
 """Groups that are decoded together: a limit to the memory that it takes."""
 
@@ -63,7 +67,14 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
 
     @classmethod
     def pack(
-        cls, points: Tensor, gains: Tensor, scales: Tensor, levels: Tensor, pulses: int, axis: str, shape: tuple
+        cls,
+        points: Tensor,
+        gains: Tensor,
+        scales: Tensor,
+        levels: Tensor,
+        pulses: int,
+        axis: str,
+        shape: tuple[int, ...],
     ) -> PyramidWeight:
         """Packs points and gains.
 
@@ -90,12 +101,8 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
         cls, out_features: int, in_features: int, dimension: int, pulses: int, gain_bits: int, axis: str
     ) -> PyramidWeight:
         """A weight of this shape on the meta device."""
-        lines, fields = _lines_and_fields(out_features, in_features, dimension, axis)
-        words = sum(row_words(fields, w) for w in _widths(pyramid.index_bits(dimension, pulses) + gain_bits))
-        codes = torch.empty(lines, words, dtype=torch.int32, device="meta")
-        scales = torch.empty(fields, dtype=torch.float16, device="meta")
-        levels = torch.empty(2**gain_bits, dtype=torch.float16, device="meta")
-        return cls(codes, scales, levels, dimension, pulses, axis, out_features, in_features)
+        tensors = unset(), unset(), unset(2**gain_bits)
+        return cls(*tensors, dimension, pulses, axis, out_features, in_features).laid_out()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -107,27 +114,29 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
         """Dimension, pulses and bits of a gain."""
         return f"pyramid D={self.dimension} K={self.pulses} gain {_gain_bits(self.levels)} bits"
 
-    def validate(self) -> None:
-        """Checks shapes, finite scales and levels, and that every index names a point."""
-        if self.axis not in ("out", "in") or self.dimension < 1 or self.pulses < 1:
-            raise ValueError(f"axis={self.axis!r}, dimension={self.dimension}, pulses={self.pulses}: damaged metadata")
-        gain_bits = _gain_bits(self.levels)
-        if self.levels.shape != (2**gain_bits,) or gain_bits > 8:
-            raise ValueError(f"levels are {tuple(self.levels.shape)}; there are 2^0 to 2^8 gains")
-        expected = type(self).layout(
-            self.out_features, self.in_features, self.dimension, self.pulses, gain_bits, self.axis
-        )
-        for name, tensor in self.tensors().items():
-            like = expected.tensors()[name]
-            if tensor.dtype != like.dtype or tensor.shape != like.shape:
-                raise ValueError(
-                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}; P({self.dimension}, {self.pulses}) along "
-                    f"{self.axis}puts takes {like.dtype} {tuple(like.shape)}"
-                )
-            if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{name} holds NaN or Inf")
-        if not self.codes.is_meta:
-            self.points()
+    def schema(self) -> dict[str, TensorSpec]:
+        """Words of fields, scales of theirs, and gains."""
+        lines, fields = _lines_and_fields(*self.shape, self.dimension, self.axis)
+        words = sum(row_words(fields, width) for width in _widths(self._field_bits))
+        return {
+            "codes": TensorSpec(torch.int32, (lines, words)),
+            "scales": TensorSpec(torch.float16, (fields,), continuous=True),
+            "levels": TensorSpec(torch.float16, (2 ** _gain_bits(self.levels),), continuous=True),
+        }
+
+    def _check_fields(self) -> None:
+        form = self.axis, self.dimension, self.pulses, _gain_bits(self.levels)
+        largest = LARGEST_DIMENSION, LARGEST_PULSES, LARGEST_GAIN
+        if self.axis not in ("out", "in") or min(form[1:3]) < 1 or any(map(gt, form[1:], largest)):
+            raise self._refused("(axis, dimension, pulses, gain bits)", form, f"out or in, and at most {largest}")
+
+    def _check_values(self) -> None:
+        """Every index names a point."""
+        self.points()
+
+    @property
+    def _field_bits(self) -> int:
+        return pyramid.index_bits(self.dimension, self.pulses) + _gain_bits(self.levels)
 
     def fields(self) -> tuple[Tensor, Tensor]:
         """(gains int64 [lines, fields], numbers of points as limbs int64 [lines, fields, limbs])."""
@@ -135,7 +144,7 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
         bits = pyramid.index_bits(self.dimension, self.pulses)
         size = pyramid.limbs(self.dimension, self.pulses)
         pieces, start = [], 0
-        for width in _widths(bits + _gain_bits(self.levels)):
+        for width in _widths(self._field_bits):
             length = row_words(fields, width)
             pieces.append(unpack(self.codes[:, start : start + length], width, fields).long())
             start += length
@@ -184,11 +193,10 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
     def _product(self) -> Callable[..., Tensor]:
         """(x [..., in_features], bias, up, down) -> the product, by the kernel that takes this weight."""
         with torch.inference_mode(False), torch.no_grad():  # it may be kept longer than the caller's mode
-            field_bits = pyramid.index_bits(self.dimension, self.pulses) + _gain_bits(self.levels)
-            if (self.axis, self.dimension) == ("out", 8) and self.pulses <= 6 and field_bits <= PIECE:
+            if (self.axis, self.dimension) == ("out", 8) and self.pulses <= 6 and self._field_bits <= PIECE:
                 points = point_table(self.pulses, self.codes.device)
                 scales, gains = lane_order(self.scales), gain_table(self.levels)
-                tables = self.codes, scales, gains, points, field_bits, self.out_features
+                tables = self.codes, scales, gains, points, self._field_bits, self.out_features
                 return plans.Planned(pyramid_matmul.pyramid_table_matmul, pyramid_matmul.table_launch, *tables)
             return self._transcoded()
 
@@ -244,7 +252,16 @@ def _weight(points: Tensor, factors: Tensor, axis: str, shape: tuple[int, int], 
     return along[: shape[0]] if axis == "out" else along[: shape[1]].T
 
 
-def _by_points(points: Tensor, factors: Tensor, axis: str, shape: tuple[int, int], x: Tensor, bias, up, down) -> Tensor:
+def _by_points(
+    points: Tensor,
+    factors: Tensor,
+    axis: str,
+    shape: tuple[int, int],
+    x: Tensor,
+    bias: Tensor | None,
+    up: Tensor | None,
+    down: Tensor | None,
+) -> Tensor:
     weight = _weight(points, factors, axis, shape, x.dtype)
     return corrected(torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype)), x, up, down)
 
@@ -256,7 +273,7 @@ def _tell(dimension: int, pulses: int, how: str, bits: float) -> None:
 
 
 def _gain_bits(levels: Tensor) -> int:
-    return (len(levels) - 1).bit_length()
+    return (extent(levels, 0) - 1).bit_length()
 
 
 def _widths(bits: int) -> list[int]:
