@@ -6,6 +6,7 @@ file declares or holds, and which of its tensors tuning may move follow from tha
 
 import math
 import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -49,9 +50,9 @@ class TensorSpec:
         """All that are allowed."""
         return self.dtype if isinstance(self.dtype, tuple) else (self.dtype,)
 
-    def empty(self) -> Tensor:
-        """Such a tensor on the meta device."""
-        return torch.empty(self.shape, dtype=self.dtypes[0], device="meta")
+    def empty(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Such a tensor on the meta device, of this dtype where the format leaves that choice."""
+        return torch.empty(self.shape, dtype=dtype if dtype in self.dtypes else self.dtypes[0], device="meta")
 
     def fits(self, tensor: Tensor | None) -> bool:
         """Whether a tensor, or None where there is none, is of this dtype and shape."""
@@ -106,7 +107,7 @@ def fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return type(value) is int and abs(value) < 2**63
     if hint is float:
-        return type(value) in (int, float) and -math.inf < value < math.inf
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return isinstance(value, NoneType if hint is None else kind or hint)
 
 

@@ -143,7 +143,7 @@ class QuantizedWeight(ABC):
     def laid_out(self: W) -> W:
         """The same weight on the meta device, with tensors, where they are not None, as the schema gives them."""
         schema = self.schema()
-        return self._changed({name: schema[name].empty() for name in self.tensors()})
+        return self._changed({name: schema[name].empty(tensor.dtype) for name, tensor in self.tensors().items()})
 
     def validate(self) -> None:
         """Checks that no kernel can read out of bounds, and that numbers are finite; allocates nothing on meta.
