@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from quantkit.core.errors import QuantkitError
 from quantkit.models.forward import Batch, run_block
 from quantkit.models.linear import QuantizedLinear
+from quantkit.tuning.parts.base import tunable
 from quantkit.tuning.pv import PVOptimizer, TunedLinear, rate
 from quantkit.tuning.settings import PVSettings
-from quantkit.tuning.tunable import tunable
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core.weight import QuantizedWeight
+from quantkit.tuning.parts.base import Coded, Tunable
 from quantkit.tuning.settings import PVSettings
-from quantkit.tuning.tunable import Coded, Tunable
 
 
 def rate(step: int, steps: int, warmup: float = 0.05) -> float:

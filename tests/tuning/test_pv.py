@@ -11,9 +11,9 @@ from quantkit import GPTQ, RTN, VPTQ, Hadamard, LowRank, Pyramid, Trellis
 from quantkit.core.errors import QuantkitError
 from quantkit.core.stats import LayerStats
 from quantkit.formats.dense import DenseWeight
+from quantkit.tuning.parts.base import tunable
 from quantkit.tuning.pv import PVOptimizer, TunedLinear
 from quantkit.tuning.settings import MODES, PVSettings
-from quantkit.tuning.tunable import tunable
 
 METHODS = {
     "int": GPTQ(2, 64),
