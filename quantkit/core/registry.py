@@ -33,11 +33,17 @@ _BUILT_IN = {
         "target_shift": "quantkit.quantizers.target_shift:TargetShift",
         "trellis": "quantkit.quantizers.trellis:Trellis",
     },
+    "quantkit.tunables": {
+        "codebook": "quantkit.tuning.parts.codebook:TunableCodebook",
+        "int_group": "quantkit.tuning.parts.int_group:TunableIntegers",
+        "pyramid": "quantkit.tuning.parts.pyramid:TunablePyramid",
+        "trellis": "quantkit.tuning.parts.trellis:TunableTrellis",
+    },
 }
 
 
 def names(group: str) -> list[str]:
-    """All names of a group ("quantkit.formats" or "quantkit.quantizers"), sorted."""
+    """All names of a group ("quantkit.formats", "quantkit.quantizers" or "quantkit.tunables"), sorted."""
     return sorted(_table(group))
 
 
