@@ -69,7 +69,7 @@ def elimination_order(hessian: Tensor, damp: float) -> Tensor:
 
     Args:
         hessian: H, symmetric [n, n].
-        damp: added to its diagonal, as a share of the mean; 0.001 at least.
+        damp: added to its diagonal, as a fraction of the mean; 0.001 at least.
     """
     left = torch.arange(len(hessian), device=hessian.device)
     rest = hessian.clone()
@@ -95,7 +95,7 @@ def column_scales(target: Tensor, values: Tensor, hessian: Tensor, damp: float =
         target: W, fp32 or fp64 [out_features, in_features].
         values: V, the same shape.
         hessian: H, [in_features, in_features].
-        damp: the ridge, as a share of the mean diagonal.
+        damp: the ridge, as a fraction of the mean diagonal.
     """
     normal = (values.T @ values) * hessian
     right = ((target @ hessian) * values).sum(0)

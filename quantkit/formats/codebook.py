@@ -1,11 +1,11 @@
 """codebook: vectors of output features as indices into learnt codebooks.
 
-    W[g v + j, k] = scale[k] * (book[c(k)][code[g, k]]_j + residual_book[c(k)][residual_code[g, k]]_j)
+    W[g v + j, k] = scale[k] * (codebook[c(k)][code[g, k]]_j + residual_codebook[c(k)][residual_code[g, k]]_j)
 
 A vector is v outputs of one input feature, so every code belongs to a single column and any order of columns can be
-quantized. c(k) numbers equal ranges of columns that have books of their own. Columns may be stored in another order
-than the inputs come in (`order`); the first of them may be a nested weight with longer codes (`outliers`). What does
-not fill a last vector is padding. Codes are packed like an integer format's (`quantkit.kernels.bitpack`).
+quantized. c(k) is the index of one of equal ranges of columns, which have codebooks of their own. Columns may be stored
+in another order than the inputs come in (`order`); the first of them may be a nested weight with longer codes
+(`outliers`). What does not fill a last vector is padding. Codes are packed like an integer format's (`quantkit.kernels.bitpack`).
 
 Source: VPTQ (arXiv 2409.17066).
 """
@@ -39,9 +39,9 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
     Attributes:
         codes: int32 [vectors, row_words(columns, bits)], vectors = ceil(out_features / v), columns = in_features
             without those of `outliers`.
-        books: fp16 [ranges, 2^bits, v].
+        books: the codebooks, fp16 [ranges, 2^bits, v].
         out_features, in_features: of the weight, outliers included.
-        residual_codes, residual_books: a second code that is added, like the first; or None.
+        residual_codes, residual_books: a second stage that is added, like the first; or None.
         scales: fp16 [in_features] factors of the columns, or None.
         order: int16 or int32 [in_features], the input feature that each stored column belongs to; None for their own
             order.
@@ -64,7 +64,7 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
 
         Args:
             codes: integers [vectors, columns], a stage each.
-            books: fp16 [ranges, 2^bits, v], a stage each.
+            books: codebooks, fp16 [ranges, 2^bits, v], a stage each.
         """
         words = [pack(code.int(), _bits(book)) for code, book in zip(codes, books, strict=True)]
         second = (words[1], books[1]) if len(words) > 1 else (None, None)
@@ -121,7 +121,7 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
                 raise ValueError(f"order holds no permutation of {self.in_features} input features")
 
     def stages(self) -> list[tuple[Tensor, Tensor]]:
-        """(codes, books) of one or two stages."""
+        """(codes, codebooks) of one or two stages."""
         if self.residual_codes is None or self.residual_books is None:
             return [(self.codes, self.books)]
         return [(self.codes, self.books), (self.residual_codes, self.residual_books)]
@@ -147,7 +147,7 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
         return sum((len(planes(_bits(books))) + 1.2 * -(-v // 4) * 4) / v for _, books in self.stages())
 
     def prepare(self) -> None:
-        """Allocates what launches on the codes' GPU share; warns where books are too large to be fast there."""
+        """Allocates what launches on the codes' GPU share; warns where codebooks are too large to be fast there."""
         for weight in (self, self.outliers):
             if weight is not None and weight.codes.is_cuda:
                 launching.prepare(weight.codes.device)
@@ -194,8 +194,8 @@ def _warn(v: int, bits: int, residual_bits: int, ranges: int, capability: int) -
     sizes = v, bits, residual_bits, ranges, capability
     if served_from(*sizes) != "shared":
         logger.warning(
-            "codebook v=%d, %s bits: its books of %.4g KiB do not fit a multiprocessor's shared memory and are read "
-            "through the %s cache; expect about %.2g times the speed of bf16 with few rows (a model's figure)",
+            "codebook v=%d, %s bits: its codebooks of %.4g KiB do not fit a multiprocessor's shared memory and are "
+            "read through the %s cache; expect about %.2g times the speed of bf16 with few rows (a model's figure)",
             *(v, f"{bits}+{residual_bits}" if residual_bits else bits, book_bytes(v, bits, residual_bits) / 1024),
             *(served_from(*sizes).upper(), expected_speed(*sizes)),
         )

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 PIECE = 16
 LARGEST_DIMENSION, LARGEST_PULSES, LARGEST_GAIN = 256, 2**13, 8
-"""Of P(D, K), whose points are counted in a table of D x K numbers of many words, and bits of a gain."""
+"""Of P(D, K), whose points are counted in a table of D x K integers of many words, and bits of a gain."""
 FIELDS_AT_ONCE = 2**22
 """Groups that are decoded together: a limit to the memory that it takes."""
 
@@ -86,12 +86,12 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
         """
         dimension = points.shape[-1]
         bits = pyramid.index_bits(dimension, pulses)
-        number = torch.nn.functional.pad(pyramid.encode(points, pulses), (0, 1))
+        index = torch.nn.functional.pad(pyramid.encode(points, pulses), (0, 1))
         limb, shift = divmod(bits, pyramid.LIMB)
         field = gains.long() << shift  # may reach into the next limb
-        number[..., limb] |= field & (2**pyramid.LIMB - 1)
-        number[..., min(limb + 1, number.shape[-1] - 1)] |= field >> pyramid.LIMB
-        pieces = torch.stack([number & 0xFFFF, number >> PIECE & 0xFFFF], dim=-1).flatten(-2)
+        index[..., limb] |= field & (2**pyramid.LIMB - 1)
+        index[..., min(limb + 1, index.shape[-1] - 1)] |= field >> pyramid.LIMB
+        pieces = torch.stack([index & 0xFFFF, index >> PIECE & 0xFFFF], dim=-1).flatten(-2)
         widths = _widths(bits + _gain_bits(levels))
         words = [pack(pieces[..., i].int(), width) for i, width in enumerate(widths)]
         return cls(torch.cat(words, dim=1), scales, levels, dimension, pulses, axis, *shape)
@@ -139,7 +139,7 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
         return pyramid.index_bits(self.dimension, self.pulses) + _gain_bits(self.levels)
 
     def fields(self) -> tuple[Tensor, Tensor]:
-        """(gains int64 [lines, fields], numbers of points as limbs int64 [lines, fields, limbs])."""
+        """(gains int64 [lines, fields], indices of points as limbs int64 [lines, fields, limbs])."""
         _, fields = _lines_and_fields(*self.shape, self.dimension, self.axis)
         bits = pyramid.index_bits(self.dimension, self.pulses)
         size = pyramid.limbs(self.dimension, self.pulses)
@@ -151,18 +151,18 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
         pieces += [torch.zeros(len(self.codes), fields, dtype=torch.int64, device=self.codes.device)] * (
             2 * size + 2 - len(pieces)
         )
-        number = torch.stack([low | high << PIECE for low, high in zip(pieces[::2], pieces[1::2], strict=True)], dim=-1)
+        index = torch.stack([low | high << PIECE for low, high in zip(pieces[::2], pieces[1::2], strict=True)], dim=-1)
         limb, shift = divmod(bits, pyramid.LIMB)
-        gains = number[..., limb] >> shift
-        if limb + 1 < number.shape[-1]:
-            gains |= number[..., limb + 1] << (pyramid.LIMB - shift)
-        number[..., limb] &= 2**shift - 1
-        return gains, number[..., :size]
+        gains = index[..., limb] >> shift
+        if limb + 1 < index.shape[-1]:
+            gains |= index[..., limb + 1] << (pyramid.LIMB - shift)
+        index[..., limb] &= 2**shift - 1
+        return gains, index[..., :size]
 
     def points(self) -> tuple[Tensor, Tensor]:
         """(points int16 [lines, fields, D], gains int64 [lines, fields])."""
-        gains, numbers = self.fields()
-        return pyramid.decode(numbers, self.dimension, self.pulses), gains
+        gains, indices = self.fields()
+        return pyramid.decode(indices, self.dimension, self.pulses), gains
 
     def expanded(self) -> tuple[Tensor, Tensor]:
         """(points int16 [lines, fields, D], factors fp16 [lines, fields]): all that a product needs."""

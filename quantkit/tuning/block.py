@@ -59,7 +59,7 @@ class BlockTuning:
             block: on its device.
             names: of its packed layers.
             batches: `quantized` holds the block's inputs and `full` the wanted outputs.
-            index: the block's number, by which `Batch.calls` finds its arguments.
+            index: of the block, by which `Batch.calls` finds its arguments.
             progress: called with (steps taken, steps in all).
 
         Returns:

@@ -74,10 +74,10 @@ class TunableCodebook(Coded):
         for stage, scaled in enumerate(self.books):
             books = scaled()
             part = column // range_width(self._columns, self._ranges[stage])
-            for number in range(self._ranges[stage]):
-                mine = (part == number).nonzero().flatten()
-                codes[mine, stage] = kmeans.assign(target[mine] - total[mine], books[number])[0]
-                total[mine] += books[number][codes[mine, stage]]
+            for i in range(self._ranges[stage]):
+                mine = (part == i).nonzero().flatten()
+                codes[mine, stage] = kmeans.assign(target[mine] - total[mine], books[i])[0]
+                total[mine] += books[i][codes[mine, stage]]
         return codes, total
 
     def assign(self, index: Tensor, codes: Tensor) -> None:
