@@ -86,7 +86,7 @@ def elimination_order(hessian: Tensor, damp: float) -> Tensor:
 
 
 def column_scales(target: Tensor, values: Tensor, hessian: Tensor, damp: float = 1e-3) -> Tensor:
-    """Factors s of the columns of V that minimise tr((W - V S) H (W - V S)^T), S = diag(s).
+    """Factors s [in_features] of the columns of V that minimise tr((W - V S) H (W - V S)^T), S = diag(s).
 
     The normal equations are ((V^T V) o H) s = diag(V^T W H); a ridge pulls s towards 1, so that columns which hold
     nothing keep their factor.

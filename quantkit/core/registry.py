@@ -52,6 +52,7 @@ def resolve(group: str, name: str) -> type:
 
     Raises:
         UnknownName: no built-in and no installed package offers it.
+        ValueError: two packages claim it.
     """
     table = _table(group)
     if name not in table and name.lower() not in table:

@@ -100,7 +100,11 @@ class QuantizedWeight(ABC):
         return None
 
     def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
-        """The inverse of `side_by_side`: views of `sizes` outputs each."""
+        """The inverse of `side_by_side`: views of `sizes` outputs each.
+
+        Raises:
+            NotImplementedError: this format is not put side by side.
+        """
         raise NotImplementedError(f"{self.format} does not split")
 
     @property
@@ -277,7 +281,13 @@ class QuantizedWeight(ABC):
 
 
 def corrected(y: Tensor, x: Tensor, up: Tensor | None, down: Tensor | None) -> Tensor:
-    """y + (x @ down^T) @ up^T, for products whose kernel does not add the correction itself."""
+    """y + (x @ down^T) @ up^T, for products whose kernel does not add the correction itself.
+
+    Args:
+        y: [..., out_features].
+        x: [..., in_features].
+        up, down: [out_features, rank] and [rank, in_features], or neither.
+    """
     return y if up is None or down is None else y + (x @ down.T) @ up.T
 
 

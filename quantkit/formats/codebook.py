@@ -5,7 +5,8 @@
 A vector is v outputs of one input feature, so every code belongs to a single column and any order of columns can be
 quantized. c(k) is the index of one of equal ranges of columns, which have codebooks of their own. Columns may be stored
 in another order than the inputs come in (`order`); the first of them may be a nested weight with longer codes
-(`outliers`). What does not fill a last vector is padding. Codes are packed like an integer format's (`quantkit.kernels.bitpack`).
+(`outliers`). What does not fill a last vector is padding. Codes are packed like an integer format's
+(`quantkit.kernels.bitpack`).
 
 Source: VPTQ (arXiv 2409.17066).
 """
@@ -63,7 +64,7 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
         """Packs one or two stages without scales, order and outliers.
 
         Args:
-            codes: integers [vectors, columns], a stage each.
+            codes: integers [vectors, columns], a stage each, one or two.
             books: codebooks, fp16 [ranges, 2^bits, v], a stage each.
         """
         words = [pack(code.int(), _bits(book)) for code, book in zip(codes, books, strict=True)]
@@ -121,13 +122,13 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
                 raise ValueError(f"order holds no permutation of {self.in_features} input features")
 
     def stages(self) -> list[tuple[Tensor, Tensor]]:
-        """(codes, codebooks) of one or two stages."""
+        """(codes [vectors, words], codebooks [ranges, 2^bits, v]) of one or two stages."""
         if self.residual_codes is None or self.residual_books is None:
             return [(self.codes, self.books)]
         return [(self.codes, self.books), (self.residual_codes, self.residual_books)]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The sum of the stages' vectors, in its places and scaled, in fp32, then cast."""
+        """[out_features, in_features]: the sum of the stages' vectors, in its places and scaled, in fp32, then cast."""
         weight = self._stored()
         if self.order is not None:
             weight = torch.empty_like(weight).index_copy_(1, self.order.long(), weight)
@@ -158,7 +159,10 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
     def matmul(
         self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
     ) -> Tensor:
-        """Fused look-up-and-multiply; see `quantkit.kernels.codebook_matmul`. Scales multiply x, in its dtype."""
+        """[..., in_features] -> [..., out_features], fused; see `quantkit.kernels.codebook_matmul`.
+
+        Scales multiply x, in its dtype.
+        """
         if self.scales is None and self.order is None and self.outliers is None:
             return self._product(x, bias, up, down)
         stored = x if self.scales is None else x * self.scales.to(x.dtype)

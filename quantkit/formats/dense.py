@@ -29,7 +29,7 @@ class DenseWeight(QuantizedWeight, format="dense"):
         return {"weight": TensorSpec(FLOATING, self.shape)}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight itself."""
+        """[out_features, in_features]: the weight itself."""
         return self.weight.to(dtype)
 
     @property

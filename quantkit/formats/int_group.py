@@ -93,7 +93,7 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
             raise self._refused("(bits, group_size)", (self.bits, self.group_size), "1 to 8 bits and at least 1 column")
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(code - zero) * scale in fp32, then cast."""
+        """[out_features, in_features]: (code - zero) * scale in fp32, then cast."""
         weight = unpacked(self.codes, self.scales, self.zeros, self.bits, self.group_size, self.in_features)
         return weight.to(dtype)
 
@@ -132,18 +132,18 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
     def matmul(
         self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
     ) -> Tensor:
-        """Fused dequantize-and-multiply; see `quantkit.kernels.int_group_matmul`."""
+        """[..., in_features] -> [..., out_features], fused; see `quantkit.kernels.int_group_matmul`."""
         if plans.direct(x, bias, up, down):
             return self._planned(x, bias, up, down)
         y: Tensor = int_group_matmul(x, self.codes, self.scales, self.zeros, self.bits, self.group_size, bias, up, down)
         return y
 
     def launch(self, x: Tensor, config: Config) -> Tensor:
-        """The product by the kernel for few rows, with launch sizes that are given: to measure them."""
+        """x [..., in_features] -> [..., out_features] by the kernel for few rows, with given launch sizes."""
         return launch(x, self.codes, self.scales, self.zeros, self.bits, self.group_size, config=config)
 
     def problem(self, x: Tensor) -> Problem:
-        """What launch sizes are chosen for."""
+        """What launch sizes are chosen for, with x [..., in_features]."""
         return problem_of(x, self.shape[0], self.bits, self.group_size)
 
     @cached_property
@@ -221,7 +221,7 @@ class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
         return IntGroupWeight(codes, scales, self.bits, self.group_size, self.in_features, zeros)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(code - zero) * scale in fp32, then cast."""
+        """[out_features, in_features]: (code - zero) * scale in fp32, then cast."""
         return self.stored().dequantize(dtype)
 
     @property
@@ -240,7 +240,7 @@ class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
     def matmul(
         self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
     ) -> Tensor:
-        """Fused dequantize-and-multiply; see `quantkit.kernels.int_group_matmul`."""
+        """[..., in_features] -> [..., out_features], fused; see `quantkit.kernels.int_group_matmul`."""
         if plans.direct(x, bias, up, down):
             return self._planned(x, bias, up, down)
         y: Tensor = int_group_arranged_matmul(x, self.stream, *self._form, bias, up, down)

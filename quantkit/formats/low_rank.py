@@ -75,7 +75,7 @@ class LowRankWeight(QuantizedWeight, format="low_rank"):
         return self.up.to(dtype), down if self.scales is None else down * self.scales.to(dtype).unsqueeze(1)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """base + up down in fp32, then cast."""
+        """[out_features, in_features]: base + up down in fp32, then cast."""
         up, down = self.factors()
         return (self.base.dequantize() + up @ down).to(dtype)
 
@@ -102,7 +102,7 @@ class LowRankWeight(QuantizedWeight, format="low_rank"):
     def matmul(
         self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
     ) -> Tensor:
-        """The base's product with this correction, and one more where it is given."""
+        """[..., in_features] -> [..., out_features]: the base's product with this correction, and one more if given."""
         own_up, own_down = self._factors_in(x.dtype)
         if up is not None and down is not None:
             own_up, own_down = torch.cat([own_up, up], dim=1), torch.cat([own_down, down])

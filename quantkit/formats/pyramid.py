@@ -13,7 +13,7 @@ Source: "Pyramid Vector Quantization for LLMs" (arXiv 2410.16926); the numbering
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from operator import gt
@@ -67,14 +67,7 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
 
     @classmethod
     def pack(
-        cls,
-        points: Tensor,
-        gains: Tensor,
-        scales: Tensor,
-        levels: Tensor,
-        pulses: int,
-        axis: str,
-        shape: tuple[int, ...],
+        cls, points: Tensor, gains: Tensor, scales: Tensor, levels: Tensor, pulses: int, axis: str, shape: Sequence[int]
     ) -> PyramidWeight:
         """Packs points and gains.
 
@@ -160,7 +153,11 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
         return gains, index[..., :size]
 
     def points(self) -> tuple[Tensor, Tensor]:
-        """(points int16 [lines, fields, D], gains int64 [lines, fields])."""
+        """(points int16 [lines, fields, D], gains int64 [lines, fields]).
+
+        Raises:
+            ValueError: a field holds an index that names no point.
+        """
         gains, indices = self.fields()
         return pyramid.decode(indices, self.dimension, self.pulses), gains
 
@@ -170,7 +167,7 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
         return points, factors(points, self.levels.float()[gains], self.scales.float())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """factor * y in fp32, then cast."""
+        """[out_features, in_features]: factor * y in fp32, then cast."""
         points, factor = self.expanded()
         return _weight(points, factor, self.axis, self.shape, dtype)
 
@@ -183,7 +180,7 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
     def matmul(
         self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
     ) -> Tensor:
-        """Fused dequantize-and-multiply; see `quantkit.kernels.pyramid_matmul`. Never decodes a pyramid twice."""
+        """[..., in_features] -> [..., out_features]; see `quantkit.kernels.pyramid_matmul`. Decodes a pyramid once."""
         product = self._product
         if isinstance(product, plans.Planned) and not plans.direct(x, bias, up, down):
             return product.through_torch(x, bias, up, down)
@@ -206,7 +203,7 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
         if bits > 8:
             stored = 16 + 16 / self.dimension
             _tell(self.dimension, self.pulses, "integers of 16 bits, of which every product makes the weight", stored)
-            return partial(_by_points, points, factors, self.axis, self.shape)
+            return partial(_by_points, partial(_weight, points, factors, self.axis, self.shape))
         how = f"decoded at load to {bits}-bit integers"
         if self.axis == "out":
             _tell(self.dimension, self.pulses, how, bits + 16 / self.dimension)
@@ -238,7 +235,7 @@ def factors(points: Tensor, levels: Tensor, scales: Tensor) -> Tensor:
 
     Args:
         points: integers [..., D].
-        levels, scales: fp32, broadcastable to [...].
+        levels, scales: fp32, broadcastable to [...], as the result.
     """
     square = points.int().square().sum(-1)
     inverse = inverse_norms(int(square.max()), points.device)
@@ -253,17 +250,10 @@ def _weight(points: Tensor, factors: Tensor, axis: str, shape: tuple[int, int], 
 
 
 def _by_points(
-    points: Tensor,
-    factors: Tensor,
-    axis: str,
-    shape: tuple[int, int],
-    x: Tensor,
-    bias: Tensor | None,
-    up: Tensor | None,
-    down: Tensor | None,
+    weight: Callable[[torch.dtype], Tensor], x: Tensor, bias: Tensor | None, up: Tensor | None, down: Tensor | None
 ) -> Tensor:
-    weight = _weight(points, factors, axis, shape, x.dtype)
-    return corrected(torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype)), x, up, down)
+    y = torch.nn.functional.linear(x, weight(x.dtype), None if bias is None else bias.to(x.dtype))
+    return corrected(y, x, up, down)
 
 
 @lru_cache  # once a process for each

@@ -62,7 +62,7 @@ class RotatedWeight(QuantizedWeight, format="rotated"):
             raise self._refused("out_parts", parts, f"parts of {self.shape[0]} output features")
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """R_out^T W' R_in in fp32, then cast."""
+        """[out_features, in_features]: R_out^T W' R_in in fp32, then cast."""
         weight = rotate(self.base.dequantize(), self.in_signs, True)
         return self.outputs_back(weight.T).T.to(dtype)
 
@@ -90,7 +90,7 @@ class RotatedWeight(QuantizedWeight, format="rotated"):
     def matmul(
         self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
     ) -> Tensor:
-        """Rotates x, multiplies by the base, rotates back."""
+        """[..., in_features] -> [..., out_features]: rotates x, multiplies by the base, rotates back."""
         rotated = self._rotation(x) if plans.direct(x) else rotate(x, self.in_signs, False)
         if self.out_signs is None:
             return corrected(self.base.matmul(rotated, bias), x, up, down)
@@ -129,7 +129,7 @@ class RotatedWeight(QuantizedWeight, format="rotated"):
         return [RotatedWeight(base, self.in_signs, own) for base, own in zip(bases, signs, strict=True)]
 
     def outputs_back(self, y: Tensor) -> Tensor:
-        """R_out^T y over the last dimension."""
+        """R_out^T y over the last dimension of y [..., out_features]."""
         if self.out_signs is None:
             return y
         parts = torch.split(y, self._parts(), -1)

@@ -82,7 +82,7 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
             raise self._refused("parts", self.parts, f"multiples of {BLOCK_N} rows side by side, but for the last")
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """value * step * scale in fp32, then cast."""
+        """[out_features, in_features]: value * step * scale in fp32, then cast."""
         form = self.bits, self.state_bits
         if self.width == 1:
             return unpacked(self.codes, self.scales, self.scale, *form, self.parts, self.shape[1]).to(dtype)
@@ -94,7 +94,7 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
     def matmul(
         self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
     ) -> Tensor:
-        """The fused kernel, where rings go along one column."""
+        """[..., in_features] -> [..., out_features] by the fused kernel, where rings go along one column."""
         if self.width > 1:
             return super().matmul(x, bias, up, down)
         if plans.direct(x, bias, up, down):
@@ -134,7 +134,11 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
         return cls(codes, scales, scale, first.bits, first.state_bits, parts)
 
     def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
-        """Views of the parts that were put side by side."""
+        """Views of the parts that were put side by side.
+
+        Raises:
+            ValueError: `sizes` are not theirs.
+        """
         if list(sizes) != self.parts:
             raise ValueError(f"rings of {self.parts} outputs do not split into {list(sizes)}")
         codes, scales = torch.split(self.codes, trellis.lines(sizes, self.bits)), torch.split(self.scales, 1)
@@ -153,7 +157,7 @@ def rings_of(columns: Tensor, width: int) -> Tensor:
 
 
 def columns_of(rings: Tensor, width: int) -> Tensor:
-    """The inverse of `rings_of`, with what fills up."""
+    """The inverse of `rings_of`, with what fills up: [places, rings] -> [rows, columns]."""
     tiles = rings.view(-1, width, width, rings.shape[1])
     return tiles.permute(0, 2, 3, 1).flatten(2, 3).flatten(0, 1)
 

@@ -18,6 +18,7 @@ from quantkit.formats.dense import DenseWeight
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.formats.rotated import RotatedWeight
 from quantkit.formats.tied import TiedWeight
+from quantkit.io.checkpoint import check_tensors
 from quantkit.kernels import int_group_layout
 from quantkit.quantizers.sparse import Sparse
 
@@ -200,6 +201,17 @@ def test_the_sentence_says_what_was_found_and_what_would_fit():
     outer = RotatedWeight(wrong, torch.zeros(4, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"^base: scales is float16"):
         outer.validate()
+
+
+@pytest.mark.parametrize("metadata", [None, 3, [], {}, {"format": "int_group"}, {"format": "dense", "tensors": {}}])
+def test_a_checkpoint_names_the_layer(metadata):
+    """Also where another layer is tied to it."""
+    tied = TiedWeight("head", *SHAPE).metadata()
+    for damaged in (metadata, KNOWN["int_group"][0] | {"bits": metadata}):
+        with pytest.raises(CheckpointError, match=r"^head: .*; config\.json is damaged$"):
+            check_tensors({"embedding": tied, "head": damaged}, {})
+    with pytest.raises(CheckpointError, match=r"^embedding: it is tied to head, \[24, 32\], which is not there"):
+        check_tensors({"embedding": tied}, {})
 
 
 def test_no_weights_in_weights_without_end():
