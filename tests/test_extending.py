@@ -3,12 +3,16 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from quantkit.core import registry
+from quantkit.core.errors import CheckpointError
 from quantkit.io.hf import load
 
 from .conftest import ROOT
@@ -26,11 +30,12 @@ def installed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("package")
     for name, text in FILES.items():
         (folder / name).write_text(text)
-    (group,) = re.findall(r'\[project\.entry-points\."(.*?)"\]\n(.*?)\n\n', FILES["pyproject.toml"], re.S)
+    groups = re.findall(r'\[project\.entry-points\."(.*?)"\]\n(.*?)\n\n', FILES["pyproject.toml"], re.S)
     metadata = folder / "ternary_method-0.1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: ternary-method\nVersion: 0.1.0\n")
-    (metadata / "entry_points.txt").write_text(f"[{group[0]}]\n{group[1].replace(chr(34), '')}\n")
+    entries = [f"[{name}]\n{lines.replace(chr(34), '')}\n" for name, lines in groups]
+    (metadata / "entry_points.txt").write_text("\n".join(entries))
     (folder / "evals").symlink_to(ROOT / "evals")
     return folder, os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
 
@@ -42,19 +47,52 @@ def run(installed, arguments):
     return result.stdout
 
 
+def checkpoint(folder):
+    """All tensors of a checkpoint."""
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
 def test_its_own_test_passes(installed):
     run(installed, [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_ternary.py"])
 
 
-def test_its_commands_run(installed):
-    for line in COMMANDS.strip().splitlines():
-        program, *arguments = shlex.split(line)
-        assert program == "quantkit"
-        printed = run(installed, [sys.executable, "-m", "quantkit.cli", *arguments])
-    assert "int_group" in printed
-    model = load(installed[0] / "out" / "ternary", dtype=torch.float32, unpack=False)
+@pytest.fixture(scope="module")
+def printed(installed):
+    """What the page's commands print, one after the other."""
+    lines = COMMANDS.replace("\\\n", " ").strip().splitlines()
+    assert all(line.startswith("quantkit ") for line in lines)
+    return [run(installed, [sys.executable, "-m", "quantkit.cli", *shlex.split(line)[1:]]) for line in lines]
+
+
+def test_its_commands_run_and_tuning_moves_scales_alone(installed, printed):
+    assert "ternary" in printed[-1]
+    plain, tuned = (checkpoint(installed[0] / "out" / name) for name in ("ternary", "tuned"))
+    assert plain.keys() == tuned.keys()
+    codes, scales = ([name for name in plain if name.endswith(kind)] for kind in (".codes", ".scales"))
+    assert codes and all(torch.equal(plain[name], tuned[name]) for name in codes)
+    assert any(not torch.equal(plain[name], tuned[name]) for name in scales)
+
+
+@pytest.fixture
+def findable(installed, monkeypatch):
+    """This process finds the package too, as long as a test runs."""
+    monkeypatch.syspath_prepend(installed[0])
+    yield
+    monkeypatch.undo()
+    registry.rescan()
+
+
+@pytest.mark.usefixtures("printed", "findable")
+def test_its_checkpoints_are_read_and_checked(installed):
+    folder, damaged = installed[0] / "out" / "ternary", installed[0] / "out" / "damaged"
+    model = load(folder, dtype=torch.float32, unpack=False)
     values = model.model.layers[0].mlp.up_proj.weight[0, :64].abs().unique()
     assert len(values) == 2, "0 and the group's scale"
+    shutil.copytree(folder, damaged)
+    config = damaged / "config.json"
+    config.write_text(config.read_text().replace('"group_size": 64', '"group_size": 0', 1))
+    with pytest.raises(CheckpointError, match="group_size=0"):
+        load(damaged)
 
 
 def test_it_stands_in_plans_searches_and_errors(installed):

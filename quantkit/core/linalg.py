@@ -69,7 +69,7 @@ def elimination_order(hessian: Tensor, damp: float) -> Tensor:
 
     Args:
         hessian: H, symmetric [n, n].
-        damp: added to its diagonal, as a share of the mean; 0.001 at least.
+        damp: added to its diagonal, as a fraction of the mean; 0.001 at least.
     """
     left = torch.arange(len(hessian), device=hessian.device)
     rest = hessian.clone()
@@ -86,7 +86,7 @@ def elimination_order(hessian: Tensor, damp: float) -> Tensor:
 
 
 def column_scales(target: Tensor, values: Tensor, hessian: Tensor, damp: float = 1e-3) -> Tensor:
-    """Factors s of the columns of V that minimise tr((W - V S) H (W - V S)^T), S = diag(s).
+    """Factors s [in_features] of the columns of V that minimise tr((W - V S) H (W - V S)^T), S = diag(s).
 
     The normal equations are ((V^T V) o H) s = diag(V^T W H); a ridge pulls s towards 1, so that columns which hold
     nothing keep their factor.
@@ -95,10 +95,11 @@ def column_scales(target: Tensor, values: Tensor, hessian: Tensor, damp: float =
         target: W, fp32 or fp64 [out_features, in_features].
         values: V, the same shape.
         hessian: H, [in_features, in_features].
-        damp: the ridge, as a share of the mean diagonal.
+        damp: the ridge, as a fraction of the mean diagonal.
     """
     normal = (values.T @ values) * hessian
     right = ((target @ hessian) * values).sum(0)
     ridge = damp * normal.diagonal().mean().clamp_min(1e-30)
     normal.diagonal().add_(ridge)
-    return torch.linalg.solve(normal, right + ridge)
+    scales: Tensor = torch.linalg.solve(normal, right + ridge)
+    return scales

@@ -16,7 +16,7 @@ def proxy_loss(error: Tensor, hessian: Tensor) -> float:
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of each target, in nats, in fp32.
+    """Negative log-likelihood of each target, in nats, fp32 [...].
 
     Args:
         logits: [..., vocabulary].
@@ -27,7 +27,7 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def token_kl(baseline_logits: Tensor, logits: Tensor) -> Tensor:
-    """KL(baseline || model) of each position, in nats, in fp32; both inputs [..., vocabulary]."""
+    """KL(baseline || model) of each position, in nats, fp32 [...]; both inputs [..., vocabulary]."""
     baseline = torch.log_softmax(baseline_logits.float(), dim=-1)
     model = torch.log_softmax(logits.float(), dim=-1)
     return (baseline.exp() * (baseline - model)).sum(-1)

@@ -33,11 +33,17 @@ _BUILT_IN = {
         "target_shift": "quantkit.quantizers.target_shift:TargetShift",
         "trellis": "quantkit.quantizers.trellis:Trellis",
     },
+    "quantkit.tunables": {
+        "codebook": "quantkit.tuning.parts.codebook:TunableCodebook",
+        "int_group": "quantkit.tuning.parts.int_group:TunableIntegers",
+        "pyramid": "quantkit.tuning.parts.pyramid:TunablePyramid",
+        "trellis": "quantkit.tuning.parts.trellis:TunableTrellis",
+    },
 }
 
 
 def names(group: str) -> list[str]:
-    """All names of a group ("quantkit.formats" or "quantkit.quantizers"), sorted."""
+    """All names of a group ("quantkit.formats", "quantkit.quantizers" or "quantkit.tunables"), sorted."""
     return sorted(_table(group))
 
 
@@ -46,6 +52,7 @@ def resolve(group: str, name: str) -> type:
 
     Raises:
         UnknownName: no built-in and no installed package offers it.
+        ValueError: two packages claim it.
     """
     table = _table(group)
     if name not in table and name.lower() not in table:
@@ -55,7 +62,8 @@ def resolve(group: str, name: str) -> type:
     if name not in table:
         raise UnknownName(group.rsplit(".", 1)[1].removesuffix("s"), name, table)
     module, attribute = table[name].split(":")
-    return getattr(import_module(module), attribute)
+    found: type = getattr(import_module(module), attribute)
+    return found
 
 
 def rescan() -> None:

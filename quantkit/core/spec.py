@@ -148,11 +148,11 @@ def _name_of(kind: type) -> str | None:
     return None
 
 
-def _has_default(entry: dataclasses.Field) -> bool:
+def _has_default(entry: dataclasses.Field[Any]) -> bool:
     return entry.default is not dataclasses.MISSING or entry.default_factory is not dataclasses.MISSING
 
 
-def _default(entry: dataclasses.Field) -> Any:
+def _default(entry: dataclasses.Field[Any]) -> Any:
     if entry.default is not dataclasses.MISSING:
         return entry.default
     assert entry.default_factory is not dataclasses.MISSING

@@ -31,7 +31,7 @@ class LayerStats:
     cross: Tensor | None = None
     num_tokens: int = 0
     name: str = "layer"
-    _factors: dict[tuple, tuple[Tensor, float]] = field(default_factory=dict, repr=False)
+    _factors: dict[tuple[float, bytes | None], tuple[Tensor, float]] = field(default_factory=dict, repr=False)
     _orders: dict[float, Tensor] = field(default_factory=dict, repr=False)
     _changed: dict[Hashable, "LayerStats"] = field(default_factory=dict, repr=False)
 
@@ -55,7 +55,7 @@ class LayerStats:
         return LayerStats(scales[:, None] * self.hessian * scales, cross, self.num_tokens, self.name)
 
     def inverse_factor(self, damp: float, order: Tensor | None = None) -> Tensor:
-        """Upper-triangular U with (H + damping)^-1 = U^T U, columns in `order`; computed once a (damp, order).
+        """Upper-triangular U [n, n] with (H + damping)^-1 = U^T U, columns in `order`; computed once a (damp, order).
 
         Raises:
             CalibrationError: H holds NaN or Inf, or does not factor with any damping up to 1.
@@ -70,7 +70,7 @@ class LayerStats:
         return self._factors[key][0]
 
     def order(self, damp: float) -> Tensor:
-        """`core.linalg.elimination_order`, computed once a damping."""
+        """`core.linalg.elimination_order`, int64 [in_features], computed once a damping."""
         if damp not in self._orders:
             self._orders[damp] = elimination_order(self.hessian, damp)
         return self._orders[damp]
@@ -107,7 +107,11 @@ class StatsAccumulator:
         self._num_tokens = 0
 
     def add(self, x_q: Tensor, x: Tensor | None = None) -> None:
-        """Adds inputs [..., in_features]; `x` are the same tokens in the full-precision stream."""
+        """Adds inputs [..., in_features]; `x`, of their shape, are the same tokens in the full-precision stream.
+
+        Raises:
+            ValueError: C is gathered, and `x` is not given.
+        """
         x_q = x_q.reshape(-1, x_q.shape[-1]).float()
         self._hessian.addmm_(x_q.T, x_q)
         if self._cross is not None:

@@ -2,24 +2,27 @@
 
 A storage format is a frozen dataclass. Its tensor fields are the payload, fields that are themselves
 QuantizedWeights nest (tensor names are joined with dots), and every other field is JSON metadata.
-State, loading, device moves and measured size follow from the fields; a format adds `dequantize` and,
-where it has a kernel, `matmul`.
+State, loading, device moves and measured size follow from the fields; layout and validation from the
+`schema` that a format declares. It adds `dequantize` and, where it has a kernel, `matmul`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from quantkit.core.errors import CheckpointError
 from quantkit.core.registry import resolve
+from quantkit.core.schema import DTYPES, TensorSpec, check_metadata, dtype_name, field_types, fits, in_words
 
+W = TypeVar("W", bound="QuantizedWeight")
 UNPACKED_EACH_TIME = 20.0
 """`cpu_slowdown` of weights that are unpacked in each product, by torch's operations."""
 
@@ -97,7 +100,11 @@ class QuantizedWeight(ABC):
         return None
 
     def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
-        """The inverse of `side_by_side`: views of `sizes` outputs each."""
+        """The inverse of `side_by_side`: views of `sizes` outputs each.
+
+        Raises:
+            NotImplementedError: this format is not put side by side.
+        """
         raise NotImplementedError(f"{self.format} does not split")
 
     @property
@@ -122,13 +129,64 @@ class QuantizedWeight(ABC):
 
     def _with(self, nested: dict[str, QuantizedWeight]) -> QuantizedWeight:
         changed = {name: weight for name, weight in nested.items() if weight is not getattr(self, name)}
-        return dataclasses.replace(self, **changed) if changed else self  # type: ignore[arg-type]
+        return self._changed(changed) if changed else self
+
+    def _changed(self: W, fields: Mapping[str, Any]) -> W:
+        return dataclasses.replace(self, **fields)
 
     def prepare(self) -> None:  # noqa: B027  (most formats have nothing to prepare)
         """Called when the tensors have come to where they will be used."""
 
-    def validate(self) -> None:  # noqa: B027  (a format without invariants needs none)
-        """Raises ValueError unless shapes and ranges are such that no kernel can read out of bounds."""
+    @abstractmethod
+    def schema(self) -> Mapping[str, TensorSpec]:
+        """What each tensor field must be, from the other fields, and from a tensor's own size where no field has it.
+
+        It is asked once the fields are of their types, weights inside are valid and `_check_fields` has passed.
+        """
+
+    def laid_out(self: W) -> W:
+        """The same weight on the meta device, with tensors, where they are not None, as the schema gives them."""
+        schema = self.schema()
+        return self._changed({name: schema[name].empty(tensor.dtype) for name, tensor in self.tensors().items()})
+
+    def validate(self) -> None:
+        """Checks that no kernel can read out of bounds, and that numbers are finite; allocates nothing on meta.
+
+        Raises:
+            ValueError: a field of another type or out of its range, a tensor that is missing or is not what the schema
+                gives, or that holds NaN or Inf; here or in a weight inside.
+        """
+        for name, hint in field_types(type(self)).items():
+            if not fits(value := getattr(self, name), hint):
+                raise self._refused(name, value, inspect.formatannotation(hint))
+        for name, weight in self.nested().items():
+            try:
+                weight.validate()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            if not weight.state():
+                raise self._refused(name, weight.label, "a weight with tensors")
+        self._check_fields()
+        if min(self.shape) < 1:
+            raise self._refused("its shape", list(self.shape), "at least one feature on either side")
+        schema, tensors = self.schema(), self.tensors()
+        for name in [*schema, *(tensors.keys() - schema.keys())]:
+            tensor, spec = tensors.get(name), schema.get(name)
+            if spec is None or not spec.fits(tensor):
+                raise self._refused(name, tensor, spec or "no such tensor")
+            if tensor is not None and tensor.is_floating_point() and not tensor.is_meta and not _finite(tensor):
+                raise ValueError(f"{name} holds NaN or Inf")
+        if not any(tensor.is_meta for tensor in tensors.values()):
+            self._check_values()
+
+    def _check_fields(self) -> None:  # noqa: B027  (not all fields have ranges)
+        """Raises ValueError where a field that is no tensor is out of its range."""
+
+    def _check_values(self) -> None:  # noqa: B027  (of most codes any bits are valid)
+        """Raises ValueError where a tensor, of the schema's dtype and shape, holds what stands for nothing."""
+
+    def _refused(self, name: str, found: Any, wanted: Any) -> ValueError:
+        return ValueError(f"{name} is {in_words(found)}; {self.format} takes {wanted}")
 
     def tensors(self) -> dict[str, Tensor]:
         """This level's tensor fields (a field that is None is left out)."""
@@ -153,7 +211,7 @@ class QuantizedWeight(ABC):
                 meta[name] = value.metadata()
             elif value is not None and not isinstance(value, Tensor):
                 meta[name] = value
-        meta["tensors"] = {k: [str(v.dtype).removeprefix("torch."), list(v.shape)] for k, v in self.tensors().items()}
+        meta["tensors"] = {k: [dtype_name(v.dtype), list(v.shape)] for k, v in self.tensors().items()}
         return meta
 
     @staticmethod
@@ -161,10 +219,10 @@ class QuantizedWeight(ABC):
         """The inverse of `metadata` and `state`.
 
         Raises:
-            CheckpointError: a tensor is missing, or differs from the metadata in dtype or shape.
+            CheckpointError: the metadata are damaged, or a tensor is missing or differs from them in dtype or shape.
             UnknownName: no installed package knows the format.
         """
-        _check_metadata(metadata)
+        check_metadata(metadata)
         fields: dict[str, Any] = {}
         for name, value in metadata.items():
             if isinstance(value, Mapping) and "format" in value:
@@ -174,33 +232,34 @@ class QuantizedWeight(ABC):
             elif name not in ("format", "tensors"):
                 fields[name] = value
         for name, (dtype, shape) in metadata["tensors"].items():
-            if name not in state:
+            wanted, found = TensorSpec(DTYPES[dtype], tuple(shape)), state.get(name)
+            if found is None or not wanted.fits(found):
                 raise CheckpointError(
-                    f"tensor {name!r} is missing; the checkpoint's config declares it as {dtype} {shape}"
-                )
-            found = state[name]
-            if list(found.shape) != shape or found.dtype != getattr(torch, dtype):
-                raise CheckpointError(
-                    f"tensor {name!r} is {found.dtype} {list(found.shape)}; "
-                    f"the checkpoint's config declares {dtype} {shape}"
+                    f"tensor {name!r} is {in_words(found)}; the checkpoint's config declares it as {wanted}"
                 )
             fields[name] = found
         try:
-            return resolve("quantkit.formats", metadata["format"])(**fields)
+            weight: QuantizedWeight = resolve("quantkit.formats", metadata["format"])(**fields)
         except TypeError as error:
             raise CheckpointError(f"format {metadata['format']!r} does not fit its metadata: {error}") from error
+        return weight
 
     @staticmethod
-    def empty(metadata: Mapping[str, Any], device: str | torch.device = "meta") -> QuantizedWeight:
-        """A weight of the described layout with uninitialised tensors."""
-        _check_metadata(metadata)
-        return QuantizedWeight.from_state(metadata, _empty_state(metadata, device))
+    def empty(metadata: Mapping[str, Any]) -> QuantizedWeight:
+        """A weight of the described layout, on the meta device: nothing is allocated.
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> QuantizedWeight:
+        Raises:
+            CheckpointError: the metadata are damaged.
+            UnknownName: no installed package knows the format.
+        """
+        check_metadata(metadata)
+        return QuantizedWeight.from_state(metadata, _empty_state(metadata))
+
+    def map(self: W, fn: Callable[[Tensor], Tensor]) -> W:
         """The same weight with `fn` applied to every tensor, e.g. a move to another device."""
         changes: dict[str, Any] = {name: fn(tensor) for name, tensor in self.tensors().items()}
         changes |= {name: weight.map(fn) for name, weight in self.nested().items()}
-        return dataclasses.replace(self, **changes)
+        return self._changed(changes)
 
     @property
     def nbytes(self) -> int:
@@ -222,29 +281,24 @@ class QuantizedWeight(ABC):
 
 
 def corrected(y: Tensor, x: Tensor, up: Tensor | None, down: Tensor | None) -> Tensor:
-    """y + (x @ down^T) @ up^T, for products whose kernel does not add the correction itself."""
+    """y + (x @ down^T) @ up^T, for products whose kernel does not add the correction itself.
+
+    Args:
+        y: [..., out_features].
+        x: [..., in_features].
+        up, down: [out_features, rank] and [rank, in_features], or neither.
+    """
     return y if up is None or down is None else y + (x @ down.T) @ up.T
 
 
-def _check_metadata(metadata: Mapping[str, Any]) -> None:
-    """Raises CheckpointError unless the metadata name a format and describe tensors."""
-    tensors = metadata.get("tensors")
-    described = isinstance(tensors, Mapping) and all(
-        isinstance(spec, list | tuple)
-        and len(spec) == 2
-        and isinstance(getattr(torch, str(spec[0]), None), torch.dtype)
-        for spec in tensors.values()
-    )
-    if not isinstance(metadata.get("format"), str) or not described:
-        raise CheckpointError("a packed layer's metadata lack its format or its tensors; the checkpoint is damaged")
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor.half() if tensor.element_size() == 1 else tensor).all())  # no such test of fp8
 
 
-def _empty_state(metadata: Mapping[str, Any], device: str | torch.device) -> dict[str, Tensor]:
-    state = {
-        name: torch.empty(shape, dtype=getattr(torch, dtype), device=device)
-        for name, (dtype, shape) in metadata["tensors"].items()
-    }
+def _empty_state(metadata: Mapping[str, Any]) -> dict[str, Tensor]:
+    described = metadata["tensors"].items()
+    state = {name: TensorSpec(DTYPES[dtype], tuple(shape)).empty() for name, (dtype, shape) in described}
     for name, value in metadata.items():
         if isinstance(value, Mapping) and "format" in value:
-            state |= {f"{name}.{key}": tensor for key, tensor in _empty_state(value, device).items()}
+            state |= {f"{name}.{key}": tensor for key, tensor in _empty_state(value).items()}
     return state

@@ -1,11 +1,12 @@
 """codebook: vectors of output features as indices into learnt codebooks.
 
-    W[g v + j, k] = scale[k] * (book[c(k)][code[g, k]]_j + residual_book[c(k)][residual_code[g, k]]_j)
+    W[g v + j, k] = scale[k] * (codebook[c(k)][code[g, k]]_j + residual_codebook[c(k)][residual_code[g, k]]_j)
 
 A vector is v outputs of one input feature, so every code belongs to a single column and any order of columns can be
-quantized. c(k) numbers equal ranges of columns that have books of their own. Columns may be stored in another order
-than the inputs come in (`order`); the first of them may be a nested weight with longer codes (`outliers`). What does
-not fill a last vector is padding. Codes are packed like an integer format's (`quantkit.kernels.bitpack`).
+quantized. c(k) is the index of one of equal ranges of columns, which have codebooks of their own. Columns may be stored
+in another order than the inputs come in (`order`); the first of them may be a nested weight with longer codes
+(`outliers`). What does not fill a last vector is padding. Codes are packed like an integer format's
+(`quantkit.kernels.bitpack`).
 
 Source: VPTQ (arXiv 2409.17066).
 """
@@ -13,12 +14,14 @@ Source: VPTQ (arXiv 2409.17066).
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
+from quantkit.core.schema import TensorSpec, extent
 from quantkit.core.weight import QuantizedWeight, corrected
 from quantkit.kernels import launching, plans
 from quantkit.kernels.bitpack import pack, planes, row_words
@@ -37,9 +40,9 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
     Attributes:
         codes: int32 [vectors, row_words(columns, bits)], vectors = ceil(out_features / v), columns = in_features
             without those of `outliers`.
-        books: fp16 [ranges, 2^bits, v].
+        books: the codebooks, fp16 [ranges, 2^bits, v].
         out_features, in_features: of the weight, outliers included.
-        residual_codes, residual_books: a second code that is added, like the first; or None.
+        residual_codes, residual_books: a second stage that is added, like the first; or None.
         scales: fp16 [in_features] factors of the columns, or None.
         order: int16 or int32 [in_features], the input feature that each stored column belongs to; None for their own
             order.
@@ -61,8 +64,8 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
         """Packs one or two stages without scales, order and outliers.
 
         Args:
-            codes: integers [vectors, columns], a stage each.
-            books: fp16 [ranges, 2^bits, v], a stage each.
+            codes: integers [vectors, columns], a stage each, one or two.
+            books: codebooks, fp16 [ranges, 2^bits, v], a stage each.
         """
         words = [pack(code.int(), _bits(book)) for code, book in zip(codes, books, strict=True)]
         second = (words[1], books[1]) if len(words) > 1 else (None, None)
@@ -85,42 +88,47 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
         """Columns that this level's own codes stand for."""
         return self.in_features - (0 if self.outliers is None else self.outliers.in_features)
 
-    def validate(self) -> None:
-        """Checks every shape that addresses follow from, that numbers are finite and the order is a permutation."""
-        if self.outliers is not None:
-            self.outliers.validate()
-            if self.outliers.out_features != self.out_features or self.columns < 1:
-                raise ValueError(f"outliers are {self.outliers.shape} in a weight of {self.shape}")
-        for codes, books in self.stages():
+    def schema(self) -> dict[str, TensorSpec]:
+        """Codes and codebooks of each stage, and what columns are multiplied by and sorted in."""
+        vector = extent(self.books, 2)
+        vectors = -(-self.out_features // vector)
+        schema = {
+            "scales": TensorSpec(torch.float16, (self.in_features,), continuous=True, optional=True),
+            "order": TensorSpec((torch.int16, torch.int32), (self.in_features,), optional=True),
+        }
+        for prefix, (_, books) in zip(("", "residual_"), self.stages(), strict=False):
             bits = _bits(books)
-            if books.dim() != 3 or books.dtype != torch.float16 or not 1 <= bits <= LARGEST_BITS or books.numel() == 0:
-                raise ValueError(f"books are {books.dtype} {tuple(books.shape)}; give fp16 [ranges, 2^bits, v]")
-            if books.shape[1] != 1 << bits or books.shape[2] != self.books.shape[2]:
-                raise ValueError(f"books are {tuple(books.shape)}; they hold a power of two of vectors of one length")
-            if len(books) != -(-self.columns // range_width(self.columns, len(books))):
-                raise ValueError(f"{len(books)} ranges do not divide {self.columns} columns")
-            expected = -(-self.out_features // books.shape[2]), row_words(self.columns, bits)
-            if codes.dtype != torch.int32 or tuple(codes.shape) != expected:
-                raise ValueError(f"codes are {codes.dtype} {tuple(codes.shape)}; this weight takes int32 {expected}")
-        for name in ("books", "residual_books", "scales"):
-            tensor = getattr(self, name)
-            if tensor is not None and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{name} hold NaN or Inf")
-        if self.scales is not None and (self.scales.dtype, self.scales.shape) != (torch.float16, (self.in_features,)):
-            raise ValueError(f"scales are {self.scales.dtype} {tuple(self.scales.shape)}; one fp16 an input feature")
-        if self.order is not None and not self.order.is_meta:
+            schema[f"{prefix}codes"] = TensorSpec(torch.int32, (vectors, row_words(self.columns, bits)))
+            shape = extent(books, 0), 1 << bits, vector
+            schema[f"{prefix}books"] = TensorSpec(torch.float16, shape, continuous=True)
+        return schema
+
+    def _check_fields(self) -> None:
+        if self.columns < 1 or (self.outliers is not None and self.outliers.out_features != self.out_features):
+            inner = None if self.outliers is None else list(self.outliers.shape)
+            raise self._refused("outliers", inner, f"columns of a weight of {list(self.shape)}, and not all")
+        for name, (_, books) in zip(("books", "residual_books"), self.stages(), strict=False):
+            ranges, vector, bits = extent(books, 0), extent(books, 2), _bits(books)
+            if min(ranges, vector, bits) < 1 or bits > LARGEST_BITS:
+                raise self._refused(name, books, f"[ranges, 2^bits, v] of 1 to {LARGEST_BITS} bits")
+            if ranges != -(-self.columns // range_width(self.columns, ranges)):
+                raise self._refused(name, books, f"as many ranges as divide {self.columns} columns")
+
+    def _check_values(self) -> None:
+        """The order is a permutation."""
+        if self.order is not None:
             places = torch.arange(self.in_features, device=self.order.device)
-            if self.order.shape != places.shape or not torch.equal(self.order.long().sort().values, places):
-                raise ValueError(f"the order is no permutation of {self.in_features} input features")
+            if not torch.equal(self.order.long().sort().values, places):
+                raise ValueError(f"order holds no permutation of {self.in_features} input features")
 
     def stages(self) -> list[tuple[Tensor, Tensor]]:
-        """(codes, books) of one or two stages."""
+        """(codes [vectors, words], codebooks [ranges, 2^bits, v]) of one or two stages."""
         if self.residual_codes is None or self.residual_books is None:
             return [(self.codes, self.books)]
         return [(self.codes, self.books), (self.residual_codes, self.residual_books)]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The sum of the stages' vectors, in its places and scaled, in fp32, then cast."""
+        """[out_features, in_features]: the sum of the stages' vectors, in its places and scaled, in fp32, then cast."""
         weight = self._stored()
         if self.order is not None:
             weight = torch.empty_like(weight).index_copy_(1, self.order.long(), weight)
@@ -140,7 +148,7 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
         return sum((len(planes(_bits(books))) + 1.2 * -(-v // 4) * 4) / v for _, books in self.stages())
 
     def prepare(self) -> None:
-        """Allocates what launches on the codes' GPU share; warns where books are too large to be fast there."""
+        """Allocates what launches on the codes' GPU share; warns where codebooks are too large to be fast there."""
         for weight in (self, self.outliers):
             if weight is not None and weight.codes.is_cuda:
                 launching.prepare(weight.codes.device)
@@ -151,7 +159,10 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
     def matmul(
         self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
     ) -> Tensor:
-        """Fused look-up-and-multiply; see `quantkit.kernels.codebook_matmul`. Scales multiply x, in its dtype."""
+        """[..., in_features] -> [..., out_features], fused; see `quantkit.kernels.codebook_matmul`.
+
+        Scales multiply x, in its dtype.
+        """
         if self.scales is None and self.order is None and self.outliers is None:
             return self._product(x, bias, up, down)
         stored = x if self.scales is None else x * self.scales.to(x.dtype)
@@ -163,17 +174,18 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
         """The product with x in the stored order."""
         if self.outliers is None:
             return self._product(x, bias)
-        first, rest = x.split([self.outliers.in_features, self.columns], dim=-1)
+        first, rest = torch.split(x, [self.outliers.in_features, self.columns], dim=-1)
         return self._product(rest, bias) + self.outliers._multiplied(first, None)
 
     def _product(self, x: Tensor, bias: Tensor | None, up: Tensor | None = None, down: Tensor | None = None) -> Tensor:
         """The product with this level's own codes."""
         if plans.direct(x, bias, up, down):
             return self._planned(x, bias, up, down)
-        return codebook_matmul(x, *self._stages, self.out_features, bias, up, down)
+        y: Tensor = codebook_matmul(x, *self._stages, self.out_features, bias, up, down)
+        return y
 
     @cached_property
-    def _planned(self) -> plans.Planned:
+    def _planned(self) -> Callable[..., Tensor]:
         return plans.Planned(codebook_matmul, launch, *self._stages, self.out_features)
 
     @property
@@ -186,12 +198,12 @@ def _warn(v: int, bits: int, residual_bits: int, ranges: int, capability: int) -
     sizes = v, bits, residual_bits, ranges, capability
     if served_from(*sizes) != "shared":
         logger.warning(
-            "codebook v=%d, %s bits: its books of %.4g KiB do not fit a multiprocessor's shared memory and are read "
-            "through the %s cache; expect about %.2g times the speed of bf16 with few rows (a model's figure)",
+            "codebook v=%d, %s bits: its codebooks of %.4g KiB do not fit a multiprocessor's shared memory and are "
+            "read through the %s cache; expect about %.2g times the speed of bf16 with few rows (a model's figure)",
             *(v, f"{bits}+{residual_bits}" if residual_bits else bits, book_bytes(v, bits, residual_bits) / 1024),
             *(served_from(*sizes).upper(), expected_speed(*sizes)),
         )
 
 
 def _bits(books: Tensor) -> int:
-    return (books.shape[1] - 1).bit_length()
+    return (extent(books, 1) - 1).bit_length()

@@ -5,27 +5,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.core.schema import FLOATING, TensorSpec, extent
 from quantkit.core.weight import QuantizedWeight
 
 
 @dataclass(frozen=True, eq=False)
 class DenseWeight(QuantizedWeight, format="dense"):
-    """weight: any float dtype [out_features, in_features]."""
+    """A weight as it is.
+
+    Attributes:
+        weight: fp16, bf16, fp32 or fp64 [out_features, in_features].
+    """
 
     weight: Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        return self.weight.shape[0], self.weight.shape[1]
+        return extent(self.weight, 0), extent(self.weight, 1)
 
-    def validate(self) -> None:
-        """Checks that the weight is finite."""
-        if not self.weight.is_meta and not bool(torch.isfinite(self.weight).all()):
-            raise ValueError("weight holds NaN or Inf")
+    def schema(self) -> dict[str, TensorSpec]:
+        """The weight; no tuning moves it, for it has no parts."""
+        return {"weight": TensorSpec(FLOATING, self.shape)}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight itself."""
+        """[out_features, in_features]: the weight itself."""
         return self.weight.to(dtype)
 
     @property

@@ -10,16 +10,17 @@ must contain 0. The last group of a row may be shorter than the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from quantkit.core.schema import TensorSpec, extent, unset
 from quantkit.core.weight import QuantizedWeight
 from quantkit.kernels import int_group_layout, plans
-from quantkit.kernels.bitpack import pack, planes, row_words
+from quantkit.kernels.bitpack import TILE, pack, planes, row_words
 from quantkit.kernels.cpu import has_numba
 from quantkit.kernels.int_group_matmul import (
     Problem,
@@ -73,35 +74,26 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
     @classmethod
     def layout(cls, out_features: int, in_features: int, bits: int, group_size: int, symmetric: bool) -> IntGroupWeight:
         """A weight of this shape on the meta device."""
-        scales = torch.empty(-(-in_features // group_size), out_features, dtype=torch.float16, device="meta")
-        codes = torch.empty(out_features, row_words(in_features, bits), dtype=torch.int32, device="meta")
-        return cls(codes, scales, bits, group_size, in_features, None if symmetric else torch.empty_like(scales))
+        sized = unset(out_features)
+        return cls(sized, sized, bits, group_size, in_features, None if symmetric else sized).laid_out()
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        return self.codes.shape[0], self.in_features
+        return extent(self.codes, 0), self.in_features
 
-    def validate(self) -> None:
-        """Checks every shape that a kernel's addresses follow from, and that scales are finite."""
-        groups = -(-self.in_features // self.group_size) if self.group_size > 0 else -1
-        expected = {
-            "codes": (torch.int32, (self.shape[0], row_words(self.in_features, self.bits))),
-            "scales": (torch.float16, (groups, self.shape[0])),
-            "zeros": (torch.float16, (groups, self.shape[0])),
-        }
-        for name, tensor in self.tensors().items():
-            dtype, shape = expected[name]
-            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}; {self.bits} bits, group_size={self.group_size} "
-                    f"and in_features={self.in_features} take {dtype} {shape}"
-                )
-            if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{name} holds NaN or Inf")
+    def schema(self) -> dict[str, TensorSpec]:
+        """Codes of each row, and scales, mostly zeros too, of each group."""
+        groups = TensorSpec(torch.float16, (-(-self.in_features // self.group_size), self.shape[0]), continuous=True)
+        codes = TensorSpec(torch.int32, (self.shape[0], row_words(self.in_features, self.bits)))
+        return {"codes": codes, "scales": groups, "zeros": replace(groups, optional=True)}
+
+    def _check_fields(self) -> None:
+        if not 1 <= self.bits <= 8 or self.group_size < 1:
+            raise self._refused("(bits, group_size)", (self.bits, self.group_size), "1 to 8 bits and at least 1 column")
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(code - zero) * scale in fp32, then cast."""
+        """[out_features, in_features]: (code - zero) * scale in fp32, then cast."""
         weight = unpacked(self.codes, self.scales, self.zeros, self.bits, self.group_size, self.in_features)
         return weight.to(dtype)
 
@@ -140,21 +132,22 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
     def matmul(
         self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
     ) -> Tensor:
-        """Fused dequantize-and-multiply; see `quantkit.kernels.int_group_matmul`."""
+        """[..., in_features] -> [..., out_features], fused; see `quantkit.kernels.int_group_matmul`."""
         if plans.direct(x, bias, up, down):
             return self._planned(x, bias, up, down)
-        return int_group_matmul(x, self.codes, self.scales, self.zeros, self.bits, self.group_size, bias, up, down)
+        y: Tensor = int_group_matmul(x, self.codes, self.scales, self.zeros, self.bits, self.group_size, bias, up, down)
+        return y
 
     def launch(self, x: Tensor, config: Config) -> Tensor:
-        """The product by the kernel for few rows, with launch sizes that are given: to measure them."""
+        """x [..., in_features] -> [..., out_features] by the kernel for few rows, with given launch sizes."""
         return launch(x, self.codes, self.scales, self.zeros, self.bits, self.group_size, config=config)
 
     def problem(self, x: Tensor) -> Problem:
-        """What launch sizes are chosen for."""
+        """What launch sizes are chosen for, with x [..., in_features]."""
         return problem_of(x, self.shape[0], self.bits, self.group_size)
 
     @cached_property
-    def _planned(self) -> plans.Planned:
+    def _planned(self) -> Callable[..., Tensor]:
         return plans.Planned(int_group_matmul, launch, self.codes, self.scales, self.zeros, self.bits, self.group_size)
 
     @classmethod
@@ -172,8 +165,8 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
 
     def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
         """Views of `sizes` outputs each."""
-        codes, scales = self.codes.split(list(sizes)), self.scales.split(list(sizes), dim=1)
-        zeros = [None] * len(sizes) if self.zeros is None else self.zeros.split(list(sizes), dim=1)
+        codes, scales = torch.split(self.codes, list(sizes)), torch.split(self.scales, list(sizes), dim=1)
+        zeros = [None] * len(sizes) if self.zeros is None else torch.split(self.zeros, list(sizes), dim=1)
         return [
             IntGroupWeight(c, s, self.bits, self.group_size, self.in_features, z)
             for c, s, z in zip(codes, scales, zeros, strict=True)
@@ -207,15 +200,16 @@ class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
         """The stored form's."""
         return IntGroupWeight.format
 
-    def validate(self) -> None:
-        """Checks the shape of the stream."""
-        form = self.bits, self.group_size, self.has_zeros
-        known = 1 <= self.bits <= 8 and self.group_size > 0
-        if not known or not int_group_layout.arranges(self.in_features, self.group_size):
-            raise ValueError(f"bits={self.bits}, group_size={self.group_size}: no such weight is arranged")
-        rows, tiles = -(-self.out_features // int_group_layout.ROWS), self.in_features // int_group_layout.TILE
-        if tuple(self.stream.shape) != (rows, tiles, int_group_layout.words_of_block(*form)):
-            raise ValueError(f"stream is {tuple(self.stream.shape)}; it does not fit a weight of {self.shape}")
+    def schema(self) -> dict[str, TensorSpec]:
+        """The stream."""
+        tiles = -(-self.out_features // int_group_layout.ROWS), self.in_features // TILE
+        words = int_group_layout.words_of_block(self.bits, self.group_size, self.has_zeros)
+        return {"stream": TensorSpec(torch.int32, (*tiles, words))}
+
+    def _check_fields(self) -> None:
+        form = self.bits, self.group_size
+        if not 1 <= self.bits <= 8 or self.group_size < 1 or not int_group_layout.arranges(self.in_features, form[1]):
+            raise self._refused("(bits, group_size)", form, "1 to 8 bits and groups that fit tiles")
 
     def stored(self) -> IntGroupWeight:
         """The checkpoint's bytes."""
@@ -227,7 +221,7 @@ class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
         return IntGroupWeight(codes, scales, self.bits, self.group_size, self.in_features, zeros)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(code - zero) * scale in fp32, then cast."""
+        """[out_features, in_features]: (code - zero) * scale in fp32, then cast."""
         return self.stored().dequantize(dtype)
 
     @property
@@ -246,10 +240,11 @@ class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
     def matmul(
         self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
     ) -> Tensor:
-        """Fused dequantize-and-multiply; see `quantkit.kernels.int_group_matmul`."""
+        """[..., in_features] -> [..., out_features], fused; see `quantkit.kernels.int_group_matmul`."""
         if plans.direct(x, bias, up, down):
             return self._planned(x, bias, up, down)
-        return int_group_arranged_matmul(x, self.stream, *self._form, bias, up, down)
+        y: Tensor = int_group_arranged_matmul(x, self.stream, *self._form, bias, up, down)
+        return y
 
     def launch(self, x: Tensor, config: Config) -> Tensor:
         """As `IntGroupWeight.launch`."""
@@ -264,7 +259,7 @@ class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
         return self.bits, self.group_size, self.has_zeros, self.out_features
 
     @cached_property
-    def _planned(self) -> plans.Planned:
+    def _planned(self) -> Callable[..., Tensor]:
         return plans.Planned(int_group_arranged_matmul, launch_arranged, self.stream, *self._form)
 
     def divides(self, sizes: Sequence[int]) -> bool:
@@ -273,7 +268,7 @@ class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
 
     def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
         """Views of `sizes` outputs each, which `divides` allows."""
-        streams = self.stream.split([-(-size // int_group_layout.ROWS) for size in sizes])
+        streams = torch.split(self.stream, [-(-size // int_group_layout.ROWS) for size in sizes])
         form = self.bits, self.group_size, self.has_zeros
         return [
             ArrangedIntGroupWeight(stream, *form, size, self.in_features)

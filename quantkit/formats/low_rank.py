@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from quantkit.core.schema import TensorSpec, extent, unset
 from quantkit.core.weight import QuantizedWeight
 
 
@@ -46,25 +47,27 @@ class LowRankWeight(QuantizedWeight, format="low_rank"):
     @property
     def rank(self) -> int:
         """Of the correction."""
-        return self.up.shape[1]
+        return extent(self.up, 1)
 
-    def validate(self) -> None:
-        """Checks the base and both factors."""
-        self.base.validate()
-        stored = torch.float16 if self.scales is None else torch.int8
+    @classmethod
+    def layout(cls, base: QuantizedWeight, rank: int, int8: bool = False) -> LowRankWeight:
+        """A correction of a base's layout, on the meta device."""
+        sized = unset(0, rank)
+        return cls(base, sized, sized, sized if int8 else None).laid_out()
+
+    def schema(self) -> dict[str, TensorSpec]:
+        """Both factors, and scales of those in 8 bits, which stay as they are in tuning."""
         out_features, in_features = self.shape
-        rank = self.up.shape[1] if self.up.dim() == 2 else 0
-        expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "up": (stored, (out_features, rank)),
-            "down": (stored, (rank, in_features)),
-            "scales": (torch.float32, (rank,)),
+        stored = torch.float16 if self.scales is None else torch.int8
+        return {
+            "up": TensorSpec(stored, (out_features, self.rank), continuous=self.scales is None),
+            "down": TensorSpec(stored, (self.rank, in_features), continuous=self.scales is None),
+            "scales": TensorSpec(torch.float32, (self.rank,), optional=True),
         }
-        for name, tensor in self.tensors().items():
-            dtype, shape = expected[name]
-            if tensor.dtype != dtype or tuple(tensor.shape) != shape or rank < 1:
-                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; this weight takes {dtype} {shape}")
-            if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{name} holds NaN or Inf")
+
+    def _check_fields(self) -> None:
+        if self.rank < 1:
+            raise self._refused("up", self.up, "at least one column")
 
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """(up [out_features, rank], down [rank, in_features]); scales belong to down."""
@@ -72,7 +75,7 @@ class LowRankWeight(QuantizedWeight, format="low_rank"):
         return self.up.to(dtype), down if self.scales is None else down * self.scales.to(dtype).unsqueeze(1)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """base + up down in fp32, then cast."""
+        """[out_features, in_features]: base + up down in fp32, then cast."""
         up, down = self.factors()
         return (self.base.dequantize() + up @ down).to(dtype)
 
@@ -99,7 +102,7 @@ class LowRankWeight(QuantizedWeight, format="low_rank"):
     def matmul(
         self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
     ) -> Tensor:
-        """The base's product with this correction, and one more where it is given."""
+        """[..., in_features] -> [..., out_features]: the base's product with this correction, and one more if given."""
         own_up, own_down = self._factors_in(x.dtype)
         if up is not None and down is not None:
             own_up, own_down = torch.cat([own_up, up], dim=1), torch.cat([own_down, down])

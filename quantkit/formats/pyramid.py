@@ -13,13 +13,15 @@ Source: "Pyramid Vector Quantization for LLMs" (arXiv 2410.16926); the numbering
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
+from operator import gt
 
 import torch
 from torch import Tensor
 
+from quantkit.core.schema import TensorSpec, extent, unset
 from quantkit.core.weight import QuantizedWeight, corrected
 from quantkit.kernels import int_group_matmul, launching, plans, pyramid, pyramid_matmul
 from quantkit.kernels.bitpack import pack, row_words, unpack
@@ -34,6 +36,8 @@ from quantkit.kernels.pyramid_matmul import (
 logger = logging.getLogger(__name__)
 
 PIECE = 16
+LARGEST_DIMENSION, LARGEST_PULSES, LARGEST_GAIN = 256, 2**13, 8
+"""Of P(D, K), whose points are counted in a table of D x K integers of many words, and bits of a gain."""
 FIELDS_AT_ONCE = 2**22
 """Groups that are decoded together: a limit to the memory that it takes."""
 
@@ -63,7 +67,7 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
 
     @classmethod
     def pack(
-        cls, points: Tensor, gains: Tensor, scales: Tensor, levels: Tensor, pulses: int, axis: str, shape: tuple
+        cls, points: Tensor, gains: Tensor, scales: Tensor, levels: Tensor, pulses: int, axis: str, shape: Sequence[int]
     ) -> PyramidWeight:
         """Packs points and gains.
 
@@ -75,12 +79,12 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
         """
         dimension = points.shape[-1]
         bits = pyramid.index_bits(dimension, pulses)
-        number = torch.nn.functional.pad(pyramid.encode(points, pulses), (0, 1))
+        index = torch.nn.functional.pad(pyramid.encode(points, pulses), (0, 1))
         limb, shift = divmod(bits, pyramid.LIMB)
         field = gains.long() << shift  # may reach into the next limb
-        number[..., limb] |= field & (2**pyramid.LIMB - 1)
-        number[..., min(limb + 1, number.shape[-1] - 1)] |= field >> pyramid.LIMB
-        pieces = torch.stack([number & 0xFFFF, number >> PIECE & 0xFFFF], dim=-1).flatten(-2)
+        index[..., limb] |= field & (2**pyramid.LIMB - 1)
+        index[..., min(limb + 1, index.shape[-1] - 1)] |= field >> pyramid.LIMB
+        pieces = torch.stack([index & 0xFFFF, index >> PIECE & 0xFFFF], dim=-1).flatten(-2)
         widths = _widths(bits + _gain_bits(levels))
         words = [pack(pieces[..., i].int(), width) for i, width in enumerate(widths)]
         return cls(torch.cat(words, dim=1), scales, levels, dimension, pulses, axis, *shape)
@@ -90,12 +94,8 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
         cls, out_features: int, in_features: int, dimension: int, pulses: int, gain_bits: int, axis: str
     ) -> PyramidWeight:
         """A weight of this shape on the meta device."""
-        lines, fields = _lines_and_fields(out_features, in_features, dimension, axis)
-        words = sum(row_words(fields, w) for w in _widths(pyramid.index_bits(dimension, pulses) + gain_bits))
-        codes = torch.empty(lines, words, dtype=torch.int32, device="meta")
-        scales = torch.empty(fields, dtype=torch.float16, device="meta")
-        levels = torch.empty(2**gain_bits, dtype=torch.float16, device="meta")
-        return cls(codes, scales, levels, dimension, pulses, axis, out_features, in_features)
+        tensors = unset(), unset(), unset(2**gain_bits)
+        return cls(*tensors, dimension, pulses, axis, out_features, in_features).laid_out()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -107,53 +107,59 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
         """Dimension, pulses and bits of a gain."""
         return f"pyramid D={self.dimension} K={self.pulses} gain {_gain_bits(self.levels)} bits"
 
-    def validate(self) -> None:
-        """Checks shapes, finite scales and levels, and that every index names a point."""
-        if self.axis not in ("out", "in") or self.dimension < 1 or self.pulses < 1:
-            raise ValueError(f"axis={self.axis!r}, dimension={self.dimension}, pulses={self.pulses}: damaged metadata")
-        gain_bits = _gain_bits(self.levels)
-        if self.levels.shape != (2**gain_bits,) or gain_bits > 8:
-            raise ValueError(f"levels are {tuple(self.levels.shape)}; there are 2^0 to 2^8 gains")
-        expected = type(self).layout(
-            self.out_features, self.in_features, self.dimension, self.pulses, gain_bits, self.axis
-        )
-        for name, tensor in self.tensors().items():
-            like = expected.tensors()[name]
-            if tensor.dtype != like.dtype or tensor.shape != like.shape:
-                raise ValueError(
-                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}; P({self.dimension}, {self.pulses}) along "
-                    f"{self.axis}puts takes {like.dtype} {tuple(like.shape)}"
-                )
-            if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{name} holds NaN or Inf")
-        if not self.codes.is_meta:
-            self.points()
+    def schema(self) -> dict[str, TensorSpec]:
+        """Words of fields, scales of theirs, and gains."""
+        lines, fields = _lines_and_fields(*self.shape, self.dimension, self.axis)
+        words = sum(row_words(fields, width) for width in _widths(self._field_bits))
+        return {
+            "codes": TensorSpec(torch.int32, (lines, words)),
+            "scales": TensorSpec(torch.float16, (fields,), continuous=True),
+            "levels": TensorSpec(torch.float16, (2 ** _gain_bits(self.levels),), continuous=True),
+        }
+
+    def _check_fields(self) -> None:
+        form = self.axis, self.dimension, self.pulses, _gain_bits(self.levels)
+        largest = LARGEST_DIMENSION, LARGEST_PULSES, LARGEST_GAIN
+        if self.axis not in ("out", "in") or min(form[1:3]) < 1 or any(map(gt, form[1:], largest)):
+            raise self._refused("(axis, dimension, pulses, gain bits)", form, f"out or in, and at most {largest}")
+
+    def _check_values(self) -> None:
+        """Every index names a point."""
+        self.points()
+
+    @property
+    def _field_bits(self) -> int:
+        return pyramid.index_bits(self.dimension, self.pulses) + _gain_bits(self.levels)
 
     def fields(self) -> tuple[Tensor, Tensor]:
-        """(gains int64 [lines, fields], numbers of points as limbs int64 [lines, fields, limbs])."""
+        """(gains int64 [lines, fields], indices of points as limbs int64 [lines, fields, limbs])."""
         _, fields = _lines_and_fields(*self.shape, self.dimension, self.axis)
         bits = pyramid.index_bits(self.dimension, self.pulses)
         size = pyramid.limbs(self.dimension, self.pulses)
         pieces, start = [], 0
-        for width in _widths(bits + _gain_bits(self.levels)):
+        for width in _widths(self._field_bits):
             length = row_words(fields, width)
             pieces.append(unpack(self.codes[:, start : start + length], width, fields).long())
             start += length
         pieces += [torch.zeros(len(self.codes), fields, dtype=torch.int64, device=self.codes.device)] * (
             2 * size + 2 - len(pieces)
         )
-        number = torch.stack([low | high << PIECE for low, high in zip(pieces[::2], pieces[1::2], strict=True)], dim=-1)
+        index = torch.stack([low | high << PIECE for low, high in zip(pieces[::2], pieces[1::2], strict=True)], dim=-1)
         limb, shift = divmod(bits, pyramid.LIMB)
-        gains = number[..., limb] >> shift
-        if limb + 1 < number.shape[-1]:
-            gains |= number[..., limb + 1] << (pyramid.LIMB - shift)
-        number[..., limb] &= 2**shift - 1
-        return gains, number[..., :size]
+        gains = index[..., limb] >> shift
+        if limb + 1 < index.shape[-1]:
+            gains |= index[..., limb + 1] << (pyramid.LIMB - shift)
+        index[..., limb] &= 2**shift - 1
+        return gains, index[..., :size]
 
     def points(self) -> tuple[Tensor, Tensor]:
-        """(points int16 [lines, fields, D], gains int64 [lines, fields])."""
-        gains, numbers = self.fields()
-        return pyramid.decode(numbers, self.dimension, self.pulses), gains
+        """(points int16 [lines, fields, D], gains int64 [lines, fields]).
+
+        Raises:
+            ValueError: a field holds an index that names no point.
+        """
+        gains, indices = self.fields()
+        return pyramid.decode(indices, self.dimension, self.pulses), gains
 
     def expanded(self) -> tuple[Tensor, Tensor]:
         """(points int16 [lines, fields, D], factors fp16 [lines, fields]): all that a product needs."""
@@ -161,7 +167,7 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
         return points, factors(points, self.levels.float()[gains], self.scales.float())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """factor * y in fp32, then cast."""
+        """[out_features, in_features]: factor * y in fp32, then cast."""
         points, factor = self.expanded()
         return _weight(points, factor, self.axis, self.shape, dtype)
 
@@ -174,7 +180,7 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
     def matmul(
         self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
     ) -> Tensor:
-        """Fused dequantize-and-multiply; see `quantkit.kernels.pyramid_matmul`. Never decodes a pyramid twice."""
+        """[..., in_features] -> [..., out_features]; see `quantkit.kernels.pyramid_matmul`. Decodes a pyramid once."""
         product = self._product
         if isinstance(product, plans.Planned) and not plans.direct(x, bias, up, down):
             return product.through_torch(x, bias, up, down)
@@ -184,11 +190,10 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
     def _product(self) -> Callable[..., Tensor]:
         """(x [..., in_features], bias, up, down) -> the product, by the kernel that takes this weight."""
         with torch.inference_mode(False), torch.no_grad():  # it may be kept longer than the caller's mode
-            field_bits = pyramid.index_bits(self.dimension, self.pulses) + _gain_bits(self.levels)
-            if (self.axis, self.dimension) == ("out", 8) and self.pulses <= 6 and field_bits <= PIECE:
+            if (self.axis, self.dimension) == ("out", 8) and self.pulses <= 6 and self._field_bits <= PIECE:
                 points = point_table(self.pulses, self.codes.device)
                 scales, gains = lane_order(self.scales), gain_table(self.levels)
-                tables = self.codes, scales, gains, points, field_bits, self.out_features
+                tables = self.codes, scales, gains, points, self._field_bits, self.out_features
                 return plans.Planned(pyramid_matmul.pyramid_table_matmul, pyramid_matmul.table_launch, *tables)
             return self._transcoded()
 
@@ -198,7 +203,7 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
         if bits > 8:
             stored = 16 + 16 / self.dimension
             _tell(self.dimension, self.pulses, "integers of 16 bits, of which every product makes the weight", stored)
-            return partial(_by_points, points, factors, self.axis, self.shape)
+            return partial(_by_points, partial(_weight, points, factors, self.axis, self.shape))
         how = f"decoded at load to {bits}-bit integers"
         if self.axis == "out":
             _tell(self.dimension, self.pulses, how, bits + 16 / self.dimension)
@@ -230,7 +235,7 @@ def factors(points: Tensor, levels: Tensor, scales: Tensor) -> Tensor:
 
     Args:
         points: integers [..., D].
-        levels, scales: fp32, broadcastable to [...].
+        levels, scales: fp32, broadcastable to [...], as the result.
     """
     square = points.int().square().sum(-1)
     inverse = inverse_norms(int(square.max()), points.device)
@@ -244,9 +249,11 @@ def _weight(points: Tensor, factors: Tensor, axis: str, shape: tuple[int, int], 
     return along[: shape[0]] if axis == "out" else along[: shape[1]].T
 
 
-def _by_points(points: Tensor, factors: Tensor, axis: str, shape: tuple[int, int], x: Tensor, bias, up, down) -> Tensor:
-    weight = _weight(points, factors, axis, shape, x.dtype)
-    return corrected(torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype)), x, up, down)
+def _by_points(
+    weight: Callable[[torch.dtype], Tensor], x: Tensor, bias: Tensor | None, up: Tensor | None, down: Tensor | None
+) -> Tensor:
+    y = torch.nn.functional.linear(x, weight(x.dtype), None if bias is None else bias.to(x.dtype))
+    return corrected(y, x, up, down)
 
 
 @lru_cache  # once a process for each
@@ -256,7 +263,7 @@ def _tell(dimension: int, pulses: int, how: str, bits: float) -> None:
 
 
 def _gain_bits(levels: Tensor) -> int:
-    return (len(levels) - 1).bit_length()
+    return (extent(levels, 0) - 1).bit_length()
 
 
 def _widths(bits: int) -> list[int]:

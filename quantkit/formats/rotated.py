@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from quantkit.core.schema import TensorSpec, unset
 from quantkit.core.weight import QuantizedWeight, corrected
 from quantkit.kernels import plans
 from quantkit.kernels.hadamard import launch, rotate
@@ -42,21 +43,26 @@ class RotatedWeight(QuantizedWeight, format="rotated"):
         """(out_features, in_features)."""
         return self.base.shape
 
-    def validate(self) -> None:
-        """Checks the base and that there is a sign for each feature."""
-        self.base.validate()
+    @classmethod
+    def layout(cls, base: QuantizedWeight, outputs: bool) -> RotatedWeight:
+        """A rotation of a base's layout, on the meta device; of its outputs too if asked for."""
+        return cls(base, unset(), unset() if outputs else None).laid_out()
+
+    def schema(self) -> dict[str, TensorSpec]:
+        """A sign for each feature."""
+        outputs = sum(map(_sign_bytes, self._parts()))
+        return {
+            "in_signs": TensorSpec(torch.uint8, (_sign_bytes(self.shape[1]),)),
+            "out_signs": TensorSpec(torch.uint8, (outputs,), optional=True),
+        }
+
+    def _check_fields(self) -> None:
         parts = self._parts()
-        if sum(parts) != self.shape[0]:
-            raise ValueError(f"out_parts={parts} do not add up to {self.shape[0]} output features")
-        wanted = {"in_signs": _sign_bytes(self.shape[1]), "out_signs": sum(map(_sign_bytes, parts))}
-        for name, signs in self.tensors().items():
-            if signs.dtype != torch.uint8 or tuple(signs.shape) != (wanted[name],):
-                raise ValueError(
-                    f"{name} are {signs.dtype} {tuple(signs.shape)}; this weight takes [{wanted[name]}] bytes"
-                )
+        if sum(parts) != self.shape[0] or min(parts) < 1:
+            raise self._refused("out_parts", parts, f"parts of {self.shape[0]} output features")
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """R_out^T W' R_in in fp32, then cast."""
+        """[out_features, in_features]: R_out^T W' R_in in fp32, then cast."""
         weight = rotate(self.base.dequantize(), self.in_signs, True)
         return self.outputs_back(weight.T).T.to(dtype)
 
@@ -84,7 +90,7 @@ class RotatedWeight(QuantizedWeight, format="rotated"):
     def matmul(
         self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
     ) -> Tensor:
-        """Rotates x, multiplies by the base, rotates back."""
+        """[..., in_features] -> [..., out_features]: rotates x, multiplies by the base, rotates back."""
         rotated = self._rotation(x) if plans.direct(x) else rotate(x, self.in_signs, False)
         if self.out_signs is None:
             return corrected(self.base.matmul(rotated, bias), x, up, down)
@@ -97,8 +103,8 @@ class RotatedWeight(QuantizedWeight, format="rotated"):
 
     @cached_property
     def _rotations_back(self) -> list[plans.Planned]:
-        signs = [] if self.out_signs is None else self.out_signs.split([_sign_bytes(size) for size in self._parts()])
-        return [plans.Planned(rotate, launch, own, True, product=False) for own in signs]
+        own = [] if self.out_signs is None else _signs_of(self.out_signs, self._parts())
+        return [plans.Planned(rotate, launch, signs, True, product=False) for signs in own]
 
     @classmethod
     def concatenated(cls, weights: Sequence[QuantizedWeight]) -> RotatedWeight | None:
@@ -119,23 +125,28 @@ class RotatedWeight(QuantizedWeight, format="rotated"):
         bases = self.base.split(sizes)
         if self.out_signs is None:
             return [RotatedWeight(base, self.in_signs) for base in bases]
-        signs = self.out_signs.split([_sign_bytes(size) for size in sizes])
+        signs = _signs_of(self.out_signs, sizes)
         return [RotatedWeight(base, self.in_signs, own) for base, own in zip(bases, signs, strict=True)]
 
     def outputs_back(self, y: Tensor) -> Tensor:
-        """R_out^T y over the last dimension."""
+        """R_out^T y over the last dimension of y [..., out_features]."""
         if self.out_signs is None:
             return y
-        parts = self._parts()
+        parts = torch.split(y, self._parts(), -1)
         if plans.direct(y):
-            back = [rotation(part) for rotation, part in zip(self._rotations_back, y.split(parts, -1), strict=True)]
+            back = [rotation(part) for rotation, part in zip(self._rotations_back, parts, strict=True)]
         else:
-            signs = self.out_signs.split([_sign_bytes(size) for size in parts])
-            back = [rotate(part, own, True) for part, own in zip(y.split(parts, -1), signs, strict=True)]
+            signs = _signs_of(self.out_signs, self._parts())
+            back = [rotate(part, own, True) for part, own in zip(parts, signs, strict=True)]
         return back[0] if len(back) == 1 else torch.cat(back, dim=-1)
 
     def _parts(self) -> list[int]:
         return [self.shape[0]] if self.out_parts is None else self.out_parts
+
+
+def _signs_of(signs: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """The signs of parts with so many output features."""
+    return torch.split(signs, [_sign_bytes(size) for size in sizes])
 
 
 def _sign_bytes(features: int) -> int:

@@ -5,6 +5,7 @@ from typing import NoReturn
 
 import torch
 
+from quantkit.core.schema import TensorSpec
 from quantkit.core.weight import QuantizedWeight
 
 
@@ -31,6 +32,14 @@ class TiedWeight(QuantizedWeight, format="tied"):
         """Whose weight it is."""
         return f"tied to {self.layer}"
 
+    def schema(self) -> dict[str, TensorSpec]:
+        """No tensors."""
+        return {}
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> NoReturn:
-        """Raises ValueError: there is nothing here."""
+        """Nothing.
+
+        Raises:
+            ValueError: always; the weight is elsewhere.
+        """
         raise ValueError(f"the weight is that of {self.layer}; ask it")

@@ -9,17 +9,20 @@ Weights over the same inputs can be put side by side, each part with its own rin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from quantkit.core.schema import TensorSpec, extent, unset
 from quantkit.core.weight import QuantizedWeight
 from quantkit.kernels import launching, plans, trellis
 from quantkit.kernels.cpu import has_numba
 from quantkit.kernels.trellis_matmul import BLOCK_N, launch, trellis_matmul, unpacked
+
+LARGEST_WIDTH = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,50 +50,39 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
     @classmethod
     def layout(cls, parts: list[int], in_features: int, bits: int, state_bits: int, width: int = 1) -> TrellisWeight:
         """The layout for a shape, on the meta device."""
-        words = sum(trellis.lines([_places(part, width) for part in parts], bits))
-        codes = torch.empty(words, -(-in_features // width), dtype=torch.int32, device="meta")
-        scales = torch.empty(len(parts), in_features, dtype=torch.uint8, device="meta")
-        scale = torch.empty(len(parts), dtype=torch.float32, device="meta")  # whatever the default type is
-        return cls(codes, scales, scale, bits, state_bits, parts, width)
+        return cls(unset(), unset(0, in_features), unset(), bits, state_bits, parts, width).laid_out()
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        return sum(self.parts), self.scales.shape[-1]
+        return sum(self.parts), extent(self.scales, 1)
 
     @property
     def label(self) -> str:
         """The format, L and K."""
         return f"trellis L={self.state_bits} K={self.bits}{f' width {self.width}' if self.width > 1 else ''}"
 
-    def validate(self) -> None:
-        """Checks shapes and that the scale is finite; any bits are valid codes."""
-        low, high = trellis.STATE_BITS
-        form = self.bits, self.state_bits, self.width
-        known = all(type(number) is int for number in form) and 1 <= self.bits <= 8 and 1 <= self.width <= 256
+    def schema(self) -> dict[str, TensorSpec]:
+        """Words of rings, steps of columns, and a scale a part."""
+        words = sum(trellis.lines([_places(part, self.width) for part in self.parts], self.bits))
+        return {
+            "codes": TensorSpec(torch.int32, (words, -(-self.shape[1] // self.width))),
+            "scales": TensorSpec(torch.uint8, (len(self.parts), self.shape[1])),
+            "scale": TensorSpec(torch.float32, (len(self.parts),), continuous=True),
+        }
+
+    def _check_fields(self) -> None:
+        form, (low, high) = (self.bits, self.state_bits, self.width), trellis.STATE_BITS
+        known = 1 <= self.bits <= 8 and 1 <= self.width <= LARGEST_WIDTH
         if not known or not max(low, 2 * self.bits) <= self.state_bits <= high:
-            raise ValueError(
-                f"bits={self.bits}, state_bits={self.state_bits}, width={self.width}: trellis codes take 1 to 8 bits "
-                f"and windows of twice as many to {high}"
-            )
-        parts = self.parts if isinstance(self.parts, list) else []
-        whole = all(type(part) is int and part > 0 for part in parts)
-        if not parts or not whole or (len(parts) > 1 and (self.width > 1 or any(p % BLOCK_N for p in parts[:-1]))):
-            raise ValueError(f"parts={self.parts}: weights side by side have multiples of {BLOCK_N} rows, but the last")
-        if self.scales.dim() != 2:
-            raise ValueError(f"scales have {self.scales.dim()} dimensions; trellis codes take [parts, in_features]")
-        wanted = TrellisWeight.layout(self.parts, self.shape[1], self.bits, self.state_bits, self.width).tensors()
-        for name, tensor in self.tensors().items():
-            if tensor.dtype != wanted[name].dtype or tensor.shape != wanted[name].shape:
-                raise ValueError(
-                    f"{name} are {tensor.dtype} {list(tensor.shape)}; {list(self.shape)} weights at {self.bits} bits "
-                    f"take {wanted[name].dtype} {list(wanted[name].shape)}"
-                )
-        if not self.scale.is_meta and not bool(torch.isfinite(self.scale).all()):
-            raise ValueError("scale holds NaN or Inf")
+            wanted = f"1 to 8 bits, states of twice as many and {low} to {high}, and widths to {LARGEST_WIDTH}"
+            raise self._refused("(bits, state_bits, width)", form, wanted)
+        aligned = self.width == 1 and not any(part % BLOCK_N for part in self.parts[:-1])
+        if min(self.parts, default=0) < 1 or (len(self.parts) > 1 and not aligned):
+            raise self._refused("parts", self.parts, f"multiples of {BLOCK_N} rows side by side, but for the last")
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """value * step * scale in fp32, then cast."""
+        """[out_features, in_features]: value * step * scale in fp32, then cast."""
         form = self.bits, self.state_bits
         if self.width == 1:
             return unpacked(self.codes, self.scales, self.scale, *form, self.parts, self.shape[1]).to(dtype)
@@ -102,13 +94,14 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
     def matmul(
         self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
     ) -> Tensor:
-        """The fused kernel, where rings go along one column."""
+        """[..., in_features] -> [..., out_features] by the fused kernel, where rings go along one column."""
         if self.width > 1:
             return super().matmul(x, bias, up, down)
         if plans.direct(x, bias, up, down):
             return self._planned(x, bias, up, down)
         form = self.bits, self.state_bits, self.parts
-        return trellis_matmul(x, self.codes, self.scales, self.scale, *form, bias, up, down)
+        y: Tensor = trellis_matmul(x, self.codes, self.scales, self.scale, *form, bias, up, down)
+        return y
 
     @property
     def cpu_slowdown(self) -> float:
@@ -116,7 +109,7 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
         return 1.2 if has_numba() and self.width == 1 else super().cpu_slowdown
 
     @cached_property
-    def _planned(self) -> plans.Planned:
+    def _planned(self) -> Callable[..., Tensor]:
         form = self.bits, self.state_bits, self.parts
         return plans.Planned(trellis_matmul, launch, self.codes, self.scales, self.scale, *form)
 
@@ -141,13 +134,17 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
         return cls(codes, scales, scale, first.bits, first.state_bits, parts)
 
     def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
-        """Views of the parts that were put side by side."""
+        """Views of the parts that were put side by side.
+
+        Raises:
+            ValueError: `sizes` are not theirs.
+        """
         if list(sizes) != self.parts:
             raise ValueError(f"rings of {self.parts} outputs do not split into {list(sizes)}")
-        codes = self.codes.split(trellis.lines(sizes, self.bits))
+        codes, scales = torch.split(self.codes, trellis.lines(sizes, self.bits)), torch.split(self.scales, 1)
         return [
-            TrellisWeight(own, scales, scale, self.bits, self.state_bits, [size])
-            for own, scales, scale, size in zip(codes, self.scales.split(1), self.scale.split(1), sizes, strict=True)
+            TrellisWeight(own, steps, scale, self.bits, self.state_bits, [size])
+            for own, steps, scale, size in zip(codes, scales, torch.split(self.scale, 1), sizes, strict=True)
         ]
 
 
@@ -160,7 +157,7 @@ def rings_of(columns: Tensor, width: int) -> Tensor:
 
 
 def columns_of(rings: Tensor, width: int) -> Tensor:
-    """The inverse of `rings_of`, with what fills up."""
+    """The inverse of `rings_of`, with what fills up: [places, rings] -> [rows, columns]."""
     tiles = rings.view(-1, width, width, rings.shape[1])
     return tiles.permute(0, 2, 3, 1).flatten(2, 3).flatten(0, 1)
 

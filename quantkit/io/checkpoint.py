@@ -21,6 +21,7 @@ from torch import Tensor
 from quantkit.core.constants import METHOD, VERSION
 from quantkit.core.errors import CheckpointError
 from quantkit.core.result import LayerResult
+from quantkit.core.schema import in_words
 from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.tied import TiedWeight
 from quantkit.io.files import Output, read_json
@@ -182,28 +183,31 @@ def check_tensors(layers: Mapping[str, Any], specs: Mapping[str, tuple[str, list
     Raises:
         CheckpointError: a tensor is missing or differs.
     """
+    weights = {}
     for layer, metadata in layers.items():
-        weight = QuantizedWeight.empty(metadata)
         try:
-            weight.validate()
-            if isinstance(weight, TiedWeight):
-                _check_tied(weight, layers)
-        except ValueError as error:
+            weights[layer] = QuantizedWeight.empty(metadata)
+            weights[layer].validate()
+        except (ValueError, CheckpointError) as error:
             raise CheckpointError(f"{layer}: {error}; config.json is damaged") from error
-        declared = {k: (v.dtype, list(v.shape)) for k, v in weight.state().items()}
-        for key, (dtype, shape) in declared.items():
+    for layer, weight in weights.items():
+        if isinstance(weight, TiedWeight):
+            _check_tied(layer, weight, weights)
+        for key, tensor in weight.state().items():
             found = specs.get(f"{layer}.{key}")
             if found is None:
                 raise CheckpointError(f"{layer}.{key} is missing from the checkpoint's files; fetch or make it anew")
-            if found[1] != shape or DTYPES.get(found[0]) != dtype:
+            if found[1] != list(tensor.shape) or DTYPES.get(found[0]) != tensor.dtype:
                 raise CheckpointError(
-                    f"{layer}.{key} is {found[0]} {found[1]} in its file; config.json declares {dtype} {shape}"
+                    f"{layer}.{key} is {found[0]} {found[1]} in its file; config.json declares {in_words(tensor)}"
                 )
 
 
-def _check_tied(weight: TiedWeight, layers: Mapping[str, Any]) -> None:
-    """Raises ValueError unless another packed layer of the same shape is there to be looked up."""
-    other = QuantizedWeight.empty(layers[weight.layer]) if weight.layer in layers else None
+def _check_tied(layer: str, weight: TiedWeight, weights: Mapping[str, QuantizedWeight]) -> None:
+    """Raises CheckpointError unless another packed layer of the same shape is there to be looked up."""
+    other = weights.get(weight.layer)
     if other is None or isinstance(other, TiedWeight) or other.shape != weight.shape:
         found = "is not there" if other is None else f"is {other.label} {list(other.shape)}"
-        raise ValueError(f"it is tied to {weight.layer}, {list(weight.shape)}, which {found}")
+        raise CheckpointError(
+            f"{layer}: it is tied to {weight.layer}, {list(weight.shape)}, which {found}; config.json is damaged"
+        )

@@ -12,7 +12,6 @@ of their statistics.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from quantkit.core.protocols import Needs, Quantizer
@@ -55,9 +54,4 @@ class Hadamard:
 
     def layout(self, out_features: int, in_features: int) -> RotatedWeight:
         """The inner method's layout, and a bit a feature."""
-
-        def signs(features: int) -> Tensor:
-            return torch.empty(-(-features // 8), dtype=torch.uint8, device="meta")
-
-        base = self.inner.layout(out_features, in_features)
-        return RotatedWeight(base, signs(in_features), signs(out_features) if self.outputs else None)
+        return RotatedWeight.layout(self.inner.layout(out_features, in_features), self.outputs)

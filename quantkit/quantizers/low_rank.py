@@ -12,7 +12,6 @@ the best.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,10 +80,7 @@ class LowRank:
     def layout(self, out_features: int, in_features: int) -> LowRankWeight:
         """The inner method's layout, and both factors."""
         rank = min(self.rank, out_features, in_features)
-        options: dict[str, Any] = {"device": "meta", "dtype": torch.float16 if self.adapter_bits == 16 else torch.int8}
-        scales = None if self.adapter_bits == 16 else torch.empty(rank, dtype=torch.float32, device="meta")
-        up, down = torch.empty(out_features, rank, **options), torch.empty(rank, in_features, **options)
-        return LowRankWeight(self.inner.layout(out_features, in_features), up, down, scales)
+        return LowRankWeight.layout(self.inner.layout(out_features, in_features), rank, self.adapter_bits == 8)
 
     def _corrected(self, base: QuantizedWeight, error: Tensor, stats: LayerStats | None) -> LowRankWeight:
         rank = min(self.rank, *error.shape)

@@ -20,7 +20,7 @@ from quantkit.io.hf import attach
 from quantkit.kernels.hadamard import rotate
 from quantkit.models.embedding import QuantizedEmbedding
 from quantkit.models.linear import Packed, QuantizedLinear
-from quantkit.tuning.tunable import Coded
+from quantkit.tuning.parts.base import Coded
 
 
 class AdaptedLinear(nn.Module):

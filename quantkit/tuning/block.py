@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from quantkit.core.errors import QuantkitError
 from quantkit.models.forward import Batch, run_block
 from quantkit.models.linear import QuantizedLinear
+from quantkit.tuning.parts.base import tunable
 from quantkit.tuning.pv import PVOptimizer, TunedLinear, rate
 from quantkit.tuning.settings import PVSettings
-from quantkit.tuning.tunable import tunable
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class BlockTuning:
             block: on its device.
             names: of its packed layers.
             batches: `quantized` holds the block's inputs and `full` the wanted outputs.
-            index: the block's number, by which `Batch.calls` finds its arguments.
+            index: of the block, by which `Batch.calls` finds its arguments.
             progress: called with (steps taken, steps in all).
 
         Returns:

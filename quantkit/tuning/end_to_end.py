@@ -38,9 +38,9 @@ from quantkit.models.structure import check_vocabulary
 from quantkit.run.recipe import Calibration
 from quantkit.run.teacher import CachedTeacher, Teacher, predict
 from quantkit.tuning.adapters import AdaptedLinear, correction_outside, packed_linears
+from quantkit.tuning.parts.base import tunable
 from quantkit.tuning.pv import PVOptimizer, TunedLinear, TunedTensor, rate
 from quantkit.tuning.settings import TuningSettings
-from quantkit.tuning.tunable import tunable
 
 logger = logging.getLogger(__name__)
 

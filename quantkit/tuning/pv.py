@@ -2,9 +2,9 @@
 
 Every step of a phi(Wq), Wq the dequantized weights, does both (arXiv 2405.14852, sections 3.2 and 3.3):
 
-    P    Adam moves scales, zeros, books, gains, corrections along the gradient that reaches them through Wq
-    V    Adam moves a target S of every weight along d phi / d Wq; the share of units with the largest |S - Wq| is coded
-         again, nearest to S; of those changes the largest are kept while |Wq' - Wq| <= trust * |Wq|, one at least
+    P    Adam moves scales, zeros, codebooks, gains, corrections along the gradient that reaches them through Wq
+    V    Adam moves a target S of every weight along d phi / d Wq; the fraction of units with the largest |S - Wq| is
+         coded again, nearest to S; of those changes the largest are kept while |Wq' - Wq| <= trust * |Wq|, one at least
 
 A full V step would round back to where it came from: a step shorter than half a cell changes no code, unless it is
 taken for few weights at once. Modes say what S is:
@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core.weight import QuantizedWeight
+from quantkit.tuning.parts.base import Coded, Tunable
 from quantkit.tuning.settings import PVSettings
-from quantkit.tuning.tunable import Coded, Tunable
 
 
 def rate(step: int, steps: int, warmup: float = 0.05) -> float:
-    """The share of the learning rates in step 0, 1, ...: a linear rise, then a linear fall to a tenth."""
+    """The fraction of the learning rates in step 0, 1, ...: a linear rise, then a linear fall to a tenth."""
     rising = (step + 1) / max(1.0, warmup * steps)
     return min(1.0, rising, max(0.1, 1 - step / steps))
 
@@ -60,11 +60,11 @@ class TunedTensor:
 
     Args:
         parameter: of the model.
-        share: of the learning rates.
+        fraction: of the learning rates.
     """
 
-    def __init__(self, parameter: nn.Parameter, share: float) -> None:
-        self.parameter, self._share = parameter, share
+    def __init__(self, parameter: nn.Parameter, fraction: float) -> None:
+        self.parameter, self._fraction = parameter, fraction
         self.copy = nn.Parameter(parameter.detach().float().clone())
 
     @torch.no_grad()
@@ -85,7 +85,7 @@ class TunedTensor:
 
     def continuous(self) -> Iterator[tuple[nn.Parameter, float]]:
         """See `Tuned`."""
-        yield self.copy, self._share * float(self.copy.detach().square().mean().sqrt())
+        yield self.copy, self._fraction * float(self.copy.detach().square().mean().sqrt())
 
     def coded(self) -> Iterator[Coded]:
         """See `Tuned`."""

@@ -16,7 +16,7 @@ class PVSettings:
         lr: of continuous parts, in units of their size.
         code_lr: of targets, in units of what a code can tell apart: a layer's root mean square weight / 2^bits; half
             of it for trellis codes (`Coded.pace`).
-        share: of a layer's units that may be coded again in a step.
+        share: the fraction of a layer's units that may be coded again in a step.
         trust: largest relative change of a layer's weights by codes in a step.
         decay: pull of targets towards the weights, 0 to 1.
         betas: Adam's.
@@ -47,11 +47,11 @@ class TuningSettings:
 
     Attributes:
         steps: of the optimizer.
-        batch: windows a step, over all processes.
-        micro_batch: windows that run through the models together; gradients are summed up to a batch.
-        warmup: share of the steps in which learning rates rise to their full size; then they fall linearly to a tenth.
-        evaluate_every: steps between measurements of the held-out windows.
-        held_out: windows that are measured, and not tuned on.
+        batch: sequences a step, over all processes.
+        micro_batch: sequences that run through the models together; gradients are summed up to a batch.
+        warmup: fraction of the steps in which learning rates rise to full size; then they fall linearly to a tenth.
+        evaluate_every: steps between measurements of the held-out sequences.
+        held_out: sequences that are measured, and not tuned on.
         patience: measurements without a new best after which the run ends; None to go on.
         norms: tune the model's norms too.
         embeddings: tune the embedding and the head too, where they are dense; they stay of the model's dtype, and take
@@ -63,8 +63,8 @@ class TuningSettings:
             with corrections alone, where activations are most of the memory.
         mixed: multiply in bf16 and add up in fp32; None: on a CPU with instructions for it, where that takes two thirds
             of the time. On a GPU models compute in the type that they were loaded in.
-        top: most likely successors of each token that a cache of the teacher keeps.
-        seed: of the order of windows.
+        top: how many top-k tokens of each prediction a cache of the teacher keeps.
+        seed: of the order of sequences.
         pv: of a step.
     """
 

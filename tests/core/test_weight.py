@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from quantkit.core.errors import CheckpointError, UnknownName
+from quantkit.core.schema import TensorSpec
 from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.dense import DenseWeight
 from quantkit.formats.int_group import IntGroupWeight
@@ -22,6 +23,9 @@ class ScaledWeight(QuantizedWeight, format="scaled_for_tests"):
     @property
     def shape(self):
         return self.base.shape
+
+    def schema(self):
+        return {"factors": TensorSpec(torch.float32, (self.shape[0], 1), continuous=True)}
 
     def dequantize(self, dtype=torch.float32):
         return (self.factors * self.base.dequantize()).to(dtype)
@@ -70,7 +74,7 @@ def test_damaged_state_is_refused(nested):
     metadata, state = nested.metadata(), nested.state()
     with pytest.raises(CheckpointError, match="'codes' is missing"):
         QuantizedWeight.from_state(metadata, {k: v for k, v in state.items() if k != "base.codes"})
-    with pytest.raises(CheckpointError, match="declares float32"):
+    with pytest.raises(CheckpointError, match=r"'factors' is float32 \[7, 1\]; .* declares it as float32 \[6, 1\]"):
         QuantizedWeight.from_state(metadata, state | {"factors": torch.ones(7, 1)})
     with pytest.raises(CheckpointError, match="does not fit its metadata"):
         QuantizedWeight.from_state(metadata | {"surprise": 1}, state)

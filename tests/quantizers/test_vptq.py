@@ -261,10 +261,10 @@ def test_damaged_weights_are_refused():
     packed.validate()
     for changes, message in (
         ({"order": packed.order.clone().fill_(3)}, "no permutation"),
-        ({"books": packed.books[:, :-1]}, "power of two"),
+        ({"books": packed.books[:, :-1]}, r"books is float16 \[1, 15, 2\]; codebook takes float16 \[1, 16, 2\]"),
         ({"books": packed.books * float("inf")}, "NaN or Inf"),
-        ({"codes": packed.codes[:-1]}, "codes are"),
-        ({"out_features": 50}, "outliers are|codes are"),
+        ({"codes": packed.codes[:-1]}, "codes is"),
+        ({"out_features": 50}, r"outliers is \[48, 6\]"),
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(packed, **changes).validate()

@@ -11,9 +11,9 @@ from quantkit import GPTQ, RTN, VPTQ, Hadamard, LowRank, Pyramid, Trellis
 from quantkit.core.errors import QuantkitError
 from quantkit.core.stats import LayerStats
 from quantkit.formats.dense import DenseWeight
+from quantkit.tuning.parts.base import tunable
 from quantkit.tuning.pv import PVOptimizer, TunedLinear
 from quantkit.tuning.settings import MODES, PVSettings
-from quantkit.tuning.tunable import tunable
 
 METHODS = {
     "int": GPTQ(2, 64),
@@ -86,7 +86,7 @@ def test_nearest_codes_are_assigned(method):
 
 
 def test_formats_that_cannot_be_tuned_are_named():
-    with pytest.raises(QuantkitError, match="'dense' cannot be tuned; int_group, codebook"):
+    with pytest.raises(QuantkitError, match="'dense' cannot be tuned: its schema marks no tensor"):
         tunable(DenseWeight(torch.randn(3, 4)))
 
 
