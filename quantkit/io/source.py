@@ -17,7 +17,7 @@ from quantkit.io.shards import Shards
 from quantkit.io.weights import LoadedWeights, ModelTensors, ShardedWeights, match_names
 from quantkit.models.forward import WeightSource
 from quantkit.models.plan import Plan, tied
-from quantkit.models.rotation import Rotation, find_structure, rotate_model, try_blocks
+from quantkit.models.rotation import Rotation, find_structure, rotate_model
 from quantkit.models.structure import block_linears, find_blocks, outer_linears
 from quantkit.models.ties import belongs, tied_names, untie
 
@@ -126,14 +126,13 @@ class ModelFolder:
             QuantkitError: the model has another shape.
         """
         if self.whole and not self._structure_only:
-            rotate_model(self.model, rotation.seed, rotation.heads)
+            rotate_model(self.model, rotation.seed)
             return
         structure = find_structure(self.model, rotation)
         untie(self.model, {structure.head}, mapping=self._mapping)
         if not self._structure_only:
-            try_blocks(self.model, structure)
             gains = structure.gains(self._tensors.read)
-            self._tensors.change = lambda name, tensor: structure.turned(name, tensor, gains)
+            self._tensors.change = lambda name, tensor: structure.rotated(name, tensor, gains)
 
     def source(self, plan: Plan) -> WeightSource:
         """The walker's source of weights."""

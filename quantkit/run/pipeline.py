@@ -69,7 +69,7 @@ def quantize_model(
         windows = recipe.calibration.windows(tokenizer, model)
     before, ties, rotation = tensor_bytes(model), len(tied_names(model)), recipe.rotation
     if rotation is not None:
-        rotate_model(model, rotation.seed, rotation.heads)
+        rotate_model(model, rotation.seed)
     untie(model, plan, tied(plan))
     notes = model_notes(model, plan, ties > len(tied_names(model)), rotation is not None)
     was_training = model.training
