@@ -84,11 +84,11 @@ def evaluate_command(
     import quantkit
     from quantkit.core.device import compute_dtype, parse_dtype, pick_device
     from quantkit.evals.activations import quantized_activations
+    from quantkit.evals.kv_prefix import compressed_prefix
     from quantkit.evals.kv_quality import retrieval
     from quantkit.evals.perplexity import evaluate
     from quantkit.io.source import load_tokenizer, resolve_folder
     from quantkit.kvcache.config import KVCacheConfig
-    from quantkit.kvcache.prefix import compressed_prefix
     from quantkit.models.structure import check_vocabulary, context_length
     from quantkit.run.recipe import window_length
     from quantkit.run.text import documents, evaluation_tokens

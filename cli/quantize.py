@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _INTEGER, _PYRAMID, _VPTQ = "Integer grids (gptq, rtn)", "Pyramid codes (pyramid)", "Vector codebooks (vptq)"
 _TRELLIS = "Trellis codes (trellis)"
 SETTINGS = (
-    *("group_size", "symmetric", "dimension", "axis", "state_bits", "vector_length", "residual_bits", "book_share"),
+    *("group_size", "symmetric", "dimension", "axis", "state_bits", "vector_length", "residual_bits"),
     *("outliers", "outlier_bits", "ranges", "scale_inputs"),
 )
 """Of methods, that have options of their own here."""
@@ -54,23 +54,16 @@ _StateBits = Annotated[
 _VectorLength = Annotated[
     int | None,
     typer.Option(
-        help="Weights a vector, 1 to 16; by default the best that --book-share allows.", rich_help_panel=_VPTQ
+        help="Weights a vector, 1 to 16; by default the best whose codebooks cost 5% of --bits.", rich_help_panel=_VPTQ
     ),
 ]
 _ResidualBits = Annotated[
     int | None, typer.Option(help="Bits of a second code a vector, out of --bits.", rich_help_panel=_VPTQ)
 ]
-_BookShare = Annotated[
-    float | None,
-    typer.Option(
-        help="Most that codebooks may cost, as a share of --bits, where --vector-length is free; 0.05 by default.",
-        rich_help_panel=_VPTQ,
-    ),
-]
 _Outliers = Annotated[
     float | None,
     typer.Option(
-        help="Share of input features with longer codes, 0 to 1; of use with --no-hadamard.",
+        help="Fraction of input features with longer codes, 0 to 1; of use with --no-hadamard.",
         rich_help_panel=_VPTQ,
     ),
 ]
@@ -151,7 +144,6 @@ def quantize_command(
     state_bits: _StateBits = None,
     vector_length: _VectorLength = None,
     residual_bits: _ResidualBits = None,
-    book_share: _BookShare = None,
     outliers: _Outliers = None,
     outlier_bits: _OutlierBits = None,
     ranges: _Ranges = None,
@@ -177,7 +169,7 @@ def quantize_command(
         )
     method = method or "gptq"
     if outlier_bits is not None and not outliers:
-        raise QuantkitError("--outlier-bits is given without --outliers, the share of input features that get them")
+        raise QuantkitError("--outlier-bits is given without --outliers, the fraction of input features that get them")
     if low_rank is not None and low_rank_bits:
         raise QuantkitError("--low-rank gives every layer one rank, --low-rank-bits shares ranks out; give one of them")
     low_rank = 1 if low_rank_bits else low_rank

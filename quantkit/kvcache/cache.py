@@ -123,7 +123,7 @@ class GearLayer(CacheLayerMixin):
         Args:
             queries: [batch, heads, tokens, channels].
         """
-        if self.weights is None and self.config.weighted and self.config.rank and not self.config.hadamard:
+        if self.weights is None and self.config.weighted and self.config.rank:
             heads = self.shapes["k"][1]
             squares = queries.float().square().mean(2).unflatten(1, (heads, -1)).mean(2)  # [batch, kv_heads, channels]
             pairs = squares.unflatten(-1, (2, -1)).mean(-2) if squares.shape[-1] % 2 == 0 else squares
@@ -242,7 +242,7 @@ class GearCache(DynamicCache):
 
     def packed_layers(self) -> Iterator[tuple[int, GearLayer]]:
         """(index, layer) of those that compress."""
-        yield from ((number, layer) for number, layer in enumerate(self.layers) if isinstance(layer, GearLayer))
+        yield from ((index, layer) for index, layer in enumerate(self.layers) if isinstance(layer, GearLayer))
 
     def compress(self) -> None:
         """Compresses what has gathered in whole buffers, at once instead of with the next tokens."""
@@ -251,28 +251,20 @@ class GearCache(DynamicCache):
 
     @property
     def nbytes(self) -> int:
-        """Of all that compressing layers hold."""
-        return sum(
-            sum(side.nbytes().values()) for _, layer in self.packed_layers() for side in (layer.k, layer.v)
-        ) + sum(layer.weights.nbytes for _, layer in self.packed_layers() if layer.weights is not None)
+        """Bytes of all that compressing layers hold, spare capacity included."""
+        layers = [layer for _, layer in self.packed_layers()]
+        weights = sum(layer.weights.nbytes for layer in layers if layer.weights is not None)
+        return weights + sum(layer.k.nbytes + layer.v.nbytes for layer in layers)
 
     @property
     def bits_per_element(self) -> float:
-        """Bits of a cached number, every byte counted."""
+        """Bits that a cached number takes, every allocated byte counted."""
         elements = 0
         for _, layer in self.packed_layers():
             for side in (layer.k, layer.v):
                 batch, heads, channels = layer.shapes.get(side.name, (0, 0, 0))
                 elements += batch * heads * channels * side.length
         return 8 * self.nbytes / max(elements, 1)
-
-    def report(self) -> list[dict[str, Any]]:
-        """A row for each compressing layer and side: tokens, and bytes by what they are for."""
-        return [
-            {"layer": number, "side": side.name, "tokens": side.length, "packed": side.packed, **side.nbytes()}
-            for number, layer in self.packed_layers()
-            for side in (layer.k, layer.v)
-        ]
 
     def save(self, path: Path | str) -> None:
         """Writes the cache as a prompt cache, safetensors.
@@ -286,17 +278,17 @@ class GearCache(DynamicCache):
             raise QuantkitError("the cache is empty: nothing to save")
         tensors: dict[str, Tensor] = {}
         sides = []
-        for number, layer in self.packed_layers():
+        for index, layer in self.packed_layers():
             for side in (layer.k, layer.v):
                 parts = {"buffer": side.buffer, "sink": side.sink} | {f"grown.{n}": g for n, g in side.grown.items()}
                 held = {name: one.data.contiguous() for name, one in parts.items() if one.length}
                 held |= {f"fixed.{name}": tensor for name, tensor in side.fixed.items()}
-                tensors |= {f"{number}.{side.name}.{name}": tensor.cpu().clone() for name, tensor in held.items()}
+                tensors |= {f"{index}.{side.name}.{name}": tensor.cpu().clone() for name, tensor in held.items()}
                 sides.append(
-                    {"layer": number, "side": side.name, "chunks": side.chunks, "shape": layer.shapes[side.name]}
+                    {"layer": index, "side": side.name, "chunks": side.chunks, "shape": layer.shapes[side.name]}
                 )
             if layer.weights is not None:
-                tensors[f"{number}.weights"] = layer.weights.cpu()
+                tensors[f"{index}.weights"] = layer.weights.cpu()
         about = {"model": self.model_shape, "layers": len(self.layers), "sides": sides}
         metadata = {"format": "pt", "config": self.config.to_json(), "cache": json.dumps(about)}
         write_durably(
@@ -352,11 +344,11 @@ class GearCache(DynamicCache):
             layer.dtype, layer.device, layer.is_initialized = model.dtype, model.device, True
             layer.weights = tensors.get(f"{entry['layer']}.weights")
         lengths = set()
-        for number, layer in self.packed_layers():
+        for index, layer in self.packed_layers():
             for side in (layer.k, layer.v):
                 batch, heads, channels = layer.shapes[side.name]
                 if side.dense(model.dtype).shape != (batch, heads, side.length, channels):
-                    raise CheckpointError(f"layer {number} of the prompt cache is damaged")
+                    raise CheckpointError(f"layer {index} of the prompt cache is damaged")
                 lengths.add((batch, side.length))
         if len(lengths) != 1:
             raise CheckpointError("layers of the prompt cache differ in their tokens")

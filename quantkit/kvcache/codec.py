@@ -72,9 +72,9 @@ def groups_of_tokens(x: Tensor, bits: int, size: int, packed: bool = True) -> Gr
     return Grid(pack(codes, bits) if packed else codes, scale.squeeze(3), low.squeeze(3))
 
 
-def groups_of_channels(x: Tensor, bits: int, size: int, all_heads: bool = False) -> Grid:
-    """One grid per token and `size` channels of a head, or all channels of all heads."""
-    if all_heads:
+def groups_of_channels(x: Tensor, bits: int, size: int | None) -> Grid:
+    """One grid per token and `size` channels of a head; None: all channels of all heads."""
+    if size is None:
         scale, low = _range(x.transpose(1, 2).flatten(2)[:, None], 3, bits)  # of [batch, 1, tokens, heads * channels]
         return Grid(pack(_round(x, scale, low, bits), bits), scale, low)
     grouped = x.unflatten(3, (-1, size))
@@ -109,17 +109,14 @@ def values(grid: Grid, bits: int | None, by_token: bool) -> Tensor:
 
 
 def extremes(x: Tensor, count: int, dim: int) -> Tensor:
-    """Where a vector's `count` / 2 largest and as many smallest numbers stand, int64, `count` along `dim`."""
-    if count == x.shape[dim]:
-        shape = [1] * x.dim()
-        shape[dim] = count
-        return torch.arange(count, device=x.device).view(shape).expand_as(x)
-    order = x.argsort(stable=True, dim=dim)
-    return torch.cat([order.narrow(dim, 0, count // 2), order.narrow(dim, x.shape[dim] - count // 2, count // 2)], dim)
+    """Indices of a vector's `count` / 2 largest and as many smallest numbers, int64, `count` along `dim`."""
+    order, smallest = x.argsort(stable=True, dim=dim), count // 2
+    largest = count - smallest
+    return torch.cat([order.narrow(dim, 0, smallest), order.narrow(dim, x.shape[dim] - largest, largest)], dim)
 
 
 def without(x: Tensor, places: Tensor, dim: int) -> Tensor:
-    """`x` with the mean of each vector's other numbers in some places."""
+    """`x` with the numbers at some indices along `dim` replaced by the mean of their vector's others."""
     rest = x.scatter(dim, places, 0.0).sum(dim, keepdim=True) / max(x.shape[dim] - places.shape[dim], 1)
     return x.scatter(dim, places, rest.expand_as(places))
 
@@ -135,9 +132,7 @@ def basis(error: Tensor, rank: int, weights: Tensor | None, iterations: int) -> 
     """
     weighted = error if weights is None else error * weights.unsqueeze(-2)
     rank = min(rank, *error.shape[-2:])
-    generator = torch.Generator().manual_seed(
-        0
-    )  # the same for every head and row, so that a row does not depend on others
+    generator = torch.Generator().manual_seed(0)  # the same for every head and row: none depends on others
     found = torch.randn(error.shape[-1], rank, generator=generator).to(error.device).expand(*error.shape[:2], -1, -1)
     for _ in range(iterations):
         found = torch.linalg.qr(weighted.mT @ (weighted @ found))[0]

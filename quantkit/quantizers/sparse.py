@@ -24,12 +24,12 @@ Metric = Literal["obs", "magnitude"]
 
 @dataclass(frozen=True)
 class Sparse:
-    """Sets a share of a layer's weights to zero.
+    """Sets a fraction of a layer's weights to zero.
 
     Attributes:
-        sparsity: the share, 0 to below 1.
+        sparsity: the fraction, 0 to below 1.
         metric: see the module.
-        damp: added to diag(H), as a share of its mean.
+        damp: added to diag(H), as a fraction of its mean.
         block_size: columns whose entries are chosen together.
         dtype: of what is stored.
     """
@@ -42,7 +42,7 @@ class Sparse:
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity={self.sparsity}: a share of weights, from 0 to below 1")
+            raise ValueError(f"sparsity={self.sparsity}: a fraction of weights, from 0 to below 1")
         if self.metric not in get_args(Metric):
             raise ValueError(f"metric={self.metric!r}: known are {', '.join(get_args(Metric))}")
         if self.dtype not in ("bfloat16", "float16", "float32"):
@@ -98,8 +98,8 @@ class _Pruning:
         return self.kept[index]
 
 
-def _least(values: Tensor, share: float) -> Tensor:
-    """Which entries are among the least `share` of all."""
+def _least(values: Tensor, fraction: float) -> Tensor:
+    """A mask of the entries that are among the least `fraction` of all."""
     mask = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
-    mask[values.flatten().argsort(stable=True)[: round(share * values.numel())]] = True
+    mask[values.flatten().argsort(stable=True)[: round(fraction * values.numel())]] = True
     return mask.view_as(values)
