@@ -32,8 +32,8 @@ class LazyKV(Tensor):
     """All keys or values of a layer, [batch, kv_heads, tokens, channels], decoded when an operation reads them.
 
     Attributes:
-        layer: whose they are.
-        side: of the layer.
+        layer: the layer that holds them.
+        side: its keys or its values.
     """
 
     layer: "GearLayer"
@@ -55,7 +55,7 @@ class LazyKV(Tensor):
         return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 
     def dense(self) -> Tensor:
-        """The decoded tensor."""
+        """The decoded tensor, [batch, kv_heads, tokens, channels] in the layer's dtype."""
         return self.side.dense(self.layer.dtype)
 
 
@@ -66,7 +66,7 @@ def check_head(size: int, config: KVCacheConfig) -> None:
 
 
 class GearLayer(CacheLayerMixin):
-    """One layer's keys and values.
+    """Keys and values of one layer, compressed in whole buffers.
 
     Args:
         config: of the cache.
@@ -81,21 +81,35 @@ class GearLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Empties the layer."""
         self.k, self.v = Side(self.config, "k"), Side(self.config, "v")
         self.weights: Tensor | None = None
         self.shapes: dict[str, tuple[int, int, int]] = {}
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Takes dtype, device and shapes from the first keys and values."""
+        """Takes dtype and device from the first keys and values, [batch, kv_heads, tokens, channels].
+
+        Raises:
+            QuantkitError: heads of their size cannot be compressed.
+        """
         for states in (key_states, value_states):
             check_head(states.shape[-1], self.config)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Takes new tokens and returns all of them."""
+        """Takes new tokens and returns all of them.
+
+        Args:
+            key_states, value_states: [batch, kv_heads, new tokens, channels].
+
+        Returns:
+            Keys and values of all tokens, `LazyKV` [batch, kv_heads, tokens, channels].
+
+        Raises:
+            QuantkitError: the cache holds another dtype, or heads that cannot be compressed.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.dtype != self.dtype:
@@ -132,7 +146,7 @@ class GearLayer(CacheLayerMixin):
             self.weights = weights.half()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(length, offset) of the mask."""
+        """Length and offset of the mask for `query_length` new tokens."""
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
@@ -181,7 +195,7 @@ class GearLayer(CacheLayerMixin):
                 self.shapes[side.name] = (part.shape[0], *self.shapes[side.name][1:])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Takes other rows of the batch, as they are stored."""
+        """Takes rows int64 [batch] of the batch, as they are stored."""
         if self.is_initialized:
             self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
@@ -191,7 +205,7 @@ class GearLayer(CacheLayerMixin):
             self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps some rows of the batch."""
+        """Keeps rows int64 [kept] of the batch."""
         if self.is_initialized:
             self._map(lambda tensor: tensor[indices.to(tensor.device)])
 

@@ -21,7 +21,7 @@ TINY = 1e-8
 
 @dataclass
 class Grid:
-    """Integers of a chunk.
+    """Integer codes of a chunk of keys or values, and their grids.
 
     Attributes:
         codes: uint8 [batch, heads, tokens, bytes], see `pack`.
@@ -51,7 +51,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `pack`."""
+    """uint8 codes [..., channels] from what `pack` made of them."""
     words = packed.view(torch.int16)
     channels = packed.shape[-1] * 8 // bits
     codes, shift, start = torch.zeros(*packed.shape[:-1], channels, dtype=torch.uint8, device=packed.device), 0, 0
@@ -65,7 +65,10 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 def groups_of_tokens(x: Tensor, bits: int, size: int, packed: bool = True) -> Grid:
-    """One grid per channel and `size` tokens; where not `packed`, a code has a byte of its own."""
+    """Rounds fp32 [batch, heads, tokens, channels] to one grid per channel and `size` tokens.
+
+    Where not `packed`, a code has a byte of its own.
+    """
     grouped = x.unflatten(2, (-1, size))
     scale, low = _range(grouped, 3, bits)
     codes = _round(grouped, scale, low, bits).flatten(2, 3)
@@ -73,7 +76,10 @@ def groups_of_tokens(x: Tensor, bits: int, size: int, packed: bool = True) -> Gr
 
 
 def groups_of_channels(x: Tensor, bits: int, size: int | None) -> Grid:
-    """One grid per token and `size` channels of a head; None: all channels of all heads."""
+    """Rounds fp32 [batch, heads, tokens, channels] to one grid per token and `size` channels of a head.
+
+    With None for `size` all channels of all heads share one.
+    """
     if size is None:
         scale, low = _range(x.transpose(1, 2).flatten(2)[:, None], 3, bits)  # of [batch, 1, tokens, heads * channels]
         return Grid(pack(_round(x, scale, low, bits), bits), scale, low)
@@ -94,7 +100,7 @@ def _round(x: Tensor, scale: Tensor, low: Tensor, bits: int) -> Tensor:
 
 
 def values(grid: Grid, bits: int | None, by_token: bool) -> Tensor:
-    """Decodes a grid, fp32 [batch, heads, tokens, channels].
+    """The numbers that codes stand for, fp32 [batch, heads, tokens, channels].
 
     Args:
         grid: codes and scales.
@@ -115,10 +121,10 @@ def extremes(x: Tensor, count: int, dim: int) -> Tensor:
     return torch.cat([order.narrow(dim, 0, smallest), order.narrow(dim, x.shape[dim] - largest, largest)], dim)
 
 
-def without(x: Tensor, places: Tensor, dim: int) -> Tensor:
+def without(x: Tensor, index: Tensor, dim: int) -> Tensor:
     """`x` with the numbers at some indices along `dim` replaced by the mean of their vector's others."""
-    rest = x.scatter(dim, places, 0.0).sum(dim, keepdim=True) / max(x.shape[dim] - places.shape[dim], 1)
-    return x.scatter(dim, places, rest.expand_as(places))
+    rest = x.scatter(dim, index, 0.0).sum(dim, keepdim=True) / max(x.shape[dim] - index.shape[dim], 1)
+    return x.scatter(dim, index, rest.expand_as(index))
 
 
 def basis(error: Tensor, rank: int, weights: Tensor | None, iterations: int) -> Tensor:

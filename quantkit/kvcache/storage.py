@@ -81,7 +81,7 @@ class Growing:
 
 @dataclass
 class Side:
-    """Keys or values.
+    """Keys or values of a layer.
 
     Args:
         config: of the cache.
@@ -114,7 +114,7 @@ class Side:
 
     @property
     def length(self) -> int:
-        """Tokens in all."""
+        """All tokens, compressed and not."""
         return self.sink.length + self.packed + self.buffer.length
 
     def append(self, x: Tensor) -> None:
@@ -137,7 +137,12 @@ class Side:
         self.buffer.crop(min(count, self.buffer.length))
 
     def compress(self, keep: int, weights: Tensor | None = None) -> None:
-        """Compresses the buffer's oldest tokens in whole buffers' lengths, and keeps at least `keep` of the newest."""
+        """Compresses the buffer's oldest tokens in whole buffers' lengths, and keeps at least `keep` of the newest.
+
+        Args:
+            keep: tokens.
+            weights: fp32 [batch, heads, channels] by which errors of keys count, or None.
+        """
         size = self.config.buffer
         count = max(self.buffer.length - keep, 0) // size * size
         if self.bits == 16 or not count:
@@ -151,8 +156,8 @@ class Side:
         config, first = self.config, not self.chunks
         dim = 2 if self.name == "k" and config.channel_outliers else 3
         count = config.outlier_count(x.shape[dim]) if self.name in config.targets else 0
-        places = codec.extremes(x, count, dim) if count else None
-        plain = x if places is None else codec.without(x, places, dim)
+        index = codec.extremes(x, count, dim) if count else None
+        plain = x if index is None else codec.without(x, index, dim)
         grid = self._grid(plain)
         self._grow("codes", grid.codes)
         self._grow("scale", grid.scale)
@@ -160,17 +165,17 @@ class Side:
         self.chunks.append(x.shape[2])
         found = codec.values(grid, self.bits, by_token=self.name == "v")
         if config.rank and self.name in config.targets:
-            error = plain - found if places is None else (x - found).scatter(dim, places, 0.0)
+            error = plain - found if index is None else (x - found).scatter(dim, index, 0.0)
             found = found + self._correct(error, weights if self.name == "k" else None, first)
-        if places is not None:
+        if index is not None:
             kind = {8: torch.uint8, 16: torch.int16, 32: torch.int32}[index_bits(x.shape[dim])]
-            kept = (x - found).gather(dim, places).half()
+            kept = (x - found).gather(dim, index).half()
             if dim == 3:
-                self._grow("index", places.to(kind))
+                self._grow("index", index.to(kind))
                 self._grow("kept", kept)
             else:
                 chunk = len(self.chunks) - 1
-                self.fixed[f"index{chunk}"], self.fixed[f"kept{chunk}"] = places.to(kind), kept
+                self.fixed[f"index{chunk}"], self.fixed[f"kept{chunk}"] = index.to(kind), kept
 
     def _grid(self, x: Tensor) -> codec.Grid:
         coarse = self.config.backbone == "kcvt"
@@ -207,7 +212,7 @@ class Side:
         self.grown.setdefault(name, Growing()).append(more)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """All tokens, [batch, heads, tokens, channels]."""
+        """All tokens decoded, [batch, heads, tokens, channels] of a dtype."""
         parts = [self.sink.data.to(dtype)] if self.sink.length else []
         parts += [part.to(dtype) for part in self._decoded()]
         if self.buffer.length:
@@ -251,8 +256,8 @@ class Side:
         start = 0
         for chunk, size in enumerate(self.chunks):
             if f"index{chunk}" in self.fixed:
-                part, places = found[:, :, start : start + size], self.fixed[f"index{chunk}"].long()
-                part.scatter_add_(2, places, self.fixed[f"kept{chunk}"].float())
+                part, index = found[:, :, start : start + size], self.fixed[f"index{chunk}"].long()
+                part.scatter_add_(2, index, self.fixed[f"kept{chunk}"].float())
             start += size
         return found
 

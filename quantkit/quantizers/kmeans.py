@@ -22,7 +22,7 @@ def fit(
     tolerance: float = 1e-4,
     seed: int = 0,
 ) -> Tensor:
-    """Fits 2^bits centroids.
+    """2^bits centroids of weighted samples, by k-means.
 
     Args:
         samples: float [count, dimension].
@@ -54,7 +54,7 @@ def fit(
 
 
 def split(samples: Tensor, importance: Tensor, bits: int) -> Tensor:
-    """The means of 2^bits parts of a k-d tree over the samples, [2^bits, dimension]."""
+    """The means of 2^bits parts of a k-d tree over samples [count, dimension], [2^bits, dimension]."""
     count, dimension = samples.shape
     importance = importance / importance.sum().clamp_min(1e-30) + 1e-12 / count  # keeps every part's weight positive
     part = torch.zeros(count, dtype=torch.int64, device=samples.device)
@@ -73,7 +73,15 @@ def split(samples: Tensor, importance: Tensor, bits: int) -> Tensor:
 
 
 def assign(samples: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """(index of each sample's nearest centroid, squared distance to it)."""
+    """The nearest centroid of each sample.
+
+    Args:
+        samples: float [count, dimension].
+        centroids: float [centroids, dimension].
+
+    Returns:
+        (index int64 [count], squared distance [count]).
+    """
     half = centroids.square().sum(1) / 2
     nearest = torch.empty(len(samples), dtype=torch.int64, device=samples.device)
     at_once = 1 << 19 if samples.device.type == "cpu" else 1 << 27  # distances that stay in a CPU's cache

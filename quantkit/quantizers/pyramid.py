@@ -92,7 +92,7 @@ class Pyramid:
 
     @property
     def width(self) -> int:
-        """D."""
+        """D, the weights of a group."""
         return self.dimension or (8 if self.bits <= 2 else 32)
 
     @property
@@ -249,7 +249,7 @@ def shape(x: Tensor, pulses: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def nearest_level(amplitudes: Tensor, levels: Tensor) -> Tensor:
-    """Indices of the nearest of ascending levels."""
+    """Indices int64 of the nearest of ascending levels, of the shape of `amplitudes`."""
     return torch.bucketize(amplitudes, (levels[1:] + levels[:-1]) / 2)
 
 

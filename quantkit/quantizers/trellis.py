@@ -138,10 +138,10 @@ class _Paths:
         rounded = columns_of(self._values[states.long()], self.width)
         return (rounded[: self._out_features, : len(columns)].T * steps).to(column.dtype).view_as(column)
 
-    def packed(self, places: Tensor | None) -> TrellisWeight:
-        """The weight; places int64 [in_features]: of its columns among those that came; None if in order."""
+    def packed(self, inverse: Tensor | None) -> TrellisWeight:
+        """The weight; `inverse` int64 [in_features] puts columns back in order, None where they came in it."""
         codes, scales = torch.cat(self._codes, dim=1), self._scales
-        if places is not None:
-            codes, scales = codes[:, places], scales[places]
+        if inverse is not None:
+            codes, scales = codes[:, inverse], scales[inverse]
         bits, state_bits = self._bits, self._state_bits
         return TrellisWeight(codes, scales[None], self._scale, bits, state_bits, [self._out_features], self.width)

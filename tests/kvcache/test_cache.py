@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, T5
 
 import quantkit
 from quantkit.core.errors import CheckpointError, QuantkitError
-from quantkit.evals.kv_prefix import compressed_prefix
+from quantkit.evals.kv_prefix import PerToken, compressed_prefix
 from quantkit.evals.kv_quality import inject_outliers
 from quantkit.kvcache import attention
 from quantkit.kvcache.attention import compressed_kv
@@ -60,6 +60,20 @@ def test_a_row_of_a_batch_is_the_row_alone(model, prompts, config):
         together = reader(input_ids=prompts).logits
         for row, one in enumerate(prompts):
             torch.testing.assert_close(reader(input_ids=one[None]).logits[0], together[row], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_the_baseline_that_it_is_compared_with(model, prompts, hadamard):
+    """Scales per token, in place: closer with more bits, exact where no buffer is full."""
+    wanted = model(input_ids=prompts).logits[:, 41:].detach()
+    errors = []
+    for bits in (2, 4, 8):
+        with compressed_prefix(model, PerToken(bits, 8, hadamard, buffer=8), 41) as reader:
+            errors.append(float((reader(input_ids=prompts).logits[:, 41:] - wanted).norm() / wanted.norm()))
+        assert reader.bits == pytest.approx((40 * (bits + 4) + 16) / 41)
+    assert errors == sorted(errors, reverse=True) and 0 < errors[-1] < 0.05 * errors[0]
+    with compressed_prefix(model, PerToken(2, 8, hadamard, buffer=42), 41) as reader:
+        torch.testing.assert_close(reader(input_ids=prompts).logits[:, 41:], wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 31])
