@@ -20,7 +20,6 @@ def fit(
     bits: int,
     iterations: int | None = None,
     tolerance: float = 1e-4,
-    seed: int = 0,
 ) -> Tensor:
     """2^bits centroids of weighted samples, by k-means.
 
@@ -31,14 +30,13 @@ def fit(
         iterations: Lloyd's steps at most; None for 200 up to 256 centroids, whose start may be close to a saddle of
             the error, and 30 beyond.
         tolerance: relative fall of the error that is still worth a step.
-        seed: of the part that is read where there are very many samples.
 
     Returns:
         [2^bits, dimension].
     """
     most = max(SAMPLES_PER_CENTROID << bits, 1 << 17)
     if len(samples) > most:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         part = torch.randperm(len(samples), generator=generator)[:most].to(samples.device)
         samples, importance = samples[part], importance[part]
     centroids = split(samples, importance, bits)
