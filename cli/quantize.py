@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _INTEGER, _PYRAMID, _VPTQ = "Integer grids (gptq, rtn)", "Pyramid codes (pyramid)", "Vector codebooks (vptq)"
 _TRELLIS = "Trellis codes (trellis)"
 SETTINGS = (
-    *("group_size", "symmetric", "dimension", "axis", "state_bits", "vector_length", "residual_bits", "book_share"),
+    *("group_size", "symmetric", "dimension", "axis", "state_bits", "vector_length", "residual_bits"),
     *("outliers", "outlier_bits", "ranges", "scale_inputs"),
 )
 """Of methods, that have options of their own here."""
@@ -55,18 +55,11 @@ _StateBits = Annotated[
 _VectorLength = Annotated[
     int | None,
     typer.Option(
-        help="Weights a vector, 1 to 16; by default the best that --book-share allows.", rich_help_panel=_VPTQ
+        help="Weights a vector, 1 to 16; by default the best whose codebooks cost 5% of --bits.", rich_help_panel=_VPTQ
     ),
 ]
 _ResidualBits = Annotated[
     int | None, typer.Option(help="Bits of a second code a vector, out of --bits.", rich_help_panel=_VPTQ)
-]
-_BookShare = Annotated[
-    float | None,
-    typer.Option(
-        help="Most that codebooks may cost, as a fraction of --bits, where --vector-length is free; 0.05 by default.",
-        rich_help_panel=_VPTQ,
-    ),
 ]
 _Outliers = Annotated[
     float | None,
@@ -165,7 +158,6 @@ def quantize_command(
     state_bits: _StateBits = None,
     vector_length: _VectorLength = None,
     residual_bits: _ResidualBits = None,
-    book_share: _BookShare = None,
     outliers: _Outliers = None,
     outlier_bits: _OutlierBits = None,
     ranges: _Ranges = None,

@@ -13,12 +13,12 @@ from quantkit.core.device import compute_dtype, parse_dtype, pick_device
 from quantkit.core.errors import QuantkitError
 from quantkit.evals import perplexity
 from quantkit.evals.activations import ActivationCode, quantized_activations
+from quantkit.evals.kv_prefix import compressed_prefix
 from quantkit.evals.kv_quality import retrieval
 from quantkit.evals.perplexity import Quality
 from quantkit.io.hf import load
 from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.kvcache.config import KVCacheConfig
-from quantkit.kvcache.prefix import compressed_prefix
 from quantkit.models.structure import check_vocabulary, context_length
 from quantkit.run.recipe import window_length
 from quantkit.run.text import documents, evaluation_tokens

@@ -11,6 +11,7 @@ channels by 8 and divides the queries' by as much: that changes nothing, but key
 import argparse
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from torch import Tensor, nn
 from quantkit.core.device import compute_dtype, pick_device
 from quantkit.core.errors import QuantkitError
 from quantkit.core.metrics import token_kl
+from quantkit.evals.kv_prefix import PerToken, PrefixReader, compressed_prefix
 from quantkit.evals.reference.recall import recall_document
 from quantkit.io.hf import load
 from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.kvcache.config import KVCacheConfig
-from quantkit.kvcache.prefix import PrefixReader, compressed_prefix
 from quantkit.models.structure import context_length
 from quantkit.run.recipe import window_length
 from quantkit.run.text import documents, evaluation_tokens
@@ -33,18 +34,18 @@ DEPTHS = 4
 """Parts of the definitions by which retrieval is told apart."""
 
 
-def modes(bits: int) -> dict[str, KVCacheConfig]:
+def modes(bits: int) -> dict[str, KVCacheConfig | PerToken]:
     """All modes at a width, by name."""
     one = KVCacheConfig
     return {
-        "per token": one.token(bits),
-        "per token, groups of 32": one.token(bits, group_size=32),
-        "per token, Hadamard": one.token(bits, hadamard=True),
-        "KCVT": one.kcvt(bits),
-        "KIVI": one.kivi(bits),
-        "KIVI, groups of 32": one.kivi(bits, 32),
+        "per token": PerToken(bits),
+        "per token, groups of 32": PerToken(bits, 32),
+        "per token, Hadamard": PerToken(bits, hadamard=True),
+        "KCVT": one(bits, bits, "kcvt", buffer=20),
+        "KIVI": one(bits, bits),
+        "KIVI, groups of 32": one(bits, bits, group_size=32, buffer=32),
         "KIVI, keys a width more": one({2: 3, 3: 4}.get(bits, 8), bits),
-        "GEAR-L as published": one.gear_l(bits, paper=True),
+        "GEAR-L as published": replace(one.gear(bits, paper=True), outliers=0.0, channel_outliers=False),
         "GEAR as published": one.gear(bits, paper=True),
         "GEAR, keys' rank in the prompt's basis": one(bits, bits, rank=4, targets=("k",)),
         "... weighted by queries (default)": one.gear(bits),
@@ -95,8 +96,10 @@ def compare(reader: PrefixReader, windows: Tensor, batch: int = 8) -> tuple[floa
 
 
 @torch.no_grad()
-def retrieval(model: Any, tokenizer: Any, config: KVCacheConfig, rows: int = 32, pairs: int = 20) -> list[float]:
-    """Share of right answer tokens, by the depth of the definition they repeat, the oldest first.
+def retrieval(
+    model: Any, tokenizer: Any, config: KVCacheConfig | PerToken, rows: int = 32, pairs: int = 20
+) -> list[float]:
+    """Fraction of right answer tokens, by the depth of the definition they repeat, the oldest first.
 
     Args:
         model: trained on `recall_document`.
@@ -153,7 +156,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         if factor != 1:
             inject_outliers(model, factor)
         exact = KVCacheConfig(16, 16)
-        listed = [("exact", 16, exact)] + [
+        listed: list[tuple[str, int, KVCacheConfig | PerToken]] = [("exact", 16, exact)] + [
             (name, bits, config) for bits in arguments.bits for name, config in modes(bits).items()
         ]
         for name, bits, config in listed:

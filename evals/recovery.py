@@ -13,16 +13,20 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantkit.api import quantize, tune
 from quantkit.core.device import compute_dtype, pick_device
+from quantkit.core.weight import QuantizedWeight
 from quantkit.evals.perplexity import evaluate
+from quantkit.formats.low_rank import LowRankWeight
 from quantkit.io.hf import load
 from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.models.structure import context_length
@@ -35,6 +39,25 @@ from quantkit.tuning.settings import PVSettings, TuningSettings
 
 PARTS = ("pv", "blocks", "vptq", "low-rank", "lrec")
 Row = tuple[str, Callable[[], PreTrainedModel]]
+
+
+@dataclass(frozen=True)
+class InMetric(LowRank):
+    """A correction that is the best in another metric than the layer's loss, for comparison.
+
+    Attributes:
+        metric: "exact" (H), "diagonal" (its diagonal, as in LQER) or "plain" (I, as in ZeroQuant-V2).
+    """
+
+    metric: str = "exact"
+
+    def corrected(self, base: QuantizedWeight, error: Tensor, hessian: Tensor) -> LowRankWeight:
+        """See `LowRank.corrected`."""
+        if self.metric == "diagonal":
+            hessian = hessian.diagonal().diag()
+        elif self.metric == "plain":
+            hessian = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+        return super().corrected(base, error, hessian)
 
 
 class Table:
@@ -111,12 +134,12 @@ class Table:
         if "low-rank" in only:
             for rank in self.arguments.ranks:
                 for metric in ("plain", "diagonal", "exact"):
-                    corrected = LowRank(start, rank, metric)
+                    corrected = InMetric(start, rank, metric=metric)
                     yield f"{name}, rank {rank}, {metric}", partial(self.quantized, corrected)
         if "lrec" in only:
-            corrected = LowRank(start, 1)
-            yield f"{name}, rank 1, exact", partial(self.quantized, corrected)
-            yield f"{name}, rank 1, trained (LREC)", partial(self.tuned, corrected, corrections=True)
+            closed = LowRank(start, 1)
+            yield f"{name}, rank 1, exact", partial(self.quantized, closed)
+            yield f"{name}, rank 1, trained (LREC)", partial(self.tuned, closed, corrections=True)
 
     def measured(self, label: str, make: Callable[[], PreTrainedModel]) -> dict[str, Any]:
         """A row: makes the variant and evaluates it."""

@@ -37,8 +37,8 @@ METHODS = {
     "hadamard-pyramid": Hadamard(Pyramid(2.25, 16)),
     "hadamard-vptq": Hadamard(VPTQ(2.5)),
     "hadamard-trellis": Hadamard(Trellis(3, 12)),
-    "low-rank-rtn": LowRank(RTN(3, 64), 3, metric="plain"),
-    "low-rank-gptq": LowRank(GPTQ(2, 64), 4, adapter_bits=8, alternations=1),
+    "low-rank-rtn": LowRank(RTN(3, 64), 3),
+    "low-rank-gptq": LowRank(GPTQ(2, 64), 4, adapter_bits=8),
     "sparse": Sparse(0.5),
     "hadamard-low-rank-pyramid": Hadamard(LowRank(Pyramid(2.0), 4)),
 }

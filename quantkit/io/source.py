@@ -23,7 +23,7 @@ from quantkit.io.weights import LoadedWeights, ModelTensors, ShardedWeights, mat
 from quantkit.models.forward import WeightSource
 from quantkit.models.linear import Packed
 from quantkit.models.plan import Plan, tied
-from quantkit.models.rotation import Rotation, find_structure, rotate_model, try_blocks
+from quantkit.models.rotation import Rotation, find_structure, rotate_model
 from quantkit.models.structure import block_linears, find_blocks, outer_linears
 from quantkit.models.ties import belongs, tied_names, untie
 
@@ -209,7 +209,7 @@ class Loaded(Source):
         if self.model.device.type == "meta":
             untie(self.model, {find_structure(self.model, rotation).head})
         else:
-            rotate_model(self.model, rotation.seed, rotation.heads)
+            rotate_model(self.model, rotation.seed)
 
     def weights(self, plan: Plan) -> WeightSource:
         """See `Source`."""
@@ -316,9 +316,8 @@ class Sharded(Source):
         structure = find_structure(self.model, rotation)
         untie(self.model, {structure.head}, mapping=self._tensors.mapping)
         if not self._structure_only:
-            try_blocks(self.model, structure)
             gains = structure.gains(self._tensors.read)
-            self._tensors.change = lambda name, tensor: structure.turned(name, tensor, gains)
+            self._tensors.change = lambda name, tensor: structure.rotated(name, tensor, gains)
 
     def weights(self, plan: Plan) -> WeightSource:
         """See `Source`."""

@@ -30,7 +30,7 @@ FEWEST = 1024
 """Packed tokens from which the kernel is used; below, decoding them costs less than its launches."""
 DRAFT = 64
 """Tokens that assisted decoding may take back from a prompt's end, and that are not packed with it."""
-_told: set[str] = set()
+_logged: set[str] = set()
 
 
 def attention(
@@ -64,10 +64,10 @@ def attention(
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     rows = query.shape[1] // key.shape[1] * query.shape[2]
     if form is not None and kv_attention.supported(form, rows) and self_check.trusted("kv_attention", query.device):
-        _tell("attention reads the packed cache")
+        _log_once("attention reads the packed cache")
         return on_packed(query, layer, form, scaling, attention_mask).transpose(1, 2), None
     if layer.k.chunks:
-        _tell("attention decodes the cache layer by layer: it is short, on a CPU, or of a form without a kernel")
+        _log_once("attention decodes the cache layer by layer: it is short, on a CPU, or of a form without a kernel")
     output, _ = sdpa_attention_forward(module, query, key.dense(), value.dense(), attention_mask, **kwargs)
     if query.shape[2] > 2 * max(layer.config.buffer, DRAFT):
         # a prompt is packed layer by layer, so that it is never there as a whole
@@ -76,15 +76,15 @@ def attention(
 
 
 def kernel_pays(query: Tensor, layer: GearLayer) -> bool:
-    """Whether the kernel is to be preferred to decoding."""
+    """Whether the kernel is faster than decoding the layer."""
     return query.is_cuda and layer.k.packed >= FEWEST
 
 
-def _tell(what: str) -> None:
-    """Says something once."""
-    if what not in _told:
-        _told.add(what)
-        logger.info("%s", what)
+def _log_once(message: str) -> None:
+    """Logs a message once a process."""
+    if message not in _logged:
+        _logged.add(message)
+        logger.info("%s", message)
 
 
 def packed_form(layer: GearLayer) -> kv_attention.Packed | None:
@@ -134,7 +134,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def own_parts(model: PreTrainedModel) -> str | None:
-    """What the model's attention has that this one lacks; None for nothing."""
+    """The part of the model's attention that this one lacks, in words; None where it lacks none."""
     if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
         return "soft caps"
     return "sinks" if any(name.endswith(".sinks") for name, _ in model.named_parameters()) else None
@@ -145,7 +145,7 @@ def reading_packed(model: PreTrainedModel) -> Iterator[None]:
     """Lets the model's attention read packed caches, but for one with parts of its own, to which they are decoded."""
     own = own_parts(model)
     if own is not None:
-        _tell(f"the model keeps its own attention, which has {own}, and reads a decoded cache")
+        _log_once(f"the model keeps its own attention, which has {own}, and reads a decoded cache")
         yield
         return
     parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}  # a picture's reader, say

@@ -32,8 +32,8 @@ class LazyKV(Tensor):
     """All keys or values of a layer, [batch, kv_heads, tokens, channels], decoded when an operation reads them.
 
     Attributes:
-        layer: whose they are.
-        side: of the layer.
+        layer: the layer that holds them.
+        side: its keys or its values.
     """
 
     layer: "GearLayer"
@@ -55,7 +55,7 @@ class LazyKV(Tensor):
         return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 
     def dense(self) -> Tensor:
-        """The decoded tensor."""
+        """The decoded tensor, [batch, kv_heads, tokens, channels] in the layer's dtype."""
         return self.side.dense(self.layer.dtype)
 
 
@@ -66,7 +66,7 @@ def check_head(size: int, config: KVCacheConfig) -> None:
 
 
 class GearLayer(CacheLayerMixin):
-    """One layer's keys and values.
+    """Keys and values of one layer, compressed in whole buffers.
 
     Args:
         config: of the cache.
@@ -81,21 +81,35 @@ class GearLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Empties the layer."""
         self.k, self.v = Side(self.config, "k"), Side(self.config, "v")
         self.weights: Tensor | None = None
         self.shapes: dict[str, tuple[int, int, int]] = {}
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Takes dtype, device and shapes from the first keys and values."""
+        """Takes dtype and device from the first keys and values, [batch, kv_heads, tokens, channels].
+
+        Raises:
+            QuantkitError: heads of their size cannot be compressed.
+        """
         for states in (key_states, value_states):
             check_head(states.shape[-1], self.config)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Takes new tokens and returns all of them."""
+        """Takes new tokens and returns all of them.
+
+        Args:
+            key_states, value_states: [batch, kv_heads, new tokens, channels].
+
+        Returns:
+            Keys and values of all tokens, `LazyKV` [batch, kv_heads, tokens, channels].
+
+        Raises:
+            QuantkitError: the cache holds another dtype, or heads that cannot be compressed.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.dtype != self.dtype:
@@ -123,7 +137,7 @@ class GearLayer(CacheLayerMixin):
         Args:
             queries: [batch, heads, tokens, channels].
         """
-        if self.weights is None and self.config.weighted and self.config.rank and not self.config.hadamard:
+        if self.weights is None and self.config.weighted and self.config.rank:
             heads = self.shapes["k"][1]
             squares = queries.float().square().mean(2).unflatten(1, (heads, -1)).mean(2)  # [batch, kv_heads, channels]
             pairs = squares.unflatten(-1, (2, -1)).mean(-2) if squares.shape[-1] % 2 == 0 else squares
@@ -132,7 +146,7 @@ class GearLayer(CacheLayerMixin):
             self.weights = weights.half()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(length, offset) of the mask."""
+        """Length and offset of the mask for `query_length` new tokens."""
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
@@ -181,7 +195,7 @@ class GearLayer(CacheLayerMixin):
                 self.shapes[side.name] = (part.shape[0], *self.shapes[side.name][1:])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Takes other rows of the batch, as they are stored."""
+        """Takes rows int64 [batch] of the batch, as they are stored."""
         if self.is_initialized:
             self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
@@ -191,7 +205,7 @@ class GearLayer(CacheLayerMixin):
             self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps some rows of the batch."""
+        """Keeps rows int64 [kept] of the batch."""
         if self.is_initialized:
             self._map(lambda tensor: tensor[indices.to(tensor.device)])
 
@@ -242,7 +256,7 @@ class GearCache(DynamicCache):
 
     def packed_layers(self) -> Iterator[tuple[int, GearLayer]]:
         """(index, layer) of those that compress."""
-        yield from ((number, layer) for number, layer in enumerate(self.layers) if isinstance(layer, GearLayer))
+        yield from ((index, layer) for index, layer in enumerate(self.layers) if isinstance(layer, GearLayer))
 
     def compress(self) -> None:
         """Compresses what has gathered in whole buffers, at once instead of with the next tokens."""
@@ -251,28 +265,20 @@ class GearCache(DynamicCache):
 
     @property
     def nbytes(self) -> int:
-        """Of all that compressing layers hold."""
-        return sum(
-            sum(side.nbytes().values()) for _, layer in self.packed_layers() for side in (layer.k, layer.v)
-        ) + sum(layer.weights.nbytes for _, layer in self.packed_layers() if layer.weights is not None)
+        """Bytes of all that compressing layers hold, spare capacity included."""
+        layers = [layer for _, layer in self.packed_layers()]
+        weights = sum(layer.weights.nbytes for layer in layers if layer.weights is not None)
+        return weights + sum(layer.k.nbytes + layer.v.nbytes for layer in layers)
 
     @property
     def bits_per_element(self) -> float:
-        """Bits of a cached number, every byte counted."""
+        """Bits that a cached number takes, every allocated byte counted."""
         elements = 0
         for _, layer in self.packed_layers():
             for side in (layer.k, layer.v):
                 batch, heads, channels = layer.shapes.get(side.name, (0, 0, 0))
                 elements += batch * heads * channels * side.length
         return 8 * self.nbytes / max(elements, 1)
-
-    def report(self) -> list[dict[str, Any]]:
-        """A row for each compressing layer and side: tokens, and bytes by what they are for."""
-        return [
-            {"layer": number, "side": side.name, "tokens": side.length, "packed": side.packed, **side.nbytes()}
-            for number, layer in self.packed_layers()
-            for side in (layer.k, layer.v)
-        ]
 
     def save(self, path: Path | str) -> None:
         """Writes the cache as a prompt cache, safetensors.
@@ -286,17 +292,17 @@ class GearCache(DynamicCache):
             raise QuantkitError("the cache is empty: nothing to save")
         tensors: dict[str, Tensor] = {}
         sides = []
-        for number, layer in self.packed_layers():
+        for index, layer in self.packed_layers():
             for side in (layer.k, layer.v):
                 parts = {"buffer": side.buffer, "sink": side.sink} | {f"grown.{n}": g for n, g in side.grown.items()}
                 held = {name: one.data.contiguous() for name, one in parts.items() if one.length}
                 held |= {f"fixed.{name}": tensor for name, tensor in side.fixed.items()}
-                tensors |= {f"{number}.{side.name}.{name}": tensor.cpu().clone() for name, tensor in held.items()}
+                tensors |= {f"{index}.{side.name}.{name}": tensor.cpu().clone() for name, tensor in held.items()}
                 sides.append(
-                    {"layer": number, "side": side.name, "chunks": side.chunks, "shape": layer.shapes[side.name]}
+                    {"layer": index, "side": side.name, "chunks": side.chunks, "shape": layer.shapes[side.name]}
                 )
             if layer.weights is not None:
-                tensors[f"{number}.weights"] = layer.weights.cpu()
+                tensors[f"{index}.weights"] = layer.weights.cpu()
         about = {"model": self.model_shape, "layers": len(self.layers), "sides": sides}
         metadata = {"format": "pt", "config": self.config.to_json(), "cache": json.dumps(about)}
         write_durably(
@@ -352,11 +358,11 @@ class GearCache(DynamicCache):
             layer.dtype, layer.device, layer.is_initialized = model.dtype, model.device, True
             layer.weights = tensors.get(f"{entry['layer']}.weights")
         lengths = set()
-        for number, layer in self.packed_layers():
+        for index, layer in self.packed_layers():
             for side in (layer.k, layer.v):
                 batch, heads, channels = layer.shapes[side.name]
                 if side.dense(model.dtype).shape != (batch, heads, side.length, channels):
-                    raise CheckpointError(f"layer {number} of the prompt cache is damaged")
+                    raise CheckpointError(f"layer {index} of the prompt cache is damaged")
                 lengths.add((batch, side.length))
         if len(lengths) != 1:
             raise CheckpointError("layers of the prompt cache differ in their tokens")

@@ -21,7 +21,7 @@ TINY = 1e-8
 
 @dataclass
 class Grid:
-    """Integers of a chunk.
+    """Integer codes of a chunk of keys or values, and their grids.
 
     Attributes:
         codes: uint8 [batch, heads, tokens, bytes], see `pack`.
@@ -51,7 +51,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `pack`."""
+    """uint8 codes [..., channels] from what `pack` made of them."""
     words = packed.view(torch.int16)
     channels = packed.shape[-1] * 8 // bits
     codes, shift, start = torch.zeros(*packed.shape[:-1], channels, dtype=torch.uint8, device=packed.device), 0, 0
@@ -65,16 +65,22 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 def groups_of_tokens(x: Tensor, bits: int, size: int, packed: bool = True) -> Grid:
-    """One grid per channel and `size` tokens; where not `packed`, a code has a byte of its own."""
+    """Rounds fp32 [batch, heads, tokens, channels] to one grid per channel and `size` tokens.
+
+    Where not `packed`, a code has a byte of its own.
+    """
     grouped = x.unflatten(2, (-1, size))
     scale, low = _range(grouped, 3, bits)
     codes = _round(grouped, scale, low, bits).flatten(2, 3)
     return Grid(pack(codes, bits) if packed else codes, scale.squeeze(3), low.squeeze(3))
 
 
-def groups_of_channels(x: Tensor, bits: int, size: int, all_heads: bool = False) -> Grid:
-    """One grid per token and `size` channels of a head, or all channels of all heads."""
-    if all_heads:
+def groups_of_channels(x: Tensor, bits: int, size: int | None) -> Grid:
+    """Rounds fp32 [batch, heads, tokens, channels] to one grid per token and `size` channels of a head.
+
+    With None for `size` all channels of all heads share one.
+    """
+    if size is None:
         scale, low = _range(x.transpose(1, 2).flatten(2)[:, None], 3, bits)  # of [batch, 1, tokens, heads * channels]
         return Grid(pack(_round(x, scale, low, bits), bits), scale, low)
     grouped = x.unflatten(3, (-1, size))
@@ -94,7 +100,7 @@ def _round(x: Tensor, scale: Tensor, low: Tensor, bits: int) -> Tensor:
 
 
 def values(grid: Grid, bits: int | None, by_token: bool) -> Tensor:
-    """Decodes a grid, fp32 [batch, heads, tokens, channels].
+    """The numbers that codes stand for, fp32 [batch, heads, tokens, channels].
 
     Args:
         grid: codes and scales.
@@ -109,19 +115,16 @@ def values(grid: Grid, bits: int | None, by_token: bool) -> Tensor:
 
 
 def extremes(x: Tensor, count: int, dim: int) -> Tensor:
-    """Where a vector's `count` / 2 largest and as many smallest numbers stand, int64, `count` along `dim`."""
-    if count == x.shape[dim]:
-        shape = [1] * x.dim()
-        shape[dim] = count
-        return torch.arange(count, device=x.device).view(shape).expand_as(x)
-    order = x.argsort(stable=True, dim=dim)
-    return torch.cat([order.narrow(dim, 0, count // 2), order.narrow(dim, x.shape[dim] - count // 2, count // 2)], dim)
+    """Indices of a vector's `count` / 2 largest and as many smallest numbers, int64, `count` along `dim`."""
+    order, smallest = x.argsort(stable=True, dim=dim), count // 2
+    largest = count - smallest
+    return torch.cat([order.narrow(dim, 0, smallest), order.narrow(dim, x.shape[dim] - largest, largest)], dim)
 
 
-def without(x: Tensor, places: Tensor, dim: int) -> Tensor:
-    """`x` with the mean of each vector's other numbers in some places."""
-    rest = x.scatter(dim, places, 0.0).sum(dim, keepdim=True) / max(x.shape[dim] - places.shape[dim], 1)
-    return x.scatter(dim, places, rest.expand_as(places))
+def without(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """`x` with the numbers at some indices along `dim` replaced by the mean of their vector's others."""
+    rest = x.scatter(dim, index, 0.0).sum(dim, keepdim=True) / max(x.shape[dim] - index.shape[dim], 1)
+    return x.scatter(dim, index, rest.expand_as(index))
 
 
 def basis(error: Tensor, rank: int, weights: Tensor | None, iterations: int) -> Tensor:
@@ -135,9 +138,7 @@ def basis(error: Tensor, rank: int, weights: Tensor | None, iterations: int) -> 
     """
     weighted = error if weights is None else error * weights.unsqueeze(-2)
     rank = min(rank, *error.shape[-2:])
-    generator = torch.Generator().manual_seed(
-        0
-    )  # the same for every head and row, so that a row does not depend on others
+    generator = torch.Generator().manual_seed(0)  # the same for every head and row: none depends on others
     found = torch.randn(error.shape[-1], rank, generator=generator).to(error.device).expand(*error.shape[:2], -1, -1)
     for _ in range(iterations):
         found = torch.linalg.qr(weighted.mT @ (weighted @ found))[0]

@@ -1,26 +1,25 @@
 """What a compressed KV cache stores: widths, groups, corrections, and what all of it costs."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from quantkit.core.errors import QuantkitError
 
-Backbone = Literal["kivi", "kcvt", "token"]
+Backbone = Literal["kivi", "kcvt"]
 WIDTHS = (2, 3, 4, 8, 16)
 
 
 @dataclass(frozen=True)
 class KVCacheConfig:
-    """A cache's settings (GEAR, arXiv 2403.05527; KIVI, arXiv 2402.02750).
+    """Settings of a compressed cache (GEAR, arXiv 2403.05527; KIVI, arXiv 2402.02750).
 
     Attributes:
         k_bits, v_bits: of a code; 16 keeps keys or values as they are.
         backbone: "kivi": keys share a scale per channel and `group_size` tokens, values per token and `group_size`
             channels; "kcvt": keys per channel and all tokens that are compressed together, values per token and all
-            channels of all heads; "token": keys as values of "kivi".
+            channels of all heads.
         group_size: see `backbone`; where it counts channels, the most up to it that divide a head.
-        hadamard: rotate a head's channels first.
         buffer: the newest tokens stay as they are until so many have gathered.
         sink: so many of the first tokens stay as they are.
         rank: of the correction of what rounding lost, a head; 0 for none.
@@ -28,18 +27,20 @@ class KVCacheConfig:
             basis, which costs no basis of their own.
         factor_bits: of what a token stores for its correction: 16, or 8 with a scale per buffer of tokens.
         targets: what has a correction and outliers: keys, values or both.
-        outliers: share of a vector's numbers that are kept in 16 bits, the largest and the smallest; a vector is a
+        outliers: fraction of a vector's numbers that are kept in 16 bits, the largest and the smallest; a vector is a
             token's channels.
         channel_outliers: of keys it is a channel's tokens, of all that are compressed together.
         weighted: weigh a key's error by its channels' queries before the correction is fitted.
         iterations: of the block power iteration.
+
+    Raises:
+        QuantkitError: a setting makes no sense.
     """
 
     k_bits: int = 4
     v_bits: int = 4
     backbone: Backbone = "kivi"
     group_size: int = 64
-    hadamard: bool = False
     buffer: int = 64
     sink: int = 0
     rank: int = 0
@@ -53,30 +54,16 @@ class KVCacheConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
-        for name in (
-            "k_bits",
-            "v_bits",
-            "group_size",
-            "buffer",
-            "sink",
-            "rank",
-            "decode_rank",
-            "factor_bits",
-            "iterations",
-        ):
+        least = {"k_bits": 2, "v_bits": 2, "group_size": 8, "buffer": 1, "sink": 0, "rank": 0, "iterations": 1}
+        for name, smallest in (least | ({} if self.decode_rank is None else {"decode_rank": 0})).items():
             value = getattr(self, name)
-            if type(value) is not int and not (name == "decode_rank" and value is None):
-                raise QuantkitError(f"{name}={value!r}: give a whole number")
+            if type(value) is not int or value < smallest:
+                raise QuantkitError(f"{name}={value!r}: give a whole number, at least {smallest}")
         for name in ("k_bits", "v_bits"):
             if getattr(self, name) not in WIDTHS:
                 raise QuantkitError(f"{name}={getattr(self, name)}: a cache has 2, 3, 4 or 8 bits, or 16 for none")
         if self.backbone not in get_args(Backbone):
             raise QuantkitError(f"backbone={self.backbone!r}: known are {', '.join(get_args(Backbone))}")
-        if self.hadamard and self.backbone != "token":
-            raise QuantkitError("hadamard=True spreads what per-channel scales are for; use it with backbone='token'")
-        for name, least in (("group_size", 8), ("buffer", 1), ("sink", 0), ("rank", 0), ("iterations", 1)):
-            if getattr(self, name) < least:
-                raise QuantkitError(f"{name}={getattr(self, name)}: give at least {least}")
         if self.group_size > 256 or self.group_size % 8:
             raise QuantkitError(f"group_size={self.group_size}: give a multiple of 8 up to 256")
         if self.backbone == "kivi" and self.buffer % self.group_size:
@@ -88,11 +75,7 @@ class KVCacheConfig:
         if not set(self.targets) <= {"k", "v"}:
             raise QuantkitError(f"targets={self.targets}: name keys ('k'), values ('v') or both")
         if not 0 <= self.outliers <= 1:
-            raise QuantkitError(f"outliers={self.outliers}: a share, 0 to 1")
-        if self.decode_rank is not None and self.decode_rank < 0:
-            raise QuantkitError(
-                f"decode_rank={self.decode_rank}: give 0 (none) or more, or None for the prompt's basis"
-            )
+            raise QuantkitError(f"outliers={self.outliers}: a fraction, 0 to 1")
 
     @staticmethod
     def gear(bits: int = 4, paper: bool = False) -> "KVCacheConfig":
@@ -102,7 +85,7 @@ class KVCacheConfig:
             bits: of keys and of values.
             paper: the public code's settings: KCVT and a buffer of 20 at 4 bits, else KIVI with 64; rank 4, and 2 for
                 every later chunk, 2% outliers. Otherwise keys alone are corrected, in the prompt's basis, weighted by
-                queries, without outliers: see README's table for what each part is worth.
+                queries, without outliers: docs/guide/kv-cache.md says what each part is worth.
         """
         if not paper:
             rank = 0 if bits == 8 else 4  # 8 bits leave nothing to correct
@@ -114,30 +97,10 @@ class KVCacheConfig:
         )  # fmt: skip
 
     @staticmethod
-    def gear_l(bits: int = 4, paper: bool = False) -> "KVCacheConfig":
-        """GEAR without outliers."""
-        return replace(KVCacheConfig.gear(bits, paper), outliers=0.0, channel_outliers=False)
-
-    @staticmethod
-    def kivi(bits: int = 4, group_size: int = 64) -> "KVCacheConfig":
-        """The backbone alone."""
-        return KVCacheConfig(bits, bits, group_size=group_size, buffer=group_size)
-
-    @staticmethod
-    def kcvt(bits: int = 4) -> "KVCacheConfig":
-        """Coarse groups alone."""
-        return KVCacheConfig(bits, bits, "kcvt", buffer=20)
-
-    @staticmethod
-    def token(bits: int = 4, hadamard: bool = False, group_size: int = 64) -> "KVCacheConfig":
-        """Keys and values per token."""
-        return KVCacheConfig(bits, bits, "token", group_size, hadamard)
-
-    @staticmethod
     def for_budget(
         bits_per_element: float, head_dim: int = 128, kv_heads: int = 8, tokens: int = 8192
     ) -> "KVCacheConfig":
-        """The best that a cached number's true bits allow, by README's table: bits go to keys first.
+        """The best settings that a cached number's true bits allow, by docs/guide/kv-cache.md: keys get bits first.
 
         Args:
             bits_per_element: every byte counted.
@@ -157,50 +120,30 @@ class KVCacheConfig:
             raise QuantkitError(f"{bits_per_element:g} bits a number: the least is {costs[0]:.2f} at {tokens:,} tokens")
         return allowed[-1]
 
-    def bits_per_element(self, head_dim: int, kv_heads: int, tokens: int, prompt: int | None = None) -> float:
-        """What a cached number costs in all, in closed form.
+    def bits_per_element(self, head_dim: int, kv_heads: int, tokens: int) -> float:
+        """Bits that a cached number costs in all, in closed form.
 
         Args:
             head_dim: of keys and of values.
             kv_heads: of a layer.
-            tokens: in the cache.
-            prompt: so many of them came at once; None for all.
+            tokens: in the cache, all of one prompt.
         """
-        prompt = tokens if prompt is None else prompt
-        free = max(tokens - min(self.sink, tokens), 0)
-        packed = free // self.buffer * self.buffer
-        first = min(max(prompt - self.sink, 0) // self.buffer * self.buffer, packed)
+        packed = max(tokens - self.sink, 0) // self.buffer * self.buffer
         total = 0.0
         for side, bits in (("k", self.k_bits), ("v", self.v_bits)):
             if bits == 16:
                 total += 16 * tokens
                 continue
-            channels = self.channels(head_dim)
-            per_token = bits * packed
-            if self.backbone == "kcvt" and side == "k":
-                chunks = (first > 0) + (packed - first) // self.buffer
-                scales = 32.0 * chunks
-            elif self.backbone == "kcvt":
-                scales = 32 * packed / (head_dim * kv_heads)
-            elif self.backbone == "kivi" and side == "k":
-                scales = 32 * packed / self.group_size
+            if self.backbone == "kivi":
+                scales = packed / (self.group_size if side == "k" else self.channels(head_dim))
             else:
-                scales = 32 * packed / channels
-            correction = 0.0
-            if self.rank and side in self.targets and packed:
-                shared = self.decode_rank is None
+                scales = float(packed > 0) if side == "k" else packed / (head_dim * kv_heads)
+            total += bits * packed + 32 * scales + 16 * (tokens - packed)
+            if side in self.targets and packed:
                 factor = 16 if self.factor_bits == 16 else 8 + 32 / self.buffer
-                correction += self.rank * (factor * (packed if shared else first) / head_dim + 16)
-                if not shared:
-                    rest = packed - first
-                    correction += (self.decode_rank or 0) * (factor * rest / head_dim + 16 * (rest // self.buffer))
-            kept = 0.0
-            if side in self.targets and side == "k" and self.channel_outliers:
-                later = (packed - first) // self.buffer * self.outlier_count(self.buffer)
-                kept = later * (16 + index_bits(self.buffer)) + self.outlier_count(first) * (16 + index_bits(first))
-            elif side in self.targets:
-                kept = (16 + index_bits(head_dim)) * self.outlier_count(head_dim) * packed / head_dim
-            total += per_token + scales + correction + kept + 16 * (tokens - packed)
+                total += self.rank * (factor * packed / head_dim + 16)
+                vector = packed if side == "k" and self.channel_outliers else head_dim
+                total += self.outlier_count(vector) * (16 + index_bits(vector)) * packed / vector
         return total / (2 * tokens)
 
     def channels(self, head_dim: int) -> int:
@@ -208,16 +151,16 @@ class KVCacheConfig:
         return max(count for count in range(1, min(self.group_size, head_dim) + 1) if head_dim % count == 0)
 
     def outlier_count(self, size: int) -> int:
-        """Numbers of a vector that are kept: an even count, as many large as small ones; all where the share is 1."""
+        """Numbers of a vector that are kept, an even count: as many large as small ones; all if the fraction is 1."""
         return size if self.outliers == 1 else 2 * round(self.outliers * size / 2)
 
     def to_json(self) -> str:
-        """For `from_json`."""
+        """The settings as text, for `from_json`."""
         return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(text: str) -> "KVCacheConfig":
-        """What `to_json` wrote.
+        """Settings from what `to_json` wrote.
 
         Raises:
             QuantkitError: it is something else.
@@ -229,5 +172,5 @@ class KVCacheConfig:
 
 
 def index_bits(size: int) -> int:
-    """Of the place in a vector of a length."""
+    """Bits of an index into a vector of `size` numbers."""
     return 8 if size <= 256 else 16 if size <= 2**15 else 32

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from quantkit.kernels import hadamard
 from quantkit.kvcache import codec
 from quantkit.kvcache.config import KVCacheConfig, index_bits
 
 GROWTH = 32
-"""Tensors grow by a share of 1 / GROWTH beyond what is appended."""
+"""Tensors grow by a fraction of 1 / GROWTH beyond what is appended."""
 DECODED = 1024
 """Tokens that are decoded at once."""
 
@@ -29,7 +28,7 @@ class Growing:
         least: tokens that it grows by at least.
 
     Attributes:
-        length: what is in it.
+        length: tokens in it.
     """
 
     def __init__(self, least: int = 0) -> None:
@@ -44,11 +43,11 @@ class Growing:
 
     @property
     def nbytes(self) -> int:
-        """Of what is reserved."""
+        """Allocated bytes, spare capacity included."""
         return 0 if self._room is None else self._room.untyped_storage().nbytes()
 
     def append(self, more: Tensor) -> None:
-        """Adds to the end."""
+        """Adds tokens [batch, heads, new, ...] at the end."""
         needed = self.length + more.shape[2]
         if self._room is None:
             own = more.untyped_storage().nbytes() == more.nbytes
@@ -66,11 +65,11 @@ class Growing:
         self.length = needed
 
     def drop(self, count: int) -> None:
-        """Removes the first `count`."""
+        """Removes the first `count` tokens."""
         self.map(lambda data: data[:, :, count:].clone())
 
     def crop(self, count: int) -> None:
-        """Removes the last `count`."""
+        """Removes the last `count` tokens."""
         self.length -= count
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -82,7 +81,7 @@ class Growing:
 
 @dataclass
 class Side:
-    """Keys or values.
+    """Keys or values of a layer.
 
     Args:
         config: of the cache.
@@ -99,13 +98,14 @@ class Side:
 
     @property
     def bits(self) -> int:
-        """Of a code; 16 where nothing is compressed."""
+        """Bits of a code; 16 where nothing is compressed."""
         return self.config.k_bits if self.name == "k" else self.config.v_bits
 
     @property
-    def by_token(self) -> bool:
-        """Whether scales belong to a token's channels, not to a channel's tokens."""
-        return self.name == "v" or self.config.backbone == "token"
+    def apart(self) -> bool:
+        """Whether each chunk has scales, a basis or outliers of its own."""
+        config = self.config
+        return config.backbone == "kcvt" or config.decode_rank is not None or config.channel_outliers
 
     @property
     def packed(self) -> int:
@@ -114,7 +114,7 @@ class Side:
 
     @property
     def length(self) -> int:
-        """Tokens in all."""
+        """All tokens, compressed and not."""
         return self.sink.length + self.packed + self.buffer.length
 
     def append(self, x: Tensor) -> None:
@@ -137,57 +137,51 @@ class Side:
         self.buffer.crop(min(count, self.buffer.length))
 
     def compress(self, keep: int, weights: Tensor | None = None) -> None:
-        """Compresses the buffer's oldest tokens in whole buffers' lengths, and keeps at least `keep` of the newest."""
+        """Compresses the buffer's oldest tokens in whole buffers' lengths, and keeps at least `keep` of the newest.
+
+        Args:
+            keep: tokens.
+            weights: fp32 [batch, heads, channels] by which errors of keys count, or None.
+        """
         size = self.config.buffer
         count = max(self.buffer.length - keep, 0) // size * size
         if self.bits == 16 or not count:
             return
         x = self.buffer.data[:, :, :count].float()
         self.buffer.drop(count)
-        if not self.chunks:
-            self._chunk(x, weights, first=True)
-        elif self.config.backbone == "kcvt" or self.config.decode_rank is not None or self.config.channel_outliers:
-            for chunk in x.split(size, 2):  # each has scales, a basis or outliers of its own
-                self._chunk(chunk, weights, first=False)
-        else:
-            self._chunk(x, weights, first=False)
+        for chunk in x.split(size, 2) if self.chunks and self.apart else (x,):
+            self._chunk(chunk, weights)
 
-    def _chunk(self, x: Tensor, weights: Tensor | None, first: bool) -> None:
-        config = self.config
-        if config.hadamard:
-            x = _rotated(x)
+    def _chunk(self, x: Tensor, weights: Tensor | None) -> None:
+        config, first = self.config, not self.chunks
         dim = 2 if self.name == "k" and config.channel_outliers else 3
         count = config.outlier_count(x.shape[dim]) if self.name in config.targets else 0
-        places = codec.extremes(x, count, dim) if count else None
-        plain = x if places is None else codec.without(x, places, dim)
+        index = codec.extremes(x, count, dim) if count else None
+        plain = x if index is None else codec.without(x, index, dim)
         grid = self._grid(plain)
         self._grow("codes", grid.codes)
         self._grow("scale", grid.scale)
         self._grow("low", grid.low)
         self.chunks.append(x.shape[2])
-        found = codec.values(grid, self.bits, self.by_token)
+        found = codec.values(grid, self.bits, by_token=self.name == "v")
         if config.rank and self.name in config.targets:
-            error = plain - found if places is None else (x - found).scatter(dim, places, 0.0)
+            error = plain - found if index is None else (x - found).scatter(dim, index, 0.0)
             found = found + self._correct(error, weights if self.name == "k" else None, first)
-        if places is not None:
+        if index is not None:
             kind = {8: torch.uint8, 16: torch.int16, 32: torch.int32}[index_bits(x.shape[dim])]
-            kept = (x - found).gather(dim, places).half()
+            kept = (x - found).gather(dim, index).half()
             if dim == 3:
-                self._grow("index", places.to(kind))
+                self._grow("index", index.to(kind))
                 self._grow("kept", kept)
             else:
-                number = len(self.chunks) - 1
-                self.fixed[f"index{number}"], self.fixed[f"kept{number}"] = places.to(kind), kept
+                chunk = len(self.chunks) - 1
+                self.fixed[f"index{chunk}"], self.fixed[f"kept{chunk}"] = index.to(kind), kept
 
     def _grid(self, x: Tensor) -> codec.Grid:
-        config, channels = self.config, self.config.channels(x.shape[-1])
-        if config.backbone == "kcvt":
-            if self.name == "k":
-                return codec.groups_of_tokens(x, self.bits, x.shape[2])
-            return codec.groups_of_channels(x, self.bits, channels, all_heads=True)
-        if self.by_token:
-            return codec.groups_of_channels(x, self.bits, channels)
-        return codec.groups_of_tokens(x, self.bits, config.group_size)
+        coarse = self.config.backbone == "kcvt"
+        if self.name == "k":
+            return codec.groups_of_tokens(x, self.bits, x.shape[2] if coarse else self.config.group_size)
+        return codec.groups_of_channels(x, self.bits, None if coarse else self.config.channels(x.shape[-1]))
 
     def _correct(self, error: Tensor, weights: Tensor | None, first: bool) -> Tensor:
         """Stores the error's low-rank approximation, and returns it."""
@@ -218,7 +212,7 @@ class Side:
         self.grown.setdefault(name, Growing()).append(more)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """All tokens, [batch, heads, tokens, channels]."""
+        """All tokens decoded, [batch, heads, tokens, channels] of a dtype."""
         parts = [self.sink.data.to(dtype)] if self.sink.length else []
         parts += [part.to(dtype) for part in self._decoded()]
         if self.buffer.length:
@@ -229,7 +223,7 @@ class Side:
         """The compressed tokens, fp32: some at a time where all that is stored goes by tokens, so that little is
         there in fp32 at once."""
         data = {name: one.data for name, one in self.grown.items()}
-        if self.config.backbone == "kcvt" or self.config.decode_rank is not None or self.config.channel_outliers:
+        if self.apart:
             if self.chunks:
                 yield self._decode(data)
             return
@@ -250,7 +244,7 @@ class Side:
             scale, low = (step.float().repeat_interleave(lengths, 2) for step in (grid.scale, grid.low))
             found = codec.unpack(grid.codes, self.bits) * scale + low
         else:
-            found = codec.values(grid, self.bits, self.by_token)
+            found = codec.values(grid, self.bits, by_token=self.name == "v")
         if (up := _factor(data, "up")) is not None:
             first = up.shape[2]
             found[:, :, :first] += up @ self.fixed["down"].float().mT
@@ -260,33 +254,24 @@ class Side:
         if "index" in data:
             found = found.scatter_add(3, data["index"].long(), data["kept"].float())
         start = 0
-        for number, size in enumerate(self.chunks):
-            if f"index{number}" in self.fixed:
-                part, places = found[:, :, start : start + size], self.fixed[f"index{number}"].long()
-                part.scatter_add_(2, places, self.fixed[f"kept{number}"].float())
+        for chunk, size in enumerate(self.chunks):
+            if f"index{chunk}" in self.fixed:
+                part, index = found[:, :, start : start + size], self.fixed[f"index{chunk}"].long()
+                part.scatter_add_(2, index, self.fixed[f"kept{chunk}"].float())
             start += size
-        if self.config.hadamard:
-            found = _rotated(found, inverse=True)
         return found
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Changes all tensors alike: another device, other rows of the batch."""
-        for one in self._all_growing():
+        for one in (self.sink, self.buffer, *self.grown.values()):
             one.map(change)
         self.fixed = {name: change(tensor) for name, tensor in self.fixed.items()}
 
-    def _all_growing(self) -> Iterator[Growing]:
-        yield from (self.sink, self.buffer, *self.grown.values())
-
-    def nbytes(self) -> dict[str, int]:
-        """Bytes by what they are for."""
-        parts = {"codes": 0, "scales": 0, "low rank": 0, "outliers": 0}
-        kinds = {"codes": "codes", "scale": "scales", "low": "scales", "index": "outliers", "kept": "outliers"}
-        for name, one in self.grown.items():
-            parts[kinds.get(name, "low rank")] += one.nbytes
-        for name, tensor in self.fixed.items():
-            parts["low rank" if name == "down" else "outliers"] += tensor.untyped_storage().nbytes()
-        return parts | {"full precision": self.buffer.nbytes + self.sink.nbytes}
+    @property
+    def nbytes(self) -> int:
+        """Allocated bytes, spare capacity included."""
+        growing = sum(one.nbytes for one in (self.sink, self.buffer, *self.grown.values()))
+        return growing + sum(tensor.untyped_storage().nbytes() for tensor in self.fixed.values())
 
 
 def _factor(data: dict[str, Tensor], name: str) -> Tensor | None:
@@ -297,8 +282,3 @@ def _factor(data: dict[str, Tensor], name: str) -> Tensor | None:
         return None
     parts = (data[f"{name} {part}"] for part in ("codes", "scale", "low"))
     return codec.values(codec.Grid(*parts), None, by_token=False)
-
-
-def _rotated(x: Tensor, inverse: bool = False) -> Tensor:
-    """A head's channels in another basis, without random signs."""
-    return hadamard.rotate(x, torch.zeros(-(-x.shape[-1] // 8), dtype=torch.uint8, device=x.device), inverse)

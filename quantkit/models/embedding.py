@@ -58,8 +58,8 @@ class QuantizedEmbedding(Packed):
     def forward(self, index: Tensor) -> Tensor:
         """int [...] -> [..., embedding_dim]."""
         weight = self.packed
-        place = next(iter(weight.state().values())).device  # a head's may be another than the tokens'
-        rows = weight.rows(index.to(place), self.dtype).to(index.device)
+        device = next(iter(weight.state().values())).device  # a head's may be another than the tokens'
+        rows = weight.rows(index.to(device), self.dtype).to(index.device)
         if self._scale is None:
             return rows
         return rows * (torch.tensor(self._scale, dtype=self.dtype) if self._cast_scale else self._scale)

@@ -31,11 +31,18 @@ class WeightSource(Protocol):
 
 @dataclass
 class Batch:
-    """Sequences of equal length on their way through the blocks."""
+    """Sequences of equal length on their way through the blocks.
+
+    Attributes:
+        quantized: hidden states behind the quantized prefix, [sequences, tokens, hidden_size].
+        full: hidden states of the full-precision model, of the same shape.
+        calls: for each block, positional and keyword arguments behind the hidden states.
+        tokens: int64 [sequences, tokens].
+    """
 
     quantized: Tensor
     full: Tensor
-    calls: list[tuple[tuple, dict[str, Any]]]  # per block: positional and keyword arguments behind the hidden states
+    calls: list[tuple[tuple, dict[str, Any]]]
     tokens: Tensor
 
 
@@ -65,7 +72,18 @@ def _stop_with_input(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
 def inputs_of(
     block: nn.Module, layers: list[str], hidden: Tensor, call: tuple[tuple, dict[str, Any]], to_the_end: bool
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Inputs of some layers, and the block's output where it is run to its end."""
+    """Inputs of some layers of a block, and the block's output.
+
+    Args:
+        block: run with hooks on these layers.
+        layers: names in the block.
+        hidden: [sequences, tokens, hidden_size].
+        call: the block's other arguments.
+        to_the_end: run the block to its end; otherwise only until all inputs are known.
+
+    Returns:
+        (inputs [..., in_features] by layer, the output like `hidden`, or None where the pass was stopped).
+    """
     inputs: dict[str, Tensor] = {}
 
     def record(name: str) -> Callable:
@@ -104,7 +122,14 @@ class Order:
 
 
 def execution_order(block: nn.Module, layers: Collection[str], batches: list[Batch], index: int) -> Order:
-    """Watches one batch run through the block."""
+    """How a block runs its planned layers, from watching one batch run through it.
+
+    Args:
+        block: the block.
+        layers: names of the planned layers in it.
+        batches: of which the first runs; without any, each layer is a group of its own.
+        index: of the block among the model's.
+    """
     if not batches:
         return Order([[name] for name in layers])
     groups: list[tuple[Tensor, list[str]]] = []
@@ -234,7 +259,7 @@ class Replay:
         """A pass of one batch.
 
         Args:
-            batch: the batch's number.
+            batch: index of the batch.
             settled: layers whose weights are final.
             keep: whether a later pass may want this one's outputs.
         """
@@ -315,17 +340,32 @@ def _stubs(blocks: nn.ModuleList, last: Callable[[Tensor], Any], calls: list, wr
 def capture(
     model: nn.Module,
     blocks: nn.ModuleList,
-    windows: Tensor,
+    sequences: Tensor,
     source: WeightSource,
     device: torch.device,
     batch_tokens: int,
 ) -> tuple[list[Batch], Wrap]:
-    """Runs the model with stubbed blocks: the first block's inputs, and what else each block is called with."""
-    rows = max(1, batch_tokens // windows.shape[1])
+    """The first block's inputs and what else each block is called with, from running the model with stubbed blocks.
+
+    Args:
+        model: any decoder.
+        blocks: of the model.
+        sequences: int64 [sequences, tokens].
+        source: of the weights in front of the blocks, and of the first block's.
+        device: where the model runs.
+        batch_tokens: tokens of a batch, at most, unless a sequence alone has more.
+
+    Returns:
+        (batches, the form in which blocks return hidden states).
+
+    Raises:
+        QuantkitError: the model does not run its blocks once each, in order and one on the other's output.
+    """
+    rows = max(1, batch_tokens // sequences.shape[1])
     source.load("", model, device)
-    wrap = _output_form(model, blocks, windows[:1].to(device), source, device)
+    wrap = _output_form(model, blocks, sequences[:1].to(device), source, device)
     batches: list[Batch] = []
-    for tokens in windows.split(rows):
+    for tokens in sequences.split(rows):
         calls: list[tuple[int, Tensor, tuple, dict[str, Any]]] = []
 
         def stop(hidden: Tensor) -> Any:
@@ -377,7 +417,19 @@ def _output_form(
 def outer_input(
     model: nn.Module, blocks: nn.ModuleList, layer: str, tokens: Tensor, hidden: Tensor, wrap: Wrap
 ) -> Tensor:
-    """The input of a layer behind the blocks, given the last block's output."""
+    """The input of a layer behind the blocks, [sequences, tokens, in_features].
+
+    Args:
+        model: any decoder.
+        blocks: of the model; they do not run.
+        layer: name in the model.
+        tokens: int64 [sequences, tokens].
+        hidden: the last block's output, [sequences, tokens, hidden_size].
+        wrap: the form in which blocks return it.
+
+    Raises:
+        QuantkitError: the pass does not reach the layer.
+    """
     handle = model.get_submodule(layer).register_forward_pre_hook(_stop_with_input, with_kwargs=True)
     try:
         with patched_forwards(blocks, _stubs(blocks, lambda _: wrap(hidden), [], wrap)):

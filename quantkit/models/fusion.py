@@ -94,5 +94,5 @@ class SharedInput:
 
 
 def _version(x: Tensor) -> int:
-    """Counts changes in place; where nobody counts (inference mode, compiled code) there are none to be seen."""
+    """How often a tensor was changed in place; 0 where nobody counts (inference mode, compiled code)."""
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version

@@ -230,7 +230,7 @@ def _replace(module: nn.Module, weight: QuantizedWeight) -> None:
 
 
 def _places(weight: QuantizedWeight, module: nn.Module) -> Iterator[tuple[dict[str, Tensor | None], str, Tensor]]:
-    """The buffers of a module that hold a weight's tensors, and each tensor's name there."""
+    """(buffers of a module, name there, tensor) for each tensor of the weight that the module holds."""
     for name, tensor in weight.tensors().items():
         yield module._buffers, name, tensor
     for name, inner in weight.nested().items():

@@ -108,7 +108,7 @@ def fused_expert_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """The longest window that the model's positions allow, where its config says."""
+    """The longest sequence that the model's positions allow; None where its config does not say."""
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     for key in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
         value = getattr(config, key, None)

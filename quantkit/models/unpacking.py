@@ -75,7 +75,7 @@ def _log(layers: list, chosen: set, slowdown: dict, taken: int) -> None:
     total = sum(_weights(layer) for layer in layers)
 
     def mean(part: list) -> float:
-        """Of the times of products, in times of dense ones."""
+        """Mean time of these layers' products, relative to dense ones."""
         return sum(_weights(layer) * (1 if layer in chosen else slowdown[layer]) for layer in part) / total
 
     if chosen:

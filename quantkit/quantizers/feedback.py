@@ -20,6 +20,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quantkit.core.stats import LayerStats
+
 
 class Rounding(Protocol):
     """Rounds one column after the other, or `width` columns at a time, and keeps the codes it chose."""
@@ -81,9 +83,20 @@ def error_feedback(weight: Tensor, factor: Tensor, rounding: Rounding, block_siz
 def check_feedback(damp: float, block_size: int) -> None:
     """Raises ValueError where a quantizer's settings of the loop make no sense."""
     if not 0 <= damp <= 1:
-        raise ValueError(f"damp={damp}: a share of the mean diagonal, from 0 to 1")
+        raise ValueError(f"damp={damp}: a fraction of the mean diagonal, from 0 to 1")
     if type(block_size) is not int or block_size < 1:
         raise ValueError(f"block_size={block_size!r}: a whole number of columns, at least one")
+
+
+def required(stats: LayerStats | None, method: object) -> LayerStats:
+    """The statistics of the layer's inputs, for a method that cannot do without.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if stats is None:
+        raise ValueError(f"{type(method).__name__} reads the Hessian of the layer's inputs; RTN works without")
+    return stats
 
 
 def _block_end(start: int, stop: int, group: int, in_features: int) -> int:

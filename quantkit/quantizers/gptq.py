@@ -14,7 +14,7 @@ factors, and `LayerStats.damping` says how far.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from quantkit.core.protocols import Needs
 from quantkit.core.stats import LayerStats
 from quantkit.formats.int_group import IntGroupWeight
-from quantkit.quantizers.feedback import check_feedback, error_feedback
+from quantkit.quantizers.feedback import check_feedback, error_feedback, required
 from quantkit.quantizers.grid import Grid, GridSettings, fit_grid
 
 Order = Literal["none", "group", "act"]
@@ -30,13 +30,15 @@ Order = Literal["none", "group", "act"]
 
 @dataclass(frozen=True)
 class GPTQ(GridSettings):
-    """GPTQ; see `GridSettings` for the other fields.
+    """Integer grids under error feedback; see `GridSettings` for the other fields.
 
     Attributes:
         order: the order of columns, see the module's text.
-        damp: added to diag(H), as a share of its mean.
+        damp: added to diag(H), as a fraction of its mean.
         block_size: columns between deferred updates; changes speed, not codes.
     """
+
+    needs: ClassVar[Needs] = Needs.HESSIAN
 
     order: Order = "group"
     damp: float = 0.01
@@ -48,19 +50,18 @@ class GPTQ(GridSettings):
             raise ValueError(f"order={self.order!r}: known orders are {', '.join(get_args(Order))}")
         check_feedback(self.damp, self.block_size)
 
-    @property
-    def needs(self) -> Needs:
-        """The Hessian of the layer's inputs."""
-        return Needs.HESSIAN
+    def layout(self, out_features: int, in_features: int) -> IntGroupWeight:
+        """The packed weight's layout for a shape, on the meta device."""
+        return IntGroupWeight.layout(out_features, in_features, self.bits, self.width(in_features), self.symmetric)
 
     def quantize(self, weight: Tensor, stats: LayerStats | None) -> IntGroupWeight:
         """Quantizes fp32 or fp64 [out_features, in_features].
 
         Raises:
             CalibrationError: the Hessian does not factor.
+            ValueError: there are no statistics.
         """
-        if stats is None:
-            raise ValueError("GPTQ reads the Hessian of the layer's inputs; RTN works without")
+        stats = required(stats, self)
         width = self.width(weight.shape[1])
         order = _column_order(stats.hessian.diagonal(), width, self.order)
         factor = stats.inverse_factor(self.damp, order).to(weight.dtype)

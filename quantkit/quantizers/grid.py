@@ -16,8 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.formats.int_group import IntGroupWeight
-
 _SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.69, 0.62, 0.55, 0.48, 0.41)
 _SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16
 _LARGEST_ZERO = 1024  # fp16 still holds it to half a code
@@ -25,11 +23,11 @@ _LARGEST_ZERO = 1024  # fp16 still holds it to half a code
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Grids of shape [..., 1] beside weights [..., group].
+    """Integer grids of weights [..., group], one for each group.
 
     Attributes:
-        scale: fp32 holding fp16 values, positive.
-        zero: like scale, in units of codes.
+        scale: [..., 1], fp32 holding fp16 values, positive.
+        zero: [..., 1], like scale, in units of codes.
         bits: codes run from 0 to 2^bits - 1.
     """
 
@@ -47,7 +45,7 @@ class Grid:
 
 
 def fit_grid(weight: Tensor, bits: int, symmetric: bool, search: bool, importance: Tensor | None = None) -> Grid:
-    """Fits one grid to the last dimension of `weight`.
+    """The best grid for each group, the last dimension of `weight`.
 
     Args:
         weight: fp32 or fp64 [..., group].
@@ -131,7 +129,7 @@ def _storable(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GridSettings:
-    """What every quantizer onto integer grids is configured by.
+    """Settings of every quantizer onto integer grids.
 
     Attributes:
         bits: 1..8.
@@ -158,7 +156,3 @@ class GridSettings:
     def width(self, in_features: int) -> int:
         """The group size of a layer; a group never exceeds a row."""
         return in_features if self.group_size == -1 else min(self.group_size, in_features)
-
-    def layout(self, out_features: int, in_features: int) -> IntGroupWeight:
-        """The packed weight's layout for a shape, on the meta device."""
-        return IntGroupWeight.layout(out_features, in_features, self.bits, self.width(in_features), self.symmetric)

@@ -40,7 +40,7 @@ class Hadamard:
         return self.inner.needs
 
     def quantize(self, weight: Tensor, stats: LayerStats | None) -> RotatedWeight:
-        """Quantizes fp32 or fp64 [out_features, in_features]."""
+        """Quantizes fp32 or fp64 [out_features, in_features] in the rotated basis."""
         out_features, in_features = weight.shape
         in_signs = random_signs(in_features, self.seed).to(weight.device)
         rotated = rotate(weight, in_signs)

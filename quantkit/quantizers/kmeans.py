@@ -20,9 +20,8 @@ def fit(
     bits: int,
     iterations: int | None = None,
     tolerance: float = 1e-4,
-    seed: int = 0,
 ) -> Tensor:
-    """Fits 2^bits centroids.
+    """2^bits centroids of weighted samples, by k-means.
 
     Args:
         samples: float [count, dimension].
@@ -31,14 +30,13 @@ def fit(
         iterations: Lloyd's steps at most; None for 200 up to 256 centroids, whose start may be close to a saddle of
             the error, and 30 beyond.
         tolerance: relative fall of the error that is still worth a step.
-        seed: of the part that is read where there are very many samples.
 
     Returns:
         [2^bits, dimension].
     """
     most = max(SAMPLES_PER_CENTROID << bits, 1 << 17)
     if len(samples) > most:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         part = torch.randperm(len(samples), generator=generator)[:most].to(samples.device)
         samples, importance = samples[part], importance[part]
     centroids = split(samples, importance, bits)
@@ -54,7 +52,7 @@ def fit(
 
 
 def split(samples: Tensor, importance: Tensor, bits: int) -> Tensor:
-    """The means of 2^bits parts of a k-d tree over the samples, [2^bits, dimension]."""
+    """The means of 2^bits parts of a k-d tree over samples [count, dimension], [2^bits, dimension]."""
     count, dimension = samples.shape
     importance = importance / importance.sum().clamp_min(1e-30) + 1e-12 / count  # keeps every part's weight positive
     part = torch.zeros(count, dtype=torch.int64, device=samples.device)
@@ -73,7 +71,15 @@ def split(samples: Tensor, importance: Tensor, bits: int) -> Tensor:
 
 
 def assign(samples: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """(index of each sample's nearest centroid, squared distance to it)."""
+    """The nearest centroid of each sample.
+
+    Args:
+        samples: float [count, dimension].
+        centroids: float [centroids, dimension].
+
+    Returns:
+        (index int64 [count], squared distance [count]).
+    """
     half = centroids.square().sum(1) / 2
     nearest = torch.empty(len(samples), dtype=torch.int64, device=samples.device)
     at_once = 1 << 19 if samples.device.type == "cpu" else 1 << 27  # distances that stay in a CPU's cache

@@ -6,9 +6,7 @@ E H E^T:
     B = U_r,    A = U_r^T E,    and what is left is the sum of the other eigenvalues.
 
 That is the solution of QERA (arXiv 2410.06040, theorem 1) and EoRA (arXiv 2410.21271) without a root or an inverse of
-H. Other metrics put diag(H) or I in H's place (LQER's and ZeroQuant-V2's choice); the error that counts is the same.
-`alternations` repeats both steps, Q on W - BA and BA on W - Q, as LoftQ does (arXiv 2310.08659, algorithm 1), and keeps
-the best.
+H.
 """
 
 from dataclasses import dataclass
@@ -16,13 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.core.metrics import proxy_loss
 from quantkit.core.protocols import Needs, Quantizer
 from quantkit.core.stats import LayerStats
 from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.low_rank import LowRankWeight
-
-METRICS = ("exact", "diagonal", "plain")
 
 
 @dataclass(frozen=True)
@@ -32,63 +27,50 @@ class LowRank:
     Attributes:
         inner: any quantizer.
         rank: of the correction; less in layers that have not so many features.
-        metric: "exact" (H), "diagonal" (its diagonal) or "plain" (I).
-        alternations: times that quantization is repeated on what the correction leaves.
         adapter_bits: of the stored factors: 16 (fp16) or 8 (integers, a scale a rank).
     """
 
     inner: Quantizer
     rank: int = 16
-    metric: str = "exact"
-    alternations: int = 0
     adapter_bits: int = 16
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"rank={self.rank}: a correction has a whole rank of at least 1")
-        if self.metric not in METRICS:
-            raise ValueError(f"metric={self.metric!r}: choose one of {', '.join(METRICS)}")
-        if self.alternations < 0:
-            raise ValueError(f"alternations={self.alternations}: give 0 or more")
         if self.adapter_bits not in (8, 16):
             raise ValueError(f"adapter_bits={self.adapter_bits}: factors are stored in 16 or 8 bits")
 
     @property
     def needs(self) -> Needs:
-        """The Hessian, unless the metric is plain."""
-        return max(self.inner.needs, Needs.NOTHING if self.metric == "plain" else Needs.HESSIAN)
+        """The Hessian of the layer's inputs, or more where the inner method reads more."""
+        return max(self.inner.needs, Needs.HESSIAN)
 
     def quantize(self, weight: Tensor, stats: LayerStats | None) -> LowRankWeight:
-        """Quantizes fp32 or fp64 [out_features, in_features]."""
-        if stats is None and self.needs > Needs.NOTHING:
-            raise ValueError(
-                "this correction reads the statistics of the inputs; metric='plain' with RTN works without"
-            )
-        best, least, correction = None, float("inf"), torch.zeros_like(weight)
-        for _ in range(self.alternations + 1):
-            base = self.inner.quantize(weight - correction, stats)
-            packed = self._corrected(base, weight - base.dequantize().to(weight), stats)
-            up, down = (factor.to(weight) for factor in packed.factors())
-            correction = up @ down
-            error = weight - base.dequantize().to(weight) - correction
-            lost = float(error.square().sum()) if stats is None else proxy_loss(error, stats.hessian)
-            if best is None or lost < least:
-                best, least = packed, lost
-        assert best is not None
-        return best
+        """Quantizes fp32 or fp64 [out_features, in_features].
+
+        Raises:
+            ValueError: there are no statistics.
+        """
+        if stats is None:
+            raise ValueError("a correction reads the Hessian of the layer's inputs; RTN without one works without")
+        base = self.inner.quantize(weight, stats)
+        return self.corrected(base, weight - base.dequantize().to(weight), stats.hessian)
 
     def layout(self, out_features: int, in_features: int) -> LowRankWeight:
         """The inner method's layout, and both factors."""
         rank = min(self.rank, out_features, in_features)
         return LowRankWeight.layout(self.inner.layout(out_features, in_features), rank, self.adapter_bits == 8)
 
-    def _corrected(self, base: QuantizedWeight, error: Tensor, stats: LayerStats | None) -> LowRankWeight:
-        rank = min(self.rank, *error.shape)
+    def corrected(self, base: QuantizedWeight, error: Tensor, hessian: Tensor) -> LowRankWeight:
+        """A packed weight with its best correction.
+
+        Args:
+            base: Q.
+            error: E, fp32 or fp64 [out_features, in_features].
+            hessian: H, [in_features, in_features], the metric in which the correction is the best.
+        """
         error = error.double()
-        metric = None if stats is None or self.metric == "plain" else stats.hessian.double()
-        if metric is not None and self.metric == "diagonal":
-            metric = metric.diagonal().diag()
-        vectors = leading_vectors(error, metric, rank)
+        vectors = leading_vectors(error, hessian.double(), min(self.rank, *error.shape))
         # `down` is the best for `up` as it is stored, whatever the metric
         if self.adapter_bits == 16:
             up = vectors.half()
@@ -105,25 +87,25 @@ class LowRank:
         return LowRankWeight(base, up.contiguous(), codes.contiguous(), scales)
 
 
-def leading_vectors(error: Tensor, metric: Tensor | None, rank: int) -> Tensor:
+def leading_vectors(error: Tensor, hessian: Tensor, rank: int) -> Tensor:
     """The eigenvectors of E H E^T with the largest eigenvalues, fp64 [out_features, rank].
 
     Args:
         error: E, fp64 [out_features, in_features].
-        metric: H, fp64 [in_features, in_features]; None for I.
+        hessian: H, fp64 [in_features, in_features].
         rank: how many.
     """
-    gram, half = smaller_gram(error, metric)
+    gram, half = smaller_gram(error, hessian)
     vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
     return vectors if half is None else torch.linalg.qr(half @ vectors).Q
 
 
-def smaller_gram(error: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def smaller_gram(error: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor | None]:
     """The smaller of two symmetric matrices with the same nonzero eigenvalues.
 
     Args:
         error: E, fp64 [out_features, in_features].
-        metric: H, fp64 [in_features, in_features]; None for I.
+        hessian: H, fp64 [in_features, in_features].
 
     Returns:
         (E H E^T, None), or where that is the larger one, with H = R R^T, (R^T E^T E R, E R): leading eigenvectors V of
@@ -131,14 +113,9 @@ def smaller_gram(error: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor |
     """
     half = None
     if error.shape[0] <= error.shape[1]:
-        gram = (error if metric is None else error @ metric) @ error.T
+        gram = error @ hessian @ error.T
     else:
-        half = error if metric is None else error @ _root(metric)
+        values, vectors = torch.linalg.eigh(hessian)
+        half = error @ (vectors * values.clamp_min(0).sqrt())
         gram = half.T @ half
     return (gram + gram.T) / 2, half
-
-
-def _root(metric: Tensor) -> Tensor:
-    """R with H = R R^T, for any positive semidefinite H."""
-    values, vectors = torch.linalg.eigh(metric)
-    return vectors * values.clamp_min(0).sqrt()

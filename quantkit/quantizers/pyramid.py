@@ -27,7 +27,7 @@ from quantkit.core.protocols import Needs
 from quantkit.core.stats import LayerStats
 from quantkit.formats.pyramid import PyramidWeight, factors
 from quantkit.kernels.pyramid import index_bits
-from quantkit.quantizers.feedback import check_feedback, error_feedback
+from quantkit.quantizers.feedback import check_feedback, error_feedback, required
 
 Axis = Literal["out", "in"]
 LARGEST_GAIN_BITS = 8
@@ -35,7 +35,7 @@ LARGEST_GAIN_BITS = 8
 
 @dataclass(frozen=True)
 class PyramidCode:
-    """A code for groups of weights.
+    """Sizes of a code for groups of weights: a point of the pyramid P(D, K), and a gain.
 
     Attributes:
         dimension: D.
@@ -55,17 +55,18 @@ class PyramidCode:
 
 @dataclass(frozen=True)
 class Pyramid:
-    """Pyramid vector quantization.
+    """Settings of pyramid vector quantization.
 
     Attributes:
         bits: per weight for points and gains, at most; any fraction. Scales come on top and are counted.
         dimension: D, weights a group; None for 8 up to 2 bits, where the kernel reads packed fields, and 32 above.
         axis: of the groups, see the module's text.
         refit: scales by least squares in the Hessian's metric, once all points are found.
-        damp: added to diag(H), as a share of its mean.
+        damp: added to diag(H), as a fraction of its mean.
         block_size: columns between deferred updates; changes speed, not codes.
     """
 
+    needs: ClassVar[Needs] = Needs.HESSIAN
     wants_rotation: ClassVar[bool] = True
 
     bits: float = 3.0
@@ -90,13 +91,8 @@ class Pyramid:
         check_feedback(self.damp, self.block_size)
 
     @property
-    def needs(self) -> Needs:
-        """The Hessian of the layer's inputs."""
-        return Needs.HESSIAN
-
-    @property
     def width(self) -> int:
-        """D."""
+        """D, the weights of a group."""
         return self.dimension or (8 if self.bits <= 2 else 32)
 
     @property
@@ -114,9 +110,9 @@ class Pyramid:
 
         Raises:
             CalibrationError: the Hessian does not factor.
+            ValueError: there are no statistics.
         """
-        if stats is None:
-            raise ValueError("Pyramid reads the Hessian of the layer's inputs; RTN works without")
+        stats = required(stats, self)
         rounding = _AlongOutputs(self.code, weight) if self.axis == "out" else _AlongInputs(self.code, weight)
         factor = stats.inverse_factor(self.damp).to(weight.dtype)
         block_size = -(-self.block_size // rounding.width) * rounding.width
@@ -132,25 +128,39 @@ class Pyramid:
         return replace(packed, scales=_storable(packed.scales * change).half())
 
 
-class _AlongOutputs:
-    """Rounds a column in groups of D outputs; a scale per column."""
+class _Groups:
+    """A rounding's levels, and what it chose, for vectors (columns of the weight, or rows) of groups."""
 
     width = 1
 
-    def __init__(self, code: PyramidCode, weight: Tensor) -> None:
-        self._shape, self._code = tuple(weight.shape), code
-        self._groups = -(-weight.shape[0] // code.dimension)
+    def __init__(self, code: PyramidCode, weight: Tensor, axis: Axis) -> None:
+        self._code, self._axis, self._shape = code, axis, tuple(weight.shape)
+        length, vectors = weight.shape if axis == "out" else weight.T.shape
+        self._groups = -(-length // code.dimension)
         self._levels = gain_levels(code, self._groups * code.dimension).to(weight)
-        fields = weight.shape[1]
-        self._points = torch.empty(fields, self._groups, code.dimension, dtype=torch.int16, device=weight.device)
-        self._gains = torch.empty(fields, self._groups, dtype=torch.uint8, device=weight.device)
-        self._scales = torch.empty(fields, dtype=torch.float16, device=weight.device)
+        self._points = torch.empty(vectors, self._groups, code.dimension, dtype=torch.int16, device=weight.device)
+        self._gains = torch.empty(vectors, self._groups, dtype=torch.uint8, device=weight.device)
+        self._scales = torch.empty(vectors, dtype=weight.dtype, device=weight.device)
 
     def group_size(self) -> int:
-        return 1
+        return self.width
 
     def open(self, start: int, columns: Tensor) -> None:
         """Columns need no preparation."""
+
+    def _rounded(self, points: Tensor, gains: Tensor, scales: Tensor) -> Tensor:
+        return factors(points, self._levels[gains], scales).to(self._levels).unsqueeze(-1) * points
+
+    def packed(self) -> PyramidWeight:
+        points, scales, levels = self._points.transpose(0, 1), self._scales.half(), self._levels.half()
+        return PyramidWeight.pack(points, self._gains.T, scales, levels, self._code.pulses, self._axis, self._shape)
+
+
+class _AlongOutputs(_Groups):
+    """Rounds a column in groups of D outputs; a scale per column."""
+
+    def __init__(self, code: PyramidCode, weight: Tensor) -> None:
+        super().__init__(code, weight, "out")
 
     def round(self, index: int, column: Tensor) -> Tensor:
         padding = self._groups * self._code.dimension - len(column)
@@ -158,60 +168,26 @@ class _AlongOutputs:
         points, amplitudes, _ = shape(groups, self._code.pulses)
         scale, gains = fit_gains(amplitudes, self._levels)
         self._points[index], self._gains[index], self._scales[index] = points[0], gains[0], scale[0, 0]
-        factor = factors(points, self._levels[gains], scale).to(column)
-        return (factor.unsqueeze(-1) * points).flatten()[: len(column)]
-
-    def packed(self) -> PyramidWeight:
-        return PyramidWeight.pack(
-            self._points.transpose(0, 1),
-            self._gains.T,
-            self._scales,
-            self._levels.half(),
-            self._code.pulses,
-            "out",
-            self._shape,
-        )
+        return self._rounded(points, gains, scale).flatten()[: len(column)]
 
 
-class _AlongInputs:
+class _AlongInputs(_Groups):
     """Rounds D columns together, a group per output; a scale per output, from the weight's own row."""
 
     def __init__(self, code: PyramidCode, weight: Tensor) -> None:
-        self._shape, self._code, self.width = tuple(weight.shape), code, code.dimension
-        out_features, in_features = weight.shape
-        fields = -(-in_features // code.dimension)
-        self._levels = gain_levels(code, fields * code.dimension).to(weight)
-        padded = torch.nn.functional.pad(weight, (0, fields * code.dimension - in_features))
-        _, amplitudes, _ = shape(padded.unflatten(1, (fields, -1)), code.pulses)
-        self._scales = fit_gains(amplitudes, self._levels)[0]
-        self._points = torch.empty(out_features, fields, code.dimension, dtype=torch.int16, device=weight.device)
-        self._gains = torch.empty(out_features, fields, dtype=torch.uint8, device=weight.device)
-
-    def group_size(self) -> int:
-        return self.width
-
-    def open(self, start: int, columns: Tensor) -> None:
-        """Scales are static."""
+        super().__init__(code, weight, "in")
+        self.width = code.dimension
+        padded = torch.nn.functional.pad(weight, (0, self._groups * code.dimension - weight.shape[1]))
+        _, amplitudes, _ = shape(padded.unflatten(1, (self._groups, -1)), code.pulses)
+        self._scales = fit_gains(amplitudes, self._levels)[0][:, 0]
 
     def round(self, index: int, columns: Tensor) -> Tensor:
         groups = torch.nn.functional.pad(columns.T, (0, self.width - len(columns)))
         points, amplitudes, _ = shape(groups, self._code.pulses)
-        gains = nearest_level(amplitudes / self._scales[:, 0], self._levels)
-        place = index // self.width
-        self._points[:, place], self._gains[:, place] = points, gains
-        factor = factors(points, self._levels[gains], self._scales[:, 0]).to(columns)
-        return (factor.unsqueeze(-1) * points)[:, : len(columns)].T
-
-    def packed(self) -> PyramidWeight:
-        return PyramidWeight.pack(
-            self._points.transpose(0, 1),
-            self._gains.T,
-            self._scales[:, 0].half(),
-            self._levels.half(),
-            self._code.pulses,
-            "in",
-            self._shape,
-        )
+        gains = nearest_level(amplitudes / self._scales, self._levels)
+        field = index // self.width
+        self._points[:, field], self._gains[:, field] = points, gains
+        return self._rounded(points, gains, self._scales)[:, : len(columns)].T
 
 
 def search(x: Tensor, pulses: int) -> Tensor:
@@ -219,9 +195,10 @@ def search(x: Tensor, pulses: int) -> Tensor:
 
     Args:
         x: float [..., D].
+        pulses: K.
 
     Returns:
-        float [..., D] of integers, never farther in angle than `project_and_round`'s.
+        float [..., D] of integers, never farther in angle than where `_project_and_round` gets to.
     """
     a = x.reshape(-1, x.shape[-1]).abs()
     total = a.sum(-1, keepdim=True)
@@ -234,16 +211,8 @@ def search(x: Tensor, pulses: int) -> Tensor:
     return torch.where(x < 0, -y, y)
 
 
-def project_and_round(x: Tensor, pulses: int) -> Tensor:
-    """The baseline: x scaled to sum |x| = pulses, rounded, and the excess taken where rounding erred most (Fischer)."""
-    a = x.abs()
-    total = a.sum(-1, keepdim=True)
-    a = torch.where(total > 0, a, 1.0)
-    y = _project_and_round(a, a.sum(-1, keepdim=True), pulses)
-    return torch.where(x < 0, -y, y)
-
-
 def _project_and_round(a: Tensor, total: Tensor, pulses: int) -> Tensor:
+    """`a` scaled to the sum `pulses`, rounded, and the excess taken where rounding erred most (Fischer)."""
     scaled = a * (pulses / total)
     y = scaled.floor()
     missing = pulses - y.sum(-1, keepdim=True)
@@ -280,7 +249,7 @@ def shape(x: Tensor, pulses: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def nearest_level(amplitudes: Tensor, levels: Tensor) -> Tensor:
-    """Indices of the nearest of ascending levels."""
+    """Indices int64 of the nearest of ascending levels, of the shape of `amplitudes`."""
     return torch.bucketize(amplitudes, (levels[1:] + levels[:-1]) / 2)
 
 

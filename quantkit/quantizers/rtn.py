@@ -4,6 +4,7 @@ The baseline of every method, and the choice where there is no calibration text.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,12 +17,13 @@ from quantkit.quantizers.grid import GridSettings, fit_grid
 
 @dataclass(frozen=True)
 class RTN(GridSettings):
-    """Round to nearest; see `GridSettings` for the fields."""
+    """Rounding to the nearest point of a grid; see `GridSettings` for the fields."""
 
-    @property
-    def needs(self) -> Needs:
-        """Nothing but the weight."""
-        return Needs.NOTHING
+    needs: ClassVar[Needs] = Needs.NOTHING
+
+    def layout(self, out_features: int, in_features: int) -> IntGroupWeight:
+        """The packed weight's layout for a shape, on the meta device."""
+        return IntGroupWeight.layout(out_features, in_features, self.bits, self.width(in_features), self.symmetric)
 
     def quantize(self, weight: Tensor, stats: LayerStats | None = None) -> IntGroupWeight:
         """Quantizes fp32 [out_features, in_features]; `stats` are not read."""

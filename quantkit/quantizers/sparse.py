@@ -1,15 +1,14 @@
 """Unstructured sparsity: the weights that matter least become zero, and the others make up for it.
 
-    "obs"        the one feedback loop with zero as the grid (SparseGPT, arXiv 2301.00774, algorithm 1): of `block_size`
-                 columns at a time, with all feedback so far applied, the entries with least w^2 / U_jj^2 go
-    "magnitude"  the smallest weights of the layer go; reads no statistics
+The one feedback loop with zero as the grid (SparseGPT, arXiv 2301.00774, algorithm 1): of `block_size` columns at a
+time, with all feedback so far applied, the entries with least w^2 / U_jj^2 go.
 
 The format is dense, with zeros: a pruned layer takes no fewer bytes and runs no faster. What a search over sparsities
 trades is the number of weights that are left.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,62 +16,48 @@ from torch import Tensor
 from quantkit.core.protocols import Needs
 from quantkit.core.stats import LayerStats
 from quantkit.formats.dense import DenseWeight
-from quantkit.quantizers.feedback import check_feedback, error_feedback
-
-Metric = Literal["obs", "magnitude"]
+from quantkit.quantizers.feedback import check_feedback, error_feedback, required
 
 
 @dataclass(frozen=True)
 class Sparse:
-    """Sets a share of a layer's weights to zero.
+    """Sets a fraction of a layer's weights to zero.
 
     Attributes:
-        sparsity: the share, 0 to below 1.
-        metric: see the module.
-        damp: added to diag(H), as a share of its mean.
+        sparsity: the fraction, 0 to below 1.
+        damp: added to diag(H), as a fraction of its mean.
         block_size: columns whose entries are chosen together.
         dtype: of what is stored.
     """
 
+    needs: ClassVar[Needs] = Needs.HESSIAN
+
     sparsity: float
-    metric: Metric = "obs"
     damp: float = 0.01
     block_size: int = 128
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity={self.sparsity}: a share of weights, from 0 to below 1")
-        if self.metric not in get_args(Metric):
-            raise ValueError(f"metric={self.metric!r}: known are {', '.join(get_args(Metric))}")
+            raise ValueError(f"sparsity={self.sparsity}: a fraction of weights, from 0 to below 1")
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"dtype={self.dtype!r}: use bfloat16, float16 or float32")
         check_feedback(self.damp, self.block_size)
-
-    @property
-    def needs(self) -> Needs:
-        """The Hessian, or nothing."""
-        return Needs.HESSIAN if self.metric == "obs" else Needs.NOTHING
 
     def quantize(self, weight: Tensor, stats: LayerStats | None) -> DenseWeight:
         """Prunes fp32 or fp64 [out_features, in_features].
 
         Raises:
             CalibrationError: the Hessian does not factor.
+            ValueError: there are no statistics.
         """
-        stored = getattr(torch, self.dtype)
-        if self.metric == "magnitude" or self.sparsity == 0:
-            kept = torch.where(_least(weight.abs(), self.sparsity), torch.zeros_like(weight), weight)
-            return DenseWeight(kept.to(stored))
-        if stats is None:
-            raise ValueError("pruning by OBS reads the Hessian of the layer's inputs; metric='magnitude' works without")
-        factor = stats.inverse_factor(self.damp).to(weight.dtype)
+        factor = required(stats, self).inverse_factor(self.damp).to(weight.dtype)
         pruning = _Pruning(self, factor.diagonal(), weight.shape)
         error_feedback(weight, factor, pruning, self.block_size)
-        return DenseWeight(pruning.kept.T.contiguous().to(stored))
+        return DenseWeight(pruning.kept.T.contiguous().to(getattr(torch, self.dtype)))
 
     def layout(self, out_features: int, in_features: int) -> DenseWeight:
-        """What `quantize` would return, on the meta device."""
+        """The packed weight's layout for a shape, on the meta device."""
         return DenseWeight(torch.empty(out_features, in_features, dtype=getattr(torch, self.dtype), device="meta"))
 
 
@@ -98,8 +83,8 @@ class _Pruning:
         return self.kept[index]
 
 
-def _least(values: Tensor, share: float) -> Tensor:
-    """Which entries are among the least `share` of all."""
+def _least(values: Tensor, fraction: float) -> Tensor:
+    """A mask of the entries that are among the least `fraction` of all."""
     mask = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
-    mask[values.flatten().argsort(stable=True)[: round(share * values.numel())]] = True
+    mask[values.flatten().argsort(stable=True)[: round(fraction * values.numel())]] = True
     return mask.view_as(values)

@@ -10,6 +10,7 @@ shrink a < 1 guards against the sampling error of C. Any quantizer works on the 
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,8 +26,10 @@ class TargetShift:
     Attributes:
         inner: any quantizer.
         amount: a, from 0 (no shift) to 1 (least squares).
-        damp: lambda as a share of mean(diag H).
+        damp: lambda as a fraction of mean(diag H).
     """
+
+    needs: ClassVar[Needs] = Needs.CROSS
 
     inner: Quantizer
     amount: float
@@ -36,13 +39,12 @@ class TargetShift:
         if not 0 <= self.amount <= 1:
             raise ValueError(f"target shift {self.amount}: use 0 (off) to 1 (least squares)")
 
-    @property
-    def needs(self) -> Needs:
-        """Both streams."""
-        return Needs.CROSS
-
     def target(self, weight: Tensor, stats: LayerStats) -> Tensor:
-        """W* = W + a W (C - H)(H + lambda I)^-1, [out_features, in_features]."""
+        """W* = W + a W (C - H)(H + lambda I)^-1, [out_features, in_features] as `weight`, in its dtype.
+
+        Raises:
+            ValueError: the statistics hold no cross moment.
+        """
         if stats.cross is None:
             raise ValueError("the target shift reads the cross moment C; the statistics hold none")
         factor = stats.inverse_factor(self.damp)
@@ -50,7 +52,11 @@ class TargetShift:
         return weight + (self.amount * step).to(weight.dtype)
 
     def quantize(self, weight: Tensor, stats: LayerStats | None) -> QuantizedWeight:
-        """Quantizes W* with the inner method."""
+        """Quantizes W*, for fp32 or fp64 [out_features, in_features], with the inner method.
+
+        Raises:
+            ValueError: there are no statistics.
+        """
         if stats is None:
             raise ValueError("the target shift reads the statistics of both streams")
         return self.inner.quantize(self.target(weight, stats), stats)

@@ -1,4 +1,4 @@
-"""Trellis-coded quantization under error feedback (QTIP, arXiv 2406.11235, with the sequences turned).
+"""Trellis-coded quantization under error feedback (QTIP, arXiv 2406.11235, with the sequences along the outputs).
 
 A sequence of weights becomes a path through a trellis of 2^L states, found exactly by Viterbi's algorithm
 (`quantkit.kernels.viterbi`); a weight's value is computed from its state (`quantkit.kernels.trellis`). At 2, 3 and 4
@@ -28,7 +28,7 @@ from quantkit.core.stats import LayerStats
 from quantkit.formats.trellis import TrellisWeight, columns_of, rings_of
 from quantkit.kernels import trellis
 from quantkit.kernels.viterbi import encode
-from quantkit.quantizers.feedback import check_feedback, error_feedback
+from quantkit.quantizers.feedback import check_feedback, error_feedback, required
 
 Axis = Literal["out", "in"]
 Order = Literal["least", "none"]
@@ -41,19 +41,20 @@ _HEADROOM = 4.0  # a step of 1, over what the largest column needs: the feedback
 
 @dataclass(frozen=True)
 class Trellis:
-    """Trellis-coded quantization.
+    """Settings of trellis-coded quantization.
 
     Attributes:
         bits: K, 1 to 8. A fraction is an average over layers: a recipe gives them the whole numbers around it.
         state_bits: L, 8 to 16 and at least 2 K; each bit more doubles the time of the search.
         axis: of the sequences, see the module's text.
         order: of the columns: in which feedback loses least ("least", `linalg.elimination_order`), or theirs ("none").
-        damp: added to diag(H), as a share of its mean.
+        damp: added to diag(H), as a fraction of its mean.
         block_size: columns between deferred updates; changes speed, not codes.
     """
 
+    needs: ClassVar[Needs] = Needs.HESSIAN
     wants_rotation: ClassVar[bool] = True
-    whole_bits: ClassVar[bool] = True  # of a layer; a recipe shares fractions out
+    whole_bits: ClassVar[bool] = True  # of a layer; a recipe divides fractions over layers
 
     bits: float = 2
     state_bits: int = 16
@@ -76,11 +77,6 @@ class Trellis:
         check_feedback(self.damp, self.block_size)
 
     @property
-    def needs(self) -> Needs:
-        """The Hessian of the layer's inputs."""
-        return Needs.HESSIAN
-
-    @property
     def width(self) -> int:
         """Columns that a sequence goes through."""
         return 1 if self.axis == "out" else TILE
@@ -94,9 +90,9 @@ class Trellis:
 
         Raises:
             CalibrationError: the Hessian does not factor.
+            ValueError: there are no statistics, or the bits are a fraction.
         """
-        if stats is None:
-            raise ValueError("Trellis reads the Hessian of the layer's inputs; RTN works without")
+        stats = required(stats, self)
         rounding = _Paths(self._whole(), self.state_bits, self.width, weight)
         order = stats.order(self.damp) if self.axis == "out" and self.order == "least" else None
         factor = stats.inverse_factor(self.damp, order).to(weight.dtype)
@@ -106,7 +102,7 @@ class Trellis:
 
     def _whole(self) -> int:
         if self.bits != int(self.bits):
-            raise ValueError(f"bits={self.bits}: a layer has a whole number; fractions are shared out over layers")
+            raise ValueError(f"bits={self.bits}: a layer has whole bits; fractions are averages over layers")
         return int(self.bits)
 
 
@@ -142,10 +138,10 @@ class _Paths:
         rounded = columns_of(self._values[states.long()], self.width)
         return (rounded[: self._out_features, : len(columns)].T * steps).to(column.dtype).view_as(column)
 
-    def packed(self, places: Tensor | None) -> TrellisWeight:
-        """The weight; places int64 [in_features]: of its columns among those that came; None if in order."""
+    def packed(self, inverse: Tensor | None) -> TrellisWeight:
+        """The weight; `inverse` int64 [in_features] puts columns back in order, None where they came in it."""
         codes, scales = torch.cat(self._codes, dim=1), self._scales
-        if places is not None:
-            codes, scales = codes[:, places], scales[places]
+        if inverse is not None:
+            codes, scales = codes[:, inverse], scales[inverse]
         bits, state_bits = self._bits, self._state_bits
         return TrellisWeight(codes, scales[None], self._scale, bits, state_bits, [self._out_features], self.width)

@@ -8,13 +8,13 @@ the feedback loop weighs all errors alike, so the plain nearest centroid is the 
    saw them (`passes`).
 3. With a residual stage: k-means over what is left of those columns, and the whole loop again, now rounding to a
    centroid plus a residual centroid.
-4. Refit: for the codes found, the books and scales that minimise tr((W - Q) H (W - Q)^T). The layer's error on its
+4. Refit: for the codes found, the codebooks and scales that minimise tr((W - Q) H (W - Q)^T). The layer's error on its
    calibration activations is quadratic in them and H holds all of it, so a few conjugate gradient steps do what the
    paper's layer-wise fine-tuning does by Adam.
 
 Input features that stand out may form a nested weight with longer codes (outliers), and ranges of columns may have
-books of their own. With scales, W S^-1 is quantized and the loss is that of S H S: in the feedback, in the k-means and
-in the damping alike. Columns are quantized by falling diag(H); the format stores that order only for outliers or
+codebooks of their own. With scales, W S^-1 is quantized and the loss is that of S H S: in the feedback, in the k-means
+and in the damping alike. Columns are quantized by falling diag(H); the format stores that order only for outliers or
 ranges.
 
 Deviations from the published code: k-means starts from a k-d tree instead of at random; scales are root mean squares;
@@ -35,11 +35,12 @@ from quantkit.core.stats import LayerStats
 from quantkit.formats.codebook import LARGEST_BITS, CodebookWeight
 from quantkit.kernels.codebook_rule import range_width
 from quantkit.quantizers import kmeans
-from quantkit.quantizers.feedback import error_feedback
+from quantkit.quantizers.feedback import check_feedback, error_feedback, required
 
 LARGEST_VECTOR = 16
 _CHOSEN_VECTORS = range(1, 9)
-_CHOSEN_BITS = 12  # books of 4,096 vectors still fit a GPU's shared memory
+_CODEBOOK_FRACTION = 0.05  # of the bits of codes, that codebooks may cost where the length of vectors is free
+_CHOSEN_BITS = 12  # codebooks of 4,096 vectors still fit a GPU's shared memory
 _RELATIVE_ERROR = (1.0, 0.93, 0.89, 0.84, 0.82, 0.80, 0.79, 0.78)
 """Error of codebooks of 1, 2, ... dimensions on Gaussian weights, relative to scalars at the same rate."""
 
@@ -52,37 +53,36 @@ class VectorCode:
     bits: tuple[int, ...]
 
     @property
-    def book_bits(self) -> int:
-        """Bits that one range's books take."""
+    def codebook_bits(self) -> int:
+        """Bits that one range's codebooks take."""
         return sum(16 * self.length << bits for bits in self.bits)
 
 
 @dataclass(frozen=True)
 class VPTQ:
-    """Vector codebooks.
+    """Settings of vector codebooks.
 
     Attributes:
-        bits: per weight for codes, at most; any fraction. Books, scales and outliers come on top and are counted.
-        vector_length: v, whatever its books cost up to 16 bits a weight; None for the best that `book_share` allows.
+        bits: per weight for codes, at most; any fraction. Codebooks, scales and outliers come on top and are counted.
+        vector_length: v, whatever its codebooks cost up to 16 bits a weight; None for the best whose codebooks cost
+            no more than 5% of `bits`.
         residual_bits: of a second code per vector, out of the same bits; 0 for one stage.
-        book_share: what books may cost, as a share of `bits`, where v is chosen.
-        outliers: share of the input features that get longer codes.
+        outliers: fraction of the input features that get longer codes.
         outlier_bits: per weight in those.
-        ranges: ranges of columns with books of their own.
+        ranges: ranges of columns with codebooks of their own.
         scale_inputs: store a scale per input feature.
         passes: of k-means and the loop, for each stage.
         refit: conjugate gradient steps of the refit; 0 for none.
-        damp: added to diag(H), as a share of its mean.
+        damp: added to diag(H), as a fraction of its mean.
         block_size: columns between deferred updates; changes speed, not codes.
-        seed: of k-means.
     """
 
+    needs: ClassVar[Needs] = Needs.HESSIAN
     wants_rotation: ClassVar[bool] = True
 
     bits: float = 2.0
     vector_length: int | None = None
     residual_bits: int = 0
-    book_share: float = 0.05
     outliers: float = 0.0
     outlier_bits: float = 4.0
     ranges: int = 1
@@ -91,7 +91,6 @@ class VPTQ:
     refit: int = 8
     damp: float = 0.01
     block_size: int = 128
-    seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("bits", "outlier_bits"):
@@ -103,33 +102,28 @@ class VPTQ:
             raise ValueError(f"vector_length={self.vector_length}: vectors hold 1 to {LARGEST_VECTOR} weights")
         if self.residual_bits not in range(LARGEST_BITS + 1):
             raise ValueError(f"residual_bits={self.residual_bits}: a code has at most {LARGEST_BITS} bits; 0 for none")
-        if self.ranges < 1 or self.passes < 1 or self.refit < 0 or self.block_size < 1:
-            raise ValueError("ranges, passes and block_size are at least 1, refit at least 0")
-        for name in ("outliers", "damp", "book_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a share, from 0 to below 1")
+        if self.ranges < 1 or self.passes < 1 or self.refit < 0:
+            raise ValueError("ranges and passes are at least 1, refit at least 0")
+        if not 0 <= self.outliers < 1:
+            raise ValueError(f"outliers={self.outliers}: a fraction, from 0 to below 1")
+        check_feedback(self.damp, self.block_size)
         if self.outliers and self.outlier_bits < self.bits:
             raise ValueError(f"outlier_bits={self.outlier_bits}: outliers get at least the others' {self.bits}")
         _codes(self.bits, self.vector_length, self.residual_bits)  # raises where there is none
 
-    @property
-    def needs(self) -> Needs:
-        """The Hessian of the layer's inputs."""
-        return Needs.HESSIAN
-
     def code(self, out_features: int, in_features: int) -> VectorCode:
-        """The code for a shape: the given vector length, or the best whose books stay below their share.
+        """The code for a shape: the given vector length, or the best whose codebooks stay below their fraction.
 
-        That is also taken where the books of the given length would cost more than fp16 weights (tiny layers).
+        That is also taken where the codebooks of the given length would cost more than fp16 weights (tiny layers).
         """
         possible = _codes(self.bits, self.vector_length, self.residual_bits)
         weights = out_features * in_features / self.ranges
-        affordable = [code for code in possible if code.book_bits <= self.book_share * self.bits * weights]
+        affordable = [code for code in possible if code.codebook_bits <= _CODEBOOK_FRACTION * self.bits * weights]
         if self.vector_length is None and affordable:
             return min(affordable, key=_predicted_error)
         full = [code for code in possible if sum(code.bits) == int(self.bits * code.length + 1e-9)]
-        cheapest = min(full, key=lambda code: code.book_bits)
-        if self.vector_length is not None and cheapest.book_bits > 16 * weights:
+        cheapest = min(full, key=lambda code: code.codebook_bits)
+        if self.vector_length is not None and cheapest.codebook_bits > 16 * weights:
             return replace(self, vector_length=None, residual_bits=0).code(out_features, in_features)
         return cheapest
 
@@ -138,7 +132,7 @@ class VPTQ:
         sections = self._sections(out_features, in_features)
         codes = []
         for section in sections:
-            section.books = [torch.empty(1 << b, section.code.length, device="meta") for b in section.code.bits]
+            section.codebooks = [torch.empty(1 << b, section.code.length, device="meta") for b in section.code.bits]
             vectors = -(-out_features // section.code.length)
             codes.append(torch.empty(len(section.code.bits), section.columns, vectors, device="meta"))
         order = torch.empty(in_features, dtype=torch.int64, device="meta")
@@ -150,9 +144,9 @@ class VPTQ:
 
         Raises:
             CalibrationError: the Hessian does not factor.
+            ValueError: there are no statistics.
         """
-        if stats is None:
-            raise ValueError("VPTQ reads the Hessian of the layer's inputs; RTN works without")
+        stats = required(stats, self)
         scales = None
         if self.scale_inputs:
             scales = weight.square().mean(0).sqrt().clamp(2.0**-14, 2.0**15).half().to(weight.dtype)
@@ -167,11 +161,11 @@ class VPTQ:
         for stage in range(max(len(section.code.bits) for section in sections)):
             for _ in range(self.passes):
                 for section in sections:
-                    section.fit(stage, rounding.seen, importance, self.seed)
+                    section.fit(stage, rounding.seen, importance)
                 error_feedback(ordered, factor, rounding, self.block_size)
         codes = [rounding.codes(section) for section in sections]
         if self.refit:
-            _refit_books(ordered, stats.hessian[order][:, order].to(weight.dtype), sections, codes, self.refit)
+            _refit_codebooks(ordered, stats.hessian[order][:, order].to(weight.dtype), sections, codes, self.refit)
         packed = self._packed(sections, codes, weight.shape[0], order, scales)
         if scales is None:
             return packed
@@ -244,11 +238,11 @@ def _predicted_error(code: VectorCode) -> float:
 
 
 class _Section:
-    """Columns start..stop in the order of quantization, and their books, a stage each."""
+    """Columns start..stop in the order of quantization, and their codebooks, a stage each."""
 
     def __init__(self, code: VectorCode, start: int, stop: int) -> None:
         self.code, self.start, self.stop = code, start, stop
-        self.books: list[Tensor] = []
+        self.codebooks: list[Tensor] = []
 
     @property
     def columns(self) -> int:
@@ -262,23 +256,23 @@ class _Section:
     def encode(self, vectors: Tensor) -> tuple[list[Tensor], Tensor]:
         """(codes, a tensor a stage; the sum of their centroids) for vectors [count, v]."""
         codes, total = [], torch.zeros_like(vectors)
-        for book in self.books:
-            codes.append(kmeans.assign(vectors - total, book)[0])
-            total = total + book[codes[-1]]
+        for codebook in self.codebooks:
+            codes.append(kmeans.assign(vectors - total, codebook)[0])
+            total = total + codebook[codes[-1]]
         return codes, total
 
-    def fit(self, stage: int, seen: Tensor, importance: Tensor, seed: int) -> None:
+    def fit(self, stage: int, seen: Tensor, importance: Tensor) -> None:
         """k-means of a stage over what the stages before leave of the columns as the loop saw them."""
         if stage >= len(self.code.bits):
             return
         vectors = self.vectors(seen[self.start : self.stop])
         weights = importance[self.start : self.stop].repeat_interleave(vectors.shape[1])
         vectors = vectors.flatten(0, 1)
-        self.books = self.books[:stage]
+        self.codebooks = self.codebooks[:stage]
         if stage:
             vectors = vectors - self.encode(vectors)[1]
-        book = kmeans.fit(vectors, weights, self.code.bits[stage], seed=seed)
-        self.books.append(book.half().to(book.dtype))  # codes belong to the books that are stored
+        codebook = kmeans.fit(vectors, weights, self.code.bits[stage])
+        self.codebooks.append(codebook.half().to(codebook.dtype))  # codes belong to the codebooks that are stored
 
 
 class _NearestCentroid:
@@ -312,45 +306,47 @@ def _packed_sections(sections: list[_Section], codes: list[Tensor], out_features
     """One level of the format: ranges with the same code."""
     together = torch.cat(codes, dim=1)  # [stages, columns, vectors]
     stages = range(len(sections[0].code.bits))
-    books = [torch.stack([section.books[stage] for section in sections]).half() for stage in stages]
-    return CodebookWeight.pack([together[stage].T for stage in stages], books, out_features)
+    codebooks = [torch.stack([section.codebooks[stage] for section in sections]).half() for stage in stages]
+    return CodebookWeight.pack([together[stage].T for stage in stages], codebooks, out_features)
 
 
-def _refit_books(weight: Tensor, hessian: Tensor, sections: list[_Section], codes: list[Tensor], steps: int) -> None:
-    """Moves the books to where tr((W - Q) H (W - Q)^T) is least for the codes, by conjugate gradients.
+def _refit_codebooks(
+    weight: Tensor, hessian: Tensor, sections: list[_Section], codes: list[Tensor], steps: int
+) -> None:
+    """Moves the codebooks to where tr((W - Q) H (W - Q)^T) is least for the codes, by conjugate gradients.
 
-    Q is linear in the books: `spread` is that map and `collect` its transpose. A small ridge towards the present books
-    holds centroids that few vectors chose.
+    Q is linear in the codebooks: `spread` is that map and `collect` its transpose. A small ridge towards the present
+    ones holds centroids that few vectors chose.
     """
     out_features, in_features = weight.shape
-    places = [(section, stage) for section in sections for stage in range(len(section.books))]
+    owners = [(section, stage) for section in sections for stage in range(len(section.codebooks))]
     index = {id(section): code for section, code in zip(sections, codes, strict=True)}
 
-    def spread(books: list[Tensor]) -> Tensor:
+    def spread(codebooks: list[Tensor]) -> Tensor:
         result = torch.zeros_like(weight)
-        for (section, stage), book in zip(places, books, strict=True):
-            vectors = book[index[id(section)][stage]]  # [columns, vectors, v]
+        for (section, stage), codebook in zip(owners, codebooks, strict=True):
+            vectors = codebook[index[id(section)][stage]]  # [columns, vectors, v]
             result[:, section.start : section.stop] += vectors.flatten(1)[:, :out_features].T
         return result
 
     def collect(moment: Tensor) -> list[Tensor]:
         result = []
-        for section, stage in places:
+        for section, stage in owners:
             vectors = section.vectors(moment[:, section.start : section.stop].T).flatten(0, 1)
-            book = torch.zeros_like(section.books[stage])
-            result.append(book.index_add_(0, index[id(section)][stage].flatten(), vectors))
+            codebook = torch.zeros_like(section.codebooks[stage])
+            result.append(codebook.index_add_(0, index[id(section)][stage].flatten(), vectors))
         return result
 
-    present = [section.books[stage] for section, stage in places]
-    vectors = sum(book.shape[0] for book in present)
+    present = [section.codebooks[stage] for section, stage in owners]
+    vectors = sum(codebook.shape[0] for codebook in present)
     ridge = 1e-4 * float(hessian.diagonal().mean()) * in_features * out_features / vectors
     moved = conjugate_gradients(
-        lambda books: [a + ridge * b for a, b in zip(collect(spread(books) @ hessian), books, strict=True)],
+        lambda codebooks: [a + ridge * b for a, b in zip(collect(spread(codebooks) @ hessian), codebooks, strict=True)],
         collect((weight - spread(present)) @ hessian),
         steps,
     )
-    for (section, stage), step in zip(places, moved, strict=True):
-        section.books[stage] = section.books[stage] + step
+    for (section, stage), step in zip(owners, moved, strict=True):
+        section.codebooks[stage] = section.codebooks[stage] + step
 
 
 def conjugate_gradients(apply: Callable[[list[Tensor]], list[Tensor]], right: list[Tensor], steps: int) -> list[Tensor]:

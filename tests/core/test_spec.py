@@ -18,8 +18,8 @@ TEXTS = {
     "trellis(3, state_bits=10, axis='in')": Trellis(3, 10, axis="in"),
     "hadamard(vptq(2, outliers=0.01))": Hadamard(VPTQ(2, outliers=0.01)),
     "low_rank(gptq(2), 4)": LowRank(GPTQ(2), 4),
-    "target_shift(hadamard(low_rank(rtn(3, group_size=64), 3, metric='plain')), 0.7)": TargetShift(
-        Hadamard(LowRank(RTN(3, 64), 3, metric="plain")), 0.7
+    "target_shift(hadamard(low_rank(rtn(3, group_size=64), 3, adapter_bits=8)), 0.7)": TargetShift(
+        Hadamard(LowRank(RTN(3, 64), 3, adapter_bits=8)), 0.7
     ),
     "sparse(0.5)": Sparse(0.5),
 }

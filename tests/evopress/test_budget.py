@@ -74,7 +74,7 @@ def test_code_that_looks_at_data_falls_back_to_the_formula(reference, monkeypatc
 
 
 def test_fewer_bits_of_cache_leave_more_for_weights(reference):
-    packed = KVCacheConfig.kivi(4)
+    packed = KVCacheConfig(4, 4)
     full, less = (beside_weights(empty(reference), [], 400, 4, kv, torch.device("cpu")) for kv in (None, packed))
     assert less.cache == int(full.cache * packed.bits_per_element(64, 2, 400) / 16)
     assert less.activations == full.activations + full.cache // 6

@@ -140,11 +140,11 @@ def test_half_precision_queries():
 
 def test_forms_without_a_kernel():
     for config in (
-        KVCacheConfig.kcvt(4), KVCacheConfig.token(4), KVCacheConfig.gear(2, paper=True), KVCacheConfig(4, 16),
+        KVCacheConfig(4, 4, "kcvt", buffer=20), KVCacheConfig.gear(2, paper=True), KVCacheConfig(4, 16),
         KVCacheConfig(4, 4, rank=2),
     ):  # fmt: skip
         assert packed_form(layer_of(config, tokens=140)) is None
-    layer = layer_of(KVCacheConfig.kivi(4), size=72 * 0 + 64, tokens=128)
+    layer = layer_of(KVCacheConfig(4, 4), size=72 * 0 + 64, tokens=128)
     form = packed_form(layer)
     assert kv_attention.supported(form, 4) and not kv_attention.supported(form, 65)
     ranks = [KVCacheConfig(4, 4, rank=rank, targets=("k",)) for rank in (16, 17)]

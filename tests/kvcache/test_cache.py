@@ -6,12 +6,12 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, T5
 
 import quantkit
 from quantkit.core.errors import CheckpointError, QuantkitError
+from quantkit.evals.kv_prefix import PerToken, compressed_prefix
 from quantkit.evals.kv_quality import inject_outliers
 from quantkit.kvcache import attention
 from quantkit.kvcache.attention import compressed_kv
 from quantkit.kvcache.cache import GearCache, GearLayer
 from quantkit.kvcache.config import KVCacheConfig
-from quantkit.kvcache.prefix import compressed_prefix
 
 SMALL = KVCacheConfig(2, 2, group_size=8, buffer=8, rank=2, targets=("k",), weighted=True)
 EXACT = {
@@ -52,12 +52,28 @@ def test_nothing_changes_where_nothing_is_lost(model, prompts, config, how):
     assert torch.equal(model.generate(prompts, attention_mask=mask, past_key_values=cache, **settings), wanted)
 
 
-@pytest.mark.parametrize("config", [SMALL, KVCacheConfig.gear(2, paper=True), KVCacheConfig.kcvt(4)], ids=str)
+@pytest.mark.parametrize(
+    "config", [SMALL, KVCacheConfig.gear(2, paper=True), KVCacheConfig(4, 4, "kcvt", buffer=20)], ids=str
+)
 def test_a_row_of_a_batch_is_the_row_alone(model, prompts, config):
     with compressed_prefix(model, config, 40) as reader:
         together = reader(input_ids=prompts).logits
         for row, one in enumerate(prompts):
             torch.testing.assert_close(reader(input_ids=one[None]).logits[0], together[row], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_the_baseline_that_it_is_compared_with(model, prompts, hadamard):
+    """Scales per token, in place: closer with more bits, exact where no buffer is full."""
+    wanted = model(input_ids=prompts).logits[:, 41:].detach()
+    errors = []
+    for bits in (2, 4, 8):
+        with compressed_prefix(model, PerToken(bits, 8, hadamard, buffer=8), 41) as reader:
+            errors.append(float((reader(input_ids=prompts).logits[:, 41:] - wanted).norm() / wanted.norm()))
+        assert reader.bits == pytest.approx((40 * (bits + 4) + 16) / 41)
+    assert errors == sorted(errors, reverse=True) and 0 < errors[-1] < 0.05 * errors[0]
+    with compressed_prefix(model, PerToken(2, 8, hadamard, buffer=42), 41) as reader:
+        torch.testing.assert_close(reader(input_ids=prompts).logits[:, 41:], wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 31])
@@ -218,10 +234,10 @@ def test_half_precision_counts_less_than_sixteen_bits(reference, prompts):
         cache = make()
         model.generate(prompts.repeat(1, 6), past_key_values=cache, **TOKENS)
     assert 4.5 < cache.bits_per_element < 9
-    rows = cache.report()
-    assert len(rows) == 12 and all(row["packed"] == 256 + 64 * (row["tokens"] >= 320) for row in rows)
-    assert sum(sum(value for key, value in row.items() if key not in ("layer", "side", "tokens", "packed"))
-               for row in rows) <= cache.nbytes  # fmt: skip
+    layers = [layer for _, layer in cache.packed_layers()]
+    sides = [side for layer in layers for side in (layer.k, layer.v)]
+    assert len(sides) == 12 and all(side.packed == 256 + 64 * (side.length >= 320) for side in sides)
+    assert cache.nbytes == sum(side.nbytes for side in sides) + sum(layer.weights.nbytes for layer in layers)
     assert model.config._attn_implementation != "quantkit"
 
 
@@ -258,7 +274,7 @@ def test_bad_input(model, prompts):
         vocab_size=99, hidden_size=60, intermediate_size=64, num_hidden_layers=1, num_attention_heads=5, head_dim=12
     ))  # fmt: skip
     with pytest.raises(QuantkitError, match="heads of 12 channels"):
-        GearCache(odd, KVCacheConfig.kivi(4))
+        GearCache(odd, KVCacheConfig(4, 4))
     layer = GearLayer(SMALL)
     layer.update(torch.zeros(1, 2, 3, 64), torch.zeros(1, 2, 3, 64))
     with pytest.raises(QuantkitError, match=r"holds torch\.float32"):

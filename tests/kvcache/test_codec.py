@@ -1,11 +1,13 @@
 """The codec: codes come back, every part lowers the error it is for, and nothing depends on how keys are scaled."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from quantkit.core.errors import QuantkitError
+from quantkit.evals.kv_prefix import PerToken
 from quantkit.kvcache import codec
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.kvcache.storage import Side
@@ -44,7 +46,7 @@ def test_a_code_is_within_half_a_step(bits):
     for grid, by_token in (
         (codec.groups_of_tokens(x, bits, 32), False),
         (codec.groups_of_channels(x, bits, 32), True),
-        (codec.groups_of_channels(x, bits, 64, all_heads=True), True),
+        (codec.groups_of_channels(x, bits, None), True),
     ):
         step = float(grid.scale.float().max())
         assert float((codec.values(grid, bits, by_token) - x).abs().max()) < 0.51 * step + 2e-3
@@ -52,7 +54,7 @@ def test_a_code_is_within_half_a_step(bits):
 
 def test_constant_vectors_survive():
     x = torch.full((1, 1, 64, 64), 3.0)
-    assert error(x, KVCacheConfig.kivi(2)) < 1e-6
+    assert error(x, KVCacheConfig(2, 2)) < 1e-6
 
 
 def test_what_counts_as_an_outlier():
@@ -61,7 +63,7 @@ def test_what_counts_as_an_outlier():
     assert set(places.flatten().tolist()) == {1, 6}
     plain = codec.without(x, places, 3)
     assert plain[0, 0, 0, 1] == plain[0, 0, 0, 6] == pytest.approx(10 / 6)
-    assert codec.extremes(x, 8, 3).flatten().tolist() == list(range(8))
+    assert sorted(codec.extremes(x, 8, 3).flatten().tolist()) == list(range(8))
 
 
 @pytest.mark.parametrize("outliers", [1.0, 8.0])
@@ -71,8 +73,8 @@ def test_each_part_lowers_the_error_of_keys(bits, outliers):
     x = keys(outliers=outliers)
     plain = {"rank": 4, "factor_bits": 16}
     errors = [
-        error(x, KVCacheConfig.token(bits)),
-        error(x, KVCacheConfig.kivi(bits)),
+        float((PerToken(bits).decoded(x) - x).square().sum() / x.square().sum()),
+        error(x, KVCacheConfig(bits, bits)),
         error(x, KVCacheConfig(bits, bits, **plain)),
         error(x, KVCacheConfig(bits, bits, **plain, outliers=0.1)),
     ]
@@ -82,9 +84,9 @@ def test_each_part_lowers_the_error_of_keys(bits, outliers):
 def test_more_bits_rank_and_outliers_mean_less_error():
     x = keys()
     for settings in (
-        [KVCacheConfig.kivi(bits) for bits in (2, 3, 4, 8)],
+        [KVCacheConfig(bits, bits) for bits in (2, 3, 4, 8)],
         [KVCacheConfig(2, 2, rank=rank, iterations=12) for rank in (0, 1, 2, 4, 8, 16)],
-        [KVCacheConfig(2, 2, outliers=share) for share in (0, 0.05, 0.1, 0.3, 1)],
+        [KVCacheConfig(2, 2, outliers=fraction) for fraction in (0, 0.05, 0.1, 0.3, 1)],
     ):
         errors = [error(x, config) for config in settings]
         assert all(b < a for a, b in itertools.pairwise(errors)), errors
@@ -127,9 +129,9 @@ def test_weighted_corrections_do_not_depend_on_how_keys_are_scaled():
 @pytest.mark.parametrize(
     "config",
     [
-        KVCacheConfig.kivi(2), KVCacheConfig.kivi(3, 32), KVCacheConfig.kcvt(4), KVCacheConfig.token(3),
+        KVCacheConfig(2, 2), KVCacheConfig(3, 3, group_size=32, buffer=32), KVCacheConfig(4, 4, "kcvt", buffer=20),
         KVCacheConfig.gear(2), KVCacheConfig.gear(4, paper=True), KVCacheConfig.gear(2, paper=True),
-        KVCacheConfig.gear_l(3, paper=True), KVCacheConfig(2, 4, outliers=0.05, sink=4),
+        replace(KVCacheConfig.gear(3, paper=True), outliers=0.0), KVCacheConfig(2, 4, outliers=0.05, sink=4),
     ],
     ids=lambda config: f"{config.backbone}-{config.k_bits}-{config.rank}-{config.outliers}",
 )  # fmt: skip
@@ -142,14 +144,14 @@ def test_storage_is_what_the_closed_form_says(config):
         side = Side(config, name)
         side.append(x)
         side.compress(0)
-        total += sum(side.nbytes().values())
+        total += side.nbytes
     assert 8 * total / (2 * x.numel()) == pytest.approx(config.bits_per_element(64, 2, tokens), rel=0.01)
 
 
 def test_settings():
     for wrong in (
         {"k_bits": 5}, {"backbone": "none"}, {"rank": -1}, {"outliers": 2}, {"group_size": 20}, {"buffer": 20},
-        {"targets": ("q",)}, {"factor_bits": 4}, {"hadamard": True}, {"decode_rank": -1},
+        {"targets": ("q",)}, {"factor_bits": 4}, {"decode_rank": -1},
     ):  # fmt: skip
         with pytest.raises(QuantkitError):
             KVCacheConfig(**wrong)

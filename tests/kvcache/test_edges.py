@@ -91,14 +91,14 @@ def test_crop_reaches_into_a_sink_before_which_nothing_is_packed():
     assert torch.equal(keys.dense(), tokens)
 
 
-@pytest.mark.parametrize("config", [KVCacheConfig(16, 16, "token", buffer=1), KVCacheConfig(16, 16, sink=64)], ids=str)
+@pytest.mark.parametrize("config", [KVCacheConfig(16, 16, "kcvt", buffer=1), KVCacheConfig(16, 16, sink=64)], ids=str)
 def test_drafts_longer_than_the_buffer_are_taken_back(model, config):
     settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "prompt_lookup_num_tokens": 10}
     prompt = torch.arange(1, 9)[None].repeat(1, 30)
     wanted = model.generate(prompt, **settings)
     with compressed_kv(model, config=config):
         assert torch.equal(model.generate(prompt, **settings), wanted)
-    packing = KVCacheConfig(8, 8, "token", buffer=1)
+    packing = KVCacheConfig(8, 8, "kcvt", buffer=1)
     with compressed_kv(model, config=packing):
         assert model.generate(prompt, **settings).shape == wanted.shape
 
@@ -122,7 +122,7 @@ def test_heads_that_groups_do_not_divide(size):
         wanted = odd.generate(IDS.repeat(1, 5), max_new_tokens=4, do_sample=False, pad_token_id=0)
         found = odd.generate(IDS.repeat(1, 5), max_new_tokens=4, do_sample=False, pad_token_id=0, past_key_values=cache)
     assert torch.equal(found, wanted)
-    whole = cache.config.bits_per_element(size, 2, cache.get_seq_length(), 150)
+    whole = cache.config.bits_per_element(size, 2, cache.get_seq_length())
     assert cache.config.channels(size) == {48: 48, 80: 40}[size] and 8 < whole < 20
 
 

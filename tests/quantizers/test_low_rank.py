@@ -7,6 +7,7 @@ import quantkit
 from quantkit import GPTQ, RTN, VPTQ, Hadamard, LowRank, Pyramid
 from quantkit.core.metrics import proxy_loss
 from quantkit.core.stats import LayerStats
+from quantkit.evals.recovery import InMetric
 from quantkit.formats.low_rank import LowRankWeight
 from quantkit.quantizers.low_rank import leading_vectors
 from quantkit.run.recipe import core, make_quantizer
@@ -57,13 +58,14 @@ def loss(method, weight, stats):
 @pytest.mark.parametrize(
     "inner", [RTN(2, 32), GPTQ(2, 32), VPTQ(2.0, 2), Pyramid(2.0, 8)], ids=lambda q: type(q).__name__
 )
-def test_exact_beats_diagonal_and_plain_and_none_at_every_rank(inner):
+def test_exact_beats_other_metrics_and_none_at_every_rank(inner):
     weight, stats = layer()
     last = loss(inner, weight, stats)
     for rank in (1, 4, 16):
         exact, diagonal, plain = (
-            loss(LowRank(inner, rank, metric), weight, stats) for metric in ("exact", "diagonal", "plain")
+            loss(InMetric(inner, rank, metric=metric), weight, stats) for metric in ("exact", "diagonal", "plain")
         )
+        assert exact == loss(LowRank(inner, rank), weight, stats)
         assert exact < last  # monotone in the rank, and better than none
         assert exact < diagonal
         assert exact < plain
@@ -86,14 +88,6 @@ def test_stored_factors_lose_little():
     ideal = float(best_of(error, stats.hessian, 8)[1][8:].square().sum())
     assert exact[16] < 1.001 * ideal
     assert exact[8] < 1.05 * ideal
-
-
-def test_alternation_is_kept_only_where_it_helps():
-    weight, stats = layer()
-    for inner in (RTN(2, 32), GPTQ(2, 32)):
-        losses = [loss(LowRank(inner, 8, alternations=times), weight, stats) for times in (0, 1, 3)]
-        assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < loss(LowRank(RTN(2, 32), 8), weight, stats)
 
 
 def test_every_byte_is_counted():
@@ -150,7 +144,7 @@ def test_damaged_factors_are_refused():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"rank": 0}, {"metric": "lqer"}, {"alternations": -1}, {"adapter_bits": 4}],
+    [{"rank": 0}, {"adapter_bits": 4}],
     ids=lambda s: next(iter(s)),
 )
 def test_bad_settings(settings):

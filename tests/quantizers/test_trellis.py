@@ -122,7 +122,7 @@ def test_bad_settings():
     ):
         with pytest.raises(QuantkitError, match=message):
             make_quantizer("trellis", **settings)
-    with pytest.raises(ValueError, match="shared out over layers"):
+    with pytest.raises(ValueError, match="averages over layers"):
         Trellis(2.5).layout(32, 32)
     assert make_quantizer("trellis") == Hadamard(Trellis(2))
 

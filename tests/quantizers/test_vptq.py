@@ -184,7 +184,7 @@ def test_books_keep_to_their_share_of_the_bits():
     quantizer = VPTQ(2.0)
     for shape in ((128, 256), (256, 256), (512, 512), (4096, 4096), (28672, 8192)):
         code = quantizer.code(*shape)
-        assert code.book_bits <= 0.05 * 2 * shape[0] * shape[1]
+        assert code.codebook_bits <= 0.05 * 2 * shape[0] * shape[1]
         assert sum(code.bits) == 2 * code.length
     assert quantizer.code(4096, 4096) == VectorCode(6, (12,))
     assert quantizer.code(256, 256) == VectorCode(3, (6,))
@@ -218,7 +218,7 @@ def test_bits_formula_equals_the_bytes_on_disk(settings):
     code, outliers = quantizer.code(rows, columns - round(quantizer.outliers * columns)), 0
     vectors = -(-rows // code.length)
     plain = columns - round(quantizer.outliers * columns)
-    bits = sum(code.bits) * vectors * plain + quantizer.ranges * code.book_bits
+    bits = sum(code.bits) * vectors * plain + quantizer.ranges * code.codebook_bits
     if quantizer.outliers:
         outliers = packed.outliers.nbytes * 8
     order = 16 * columns * (packed.order is not None)
@@ -245,7 +245,7 @@ def test_outliers_take_the_columns_that_matter():
         ({"vector_length": 40}, "1 to 16"),
         ({"vector_length": 12, "bits": 2.0}, "must be 1 to 16"),
         ({"residual_bits": 20}, "at most 16"),
-        ({"outliers": 1.0}, "a share"),
+        ({"outliers": 1.0}, "a fraction"),
         ({"ranges": 0}, "at least 1"),
         ({"outlier_bits": 30}, "0.5 to 8"),
     ],

@@ -34,7 +34,7 @@ def train(model, folder, **settings):
 
 
 @pytest.mark.parametrize(
-    "method", [RTN(3), Hadamard(RTN(2)), LowRank(RTN(2), 4, "plain", adapter_bits=8)], ids=["int", "rotated", "low"]
+    "method", [RTN(3), Hadamard(RTN(2)), LowRank(RTN(2), 4, adapter_bits=8)], ids=["int", "rotated", "low"]
 )
 def test_a_packed_model_trains_saves_and_reloads(method, teacher, tokenizer, tmp_path):
     model = quantized(teacher, tokenizer, method)
