@@ -11,13 +11,13 @@ class Value:
 
     Attributes:
         file: in evals/results.
-        field: of the record, with [..] for what is nested in it.
+        name: of the field, with [..] for what is nested in it.
         at: key of the records, or of the record; "" for the file's whole.
         where: field -> value of the one record; texts are patterns as a shell's.
     """
 
     file: str
-    field: str
+    name: str
     at: str = ""
     where: Mapping[str, Any] = field(default_factory=dict)
 
@@ -275,6 +275,14 @@ CLAIMS = [
         SEARCH_GUIDE,
         "costs 1 : {:.1f} : {:.1f}",
         tuple(Ratio(_generation(layers), _generation(42)) for layers in (84, 168)),
+    ),
+    Claim(
+        "docs/kernels-trellis.md",
+        "{:.2f} / 2 = 2.10 at 2 bits, so the kernel is bound by issue, by the ALU at {:.2f}",
+        tuple(
+            Value(BUILDS, name, "builds", {"name": "trellis multiply K=2 L=16 M=8 bf16 sm_90"})
+            for name in ("instructions_per_weight", "alu_per_weight")
+        ),
     ),
     Claim(
         "docs/kernels.md",

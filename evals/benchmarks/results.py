@@ -1,4 +1,4 @@
-"""The documents' tables of measured figures, made from `evals/results/*.json`, and the sentences that state such figures.
+"""The documents' tables of measured figures, made from `evals/results/*.json`, and the sentences that state such.
 
     python -m quantkit.evals.benchmarks.results             writes the tables into the documents
     python -m quantkit.evals.benchmarks.results --check     fails, with a diff, where a document says something else
@@ -16,7 +16,6 @@ import re
 import string
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -112,7 +111,7 @@ def figure(asked: Figure, root: Path = ROOT) -> Any:
     match asked:
         case Value():
             found = record(asked.where, asked.file, asked.at, root)
-            return string.Formatter().get_field(asked.field, (), found)[0]
+            return string.Formatter().get_field(asked.name, (), found)[0]
         case Median():
             return Number(median(figure(asked.of, root)))
         case Count():

@@ -338,14 +338,16 @@ LOW_RANK = Table(
     file="2026-11-21-cpu-low-rank.json",
     head="rank | bits/weight | plain | diagonal | exact",
     cells=(KL1,),
-    rows={"none": [Pick({"label": "GPTQ"}, (BITS, KL1)), *BLANK * 2]}
-    | {
-        f"{rank}": [
-            Pick({"label": f"GPTQ, rank {rank}, plain"}, (BITS, KL1)),
-            {"label": f"GPTQ, rank {rank}, diagonal"},
-            {"label": f"GPTQ, rank {rank}, exact"},
-        ]
-        for rank in (1, 4, 16)
+    rows={
+        "none": [Pick({"label": "GPTQ"}, (BITS, KL1)), *BLANK * 2],
+        **{
+            f"{rank}": [
+                Pick({"label": f"GPTQ, rank {rank}, plain"}, (BITS, KL1)),
+                {"label": f"GPTQ, rank {rank}, diagonal"},
+                {"label": f"GPTQ, rank {rank}, exact"},
+            ]
+            for rank in (1, 4, 16)
+        },
     },
 )
 
