@@ -132,6 +132,19 @@ def _attention(bits: int) -> Value:
     return Value(BUILDS, "instructions_per_weight", "builds", {"name": f"kv attention int{bits}/{bits} D=128 sm_90"})
 
 
+def _cached(mode: str, bits: int, factor: int) -> Value:
+    return Value("2026-11-22-cpu-kv-cache.json", "kl", "rows", {"mode": mode, "bits": bits, "factor": factor})
+
+
+def _corrected(bits: int, factor: int) -> Less:
+    mode = "... weighted by queries (default)"
+    return Less(_cached(mode, bits, factor), _cached("per token, groups of 32", bits, factor))
+
+
+def _search_time(bits: float) -> Value:
+    return Value("2026-11-22-cpu-search.json", "seconds", "rows", {"bits": bits})
+
+
 def _generation(layers: int) -> Value:
     return Value("2026-11-22-cpu-search.json", f"{layers} layers", "scaling.seconds_a_generation")
 
@@ -270,6 +283,16 @@ CLAIMS = [
         SEARCH_GUIDE,
         "At 3 bits that is {:c.0f}% less than uniform levels",
         (Less(_searched("search"), _searched("uniform")),),
+    ),
+    Claim(
+        KV_GUIDE,
+        "loses {:c.0f}%, {:c.0f}% and {:c.0f}% less; with outliers, {:c.0f}%, {:c.0f}% and {:c.0f}% less",
+        tuple(_corrected(bits, factor) for factor in (1, 8) for bits in (2, 3, 4)),
+    ),
+    Claim(
+        SEARCH_GUIDE,
+        "The 50 generations of a row took {:.0f} to {:.0f} seconds",
+        (_search_time(3.14), _search_time(2.5)),
     ),
     Claim(
         SEARCH_GUIDE,
