@@ -1,7 +1,7 @@
 """The documents' tables, as data: which records of which file of evals/results make which row.
 
-A cell is a format of Python's over one record; a number's format may begin with k (x 1000), c (x 100) or K (/ 1024).
-Texts of a `where` are patterns as a shell's.
+A cell is a format of Python's over one record; a number's format may begin with k (x 1000), c (x 100), K (/ 2^10) or
+M (/ 2^20). Texts of a `where` are patterns as a shell's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,6 +64,18 @@ INTEGERS = Table(
             ("GPTQ, target shift 0", "gptq", 0),
             ("**GPTQ, target shift 0.7** (default)", "gptq", 0.7),
         )
+    },
+)
+
+HEAD_BITS = Table(
+    file="2026-11-28-cpu-head-bits.json",
+    at="rows",
+    head="head and embedding | MiB of the weight files | KL x 1000",
+    cells=("{bytes:M.2f}", KL1),
+    rows={
+        "dense": [{"head_bits": 0}],
+        "`--head-bits 6`": [{"head_bits": 6}],
+        "`--head-bits 4`": [{"head_bits": 4}],
     },
 )
 
@@ -447,6 +459,7 @@ KERNELS_ATTENTION = Table(
 
 TABLES = {
     "integers": INTEGERS,
+    "head-bits": HEAD_BITS,
     "target-shift": TARGET_SHIFT,
     "methods": METHODS,
     "methods-time": METHODS_TIME,

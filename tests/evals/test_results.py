@@ -99,7 +99,10 @@ def test_the_reference_models_size():
 
 
 def test_formats():
-    assert f"{Number(0.0123):k.1f} {Number(0.5):c.0f} {Number(2048):K.1f} {Number(2):.2f}" == "12.3 50 2.0 2.00"
+    assert (
+        f"{Number(0.0123):k.1f} {Number(0.5):c.0f} {Number(2048):K.1f} {Number(3 << 19):M.1f} {Number(2):.2f}"
+        == "12.3 50 2.0 1.5 2.00"
+    )
 
 
 def test_figures(tmp_path):
