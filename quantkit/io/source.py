@@ -33,8 +33,12 @@ _COPIED = {".json", ".jinja", ".model", ".py", ".txt"}
 """Files beside a model's weights that go with it: its tokenizer, chat template, code."""
 
 
+REFERENCE = Path(__file__).resolve().parents[1] / "evals" / "reference" / "model"
+"""The reference model, which is installed with the library and called `reference`."""
+
+
 def resolve_folder(model: str | Path) -> Path:
-    """The folder of a model given as a folder or as an id on the hub (which is then fetched).
+    """The folder of a model given as a folder, as an id on the hub (which is then fetched), or as `reference`.
 
     Raises:
         QuantkitError: no such folder, or the hub cannot deliver.
@@ -43,6 +47,10 @@ def resolve_folder(model: str | Path) -> Path:
     if path.is_dir():
         return path
     text = str(model)
+    if text == "reference":
+        if not REFERENCE.is_dir():
+            raise QuantkitError(f"the reference model is not at {REFERENCE}; it is in quantkit's wheel and source tree")
+        return REFERENCE
     if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise QuantkitError(f"{text} is not a folder; give a model folder or a hub id such as Qwen/Qwen2-0.5B")
     from huggingface_hub import snapshot_download

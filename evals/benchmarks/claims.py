@@ -1,0 +1,311 @@
+"""Sentences of the documents that state measured figures, with where in evals/results each figure is recorded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Value:
+    """A recorded value.
+
+    Attributes:
+        file: in evals/results.
+        name: of the field, with [..] for what is nested in it.
+        at: key of the records, or of the record; "" for the file's whole.
+        where: field -> value of the one record; texts are patterns as a shell's.
+    """
+
+    file: str
+    name: str
+    at: str = ""
+    where: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Median:
+    """The median of a recorded list."""
+
+    of: Value
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many records of a file have these values."""
+
+    file: str
+    at: str
+    where: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One figure over another."""
+
+    of: "Figure"
+    to: "Figure"
+
+
+@dataclass(frozen=True)
+class Less:
+    """By what fraction one figure is less than another."""
+
+    of: "Figure"
+    than: "Figure"
+
+
+@dataclass(frozen=True)
+class More:
+    """By what fraction one figure is more than another."""
+
+    of: "Figure"
+    than: "Figure"
+
+
+Figure = Value | Median | Count | Ratio | Less | More
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence, or the part of one that has the figures.
+
+    Attributes:
+        page: path of the document.
+        text: with a gap in braces for each figure, formatted as a table's cells are.
+        figures: of the gaps, in their order.
+    """
+
+    page: str
+    text: str
+    figures: tuple[Figure, ...]
+
+
+README = "README.md"
+TRELLIS = "docs/results/trellis.md"
+MEMORY = "docs/results/memory-and-time.md"
+KV_GUIDE = "docs/guide/kv-cache.md"
+SEARCH_GUIDE = "docs/guide/search.md"
+BUILDS = "kernel-build-triton-3.7.1.json"
+PEER = "2026-11-21-cpu-llmcompressor.json"
+
+
+def _quality(label: str, name: str = "kl") -> Value:
+    return Value("2026-11-22-cpu-quality.json", name, where={"label": label})
+
+
+def _tuned(at: str, label: str) -> Value:
+    return Value("2026-11-22-cpu-pv.json", "kl", at, {"label": label})
+
+
+def _searched(way: str) -> Value:
+    return Value("2026-11-22-cpu-search.json", f"kl[{way}][0]", "rows", {"bits": 3})
+
+
+def _integers(shift: float) -> Value:
+    return Value(
+        "2026-11-21-cpu-reference-quality.json", "kl", where={"method": "gptq", "bits": 2, "target_shift": shift}
+    )
+
+
+def _part(label: str, shift: float = 0.7) -> Value:
+    return Value("2026-11-22-cpu-trellis.json", "kl", where={"label": label, "target_shift": shift, "windows": 128})
+
+
+def _code(what: str, name: str, bits: int) -> Value:
+    return Value("2026-11-22-cpu-trellis-codes.json", name, "values", {"what": what, "bits": bits, "state_bits": 16})
+
+
+def _found(what: str) -> Value:
+    return Value("2026-11-22-cpu-trellis-codes.json", "mse", "searches", {"what": what, "bits": 2})
+
+
+def _bound(family: str, name: str) -> Value:
+    return Value("2026-11-22-cpu-rate-distortion.json", name, "rows", {"family": family, "rate": 2})
+
+
+def _beside_peer(who: str, run: int) -> Ratio:
+    seconds = (Median(Value(PEER, f"{name}[{run}]", "seconds")) for name in (who, "llm-compressor"))
+    return Ratio(*seconds)
+
+
+def _attention(bits: int) -> Value:
+    return Value(BUILDS, "instructions_per_weight", "builds", {"name": f"kv attention int{bits}/{bits} D=128 sm_90"})
+
+
+def _cached(mode: str, bits: int, factor: int) -> Value:
+    return Value("2026-11-22-cpu-kv-cache.json", "kl", "rows", {"mode": mode, "bits": bits, "factor": factor})
+
+
+def _corrected(bits: int, factor: int) -> Less:
+    mode = "... weighted by queries (default)"
+    return Less(_cached(mode, bits, factor), _cached("per token, groups of 32", bits, factor))
+
+
+def _search_time(bits: float) -> Value:
+    return Value("2026-11-22-cpu-search.json", "seconds", "rows", {"bits": bits})
+
+
+def _generation(layers: int) -> Value:
+    return Value("2026-11-22-cpu-search.json", f"{layers} layers", "scaling.seconds_a_generation")
+
+
+def _held_out(name: str) -> Value:
+    return Value("../reference/model/held_out.json", name)
+
+
+T16, T12 = "Hadamard(Trellis(bits {}))", "Hadamard(Trellis(bits {}, state_bits 12))"
+
+CLAIMS = [
+    Claim(
+        README,
+        "{:c.0f}% less damage than RTN at 3 bits, {:c.0f}% at 4",
+        tuple(Less(_quality(f"GPTQ(bits {bits})"), _quality(f"RTN(bits {bits})")) for bits in (3, 4)),
+    ),
+    Claim(
+        README,
+        "{:c.0f}% of GPTQ's KL at 2 bits, {:c.0f}% at 3, {:c.0f}% at 4, at fewer bits",
+        tuple(Ratio(_quality(T16.format(bits)), _quality(f"GPTQ(bits {bits})")) for bits in (2, 3, 4)),
+    ),
+    Claim(
+        README,
+        "{:c.0f}% of the time of the whole run, {:c.0f}% more KL at 2 bits",
+        (
+            Ratio(_quality(T12.format(2), "seconds"), _quality(T16.format(2), "seconds")),
+            More(_quality(T12.format(2)), _quality(T16.format(2))),
+        ),
+    ),
+    Claim(README, "{:c.0f}% less KL at 3 bits than uniform levels", (Less(_searched("search"), _searched("uniform")),)),
+    Claim(
+        README,
+        "takes off {:c.0f}% of GPTQ's KL at 2 bits, {:c.0f}% of VPTQ's",
+        (
+            Less(_tuned("gptq", "the same, then*"), _tuned("gptq", "GPTQ, 128*")),
+            Less(_tuned("vptq", "VPTQ, PV-Tuning"), _tuned("vptq", "VPTQ")),
+        ),
+    ),
+    Claim(
+        README,
+        "the cache at {:.1f} bits a number, near lossless",
+        (
+            Value(
+                "2026-11-22-cpu-kv-cache.json",
+                "true_bits",
+                "rows",
+                {"mode": "... weighted by queries (default)", "bits": 4, "factor": 1},
+            ),
+        ),
+    ),
+    Claim(README, "{:,.0f} of {:,.0f} builds", (Count(BUILDS, "builds", {"spills": 0}), Count(BUILDS, "builds"))),
+    Claim("docs/kernels.md", "({:,.0f} builds, Triton 3.7.1)", (Count(BUILDS, "builds"),)),
+    Claim(
+        "docs/results/integers.md",
+        "Full precision: perplexity {:.3f}",
+        (Value("2026-11-21-cpu-reference-quality.json", "baseline_perplexity", where={"method": "rtn", "bits": 2}),),
+    ),
+    Claim(
+        "docs/results/integers.md",
+        "It removes {:c.0f}% of GPTQ's KL at 2 bits here",
+        (Less(_integers(0.7), _integers(0)),),
+    ),
+    Claim(
+        "docs/results/integers.md",
+        "another run of GPTQ at 2 bits differs by {:c.1f}%",
+        (More(_quality("GPTQ(bits 2)"), _integers(0.7)),),
+    ),
+    Claim(
+        "docs/results/reference-model.md",
+        "Held-out perplexity is {:.1f}, against {:.0f} for a unigram model of the training text, and {:c.0f}% of the "
+        "answers",
+        (_held_out("held_out_perplexity"), _held_out("unigram_perplexity"), _held_out("recall_accuracy")),
+    ),
+    Claim(
+        MEMORY,
+        "({:.2f} and {:.2f} in two measurements), with its default, which runs a second stream of activations, "
+        "{:.2f} and {:.2f}",
+        tuple(_beside_peer(who, run) for who in ("quantkit, target shift 0", "quantkit") for run in (0, 1)),
+    ),
+    Claim(
+        TRELLIS,
+        "2 bits are {:.3f} in a layer of 4096 x 4096 ({:.2f} in the small layers of the reference model)",
+        (_bound("trellis L=16", "bits_per_weight"), _quality(T16.format(2), "bits_per_weight")),
+    ),
+    Claim(
+        TRELLIS,
+        "it takes {:c.0f}% off the KL",
+        (
+            Less(
+                _part("Hadamard(Trellis(bits 2, state_bits 12))"),
+                _part("Hadamard(Trellis(bits 2, state_bits 12, order none))"),
+            ),
+        ),
+    ),
+    Claim(
+        TRELLIS,
+        "Published codes take {:c.0f}% to {:c.0f}% more instructions; the best of them errs by {:c.0f}% less at 4 bits",
+        (
+            More(_code("1MAD*", "cost", 2), _code("quantkit*", "cost", 2)),
+            More(_code("3INST*", "cost", 2), _code("quantkit*", "cost", 2)),
+            Less(_code("1MAD*", "mse", 4), _code("quantkit*", "mse", 4)),
+        ),
+    ),
+    Claim(
+        TRELLIS,
+        "errs by {:.4f} at 2 bits over 2^16 states and by {:.4f} over 2^12 (`--state-bits 12`), which is no worse than "
+        "a beam that is as fast: one that keeps 2^12 of 2^16 states errs by {:.4f}",
+        tuple(_found(what) for what in ("all of 2^16 states", "all of 2^12 states", "a beam of 2^12")),
+    ),
+    Claim(
+        "docs/results/vectors.md",
+        "2 bits are {:.2f} with it",
+        (
+            Value(
+                "2026-11-21-cpu-activations.json",
+                "bits_per_activation",
+                where={"method": "pyramid", "hadamard": True, "bits": 2},
+            ),
+        ),
+    ),
+    Claim(
+        KV_GUIDE,
+        "({:c.1f}% with the exact cache)",
+        (Value("2026-11-22-cpu-kv-cache.json", "retrieval", "rows", {"mode": "exact", "factor": 1}),),
+    ),
+    Claim(
+        KV_GUIDE,
+        "{:.2f} instructions at 2 bits, {:.2f} at 3 and {:.2f} at 4",
+        tuple(_attention(bits) for bits in (2, 3, 4)),
+    ),
+    Claim(
+        SEARCH_GUIDE,
+        "At 3 bits that is {:c.0f}% less than uniform levels",
+        (Less(_searched("search"), _searched("uniform")),),
+    ),
+    Claim(
+        KV_GUIDE,
+        "loses {:c.0f}%, {:c.0f}% and {:c.0f}% less; with outliers, {:c.0f}%, {:c.0f}% and {:c.0f}% less",
+        tuple(_corrected(bits, factor) for factor in (1, 8) for bits in (2, 3, 4)),
+    ),
+    Claim(
+        SEARCH_GUIDE,
+        "The 50 generations of a row took {:.0f} to {:.0f} seconds",
+        (_search_time(3.14), _search_time(2.5)),
+    ),
+    Claim(
+        SEARCH_GUIDE,
+        "costs 1 : {:.1f} : {:.1f}",
+        tuple(Ratio(_generation(layers), _generation(42)) for layers in (84, 168)),
+    ),
+    Claim(
+        "docs/kernels-trellis.md",
+        "{:.2f} / 2 = 2.10 at 2 bits, so the kernel is bound by issue, by the ALU at {:.2f}",
+        tuple(
+            Value(BUILDS, name, "builds", {"name": "trellis multiply K=2 L=16 M=8 bf16 sm_90"})
+            for name in ("instructions_per_weight", "alu_per_weight")
+        ),
+    ),
+    Claim(
+        "docs/kernels.md",
+        "and the integers take {:.1f}",
+        (Value(BUILDS, "instructions_per_weight", "builds", {"name": "pyramid factored D=32 4 bits M=8 bf16 sm_90"}),),
+    ),
+]
