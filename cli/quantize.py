@@ -48,7 +48,7 @@ _Axis = Annotated[
 _StateBits = Annotated[
     int | None,
     typer.Option(
-        help="Window of the code, 8 to 16, 16 by default; 12 takes a seventh of the time and loses 7% at 2 bits.",
+        help="Window of the code, 8 to 16, 16 by default; 12 takes under a third of the time, and loses 7% at 2 bits.",
         rich_help_panel=_TRELLIS,
     ),
 ]

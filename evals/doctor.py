@@ -36,7 +36,7 @@ from quantkit.kernels.timing import seconds_per_call
 
 REQUIRED = ("torch", "triton", "transformers", "accelerate", "safetensors", "numpy")
 OPTIONAL = {
-    "numba": ("cpu", "trellis codes in a fiftieth of the time, and packed products, on a CPU"),
+    "numba": ("cpu", "trellis codes in a fraction of the time, and packed products, on a CPU"),
     "datasets": ("hub", "wikitext2, c4 and other text from the hub"),
     "matplotlib": ("plots", "pictures of searches"),
     "peft": ("peft", "adapters on packed models"),

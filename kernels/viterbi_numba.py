@@ -6,8 +6,8 @@ for the 2^(L-K) last bits u; x^2, which all paths share, is left out. The loops 
 vectors of them: up to 8 ways into a state are compared in registers, over a cost' that is stored once for every s; more
 are compared one after the other over a block of states, in which runs of 2^K share a cost'.
 
-numba and not C++, because it needs no compiler on the user's machine; torch's own operations take fifty times as
-long, for they write every intermediate result to memory.
+numba and not C++, because it needs no compiler on the user's machine; torch's own operations take far
+longer, for they write every intermediate result to memory.
 """
 
 import threading
