@@ -90,7 +90,7 @@ for trial in range(10):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_ten_random_moments_and_resumed(model_folder, text_file, tmp_path):
-    command = [sys.executable, "-c", _WORKER, str(model_folder("llama")), str(text_file), str(tmp_path), "0"]
+    command = [sys.executable, "-c", _WORKER, str(model_folder("llama_small")), str(text_file), str(tmp_path), "0"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     whole = digest(tmp_path / "whole")
