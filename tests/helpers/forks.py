@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 IMPORTED = [
     "accelerate", "numba", "torch._dynamo", "transformers.models.llama.modeling_llama", "quantkit.cli.main",
     "quantkit.evals.decode", "quantkit.evals.kv_quality", "quantkit.evals.perplexity", "quantkit.evopress.session",
-    "quantkit.kernels.hadamard_numba", "quantkit.kernels.numba_words", "quantkit.run.pipeline",
-    "quantkit.tuning.end_to_end",
+    "quantkit.kernels.int_group_numba", "quantkit.kernels.hadamard_numba", "quantkit.quantizers.sparse",
+    "quantkit.run.pipeline", "quantkit.tuning.end_to_end",
 ]  # fmt: skip
 
 
@@ -35,11 +35,14 @@ class Server:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def run(self, module, *arguments, cwd=None):
-        """What a command printed and the exit code that it ended with, minus a signal's number where that ended it."""
+    def run(self, module, *arguments, cwd=None, path=()):
+        """What a command printed and the exit code that it ended with, minus a signal's number where that ended it.
+
+        path: folders of packages that it finds beside the installed ones.
+        """
         self.count += 1
         output, errors = (self.folder / f"{self.count}.{name}" for name in ("out", "err"))
-        request = module, [*map(str, arguments)], str(cwd or os.getcwd()), str(output), str(errors)
+        request = module, [*map(str, arguments)], str(cwd or os.getcwd()), [*map(str, path)], str(output), str(errors)
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         code = json.loads(self.process.stdout.readline())
@@ -59,12 +62,14 @@ def server():
     return found
 
 
-def _become(module, arguments, folder, output, errors):
+def _become(module, arguments, folder, path, output, errors):
     """In a fork: the command, whose end is the process' end."""
     for descriptor, path in ((0, os.devnull), (1, output), (2, errors)):
         os.dup2(os.open(path, os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT), descriptor)
     sys.stdin = open(0, closefd=False)
     os.chdir(folder)
+    sys.path += path
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *path])
     sys.argv = [module, *arguments]
     code = 1
     try:

@@ -54,7 +54,12 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from quantkit import GPTQ, Calibration, Recipe, quantize_checkpoint
+import numba  # and the others, so that kills meet the run, not what each fork imports
+from transformers.models.llama import modeling_llama
+from quantkit import GPTQ, Calibration, Recipe
+from quantkit.kernels import int_group_numba
+from quantkit.quantizers import sparse
+from quantkit.run.pipeline import quantize_checkpoint
 
 folder, text, root, seed = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 recipe = Recipe(GPTQ(3, 64), calibration=Calibration(text, 6, 128))
