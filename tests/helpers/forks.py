@@ -66,7 +66,7 @@ def _become(module, arguments, folder, path, output, errors):
     """In a fork: the command, whose end is the process' end."""
     for descriptor, path in ((0, os.devnull), (1, output), (2, errors)):
         os.dup2(os.open(path, os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT), descriptor)
-    sys.stdin = open(0, closefd=False)
+    sys.stdin = os.fdopen(0, closefd=False)
     os.chdir(folder)
     sys.path += path
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *path])

@@ -11,24 +11,13 @@ from quantkit.kernels import trellis_matmul_triton as jit
 from quantkit.kernels.tuning import Config
 from quantkit.models.linear import QuantizedLinear
 
-from . import ptx
+from ..helpers import ptx
+from ..helpers.products import trellis_product as make
 from .conftest import error
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 4e-3, torch.float32: 1e-6}
 OPERATOR = torch.ops.quantkit.trellis_matmul
 FORMS = [(bits, state_bits) for bits in range(1, 9) for state_bits in (16, 12, 8)]
-
-
-def make(out_features, in_features, bits=2, state_bits=16):
-    """(arguments of `trellis_matmul` after x, the weight in fp64): any bits are a code.
-
-    out_features: of one weight, or of several side by side.
-    """
-    parts = [out_features] if isinstance(out_features, int) else out_features
-    codes = torch.randint(-(2**31), 2**31, (sum(trellis.lines(parts, bits)), in_features)).int()
-    scales = torch.randint(208, 256, (len(parts), in_features), dtype=torch.uint8)
-    arguments = codes, scales, torch.rand(len(parts)) + 0.1, bits, state_bits, parts
-    return arguments, trellis.dequantized(*arguments).double()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -41,13 +30,6 @@ def test_against_fp64(bits, state_bits, dtype):
         assert y.dtype == dtype
         assert error(y, x.double() @ weight.T) < TOLERANCE[dtype]
     assert error(kernel.reference(x, *arguments), x.double() @ weight.T) < 1.5 * TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("rows", range(1, 34))
-def test_any_number_of_rows(rows):
-    arguments, weight = make(65, 128)
-    x = torch.randn(rows, 128).half()
-    assert error(kernel.launch(x, *arguments), x.double() @ weight.T) < 2e-3
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -97,21 +79,6 @@ def test_chunks_read_ahead(bits, rows, split_k):
     assert torch.equal(kernel.launch(one, *arguments, config=config).T, weight[:, columns].bfloat16())
 
 
-@pytest.mark.parametrize(("rows", "in_features"), [(3, 256), (3, 200), (50, 256)])
-@pytest.mark.parametrize("rank", [0, 1, 70])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_bias_and_low_rank_correction(dtype, rank, rows, in_features):
-    """Which the scale of the weight leaves alone."""
-    arguments, weight = make(70, in_features)
-    x, bias = torch.randn(rows, in_features).to(dtype), torch.randn(70)
-    exact, up, down = x.double() @ weight.T + bias.double(), None, None
-    if rank:
-        up, down = torch.randn(70, rank).to(dtype), (torch.randn(rank, in_features) / 16).to(dtype)
-        exact += x.double() @ down.double().T @ up.double().T
-    assert error(kernel.launch(x, *arguments, bias, up, down), exact) < 1.5 * TOLERANCE[dtype]
-    assert error(kernel.reference(x, *arguments, bias, up, down), exact) < 1.5 * TOLERANCE[dtype]
-
-
 @pytest.mark.parametrize("parts", [[128, 256, 70], [256, 128], [384, 1]])
 @pytest.mark.parametrize("bits", [2, 3])
 def test_weights_side_by_side(parts, bits):
@@ -127,14 +94,6 @@ def test_weights_side_by_side(parts, bits):
         assert torch.equal(y, torch.cat([kernel.launch(x, *one) for one in alone], dim=1))
         assert torch.equal(kernel.reference(x, *arguments), torch.cat([kernel.reference(x, *one) for one in alone], 1))
     torch.library.opcheck(OPERATOR.default, (torch.randn(2, 96), *arguments))
-
-
-def test_split_k_adds_the_bias_once():
-    arguments, _ = make(70, 640)
-    x, bias = torch.randn(3, 640).half(), torch.full((70,), 1000.0).half()
-    one, four = (kernel.launch(x, *arguments, bias, config=Config(8, 128, split, 2)) for split in (1, 4))
-    torch.testing.assert_close(one, four, rtol=1e-3, atol=0.5)
-    assert torch.equal(four, kernel.launch(x, *arguments, bias, config=Config(8, 128, 4, 2)))
 
 
 @pytest.mark.parametrize("rows", [1, 9])
@@ -153,16 +112,6 @@ def test_shares_hold_the_rows_that_exist_alone(rows, monkeypatch):
     written = ~partial.view(2, -(-rows // 8), 2, 8, 128).isnan()  # rows of W, of x, shares
     assert torch.equal(written.any(-1), written.all(-1))
     assert int(written.all(-1).sum()) == 2 * 2 * rows
-
-
-def test_leading_dimensions_strides_and_no_rows():
-    arguments, weight = make(40, 128)
-    for x in (torch.randn(2, 3, 256)[..., ::2], torch.randn(3, 2, 128).transpose(0, 1), torch.randn(6, 300)[:, :128]):
-        y = kernel.launch(x.half(), *arguments)
-        assert y.shape == (*x.shape[:-1], 40)
-        assert error(y, x.half().double() @ weight.T) < 2e-3
-    assert kernel.launch(torch.randn(0, 128), *arguments).shape == (0, 40)
-    assert kernel.launch(torch.randn(2, 0, 128), *arguments).shape == (2, 0, 40)
 
 
 def test_what_does_not_begin_with_a_word(monkeypatch):
@@ -218,49 +167,6 @@ def test_what_would_read_out_of_bounds_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             kernel.launch(*call)
-
-
-def test_is_a_proper_torch_operator():
-    arguments, _ = make(16, 128)
-    for x in (torch.randn(2, 128), torch.randn(2, 3, 128).half()):
-        torch.library.opcheck(OPERATOR.default, (x, *arguments))
-        extra = torch.randn(16).to(x.dtype), torch.randn(16, 4).to(x.dtype), torch.randn(4, 128).to(x.dtype)
-        torch.library.opcheck(OPERATOR.default, (x, *arguments, *extra))
-
-
-def test_compiles_into_one_graph():
-    arguments, weight = make(24, 128)
-    x = torch.randn(4, 128)
-    compiled = torch.compile(lambda x: OPERATOR(x, *arguments) + 1, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), x @ weight.float().T + 1, rtol=1e-4, atol=1e-4)
-
-
-def test_gradients_flow_through_the_packed_weight():
-    """To x, the bias and the low-rank correction, as through a dense linear of the same weight."""
-    arguments, weight = make(24, 128)
-    x, bias, up, down = (torch.randn(*shape) for shape in ((2, 5, 128), (24,), (24, 4), (4, 128)))
-    leaves = [tensor.clone().requires_grad_() for tensor in (x, bias, up, down)]
-    y = OPERATOR(leaves[0], *arguments, *leaves[1:])
-    twins = [tensor.clone().requires_grad_() for tensor in (x, bias, up, down)]
-    dense = torch.nn.functional.linear(twins[0], weight.float(), twins[1]) + (twins[0] @ twins[3].T) @ twins[2].T
-    torch.testing.assert_close(y, dense, rtol=1e-4, atol=1e-3)
-    loss = torch.randn_like(y)
-    (y * loss).sum().backward()
-    (dense * loss).sum().backward()
-    for leaf, twin in zip(leaves, twins, strict=True):
-        torch.testing.assert_close(leaf.grad, twin.grad, rtol=1e-4, atol=1e-3)
-    alone = x.clone().requires_grad_()
-    OPERATOR(alone, *arguments).sum().backward()
-    torch.testing.assert_close(alone.grad, weight.float().sum(0).expand_as(x), rtol=1e-4, atol=1e-3)
-
-
-def test_autocast_does_not_reach_inside():
-    arguments, _ = make(24, 128)
-    x = torch.randn(4, 128)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = OPERATOR(x, *arguments)
-    assert y.dtype == torch.float32
-    assert torch.equal(y, OPERATOR(x, *arguments))
 
 
 @pytest.mark.parametrize("capability", [80, 86, 90, 100, 103, 120])
