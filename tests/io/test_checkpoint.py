@@ -1,6 +1,5 @@
 """Checkpoints: byte for byte the same however often a run was killed, and refused when damaged."""
 
-import hashlib
 import json
 import os
 import subprocess
@@ -19,34 +18,12 @@ from quantkit.io.checkpoint import alone, check_output
 from quantkit.io.shards import INDEX, Shards
 from quantkit.run.pipeline import quantize_checkpoint
 
-
-def digest(folder):
-    """Hash of every file but the report, which holds times."""
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.iterdir())
-        if path.name != "quantkit_report.json"
-    }
+from ..helpers.checkpoints import Stop, digest, interrupted
 
 
 @pytest.fixture(scope="module")
 def recipe(text_file):
     return Recipe(GPTQ(3, 64), calibration=Calibration(str(text_file), 6, 128))
-
-
-class _Stop(Exception):
-    pass
-
-
-def interrupted(folder, recipe, output, after):
-    """Runs until `after` blocks are done."""
-
-    def stop(done, _total, _name):
-        if done == after:
-            raise _Stop
-
-    with pytest.raises(_Stop):
-        quantize_checkpoint(folder, recipe, output, progress=stop)
 
 
 _WORKER = """
@@ -139,9 +116,9 @@ def test_what_is_in_the_way_is_not_lost(model_folder, recipe, tmp_path):
 
     def stop(done, _total, _name):
         if done == 1:
-            raise _Stop
+            raise Stop
 
-    with pytest.raises(_Stop):
+    with pytest.raises(Stop):
         quantize_checkpoint(folder, interrupted_overwrite, output, overwrite=True, progress=stop)
     assert digest(output) == kept, "an output is replaced only by a whole one"
     quantize_checkpoint(folder, interrupted_overwrite, output, overwrite=True)
