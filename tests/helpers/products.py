@@ -106,6 +106,12 @@ def codebook_arguments(weight):
     return *weight._stages, weight.shape[0]
 
 
+def identity(columns, dtype, few=32):
+    """Rows of an identity, `few` at a time: all in bf16; of other types, which change numbers and no places, some."""
+    pieces = torch.eye(columns, dtype=dtype).split(few)
+    return pieces if dtype == torch.bfloat16 else pieces[:: max(1, len(pieces) - 1)]
+
+
 @dataclass(frozen=True)
 class Product:
     """A family.

@@ -57,8 +57,8 @@ def test_decode_against_fp64(bits, dtype, symmetric):
 @pytest.mark.parametrize(("bits", "pairs", "split_k", "block_m"), [(3, 2, 1, 8), (3, 4, 2, 16), (4, 2, 8, 32)])
 def test_configurations_agree(group_size, bits, pairs, split_k, block_m, monkeypatch):
     monkeypatch.setattr(launching, "pairs", lambda capability, block_m: pairs)
-    weight = weight_of(bits, 150, 640, group_size, False)
-    x = torch.randn(9, 640).half()
+    weight = weight_of(bits, 150, 384 if group_size != 256 else 512, group_size, False)
+    x = torch.randn(9, weight.shape[1]).half()
     exact = x.double() @ weight.dequantize(torch.float64).T
     for block_n in (64, 128):
         y = kernel.launch_arranged(x, *arranged(weight), config=Config(block_m, block_n, split_k))

@@ -14,7 +14,7 @@ from quantkit.kernels import pyramid_matmul_triton as jit
 from quantkit.kernels.tuning import Config
 
 from ..helpers import ptx
-from ..helpers.products import PRODUCTS, pyramid_weight
+from ..helpers.products import PRODUCTS, identity, pyramid_weight
 from ..helpers.products import pyramid_product as factored
 from ..helpers.products import pyramid_table_product as table
 from .conftest import error
@@ -57,10 +57,10 @@ def test_identity_gives_the_dequantized_weight_exactly(out_features, in_features
     bits = int(points.abs().max()).bit_length() + 1
     arguments = *kernel.transcode(points, factors, bits, out_features), bits, dimension
     expected = weight.dequantize(dtype)
-    for identity in torch.eye(in_features, dtype=dtype).split(32)[:3]:
-        columns = identity.argmax(1)
-        assert torch.equal(kernel.launch(identity, *arguments).T, expected[:, columns])
-        assert torch.equal(weight.matmul(identity).T, expected[:, columns])
+    for rows in torch.eye(in_features, dtype=dtype).split(32)[:3]:
+        columns = rows.argmax(1)
+        assert torch.equal(kernel.launch(rows, *arguments).T, expected[:, columns])
+        assert torch.equal(weight.matmul(rows).T, expected[:, columns])
     many = torch.eye(in_features, dtype=dtype).repeat(-(-40 // in_features), 1)
     assert torch.equal(kernel.launch(many, *arguments)[:in_features].T, expected)
 
@@ -73,10 +73,11 @@ def test_identity_through_the_table(pulses, gain_bits, dtype):
     for out_features, in_features in ((67, 128), (131, 200)):
         arguments, weight = table(out_features, in_features, pulses, gain_bits)
         expected = weight.dequantize(dtype)
-        identity = torch.eye(in_features, dtype=dtype)
-        assert torch.equal(kernel.table_launch(identity[-32:], *arguments).T, expected[:, -32:])
-        assert torch.equal(kernel.table_launch(identity, *arguments).T, expected)
-        assert torch.equal(weight.matmul(identity).T, expected)
+        everything = torch.eye(in_features, dtype=dtype)
+        assert torch.equal(kernel.table_launch(everything[-32:], *arguments).T, expected[:, -32:])
+        for rows in identity(in_features, dtype, in_features if dtype == torch.bfloat16 else 40):
+            assert torch.equal(kernel.table_launch(rows, *arguments).T, expected[:, rows.argmax(1)])
+        assert torch.equal(weight.matmul(everything).T, expected)
 
 
 @pytest.mark.parametrize("config", [(8, 128, 2), (16, 128, 2), (32, 128, 4), (16, 256, 4), (8, 64, 2), (16, 64, 8)])
