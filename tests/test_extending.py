@@ -1,11 +1,8 @@
 """docs/extending.md does what it says: its package is installed, its commands run, its test passes."""
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ from quantkit.core.errors import CheckpointError
 from quantkit.io.hf import load
 
 from .conftest import ROOT
+from .helpers.forks import server
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +24,7 @@ FILES = dict(re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", PAGE, re.S))
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The environment of a process that finds the package, as pip would have installed it."""
+    """A folder whose packages a process finds, as if pip had installed them there."""
     folder = tmp_path_factory.mktemp("package")
     for name, text in FILES.items():
         (folder / name).write_text(text)
@@ -37,14 +35,13 @@ def installed(tmp_path_factory):
     entries = [f"[{name}]\n{lines.replace(chr(34), '')}\n" for name, lines in groups]
     (metadata / "entry_points.txt").write_text("\n".join(entries))
     (folder / "evals").symlink_to(ROOT / "evals")
-    return folder, os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
+    return folder
 
 
-def run(installed, arguments):
-    folder, environment = installed
-    result = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+def run(installed, module, *arguments, code=0):
+    result = server().run(module, *arguments, cwd=installed, path=[installed])
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stderr if code else result.stdout
 
 
 def checkpoint(folder):
@@ -53,7 +50,7 @@ def checkpoint(folder):
 
 
 def test_its_own_test_passes(installed):
-    run(installed, [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_ternary.py"])
+    run(installed, "pytest", "-q", "-p", "no:cacheprovider", "test_ternary.py")
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +58,12 @@ def printed(installed):
     """What the page's commands print, one after the other."""
     lines = COMMANDS.replace("\\\n", " ").strip().splitlines()
     assert all(line.startswith("quantkit ") for line in lines)
-    return [run(installed, [sys.executable, "-m", "quantkit.cli", *shlex.split(line)[1:]]) for line in lines]
+    return [run(installed, "quantkit.cli", *shlex.split(line)[1:]) for line in lines]
 
 
 def test_its_commands_run_and_tuning_moves_scales_alone(installed, printed):
     assert "ternary" in printed[-1]
-    plain, tuned = (checkpoint(installed[0] / "out" / name) for name in ("ternary", "tuned"))
+    plain, tuned = (checkpoint(installed / "out" / name) for name in ("ternary", "tuned"))
     assert plain.keys() == tuned.keys()
     codes, scales = ([name for name in plain if name.endswith(kind)] for kind in (".codes", ".scales"))
     assert codes and all(torch.equal(plain[name], tuned[name]) for name in codes)
@@ -76,7 +73,7 @@ def test_its_commands_run_and_tuning_moves_scales_alone(installed, printed):
 @pytest.fixture
 def findable(installed, monkeypatch):
     """This process finds the package too, as long as a test runs."""
-    monkeypatch.syspath_prepend(installed[0])
+    monkeypatch.syspath_prepend(installed)
     yield
     monkeypatch.undo()
     registry.rescan()
@@ -84,7 +81,7 @@ def findable(installed, monkeypatch):
 
 @pytest.mark.usefixtures("printed", "findable")
 def test_its_checkpoints_are_read_and_checked(installed):
-    folder, damaged = installed[0] / "out" / "ternary", installed[0] / "out" / "damaged"
+    folder, damaged = installed / "out" / "ternary", installed / "out" / "damaged"
     model = load(folder, dtype=torch.float32, unpack=False)
     values = model.model.layers[0].mlp.up_proj.weight[0, :64].abs().unique()
     assert len(values) == 2, "0 and the group's scale"
@@ -96,21 +93,16 @@ def test_its_checkpoints_are_read_and_checked(installed):
 
 
 def test_it_stands_in_plans_searches_and_errors(installed):
-    folder, environment = installed
-    (folder / "plan.json").write_text('{"layers": {"model.layers.0.mlp.up_proj": "ternary(0.6)"}}')
-    base = [sys.executable, "-m", "quantkit.cli", "quantize", "evals/reference/model", "--dry-run"]
-    assert "1," in run(installed, [*base, "--plan", "plan.json"])
-    wrong = subprocess.run(
-        [*base, "--method", "ternary", "--treshold", "3"], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    assert wrong.returncode == 2 and "did you mean --threshold?" in wrong.stderr
-    wrong = subprocess.run(
-        [*base, "--method", "ternary", "--bits", "3"], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    assert wrong.returncode == 2 and "ternary has no setting 'bits'" in wrong.stderr
+    (installed / "plan.json").write_text('{"layers": {"model.layers.0.mlp.up_proj": "ternary(0.6)"}}')
+    quantize = ["quantkit.cli", "quantize", "evals/reference/model", "--dry-run"]
+    assert "1," in run(installed, *quantize, "--plan", "plan.json")
+    said = run(installed, *quantize, "--method", "ternary", "--treshold", "3", code=2)
+    assert "did you mean --threshold?" in said
+    said = run(installed, *quantize, "--method", "ternary", "--bits", "3", code=2)
+    assert "ternary has no setting 'bits'" in said
     text = (
         "--num-samples 2 --seqlen 64 --search-samples 6 --held-out 2 --generations 1 --offspring 2 --calibration stdlib"
     )
     candidates = ["--candidates", "ternary(0.6), gptq(3)", "--avg-bits", "2.9", "--output", "out/found", *text.split()]
-    run(installed, [sys.executable, "-m", "quantkit.cli", "search", "evals/reference/model", *candidates])
-    assert "ternary(0.6)" in (folder / "out" / "found" / "quantkit_plan.json").read_text()
+    run(installed, "quantkit.cli", "search", "evals/reference/model", *candidates)
+    assert "ternary(0.6)" in (installed / "out" / "found" / "quantkit_plan.json").read_text()

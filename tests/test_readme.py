@@ -1,9 +1,6 @@
 """The documents' Python works as it stands, their commands name options that exist, and their links lead somewhere."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import typer
@@ -11,6 +8,7 @@ import typer
 from quantkit.cli.main import app
 
 from .conftest import ROOT
+from .helpers.forks import server
 
 pytestmark = pytest.mark.slow
 
@@ -26,13 +24,8 @@ PYTHON = [(page, code) for page, text in PAGES.items() for code in re.findall(r"
 @pytest.mark.parametrize("number", range(len(PYTHON)))
 def test_python_snippets_run(number, tmp_path):
     (tmp_path / "evals").symlink_to(ROOT / "evals")
-    result = subprocess.run(
-        [sys.executable, "-c", PYTHON[number][1]],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    (tmp_path / "snippet.py").write_text(PYTHON[number][1])
+    result = server().run("snippet", cwd=tmp_path, path=[tmp_path])
     assert result.returncode == 0, result.stderr
 
 

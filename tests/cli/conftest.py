@@ -1,18 +1,20 @@
 """Commands as whole processes, and commands that fail in this one."""
 
 import logging
-import subprocess
 import sys
 
 import pytest
 
 from quantkit.cli.main import main
 
+from ..helpers.forks import server
+
 COMMAND = [sys.executable, "-m", "quantkit.cli"]
 
 
 def run(*arguments):
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True)
+    """A command in a process of its own, but for the imports; `COMMAND` begins one that imports too."""
+    return server().run("quantkit.cli", *arguments)
 
 
 @pytest.fixture

@@ -167,7 +167,8 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, model_folder,
 
 
 def test_a_process_ends_with_the_same(tmp_path):
-    result = run("quantize", "./nothing-here", "--output", tmp_path / "out")
+    command = [*COMMAND, "quantize", "./nothing-here", "--output", str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert "is not a folder" in result.stderr
     assert "Traceback" not in result.stderr

@@ -5,7 +5,7 @@ from quantkit.evals.recovery import measure, parser
 
 def test_codes_and_continuous_parts_together_recover_most(reference):
     arguments = [str(reference), "--data", "stdlib", "--calibration", "stdlib", "--method", "rtn", "--only", "pv"]
-    arguments += ["--seqlen", "256", "--tuning-samples", "140", "--steps", "36", "--batch", "4", "--code-lr", "0.12"]
+    arguments += ["--seqlen", "128", "--tuning-samples", "140", "--steps", "36", "--batch", "4", "--code-lr", "0.12"]
     rows = {row["label"]: row for row in measure(parser().parse_args([*arguments, "--max-windows", "16"]))}
     names = ("RTN, PV-Tuning", "RTN, continuous, same tokens", "RTN")
     both, continuous, start = (rows[name]["kl"] for name in names)

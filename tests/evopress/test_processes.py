@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..processes import run
+from ..helpers.processes import run
 
 
 def test_two_processes_find_what_one_finds(reference, database, place, tmp_path):

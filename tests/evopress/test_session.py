@@ -111,6 +111,19 @@ def test_an_interrupted_search_ends_in_the_same_assignment(session, budget, tmp_
         search(budget)
 
 
+def loaded_as_measured(folder, session, outcome):
+    """(the checkpoint's model, tokens) on which it gives what the search's own model gives."""
+    loaded = quantkit.load(folder, dtype=torch.float32).eval()
+    session.space.apply(outcome.assignment)
+    for linear in session.space.model.modules():
+        if hasattr(linear, "release"):
+            linear.release()
+    tokens = session.fitness.sequences[:1, :40]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, session.space.model(tokens).logits, rtol=1e-4, atol=1e-4)
+    return loaded, tokens
+
+
 def test_the_checkpoint_is_the_model_that_was_measured(session, database, reference, budget, tmp_path):
     outcome = session.search(budget)
     chosen = session.space.chosen(outcome.assignment)
@@ -122,14 +135,8 @@ def test_the_checkpoint_is_the_model_that_was_measured(session, database, refere
     )  # fmt: skip
     assert report.bits_per_weight <= 3.0
     assert report.bits_per_weight == pytest.approx(8 * outcome.spent / report.packed_weights)
-    loaded = quantkit.load(tmp_path / "found", dtype=torch.float32).eval()
-    session.space.apply(outcome.assignment)
-    for linear in session.space.model.modules():
-        if hasattr(linear, "release"):
-            linear.release()
-    tokens = session.fitness.sequences[:1, :40]
+    loaded, tokens = loaded_as_measured(tmp_path / "found", session, outcome)
     with torch.no_grad():
-        torch.testing.assert_close(loaded(tokens).logits, session.space.model(tokens).logits, rtol=1e-4, atol=1e-4)
         assert loaded.generate(tokens, max_new_tokens=4, do_sample=False).shape == (1, 44)
     rules = read_plan(tmp_path / "found" / "quantkit_plan.json")
     assert list(Recipe(None, rules).plan(quantkit.load(reference))) == list(chosen)
@@ -176,14 +183,7 @@ def test_head_and_embedding_are_packed_beside_the_candidates(with_ends, database
     rows = {row.name: row for row in report.layers}
     assert rows["lm_head"].bits_per_weight == rows["model.embed_tokens"].bits_per_weight == 6.125
     assert "gptq" in rows["lm_head"].quantizer and "rtn" in rows["model.embed_tokens"].quantizer
-    loaded = quantkit.load(tmp_path / "found", dtype=torch.float32).eval()
-    session.space.apply(outcome.assignment)
-    for linear in session.space.model.modules():
-        if hasattr(linear, "release"):
-            linear.release()
-    tokens = session.fitness.sequences[:1, :40]
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(tokens).logits, session.space.model(tokens).logits, rtol=1e-4, atol=1e-4)
+    loaded_as_measured(tmp_path / "found", session, outcome)
     rules = {name: unshifted(quantizer) for name, quantizer in with_ends.fixed.items()}
     planned = Recipe(None, rules).plan(quantkit.load(reference))
     assert planned == with_ends.fixed

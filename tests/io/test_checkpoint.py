@@ -1,6 +1,5 @@
 """Checkpoints: byte for byte the same however often a run was killed, and refused when damaged."""
 
-import hashlib
 import json
 import os
 import subprocess
@@ -14,18 +13,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import quantkit
 from quantkit import GPTQ, RTN, Calibration, Recipe
 from quantkit.core.errors import CheckpointError, QuantkitError
-from quantkit.io.files import MANIFEST
 from quantkit.io.shards import INDEX, Shards
 from quantkit.run.pipeline import quantize_checkpoint
 
-
-def digest(folder):
-    """Hash of every file but the report, which holds times, and the list of the files' sizes."""
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.iterdir())
-        if path.name not in ("quantkit_report.json", MANIFEST)
-    }
+from ..helpers.checkpoints import Stop, digest, interrupted
 
 
 @pytest.fixture(scope="module")
@@ -33,27 +24,17 @@ def recipe(text_file):
     return Recipe(GPTQ(3, 64), calibration=Calibration(str(text_file), 6, 128))
 
 
-class _Stop(Exception):
-    pass
-
-
-def interrupted(folder, recipe, output, after):
-    """Runs until `after` blocks are done."""
-
-    def stop(done, _total, _name):
-        if done == after:
-            raise _Stop
-
-    with pytest.raises(_Stop):
-        quantize_checkpoint(folder, recipe, output, progress=stop)
-
-
 _WORKER = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from quantkit import GPTQ, Calibration, Recipe, quantize_checkpoint
+import numba  # and the others, so that kills meet the run, not what each fork imports
+from transformers.models.llama import modeling_llama
+from quantkit import GPTQ, Calibration, Recipe
+from quantkit.kernels import int_group_numba
+from quantkit.quantizers import sparse
+from quantkit.run.pipeline import quantize_checkpoint
 
 folder, text, root, seed = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 recipe = Recipe(GPTQ(3, 64), calibration=Calibration(text, 6, 128))
@@ -89,7 +70,7 @@ for trial in range(10):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_ten_random_moments_and_resumed(model_folder, text_file, tmp_path):
-    command = [sys.executable, "-c", _WORKER, str(model_folder("llama")), str(text_file), str(tmp_path), "0"]
+    command = [sys.executable, "-c", _WORKER, str(model_folder("llama_small")), str(text_file), str(tmp_path), "0"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     whole = digest(tmp_path / "whole")
@@ -133,9 +114,9 @@ def test_what_is_in_the_way_is_not_lost(model_folder, recipe, tmp_path):
 
     def stop(done, _total, _name):
         if done == 1:
-            raise _Stop
+            raise Stop
 
-    with pytest.raises(_Stop):
+    with pytest.raises(Stop):
         quantize_checkpoint(folder, interrupted_overwrite, output, overwrite=True, progress=stop)
     assert digest(output) == kept, "an output is replaced only by a whole one"
     quantize_checkpoint(folder, interrupted_overwrite, output, overwrite=True)

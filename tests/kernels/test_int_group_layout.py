@@ -11,24 +11,12 @@ from quantkit.kernels import int_group_matmul as kernel
 from quantkit.kernels import launching
 from quantkit.kernels.tuning import Config
 
+from ..helpers.products import arranged_arguments as arranged
+from ..helpers.products import int_group_weight as weight_of
 from .conftest import error
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 4e-3, torch.float32: 1e-5}
 SHAPES = [(70, 256, 128), (64, 128, 32), (128, 512, 256), (65, 384, 64), (7, 384, 384), (130, 640, 1024)]
-
-
-def weight_of(bits, out_features, in_features, group_size, symmetric):
-    groups = -(-in_features // group_size)
-    codes = torch.randint(0, 2**bits, (out_features, in_features), dtype=torch.uint8)
-    scales = (torch.rand(groups, out_features) + 0.5).half()
-    zeros = None if symmetric else (torch.rand(groups, out_features) * 2**bits).half()
-    return IntGroupWeight.pack(codes, scales, zeros, bits, group_size)
-
-
-def arranged(weight):
-    """Arguments of `launch_arranged` after x."""
-    stream = layout.arranged(weight.codes, weight.scales, weight.zeros, weight.bits, weight.group_size)
-    return stream, weight.bits, weight.group_size, weight.zeros is not None, weight.shape[0]
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -69,8 +57,8 @@ def test_decode_against_fp64(bits, dtype, symmetric):
 @pytest.mark.parametrize(("bits", "pairs", "split_k", "block_m"), [(3, 2, 1, 8), (3, 4, 2, 16), (4, 2, 8, 32)])
 def test_configurations_agree(group_size, bits, pairs, split_k, block_m, monkeypatch):
     monkeypatch.setattr(launching, "pairs", lambda capability, block_m: pairs)
-    weight = weight_of(bits, 150, 640, group_size, False)
-    x = torch.randn(9, 640).half()
+    weight = weight_of(bits, 150, 384 if group_size != 256 else 512, group_size, False)
+    x = torch.randn(9, weight.shape[1]).half()
     exact = x.double() @ weight.dequantize(torch.float64).T
     for block_n in (64, 128):
         y = kernel.launch_arranged(x, *arranged(weight), config=Config(block_m, block_n, split_k))
@@ -119,9 +107,3 @@ def test_what_would_read_out_of_bounds_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             kernel.launch_arranged(*arguments)
-
-
-def test_is_a_proper_torch_operator():
-    weight = weight_of(3, 16, 128, 64, False)
-    for x in (torch.randn(2, 128), torch.randn(2, 3, 128).half()):
-        torch.library.opcheck(torch.ops.quantkit.int_group_arranged_matmul.default, (x, *arranged(weight)))

@@ -11,7 +11,7 @@ from quantkit.kvcache.attention import on_packed, packed_form
 from quantkit.kvcache.cache import GearLayer
 from quantkit.kvcache.config import KVCacheConfig
 
-from . import ptx
+from ..helpers import ptx
 
 CASES = [
     *[(bits, rank, outliers, 2, 64) for bits, rank, outliers in itertools.product((2, 3, 4), (0, 4), (0.0, 0.05))],

@@ -8,64 +8,18 @@ import pytest
 import torch
 
 from quantkit.formats import pyramid as pyramid_format
-from quantkit.formats.pyramid import PyramidWeight
 from quantkit.kernels import launching, pyramid
 from quantkit.kernels import pyramid_matmul as kernel
 from quantkit.kernels import pyramid_matmul_triton as jit
 from quantkit.kernels.tuning import Config
 
-from . import ptx
+from ..helpers import ptx
+from ..helpers.products import PRODUCTS, identity, pyramid_weight
+from ..helpers.products import pyramid_product as factored
+from ..helpers.products import pyramid_table_product as table
 from .conftest import error
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 4e-3, torch.float32: 1e-5}
-CPU = torch.device("cpu")
-OPERATORS = torch.ops.quantkit
-
-
-def pyramid_weight(out_features, in_features, dimension, pulses, gain_bits, axis="out"):
-    """Random points, gains and scales."""
-    along, fields = (out_features, in_features) if axis == "out" else (in_features, out_features)
-    lines = -(-along // dimension)
-    where = torch.randint(0, dimension, (lines, fields, pulses))
-    points = torch.zeros(lines, fields, dimension, dtype=torch.int64).scatter_add_(2, where, torch.ones_like(where))
-    points *= torch.where(torch.rand(points.shape) < 0.5, -1, 1)
-    gains = torch.randint(0, 2**gain_bits, (lines, fields))
-    scales, levels = (torch.rand(fields) + 0.5).half(), (torch.rand(2**gain_bits).sort().values + 0.5).half()
-    return PyramidWeight.pack(points, gains, scales, levels, pulses, axis, (out_features, in_features))
-
-
-def factored(bits, out_features, in_features, dimension):
-    """(arguments of `pyramid_matmul` after x, the weight in fp64) with codes that use all their bits."""
-    groups = -(-out_features // dimension)
-    points = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (groups, in_features, dimension))
-    factors = (torch.rand(groups, in_features) / 2 + 0.01).half()
-    codes, words = kernel.transcode(points, factors, bits, out_features)
-    weight = (points.double() * factors.double().unsqueeze(-1)).transpose(1, 2).flatten(0, 1)[:out_features]
-    return (codes, words, bits, dimension), weight
-
-
-def table(out_features, in_features, pulses=6, gain_bits=1):
-    """(arguments of `pyramid_table_matmul` after x, the weight)."""
-    weight = pyramid_weight(out_features, in_features, 8, pulses, gain_bits)
-    tables = kernel.lane_order(weight.scales), kernel.gain_table(weight.levels), kernel.point_table(pulses, CPU)
-    return (weight.codes, *tables, pyramid.index_bits(8, pulses) + gain_bits, out_features), weight
-
-
-FORMS = {
-    "factored": (lambda n, k: factored(4, n, k, 32), kernel.launch, kernel.reference, OPERATORS.pyramid_matmul),
-    "table": (
-        lambda n, k: (lambda arguments, weight: (arguments, weight.dequantize(torch.float64)))(*table(n, k)),
-        kernel.table_launch,
-        kernel.table_reference,
-        OPERATORS.pyramid_table_matmul,
-    ),
-}
-
-
-@pytest.fixture(params=FORMS)
-def form(request):
-    """(maker of arguments and weight, launch, reference, operator)."""
-    return FORMS[request.param]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -81,20 +35,12 @@ def test_factored_against_fp64(bits, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("in_features", [70, 100, 320])
-def test_columns_that_fill_no_tile(in_features, dtype, form):
-    make, launch, *_ = form
-    arguments, weight = make(67, in_features)
+@pytest.mark.parametrize("name", ["pyramid", "pyramid_table"])
+def test_columns_that_fill_no_tile(name, in_features, dtype):
+    arguments, weight = PRODUCTS[name].make(67, in_features)
     for rows in (5, 40):
         x = torch.randn(rows, in_features).to(dtype)
-        assert error(launch(x, *arguments), x.double() @ weight.T) < TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("rows", range(1, 34))
-def test_any_number_of_rows(rows, form):
-    make, launch, *_ = form
-    arguments, weight = make(65, 128)
-    x = torch.randn(rows, 128).half()
-    assert error(launch(x, *arguments), x.double() @ weight.T) < 2e-3
+        assert error(PRODUCTS[name].launch(x, *arguments), x.double() @ weight.T) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -111,10 +57,10 @@ def test_identity_gives_the_dequantized_weight_exactly(out_features, in_features
     bits = int(points.abs().max()).bit_length() + 1
     arguments = *kernel.transcode(points, factors, bits, out_features), bits, dimension
     expected = weight.dequantize(dtype)
-    for identity in torch.eye(in_features, dtype=dtype).split(32)[:3]:
-        columns = identity.argmax(1)
-        assert torch.equal(kernel.launch(identity, *arguments).T, expected[:, columns])
-        assert torch.equal(weight.matmul(identity).T, expected[:, columns])
+    for rows in torch.eye(in_features, dtype=dtype).split(32)[:3]:
+        columns = rows.argmax(1)
+        assert torch.equal(kernel.launch(rows, *arguments).T, expected[:, columns])
+        assert torch.equal(weight.matmul(rows).T, expected[:, columns])
     many = torch.eye(in_features, dtype=dtype).repeat(-(-40 // in_features), 1)
     assert torch.equal(kernel.launch(many, *arguments)[:in_features].T, expected)
 
@@ -127,10 +73,11 @@ def test_identity_through_the_table(pulses, gain_bits, dtype):
     for out_features, in_features in ((67, 128), (131, 200)):
         arguments, weight = table(out_features, in_features, pulses, gain_bits)
         expected = weight.dequantize(dtype)
-        identity = torch.eye(in_features, dtype=dtype)
-        assert torch.equal(kernel.table_launch(identity[-32:], *arguments).T, expected[:, -32:])
-        assert torch.equal(kernel.table_launch(identity, *arguments).T, expected)
-        assert torch.equal(weight.matmul(identity).T, expected)
+        everything = torch.eye(in_features, dtype=dtype)
+        assert torch.equal(kernel.table_launch(everything[-32:], *arguments).T, expected[:, -32:])
+        for rows in identity(in_features, dtype, in_features if dtype == torch.bfloat16 else 40):
+            assert torch.equal(kernel.table_launch(rows, *arguments).T, expected[:, rows.argmax(1)])
+        assert torch.equal(weight.matmul(everything).T, expected)
 
 
 @pytest.mark.parametrize("config", [(8, 128, 2), (16, 128, 2), (32, 128, 4), (16, 256, 4), (8, 64, 2), (16, 64, 8)])
@@ -157,41 +104,6 @@ def test_every_configuration_of_the_table_agrees(pairs, split_k, config, monkeyp
     block_m, block_n, num_warps = config
     y = kernel.table_launch(x, *arguments, config=Config(block_m, block_n, split_k, num_warps))
     assert error(y, x.double() @ weight.dequantize(torch.float64).T) < 2e-3
-
-
-@pytest.mark.parametrize(("rows", "in_features"), [(3, 256), (3, 200), (50, 256)])
-@pytest.mark.parametrize("rank", [0, 1, 70])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_bias_and_low_rank_correction(dtype, rank, rows, in_features, form):
-    make, launch, reference, _ = form
-    arguments, weight = make(70, in_features)
-    x, bias = torch.randn(rows, in_features).to(dtype), torch.randn(70)
-    exact, up, down = x.double() @ weight.T + bias.double(), None, None
-    if rank:
-        up, down = torch.randn(70, rank).to(dtype), (torch.randn(rank, in_features) / 16).to(dtype)
-        exact += x.double() @ down.double().T @ up.double().T
-    assert error(launch(x, *arguments, bias, up, down), exact) < 1.5 * TOLERANCE[dtype]
-    assert error(reference(x, *arguments, bias, up, down), exact) < 1.5 * TOLERANCE[dtype]
-
-
-def test_split_k_adds_the_bias_once(form):
-    make, launch, *_ = form
-    arguments, _ = make(70, 640)
-    x, bias = torch.randn(3, 640).half(), torch.full((70,), 1000.0).half()
-    one, four = (launch(x, *arguments, bias, config=Config(8, 128, split, 2)) for split in (1, 4))
-    torch.testing.assert_close(one, four, rtol=1e-3, atol=0.5)
-    assert torch.equal(four, launch(x, *arguments, bias, config=Config(8, 128, 4, 2)))
-
-
-def test_leading_dimensions_strides_and_no_rows(form):
-    make, launch, *_ = form
-    arguments, weight = make(40, 128)
-    for x in (torch.randn(2, 3, 256)[..., ::2], torch.randn(3, 2, 128).transpose(0, 1), torch.randn(6, 300)[:, :128]):
-        y = launch(x.half(), *arguments)
-        assert y.shape == (*x.shape[:-1], 40)
-        assert error(y, x.half().double() @ weight.T) < 2e-3
-    assert launch(torch.randn(0, 128), *arguments).shape == (0, 40)
-    assert launch(torch.randn(2, 0, 128), *arguments).shape == (2, 0, 40)
 
 
 def test_what_would_read_out_of_bounds_is_refused():
@@ -248,45 +160,6 @@ def test_no_field_reads_beyond_the_tables():
     assert torch.equal(kernel.table_launch(identity, codes, *others).T, expected[:, :32])
     beyond = torch.full_like(codes, 0x7FFF7FFF)
     assert not kernel.dequantized_table(beyond, *others, 128).any()
-
-
-def test_is_a_proper_torch_operator(form):
-    make, _, _, operator = form
-    arguments, _ = make(16, 128)
-    for x in (torch.randn(2, 128), torch.randn(2, 3, 128).half()):
-        torch.library.opcheck(operator.default, (x, *arguments))
-        extra = torch.randn(16).to(x.dtype), torch.randn(16, 4).to(x.dtype), torch.randn(4, 128).to(x.dtype)
-        torch.library.opcheck(operator.default, (x, *arguments, *extra))
-
-
-def test_gradients_flow_through_the_packed_weight(form):
-    """To x, the bias and the low-rank correction, as through a dense linear of the same weight."""
-    make, _, _, operator = form
-    arguments, weight = make(24, 128)
-    x, bias, up, down = (torch.randn(*shape) for shape in ((2, 5, 128), (24,), (24, 4), (4, 128)))
-    leaves = [tensor.clone().requires_grad_() for tensor in (x, bias, up, down)]
-    y = operator(leaves[0], *arguments, *leaves[1:])
-    twins = [tensor.clone().requires_grad_() for tensor in (x, bias, up, down)]
-    dense = torch.nn.functional.linear(twins[0], weight.float(), twins[1]) + (twins[0] @ twins[3].T) @ twins[2].T
-    torch.testing.assert_close(y, dense, rtol=1e-4, atol=1e-3)
-    loss = torch.randn_like(y)
-    (y * loss).sum().backward()
-    (dense * loss).sum().backward()
-    for leaf, twin in zip(leaves, twins, strict=True):
-        torch.testing.assert_close(leaf.grad, twin.grad, rtol=1e-4, atol=1e-3)
-    alone = x.clone().requires_grad_()
-    operator(alone, *arguments).sum().backward()
-    torch.testing.assert_close(alone.grad, weight.float().sum(0).expand_as(x), rtol=1e-4, atol=1e-3)
-
-
-def test_autocast_does_not_reach_inside(form):
-    make, _, _, operator = form
-    arguments, _ = make(24, 128)
-    x = torch.randn(4, 128)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = operator(x, *arguments)
-    assert y.dtype == torch.float32
-    assert torch.equal(y, operator(x, *arguments))
 
 
 WEIGHTS = {
@@ -392,7 +265,10 @@ def test_the_assembly_of_the_table_gives_the_weight(pulses, gain_bits, dtype):
     fields = torch.stack([fields, torch.randint(0, 2**bits, fields.shape)])
     scales = 2.0 ** (torch.rand(fields.shape) * 12 - 9)
     scales = scales.half().float()
-    points, gains = kernel.point_table(pulses, CPU), kernel.gain_table(torch.rand(2**gain_bits).half() + 0.1)
+    points, gains = (
+        kernel.point_table(pulses, torch.device("cpu")),
+        kernel.gain_table(torch.rand(2**gain_bits).half() + 0.1),
+    )
     text = jit.vectors_text(dtype == torch.bfloat16, index_bits, gain_bits)
     pairs = (fields[0] | fields[1] << 16).numpy().astype(np.uint32)
     tables = {"qk_points": points.numpy().view(np.uint32), "qk_gains": gains.flatten().numpy()}

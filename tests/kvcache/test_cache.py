@@ -242,8 +242,10 @@ def test_half_precision_counts_less_than_sixteen_bits(reference, prompts):
 
 
 @pytest.mark.slow
-def test_generation_by_the_kernel_is_generation_by_decoding(model, prompts, monkeypatch):
-    """Through the interpreter, with a left-padded row and a beam."""
+def test_generation_by_the_kernel_is_generation_by_decoding(reference, prompts, monkeypatch):
+    """Through the interpreter, with a left-padded row and a beam; the model's first two blocks."""
+    model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32, num_hidden_layers=2).eval()
+    prompts = prompts[:2]
     mask = torch.ones_like(prompts)
     mask[0, :11] = 0
     settings = TOKENS | {"max_new_tokens": 3, "min_new_tokens": 3, "attention_mask": mask, "num_beams": 2}
@@ -255,10 +257,10 @@ def test_generation_by_the_kernel_is_generation_by_decoding(model, prompts, monk
         assert not used
         monkeypatch.setattr(attention, "kernel_pays", lambda query, layer: True)
         assert torch.equal(model.generate(prompts, **settings), wanted)
-        assert len(used) == 2 * 6
+        assert len(used) == 2 * 2
         monkeypatch.setattr(attention.self_check, "trusted", lambda family, device: family != "kv_attention")
         assert torch.equal(model.generate(prompts, **settings), wanted)
-    assert len(used) == 2 * 6, "a kernel that errs is not used"
+    assert len(used) == 2 * 2, "a kernel that errs is not used"
 
 
 def test_bad_input(model, prompts):

@@ -1,7 +1,6 @@
 """Packed embeddings and heads: rows are those of the weight, and a model that has them is one like any other."""
 
 import copy
-import hashlib
 import json
 
 import pytest
@@ -25,7 +24,8 @@ from quantkit.run.estimate import estimate
 from quantkit.run.pipeline import quantize_checkpoint
 
 from ..conftest import VOCABULARY
-from ..test_methods import METHODS, layer
+from ..helpers.checkpoints import digest, interrupted
+from ..helpers.methods import METHODS, layer, spy
 
 ARCHITECTURES = ["llama_small", "llama_tied_small", "gpt2_small"]
 TOKENS = torch.arange(80).view(2, 40) * 37 % VOCABULARY
@@ -122,16 +122,9 @@ def test_disk_memory_resume_and_generation(architecture, model_folder, packed_fo
     """Disk path = memory path, an interrupted run = a whole one, a loaded model = the one that was saved."""
     source, (folder, report) = model_folder(architecture), packed_folder(architecture)
 
-    def stop(done, _total, _name):
-        if done == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(source, recipe, tmp_path / "resumed", progress=stop)
+    interrupted(source, recipe, tmp_path / "resumed", after=1, by=KeyboardInterrupt)
     quantize_checkpoint(source, recipe, tmp_path / "resumed", resume=True)
-    for path in [*folder.glob("*.safetensors"), folder / "config.json"]:
-        other = tmp_path / "resumed" / path.name
-        assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(other.read_bytes()).digest()
+    assert digest(tmp_path / "resumed") == digest(folder)
     model = quantkit.quantize(
         load(source), AutoTokenizer.from_pretrained(source), method=recipe.quantizer, calibration=recipe.calibration,
         head_bits=6,
@@ -217,8 +210,6 @@ def test_a_tie_holds(architecture, packed_folder, tmp_path):
 
 def test_blocks_see_the_packed_embedding_and_the_head_what_it_multiplies(model_folder, tokenizer, texts):
     """Statistics are those of a run of the model as it will be: with a head tied to the embedding, its inputs'."""
-    from ..run.test_sequential import spy
-
     for architecture in ("llama_small", "llama_tied_small"):
         seen, model = {}, load(model_folder(architecture))
         method = spy(GPTQ().needs, seen)(6, 64)

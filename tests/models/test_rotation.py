@@ -30,7 +30,7 @@ from quantkit.run.estimate import estimate
 from quantkit.run.pipeline import quantize_checkpoint
 
 from ..conftest import VOCABULARY
-from ..io.test_checkpoint import digest, interrupted
+from ..helpers.checkpoints import digest, interrupted
 
 SMALL = {
     "vocab_size": 256, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,

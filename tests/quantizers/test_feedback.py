@@ -9,6 +9,8 @@ from quantkit.core.linalg import damped_inverse_factor
 from quantkit.core.metrics import proxy_loss
 from quantkit.quantizers.feedback import error_feedback
 
+from ..helpers.methods import problem
+
 
 class UniformGrid:
     """Rounds to multiples of `step`, within +-limit steps; the simplest rounding primitive."""
@@ -31,14 +33,6 @@ class UniformGrid:
 
     def weight(self):
         return torch.stack([self.columns[i] for i in range(len(self.columns))], dim=1)
-
-
-def problem(out_features=20, in_features=48, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(in_features, in_features, generator=generator, dtype=torch.float64)
-    x = torch.randn(400, in_features, generator=generator, dtype=torch.float64) @ mix
-    weight = torch.randn(out_features, in_features, generator=generator, dtype=torch.float64)
-    return weight, x.T @ x / len(x)
 
 
 def quantize(weight, hessian, rounding, damp=0.01, **options):

@@ -7,7 +7,7 @@ from quantkit.core.stats import LayerStats
 from quantkit.quantizers.gptq import GPTQ
 from quantkit.quantizers.rtn import RTN
 
-from .test_feedback import problem
+from ..helpers.methods import problem
 
 
 def stats_of(hessian):

@@ -13,7 +13,7 @@ from quantkit.quantizers.gptq import GPTQ
 from quantkit.quantizers.hadamard import Hadamard
 from quantkit.quantizers.rtn import RTN
 
-from .test_feedback import problem
+from ..helpers.methods import problem
 
 
 class Keep:

@@ -23,7 +23,7 @@ from quantkit.quantizers.pyramid import (
     shape,
 )
 
-from .test_feedback import problem
+from ..helpers.methods import problem
 
 GAUSSIAN = {(64, 2): 0.0979, (64, 3): 0.0248, (64, 4): 0.0061, (16, 2): 0.1047, (16, 3): 0.0271, (16, 4): 0.0065}
 

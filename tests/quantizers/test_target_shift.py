@@ -7,7 +7,7 @@ from quantkit.quantizers.gptq import GPTQ
 from quantkit.quantizers.rtn import RTN
 from quantkit.quantizers.target_shift import TargetShift
 
-from .test_feedback import problem
+from ..helpers.methods import problem
 
 
 def streams(in_features=48, tokens=4000):

@@ -11,7 +11,7 @@ from quantkit.quantizers import kmeans
 from quantkit.quantizers.feedback import error_feedback
 from quantkit.quantizers.vptq import VPTQ, VectorCode, _predicted_error
 
-from .test_feedback import problem
+from ..helpers.methods import problem
 
 
 def loss(quantizer, weight, hessian):

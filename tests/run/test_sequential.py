@@ -14,23 +14,11 @@ from quantkit.run.pipeline import quantize_checkpoint
 from quantkit.run.sequential import Walker
 
 from ..conftest import CONFIGS, VOCABULARY
+from ..helpers.methods import spy
 
 
 def load(folder, dtype=torch.float32):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-
-
-def spy(reads, seen):
-    """RTN that asks for statistics and leaves them in `seen`, by the name they carry."""
-
-    class Spy(RTN):
-        needs = reads
-
-        def quantize(self, weight, stats=None):
-            seen[stats.name] = stats
-            return super().quantize(weight)
-
-    return Spy
 
 
 class Collector:

@@ -111,8 +111,10 @@ def test_an_interrupted_run_ends_in_the_same_model(models, tmp_path):
     "method", [Hadamard(VPTQ(2.0, 2, passes=1)), LowRank(Hadamard(Pyramid(2.0, 8)), 2)], ids=["vptq", "pyramid"]
 )
 def test_other_formats(models, method, tmp_path):
+    """In two blocks, the others dense."""
     _, teacher, tokenizer, text = models
-    model = quantkit.quantize(copy.deepcopy(teacher), tokenizer, method=method, calibration=text)
+    rules = {"model.layers.[2-9].*": None}
+    model = quantkit.quantize(copy.deepcopy(teacher), tokenizer, method=method, calibration=text, rules=rules)
     brief = dataclasses.replace(SHORT, steps=3, evaluate_every=1)
     quantkit.tune(model, teacher, tokenizer, calibration=text, settings=brief)
     assert min(entry["kl"] for entry in model.quantkit_tuning) < model.quantkit_tuning[0]["kl"]

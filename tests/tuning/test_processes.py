@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import quantkit
 from quantkit import RTN
 
-from ..processes import run
+from ..helpers.processes import run
 
 
 def test_two_processes_take_the_steps_of_one(reference, tmp_path):

@@ -1,0 +1,32 @@
+"""Runs that are stopped, and what checkpoints hold."""
+
+import hashlib
+
+import pytest
+
+from quantkit.io.files import MANIFEST
+from quantkit.run.pipeline import quantize_checkpoint
+
+
+def digest(folder):
+    """Hash of every file but the report, which holds times, and the list of the files' sizes."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.name not in ("quantkit_report.json", MANIFEST)
+    }
+
+
+class Stop(Exception):
+    """What stops a run."""
+
+
+def interrupted(folder, recipe, output, after, by=Stop):
+    """Runs until `after` blocks are done, when `by` is raised."""
+
+    def stop(done, _total, _name):
+        if done == after:
+            raise by
+
+    with pytest.raises(by):
+        quantize_checkpoint(folder, recipe, output, progress=stop)
