@@ -40,7 +40,7 @@ from quantkit.models.linear import QuantizedLinear
 from quantkit.models.structure import ROUTERS, context_length, is_linear
 from quantkit.quantizers.grid import fit_grid
 from quantkit.quantizers.pyramid import Pyramid, fit_gains, gain_levels, shape
-from quantkit.run.recipe import window_length
+from quantkit.run.recipe import sequence_length
 from quantkit.run.text import documents, evaluation_tokens
 
 SCALE_BITS = 16
@@ -290,7 +290,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     baseline = load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
     model = copy.deepcopy(baseline)
     tokens, bytes_per_token = evaluation_tokens(documents(arguments.data, "evaluation"), load_tokenizer(folder))
-    length = window_length(arguments.seqlen, context_length(baseline))
+    length = sequence_length(arguments.seqlen, context_length(baseline))
     print("| method | bits/activation | relative squared error | perplexity | KL x 1000 |")
     print("|---|---|---|---|---|")
     results = []

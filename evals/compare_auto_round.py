@@ -89,7 +89,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as workspace:
         windows = Path(workspace) / "windows.pt"
-        torch.save(text.windows(tokenizer, baseline), windows)
+        torch.save(text.sequences(tokenizer, baseline), windows)
         for bits in arguments.bits:
             made = Path(workspace) / f"peer-{bits}"
             peer = (windows, bits, arguments.group_size, arguments.iterations, made)

@@ -24,7 +24,7 @@ from quantkit.api import quantize
 from quantkit.run.recipe import Calibration
 
 class Fixed(Calibration):
-    def windows(self, tokenizer, model):
+    def sequences(self, tokenizer, model):
         return torch.load(sys.argv[2])
 
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
@@ -80,7 +80,7 @@ def main() -> None:
     calibration = Calibration(arguments.calibration, arguments.num_samples, arguments.seqlen)
     with tempfile.TemporaryDirectory() as workspace:
         windows = str(Path(workspace) / "windows.pt")
-        torch.save(calibration.windows(load_tokenizer(folder), open_folder(folder).model), windows)
+        torch.save(calibration.sequences(load_tokenizer(folder), open_folder(folder).model), windows)
         rows: dict[str, list[float]] = {"llm-compressor": [], "quantkit": [], "quantkit, target shift 0": []}
         for _ in range(arguments.runs):
             rows["llm-compressor"].append(timed(arguments.peer_python, _THEIRS, arguments.model, windows))

@@ -20,7 +20,7 @@ from quantkit.io.hf import load
 from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.models.structure import check_vocabulary, context_length
-from quantkit.run.recipe import window_length
+from quantkit.run.recipe import sequence_length
 from quantkit.run.text import documents, evaluation_tokens
 
 
@@ -116,7 +116,7 @@ def evaluate(
     for one in (subject, reference):
         if one is not None:
             check_vocabulary(tokens, one)
-    length = window_length(seqlen, context_length(subject))
+    length = sequence_length(seqlen, context_length(subject))
     prefix = _prefix(cache, length)
     compared = "with an exact cache" if cache is not None and baseline is None else _named(baseline)
     coding = nullcontext() if activations is None else quantized_activations(subject, activations)

@@ -27,7 +27,7 @@ from quantkit.io.hf import load
 from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.models.structure import context_length
-from quantkit.run.recipe import window_length
+from quantkit.run.recipe import sequence_length
 from quantkit.run.text import documents, evaluation_tokens
 
 DEPTHS = 4
@@ -144,7 +144,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(folder)
     model: Any = load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
     tokens, _ = evaluation_tokens(documents(arguments.data, "evaluation"), tokenizer)
-    length = window_length(arguments.seqlen, context_length(model))
+    length = sequence_length(arguments.seqlen, context_length(model))
     windows = tokens[: len(tokens) // length * length].view(-1, length)[: arguments.max_windows]
     if len(windows) < 2:
         raise QuantkitError(f"the text has {len(tokens)} tokens, two windows take {2 * length}; use a shorter --seqlen")

@@ -31,7 +31,7 @@ from quantkit.evals.rate_distortion import figure_class
 from quantkit.io.hf import load
 from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.models.structure import context_length
-from quantkit.run.recipe import Calibration, core, make_quantizer, window_length
+from quantkit.run.recipe import Calibration, core, make_quantizer, sequence_length
 from quantkit.run.report import Report
 from quantkit.run.text import documents, evaluation_tokens
 
@@ -66,7 +66,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(folder)
     baseline = load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
     tokens, bytes_per_token = evaluation_tokens(documents(arguments.data, "evaluation"), tokenizer)
-    length = window_length(arguments.seqlen, context_length(baseline))
+    length = sequence_length(arguments.seqlen, context_length(baseline))
     print("| method | target shift | windows | bits/weight | perplexity | KL x 1000 | seconds |")
     print("|---|---|---|---|---|---|---|")
     results = []

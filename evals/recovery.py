@@ -31,7 +31,7 @@ from quantkit.io.hf import load
 from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.models.structure import context_length
 from quantkit.quantizers.low_rank import LowRank
-from quantkit.run.recipe import Calibration, make_quantizer, window_length
+from quantkit.run.recipe import Calibration, make_quantizer, sequence_length
 from quantkit.run.report import Report
 from quantkit.run.text import documents, evaluation_tokens
 from quantkit.tuning.block import BlockTuning
@@ -75,7 +75,7 @@ class Table:
         kind = compute_dtype(self.device) or "auto"
         self.teacher = load(folder, dtype=kind, device=self.device).eval()
         self.tokens, self.bytes_per_token = evaluation_tokens(documents(arguments.data, "evaluation"), self.tokenizer)
-        self.length = window_length(arguments.seqlen, context_length(self.teacher))
+        self.length = sequence_length(arguments.seqlen, context_length(self.teacher))
         self._made: dict[str, PreTrainedModel] = {}
 
     def quantized(self, method: Any, tune_blocks: BlockTuning | int = 0) -> PreTrainedModel:

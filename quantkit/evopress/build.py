@@ -140,7 +140,7 @@ def build(
     plan, fixed = _divided(recipe, source.model)
     before = source.nbytes()
     source.untie(plan | fixed)
-    tokens = recipe.calibration.windows(source.tokenizer(), source.model)
+    tokens = recipe.calibration.sequences(source.tokenizer(), source.model)
     settings = recipe.settings(plan, tokens)
     identity = {key: value for key, value in settings.items() if key != "quantizers"} | {
         "base": spec.write(base),

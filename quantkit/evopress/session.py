@@ -103,7 +103,7 @@ class Session:
     ) -> None:
         self.settings, self._told, self._processes = settings, told, PartialState()
         model = quantkit.io.hf.load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
-        sequences = text.windows(load_tokenizer(folder), model)
+        sequences = text.sequences(load_tokenizer(folder), model)
         check_text(len(sequences), settings)
         drawn = (len(sequences) - settings.held_out) * sequences.shape[1]
         if drawn < max(tokens for _, tokens in settings.evolution.stages):

@@ -11,7 +11,7 @@ from quantkit.io.source import Loaded, Source, open_folder
 from quantkit.models.plan import plan_needs, tied
 from quantkit.models.structure import context_length, linear_weight
 from quantkit.run.ranks import with_ranks
-from quantkit.run.recipe import Recipe, window_length
+from quantkit.run.recipe import Recipe, sequence_length
 from quantkit.run.report import peak_memory_bytes
 from quantkit.run.sequential import REPLAY_FRACTION
 
@@ -86,7 +86,7 @@ def _working_bytes(source: Source, recipe: Recipe, largest: tuple[int, ...], dev
     layer = 6 * 4 * out_features * in_features
     if not recipe.reads_text(recipe.plan(model)):
         return source.block_nbytes(itemsize) + layer
-    tokens = recipe.calibration.num_samples * window_length(recipe.calibration.seqlen, context_length(model))
+    tokens = recipe.calibration.num_samples * sequence_length(recipe.calibration.seqlen, context_length(model))
     hidden = model.config.get_text_config().hidden_size
     widest = max(linear_weight(module).shape[1] for module in source.linears())
     replayed = tokens * (hidden + widest) * itemsize

@@ -80,7 +80,7 @@ def run(
     before = source.nbytes()
     tokens = None
     if recipe.reads_text(plan):
-        tokens = recipe.calibration.windows(source.tokenizer(), source.model)
+        tokens = recipe.calibration.sequences(source.tokenizer(), source.model)
     identity = recipe.settings(plan, tokens) | {"low_rank_bits": recipe.low_rank_bits, "model": source.fingerprint()}
     identity |= {"device": where.type, "dtype": str(source.model.dtype)}
     if recipe.rotation is not None:

@@ -27,7 +27,7 @@ from quantkit.models.structure import (
     outer_linears,
 )
 from quantkit.quantizers.target_shift import TargetShift
-from quantkit.run.text import calibration_windows, documents
+from quantkit.run.text import calibration_sequences, documents
 
 if TYPE_CHECKING:
     from quantkit.run.sequential import Tuner
@@ -55,16 +55,16 @@ class Calibration:
         if self.seqlen is not None and self.seqlen < 2:
             raise QuantkitError(f"seqlen={self.seqlen}: a sequence has at least two tokens")
 
-    def windows(self, tokenizer: Any, model: nn.Module) -> Tensor:
-        """int64 [samples, seqlen]; see `run.text.calibration_windows`."""
+    def sequences(self, tokenizer: Any, model: nn.Module) -> Tensor:
+        """int64 [samples, seqlen]; see `run.text.calibration_sequences`."""
         texts = documents(self.source, "calibration") if isinstance(self.source, str) else self.source
-        length = window_length(self.seqlen, context_length(model))
-        sequences = calibration_windows(texts, tokenizer, self.num_samples, length, self.seed)
+        length = sequence_length(self.seqlen, context_length(model))
+        sequences = calibration_sequences(texts, tokenizer, self.num_samples, length, self.seed)
         check_vocabulary(sequences, model)
         return sequences
 
 
-def window_length(seqlen: int | None, context: int | None) -> int:
+def sequence_length(seqlen: int | None, context: int | None) -> int:
     """The asked-for sequence, or 2048 cut to the model's context.
 
     Raises:

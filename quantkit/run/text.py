@@ -101,7 +101,7 @@ def _read_hub(source: str, arguments: dict[str, Any]) -> list[str]:
         ) from error
 
 
-def calibration_windows(texts: list[str], tokenizer: Any, num_samples: int, seqlen: int, seed: int) -> Tensor:
+def calibration_sequences(texts: list[str], tokenizer: Any, num_samples: int, seqlen: int, seed: int) -> Tensor:
     """Draws non-overlapping sequences from random places of the text.
 
     Pieces of the text are shuffled by `seed` and joined by two newlines until they fill the sequences. A sequence

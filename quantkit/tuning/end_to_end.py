@@ -122,7 +122,7 @@ def tune(
             )
     if cache is not None and settings.hidden:
         raise QuantkitError("a cached teacher has no hidden states; leave out the cache, or the loss on them")
-    sequences = calibration.windows(tokenizer, model)
+    sequences = calibration.sequences(tokenizer, model)
     check_vocabulary(sequences, teacher)
     if len(sequences) <= settings.held_out:
         raise QuantkitError(

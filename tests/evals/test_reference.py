@@ -106,7 +106,7 @@ def test_gptq_beats_rtn_on_every_layer(model, reference, tokenizer, bits):
             return packed
 
     subject = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
-    windows = Calibration("stdlib", 16, SEQLEN).windows(tokenizer, subject)
+    windows = Calibration("stdlib", 16, SEQLEN).sequences(tokenizer, subject)
 
     class Sink:
         def finished(self, index):

@@ -217,7 +217,7 @@ def test_blocks_see_the_packed_embedding_and_the_head_what_it_multiplies(model_f
         if architecture == "llama_tied_small":
             rules["model.embed_tokens"] = method
         calibration = Calibration(texts, 3, 128)
-        windows = calibration.windows(tokenizer, model)
+        windows = calibration.sequences(tokenizer, model)
         dense = copy.deepcopy(model.model.embed_tokens)
         quantkit.quantize(
             model, tokenizer, method=spy(GPTQ().needs, seen)(3, 64), rules=rules, calibration=calibration,

@@ -71,7 +71,7 @@ def test_inputs_are_those_of_the_quantized_prefix(model_folder, tokenizer, texts
     """The last layer's Hessian must come from a run of the model whose earlier layers are all quantized."""
     seen = {}
     model = load(model_folder("llama"))
-    windows = Calibration(texts, 4, 128).windows(tokenizer, model)
+    windows = Calibration(texts, 4, 128).sequences(tokenizer, model)
     plan = dict.fromkeys(block_linears(model), spy(GPTQ().needs, seen)(2, 64))
     Walker(model, plan, windows, LoadedWeights(model), torch.device("cpu")).run(Collector())
     inputs = []
@@ -93,7 +93,7 @@ def test_streams_agree_where_nothing_was_lost(model_folder, tokenizer, texts):
     """With weights that survive 8 bits almost exactly, H and C are almost equal everywhere, and equal in block 0."""
     gathered = {}
     model = load(model_folder("gpt2"))
-    windows = Calibration(texts, 4, 128).windows(tokenizer, model)
+    windows = Calibration(texts, 4, 128).sequences(tokenizer, model)
     plan = dict.fromkeys(block_linears(model), spy(TargetShift(GPTQ(), 1.0).needs, gathered)(8, 32))
     Walker(model, plan, windows, LoadedWeights(model), torch.device("cpu")).run(Collector())
     first = gathered["transformer.h.0.attn.c_attn"]
@@ -108,7 +108,7 @@ def test_true_sequential_changes_what_later_layers_see(model_folder, tokenizer, 
     for true_sequential in (True, False):
         model = load(model_folder("llama"))
         plan = dict.fromkeys(block_linears(model), TargetShift(GPTQ(2, 64), 0.7))
-        windows = Calibration(texts, 4, 128).windows(tokenizer, model)
+        windows = Calibration(texts, 4, 128).sequences(tokenizer, model)
         sink = Collector()
         source = LoadedWeights(model)
         Walker(model, plan, windows, source, torch.device("cpu"), true_sequential=true_sequential).run(sink)
@@ -286,7 +286,7 @@ def test_replay_leaves_unusual_blocks_alone(kind, model_folder, tokenizer, texts
         model = load(model_folder("llama"))
         odd_blocks(model, kind)
         plan = dict.fromkeys(block_linears(model), TargetShift(GPTQ(2, 32), 0.7))
-        windows = Calibration(texts, 4, 128).windows(tokenizer, model)
+        windows = Calibration(texts, 4, 128).sequences(tokenizer, model)
         Walker(model, plan, windows, LoadedWeights(model), torch.device("cpu")).run(Collector())
         states.append(model.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -301,7 +301,7 @@ def test_replay_keeps_to_its_budget(model_folder, tokenizer, texts, monkeypatch)
         monkeypatch.setattr(calibrate, "free_memory", lambda device, memory=memory: memory)
         model = load(model_folder("llama"))
         plan = dict.fromkeys(block_linears(model), TargetShift(GPTQ(2, 32), 0.7))
-        windows = Calibration(texts, 6, 128).windows(tokenizer, model)
+        windows = Calibration(texts, 6, 128).sequences(tokenizer, model)
         source = LoadedWeights(model)
         Walker(model, plan, windows, source, torch.device("cpu"), batch_tokens=128).run(Collector())
         states.append(model.state_dict())

@@ -6,7 +6,7 @@ import torch
 
 from quantkit.core.errors import CalibrationError, QuantkitError, UnknownName
 from quantkit.run.corpus import HELD_OUT_MODULES, standard_library
-from quantkit.run.text import calibration_windows, documents, evaluation_tokens
+from quantkit.run.text import calibration_sequences, documents, evaluation_tokens
 
 
 def test_files_and_names(tmp_path):
@@ -50,20 +50,20 @@ def test_unreadable_files(tmp_path):
 
 
 def test_windows_are_real_text_and_follow_the_seed(tokenizer, texts):
-    windows = calibration_windows(texts, tokenizer, 8, 64, seed=0)
+    windows = calibration_sequences(texts, tokenizer, 8, 64, seed=0)
     assert windows.shape == (8, 64)
     assert windows.dtype == torch.int64
-    assert torch.equal(windows, calibration_windows(texts, tokenizer, 8, 64, seed=0))
-    assert not torch.equal(windows, calibration_windows(texts, tokenizer, 8, 64, seed=1))
+    assert torch.equal(windows, calibration_sequences(texts, tokenizer, 8, 64, seed=0))
+    assert not torch.equal(windows, calibration_sequences(texts, tokenizer, 8, 64, seed=1))
     decoded = tokenizer.decode(windows[0])
     assert any(decoded[10:60] in text for text in texts)
 
 
 def test_short_text(tokenizer, caplog):
     with pytest.raises(CalibrationError, match=r"one sequence takes seqlen=64; give more text or `seqlen`"):
-        calibration_windows(["just a few words"], tokenizer, 8, 64, seed=0)
+        calibration_sequences(["just a few words"], tokenizer, 8, 64, seed=0)
     with caplog.at_level(logging.WARNING):
-        windows = calibration_windows(["many words " * 200], tokenizer, 1000, 64, seed=0)
+        windows = calibration_sequences(["many words " * 200], tokenizer, 1000, 64, seed=0)
     assert 0 < len(windows) < 1000
     assert "only" in caplog.text
 

@@ -27,7 +27,7 @@ def files(folder):
 
 @torch.no_grad()
 def distance(model, teacher, tokenizer):
-    windows = Calibration("stdlib", 64, 64, seed=5).windows(tokenizer, teacher)  # fewer do not tell
+    windows = Calibration("stdlib", 64, 64, seed=5).sequences(tokenizer, teacher)  # fewer do not tell
     return float(quantkit.core.metrics.token_kl(teacher(windows).logits, model(windows).logits).mean())
 
 

@@ -74,7 +74,7 @@ def test_what_is_kept_is_the_best_state(models):
     )
     quantkit.tune(model, teacher, tokenizer, calibration=text, settings=wild)
     best = min(entry["kl"] for entry in model.quantkit_tuning)
-    run = _Run(model, Teacher(teacher), text.windows(tokenizer, model), wild)
+    run = _Run(model, Teacher(teacher), text.sequences(tokenizer, model), wild)
     run.begin()
     assert run.history[0]["kl"] == pytest.approx(best, rel=1e-2)
     run.finish()
@@ -131,7 +131,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(models):
     _, teacher, tokenizer, text = models
     model = quantkit.quantize(copy.deepcopy(teacher), tokenizer, method=GPTQ(8), calibration=text)
     same = copy.deepcopy(model)
-    run = _Run(model, Teacher(same), text.windows(tokenizer, model), SHORT)
+    run = _Run(model, Teacher(same), text.sequences(tokenizer, model), SHORT)
     run.begin()
     assert run.history[0]["kl"] == pytest.approx(0, abs=1e-6)
     run.finish()

@@ -17,7 +17,7 @@ TEXT = Calibration("stdlib", 70, 32)  # two files of a cache
 
 @pytest.fixture(scope="module")
 def windows(teacher, tokenizer):
-    return TEXT.windows(tokenizer, teacher)
+    return TEXT.sequences(tokenizer, teacher)
 
 
 def silent(_done, _total):
