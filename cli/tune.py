@@ -49,7 +49,7 @@ _CodeLr = Annotated[
     ),
 ]
 _Fraction = Annotated[
-    float, typer.Option("--share", help="Most of a layer's codes that change in a step.", rich_help_panel=_STEP)
+    float, typer.Option(help="Fraction of a layer's codes that may change in a step.", rich_help_panel=_STEP)
 ]
 _Trust = Annotated[
     float, typer.Option(help="Most that codes change a layer's weights in a step.", rich_help_panel=_STEP)
@@ -84,7 +84,7 @@ def tune_command(
     mode: _Mode = PVSettings.mode,
     lr: _Lr = PVSettings.lr,
     code_lr: _CodeLr = PVSettings.code_lr,
-    share: _Fraction = PVSettings.share,
+    fraction: _Fraction = PVSettings.fraction,
     trust: _Trust = PVSettings.trust,
     device: options.Device = "auto",
     dtype: Annotated[str | None, typer.Option(help="Of the models' computation; by default float32 on a CPU.")] = None,
@@ -104,7 +104,7 @@ def tune_command(
     settings = TuningSettings(
         steps, batch, micro_batch, evaluate_every=evaluate_every, held_out=held_out, patience=patience, norms=norms,
         embeddings=embeddings, corrections=corrections, kl=kl, ce=ce, hidden=hidden, recompute=recompute, top=top,
-        seed=seed, pv=PVSettings(mode, lr, code_lr, share, trust),
+        seed=seed, pv=PVSettings(mode, lr, code_lr, fraction, trust),
     )  # fmt: skip
     shown: AbstractContextManager[dict[str, Any]] = tuning_bars() if options.is_first_process() else nullcontext({})
     try:

@@ -204,7 +204,7 @@ class PVOptimizer:
     def _recode(self, part: Coded, target: Tensor) -> int:
         """The V step of a layer, with the continuous parts as they are by now."""
         settings = self.settings
-        if settings.share == 0:
+        if settings.fraction == 0:
             return 0
         weight = part.decode()
         present, wanted = part.units(weight), part.units(target)
@@ -212,7 +212,7 @@ class PVOptimizer:
             chosen = torch.arange(len(present), device=weight.device)
         else:
             distance = (wanted - present).square().sum(1)
-            chosen = distance.topk(max(1, int(settings.share * len(distance)))).indices
+            chosen = distance.topk(max(1, int(settings.fraction * len(distance)))).indices
         codes, values = part.nearest(chosen, wanted[chosen])
         moved = (values - present[chosen]).square().sum(1)
         # no farther from the target than before: the search of a pyramid's point is not exhaustive

@@ -16,7 +16,7 @@ class PVSettings:
         lr: of continuous parts, in units of their size.
         code_lr: of targets, in units of what a code can tell apart: a layer's root mean square weight / 2^bits; half
             of it for trellis codes (`Coded.pace`).
-        share: the fraction of a layer's units that may be coded again in a step.
+        fraction: of a layer's units that may be coded again in a step.
         trust: largest relative change of a layer's weights by codes in a step.
         decay: pull of targets towards the weights, 0 to 1.
         betas: Adam's.
@@ -25,7 +25,7 @@ class PVSettings:
     mode: str = "buffer"
     lr: float = 1e-2
     code_lr: float = 0.12
-    share: float = 0.1
+    fraction: float = 0.1
     trust: float = 0.1
     decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
@@ -36,7 +36,7 @@ class PVSettings:
         for name in ("lr", "code_lr"):
             if not 0 <= getattr(self, name) < 1:
                 raise QuantkitError(f"{name}={getattr(self, name)}: from 0 to below 1")
-        for name in ("share", "trust", "decay"):
+        for name in ("fraction", "trust", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise QuantkitError(f"{name}={getattr(self, name)}: a fraction, from 0 to 1")
 

@@ -71,7 +71,7 @@ def test_a_run_that_is_cut_and_resumed_gives_the_same_bytes(reference, tmp_path,
 
 def test_what_gains_nothing_changes_nothing(teacher, tokenizer):
     text = Calibration("stdlib", 4, 64)
-    wild = BlockTuning(2, pv=PVSettings(lr=0.9, code_lr=0.9, share=1.0, trust=1.0))
+    wild = BlockTuning(2, pv=PVSettings(lr=0.9, code_lr=0.9, fraction=1.0, trust=1.0))
     plain = quantized(teacher, tokenizer, GPTQ(4), calibration=text)
     tuned = quantized(teacher, tokenizer, GPTQ(4), wild, calibration=text)
     assert all(before == after for before, after in (layer.tuned for layer in tuned.quantkit_report.layers))

@@ -17,7 +17,12 @@ from quantkit.tuning.end_to_end import _Run
 from quantkit.tuning.pv import TunedLinear
 
 SHORT = TuningSettings(
-    6, batch=4, micro_batch=4, evaluate_every=2, held_out=8, pv=PVSettings(lr=2e-3, code_lr=0.2, share=0.1, trust=0.1)
+    6,
+    batch=4,
+    micro_batch=4,
+    evaluate_every=2,
+    held_out=8,
+    pv=PVSettings(lr=2e-3, code_lr=0.2, fraction=0.1, trust=0.1),
 )
 
 
@@ -70,7 +75,7 @@ def test_what_is_kept_is_the_best_state(models):
     """The kept model has, packed, the least KL of the history."""
     model, teacher, tokenizer, text = models
     wild = TuningSettings(
-        6, 2, 2, evaluate_every=1, held_out=2, pv=PVSettings(lr=0.3, code_lr=0.5, share=1.0, trust=1.0)
+        6, 2, 2, evaluate_every=1, held_out=2, pv=PVSettings(lr=0.3, code_lr=0.5, fraction=1.0, trust=1.0)
     )
     quantkit.tune(model, teacher, tokenizer, calibration=text, settings=wild)
     best = min(entry["kl"] for entry in model.quantkit_tuning)

@@ -113,7 +113,7 @@ def test_no_rate_and_no_share_change_nothing(method, mode):
     weight, hessian = problem()
     packed = method.quantize(weight, LayerStats(hessian))
     layer = TunedLinear(tunable(packed), None)
-    settings = PVSettings(mode, lr=0, code_lr=0, share=0)
+    settings = PVSettings(mode, lr=0, code_lr=0, fraction=0)
     optimizer = PVOptimizer([layer], settings)
     for _ in range(3):
         assert step(layer, optimizer, weight, hessian)[1] == 0
@@ -125,7 +125,7 @@ def test_no_rate_and_no_share_change_nothing(method, mode):
 def test_codes_change_within_share_and_trust(method):
     weight, hessian = problem()
     layer = TunedLinear(tunable(method.quantize(weight, LayerStats(hessian))), None)
-    optimizer = PVOptimizer([layer], PVSettings(lr=0, code_lr=0.2, share=0.02, trust=0.05))
+    optimizer = PVOptimizer([layer], PVSettings(lr=0, code_lr=0.2, fraction=0.02, trust=0.05))
     (part,) = layer.parts.coded()
     counts = []
     for _ in range(12):
@@ -148,7 +148,7 @@ def test_codes_change_within_share_and_trust(method):
 def test_a_step_of_codes_never_leaves_the_target_farther(method):
     weight, hessian = problem()
     layer = TunedLinear(tunable(method.quantize(weight, LayerStats(hessian))), None)
-    optimizer = PVOptimizer([layer], PVSettings(lr=0, code_lr=0.3, share=0.5, trust=1.0))
+    optimizer = PVOptimizer([layer], PVSettings(lr=0, code_lr=0.3, fraction=0.5, trust=1.0))
     (part,) = layer.parts.coded()
     target = optimizer.targets[0]
     for _ in range(3):
@@ -167,7 +167,7 @@ def test_the_projected_step_descends_on_a_quadratic(method):
     weight, hessian = problem()
     lipschitz = 2 * float(torch.linalg.eigvalsh(hessian).max())
     layer = TunedLinear(tunable(method.quantize(weight, LayerStats(hessian))), None)
-    settings = PVSettings("linearized", lr=0, code_lr=0, share=1.0, trust=1.0)
+    settings = PVSettings("linearized", lr=0, code_lr=0, fraction=1.0, trust=1.0)
     optimizer = PVOptimizer([layer], settings)
     (part,) = layer.parts.coded()
     losses = []
@@ -202,7 +202,7 @@ def test_continuous_parts_descend(method):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"mode": "ste"}, {"lr": -1}, {"code_lr": 2}, {"share": 1.5}, {"trust": -0.1}, {"decay": 3}],
+    [{"mode": "ste"}, {"lr": -1}, {"code_lr": 2}, {"fraction": 1.5}, {"trust": -0.1}, {"decay": 3}],
     ids=lambda s: next(iter(s)),
 )
 def test_bad_settings(settings):
