@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from quantkit.core.device import compute_dtype, parse_dtype, pick_device
 from quantkit.core.errors import QuantkitError
 from quantkit.evals import perplexity
-from quantkit.evals.activations import ActivationCode, quantized_activations
+from quantkit.evals.activations import ActivationCode, Observed, quantized_activations
 from quantkit.evals.kv_prefix import compressed_prefix
 from quantkit.evals.kv_quality import retrieval
 from quantkit.evals.perplexity import Quality
@@ -126,26 +126,24 @@ def evaluate(
             reader, tokens, bytes_per_token, length, stride=stride, prefix=prefix, max_windows=max_windows,
             baseline=subject if cache is not None and reference is None else reference, progress=progress,
         )  # fmt: skip
-    figures: dict[str, Any] = {}
-    if observed is not None:
-        figures["activations"] = {
-            "code": repr(activations),
-            "bits_per_activation": observed.bits_per_activation,
-            "relative_error": observed.relative_error,
-            "layers": observed.layers,
-            "layers_reached": len(observed.reached),
-        }
+    coded = None if observed is None else _activations(activations, observed)
+    cached: dict[str, Any] | None = None
     if cache is not None:
-        figures["kv_cache"] = {"bits": cache.config.k_bits, "prefix": prefix, "bits_per_element": reader.bits}
-        figures["kv_cache"] |= _retrieved(cache, subject, tokenizer)
-    settings = {
-        "model": _named(model),
-        "data": data,
-        "seqlen": length,
-        "stride": stride or length,
-        "baseline": compared,
+        cached = {"bits": cache.config.k_bits, "prefix": prefix, "bits_per_element": reader.bits}
+        cached |= _retrieved(cache, subject, tokenizer)
+    settings = {"model": _named(model), "data": data, "seqlen": length, "stride": stride or length}
+    return Evaluation(quality, settings | {"baseline": compared}, coded, cached)
+
+
+def _activations(code: ActivationCode | None, observed: Observed) -> dict[str, Any]:
+    """What was seen of quantized activations."""
+    return {
+        "code": repr(code),
+        "bits_per_activation": observed.bits_per_activation,
+        "relative_error": observed.relative_error,
+        "layers": observed.layers,
+        "layers_reached": len(observed.reached),
     }
-    return Evaluation(quality, settings, **figures)
 
 
 def _prefix(cache: CacheTest | None, length: int) -> int:
