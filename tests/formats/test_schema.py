@@ -203,7 +203,7 @@ def test_the_sentence_says_what_was_found_and_what_would_fit():
         outer.validate()
 
 
-@pytest.mark.parametrize("metadata", [None, 3, [], {}, {"format": "int_group"}, {"format": "dense", "tensors": {}}])
+@pytest.mark.parametrize("metadata", [None, 9.5, [], {}, {"format": "int_group"}, {"format": "dense", "tensors": {}}])
 def test_a_checkpoint_names_the_layer(metadata):
     """Also where another layer is tied to it."""
     tied = TiedWeight("head", *SHAPE).metadata()
