@@ -52,15 +52,20 @@ CONFIGS = {
 
 KERNEL, SLOW = {"kernels"}, {"cli", "evals", "tuning", "evopress"}
 """Folders whose tests are marked so, for an edit loop: pytest -m "not slow and not kernel"."""
+FIRST = ("evals", "kernels", "tuning", "cli", "evopress", "test_methods.py")
+"""Where files take longest: begun first, so that the processes that share a run end together."""
 
 
 def pytest_collection_modifyitems(items):
+    def folder(item):
+        return item.path.relative_to(ROOT / "tests").parts[0]
+
     for item in items:
-        folder = item.path.relative_to(ROOT / "tests").parts[0]
-        if folder in KERNEL:
+        if folder(item) in KERNEL:
             item.add_marker("kernel")
-        if folder in SLOW:
+        if folder(item) in SLOW:
             item.add_marker("slow")
+    items.sort(key=lambda item: FIRST.index(folder(item)) if folder(item) in FIRST else len(FIRST))
 
 
 @pytest.fixture(autouse=True)

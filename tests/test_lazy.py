@@ -76,6 +76,7 @@ def packed(model_folder, tmp_path_factory):
         return folder, model(torch.tensor([[1, 2, 3]])).logits.double().sum().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
