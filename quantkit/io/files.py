@@ -129,7 +129,7 @@ class RunFolder:
         own = {_IDENTITY, f"{_IDENTITY}.tmp", _JOURNAL, _LOCK}
         found = [] if self.has(_IDENTITY) else [name for name in _files(self.folder) if name not in own]
         if found:
-            raise QuantkitError(f"{self.folder} holds {_few(found)} and is not {self._what}; {self.anew}")
+            raise QuantkitError(f"{self.folder} holds {_few(found)} and is not {self._what}; move that away")
 
     def _held(self) -> str:
         lock = self.path(_LOCK)
