@@ -53,7 +53,7 @@ class ModelFitness:
         return self.on(assignments, self._held_out + torch.randperm(drawn, generator=generator)[:count])
 
     def on(self, assignments: Sequence[Assignment], indices: Tensor) -> list[float]:
-        """Each assignment's figure on the sequences with these indices."""
+        """Each assignment's figure on the sequences with these indices, int64 [n]."""
         found = torch.zeros(len(assignments), dtype=torch.float64)
         processes = self._processes
         for place in range(processes.process_index, len(assignments), processes.num_processes):

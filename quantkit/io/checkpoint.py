@@ -161,7 +161,11 @@ def packed_layers(folder: Path) -> dict[str, Any]:
 
 
 def check_version(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The layers of a quantization_config of a version that this quantkit reads."""
+    """The layers of a quantization_config of a version that this quantkit reads.
+
+    Raises:
+        CheckpointError: of another version, or without layers.
+    """
     version = config.get("version")
     if version == 1:
         raise CheckpointError("the checkpoint has format version 1, of a pre-release; quantize the model again")

@@ -76,7 +76,7 @@ def attention(
 
 
 def kernel_pays(query: Tensor, layer: GearLayer) -> bool:
-    """Whether the kernel is faster than decoding the layer."""
+    """Whether the kernel is faster than decoding the layer for a query [batch, heads, tokens, channels]."""
     return query.is_cuda and layer.k.packed >= FEWEST
 
 

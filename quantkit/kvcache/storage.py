@@ -37,7 +37,7 @@ class Growing:
 
     @property
     def data(self) -> Tensor:
-        """A view of the contents."""
+        """A view of the contents [batch, heads, length, ...]."""
         assert self._room is not None
         return self._room[:, :, : self.length]
 

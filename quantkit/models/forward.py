@@ -47,7 +47,7 @@ class Batch:
 
 
 def bare(hidden: Tensor) -> Tensor:
-    """The `Wrap` of blocks that return nothing but the hidden states."""
+    """The `Wrap` of blocks that return nothing but the hidden states [sequences, tokens, hidden_size]."""
     return hidden
 
 
@@ -60,7 +60,7 @@ class _Reached(Exception):
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: tuple[tuple, dict[str, Any]]) -> Tensor:
-    """A block's output hidden states for its input hidden states and recorded arguments."""
+    """A block's output for its input, both [sequences, tokens, hidden_size], and recorded arguments."""
     output = block(hidden, *call[0], **call[1])
     return output[0] if isinstance(output, tuple) else output
 
@@ -249,7 +249,7 @@ class Replay:
         self._outputs.clear()
 
     def reached(self, batch: int, inputs: dict[str, Tensor]) -> None:
-        """Takes the inputs at which a pass stopped; all that lies before them is final."""
+        """Takes the inputs [..., in_features] at which a pass stopped; all that lies before them is final."""
         for name, _ in self._tails.values():
             if name in inputs and self._fits(inputs[name]):
                 self._inputs[name, batch] = inputs[name]

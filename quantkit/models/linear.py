@@ -15,7 +15,7 @@ class Outputs(Protocol):
     weight: QuantizedWeight
 
     def output(self, slot: int, x: Tensor) -> Tensor:
-        """The output of the layer with this slot."""
+        """The output [..., out_features] of the layer with this slot for x [..., in_features]."""
 
 
 class _Payload(nn.Module):
@@ -136,7 +136,7 @@ class QuantizedLinear(Packed):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight, fp32, for model code that looks at its linears; writing to it changes nothing."""
+        """The weight, fp32 [out_features, in_features], for model code that looks at it; writing to it changes nothing."""
         weight = self.used.dequantize()
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not draw it anew
         return weight

@@ -100,7 +100,7 @@ class Structure:
     norms: list[str] = field(default_factory=list)
 
     def gains(self, read: Read) -> dict[str, Tensor]:
-        """fp64 gains of all norms, by the names of their weights."""
+        """Gains of all norms, fp64 [hidden_size], by the names of their weights."""
         return {name: weight.detach().double() + self.offset for name, weight in read(self.norms)}
 
     def rotated(self, name: str, tensor: Tensor, gains: dict[str, Tensor]) -> Tensor:

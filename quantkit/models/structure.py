@@ -118,7 +118,7 @@ def context_length(model: nn.Module) -> int | None:
 
 
 def check_vocabulary(tokens: Tensor, model: nn.Module) -> None:
-    """Raises QuantkitError where a token has no row in the model's embedding."""
+    """Raises QuantkitError where a token of int64 [...] has no row in the model's embedding."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     rows = embedding.weight.shape[0] if isinstance(embedding, nn.Embedding) else embedding.num_embeddings
     largest = int(tokens.max())

@@ -36,11 +36,11 @@ class Grid:
     bits: int
 
     def encode(self, weight: Tensor) -> Tensor:
-        """Nearest codes, as floats."""
+        """Nearest codes, as floats, of weights [out_features, columns]."""
         return torch.addcdiv(self.zero, weight, self.scale).round_().clamp_(0, 2**self.bits - 1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """The weights that codes stand for."""
+        """The weights that codes [out_features, columns] stand for."""
         return (codes - self.zero) * self.scale
 
 

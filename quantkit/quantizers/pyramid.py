@@ -249,7 +249,7 @@ def shape(x: Tensor, pulses: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def nearest_level(amplitudes: Tensor, levels: Tensor) -> Tensor:
-    """Indices int64 of the nearest of ascending levels, of the shape of `amplitudes`."""
+    """Indices of the nearest of ascending levels [count], int64, of the shape [...] of `amplitudes`."""
     return torch.bucketize(amplitudes, (levels[1:] + levels[:-1]) / 2)
 
 
@@ -276,7 +276,7 @@ def _storable(scale: Tensor) -> Tensor:
 
 @lru_cache
 def gain_levels(code: PyramidCode, length: int) -> Tensor:
-    """Levels for the norms of groups, of vectors with `length` weights of second moment 1; fp32 holding fp16 values.
+    """Levels for the norms of groups, [2^gain_bits], of vectors with `length` weights of second moment 1; fp32 of fp16.
 
     Lloyd and Max's quantizer of r = sqrt(length * u), u ~ Beta(D / 2, (length - D) / 2), on a fine grid of its density
     r^(D-1) (1 - r^2 / length)^((length - D) / 2 - 1).

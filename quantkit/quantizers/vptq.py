@@ -350,7 +350,7 @@ def _refit_codebooks(
 
 
 def conjugate_gradients(apply: Callable[[list[Tensor]], list[Tensor]], right: list[Tensor], steps: int) -> list[Tensor]:
-    """x with apply(x) ~ right for a symmetric positive definite linear map over lists of tensors."""
+    """x with apply(x) ~ right for a symmetric positive definite linear map over lists of tensors [...]."""
 
     def inner(a: list[Tensor], b: list[Tensor]) -> float:
         return sum(float((p * q).sum()) for p, q in zip(a, b, strict=True))

@@ -145,6 +145,9 @@ def evaluation_tokens(texts: list[str], tokenizer: Any) -> tuple[Tensor, float]:
 
     Returns:
         (tokens int64 [count], bytes of UTF-8 text a token).
+
+    Raises:
+        QuantkitError: fewer than two tokens.
     """
     text = "\n\n".join(texts)
     tokens = torch.tensor(_encode(tokenizer, text, add_special_tokens=True))

@@ -182,6 +182,6 @@ def described(weight: W) -> W:
 
 
 def storable(values: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
-    """Values in the type of a checkpoint, finite: what grows beyond it stays at its largest."""
+    """Values [...] in the type of a checkpoint, finite: what grows beyond it stays at its largest."""
     largest = torch.finfo(dtype).max
     return values.clamp(-largest, largest).to(dtype)
