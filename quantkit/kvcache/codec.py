@@ -115,14 +115,14 @@ def values(grid: Grid, bits: int | None, by_token: bool) -> Tensor:
 
 
 def extremes(x: Tensor, count: int, dim: int) -> Tensor:
-    """Indices of the `count` / 2 largest and as many smallest numbers of x [...] along `dim`, int64, `count` of them."""
+    """Indices of the `count` / 2 largest and smallest numbers of x [...] along `dim`, int64, `count` of them."""
     order, smallest = x.argsort(stable=True, dim=dim), count // 2
     largest = count - smallest
     return torch.cat([order.narrow(dim, 0, smallest), order.narrow(dim, x.shape[dim] - largest, largest)], dim)
 
 
 def without(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """`x` [...] with the numbers at some indices, int64 as `extremes` gives them, replaced by the mean of the others."""
+    """`x` [...] with the numbers at the indices that `extremes` gives, int64, replaced by the others' mean."""
     rest = x.scatter(dim, index, 0.0).sum(dim, keepdim=True) / max(x.shape[dim] - index.shape[dim], 1)
     return x.scatter(dim, index, rest.expand_as(index))
 

@@ -50,7 +50,7 @@ class QuantizedEmbedding(Packed):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight [rows, embedding_dim], for model code that looks at its embedding; writing to it changes nothing."""
+        """The weight [rows, embedding_dim], for model code that looks at it; writing to it changes nothing."""
         weight = self.packed.dequantize(self.dtype)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not draw it anew
         return weight

@@ -78,7 +78,7 @@ class SharedInput:
         return self.__dict__ | {"_last": None}
 
     def output(self, slot: int, x: Tensor) -> Tensor:
-        """One layer's output [..., out_features] for x [..., in_features]; computes all where x is new or has changed."""
+        """One layer's output [..., out_features] for x [..., in_features]; computes all where x is new or changed."""
         last = self._last  # one reading: another thread may put its own there
         outputs = last[2] if last is not None and last[0] is x and last[1] == _version(x) else None
         y = None if outputs is None else outputs[slot]

@@ -136,7 +136,7 @@ class QuantizedLinear(Packed):
 
     @property
     def weight(self) -> Tensor:
-        """The weight, fp32 [out_features, in_features], for model code that looks at it; writing to it changes nothing."""
+        """The weight, fp32 [out_features, in_features], for model code that looks at it; writes change nothing."""
         weight = self.used.dequantize()
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not draw it anew
         return weight

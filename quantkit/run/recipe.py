@@ -317,7 +317,7 @@ class Recipe:
         return TargetShift(quantizer, self.target_shift)
 
     def settings(self, plan: Plan, sequences: Tensor | None) -> dict[str, Any]:
-        """JSON of all that the packed bytes depend on, but for the model; the text is int64 [samples, seqlen] or None."""
+        """JSON of all that packed bytes depend on, but for the model; the text is int64 [samples, seqlen] or None."""
         source = self.calibration.source
         return {
             "quantizers": {name: spec.write(quantizer) for name, quantizer in plan.items()},

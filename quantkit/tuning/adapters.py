@@ -52,7 +52,7 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight, fp32 [out_features, in_features], for model code that looks at it; writing to it changes nothing."""
+        """The weight, fp32 [out_features, in_features], for model code that looks at it; writes change nothing."""
         return self.packed.dequantize()
 
     def open(self) -> None:
