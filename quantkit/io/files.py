@@ -158,10 +158,16 @@ class RunFolder:
             raise QuantkitError(self._held()) from None
         except OSError as error:
             raise QuantkitError(f"{self.folder} cannot be made ({error})") from error
+        begun = True
         try:
             self._open()
+            begun = self.has(_IDENTITY)
             self.identify(identity)
             yield self
+        except BaseException:
+            if not begun and not self._written:  # nothing was made that could be continued
+                self.path(_IDENTITY).unlink(missing_ok=True)
+            raise
         finally:
             self._lock.release()
             with suppress(OSError):

@@ -54,14 +54,14 @@ class KVCacheConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
-        least = {"k_bits": 2, "v_bits": 2, "group_size": 8, "buffer": 1, "sink": 0, "rank": 0, "iterations": 1}
+        least = {"group_size": 8, "buffer": 1, "sink": 0, "rank": 0, "iterations": 1}
         for name, smallest in (least | ({} if self.decode_rank is None else {"decode_rank": 0})).items():
             value = getattr(self, name)
             if type(value) is not int or value < smallest:
                 raise QuantkitError(f"{name}={value!r}: give a whole number, at least {smallest}")
         for name in ("k_bits", "v_bits"):
-            if getattr(self, name) not in WIDTHS:
-                raise QuantkitError(f"{name}={getattr(self, name)}: a cache has 2, 3, 4 or 8 bits, or 16 for none")
+            if type(getattr(self, name)) is not int or getattr(self, name) not in WIDTHS:
+                raise QuantkitError(f"{name}={getattr(self, name)}: a cache has 2, 3, 4 or 8 bits, a whole number, or 16 for none")
         if self.backbone not in get_args(Backbone):
             raise QuantkitError(f"backbone={self.backbone!r}: known are {', '.join(get_args(Backbone))}")
         if self.group_size > 256 or self.group_size % 8:

@@ -151,7 +151,7 @@ def test_head_and_embedding_at_their_own_bits(architecture, model_folder, text_f
         (["--target-shift", "7"], "use 0 (off) to 1"),
         (["--ignore", "*.nothing"], "matches none"),
         (["--device", "cuda:77"], "torch sees"),
-        (["--num-samples", "0"], "at least one window"),
+        (["--num-samples", "0"], "at least one sequence"),
         (["--head-bits", "9"], "9 bits for head and embedding: give 1 to 8"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from quantkit.evopress.build import build
 from quantkit.evopress.settings import Evolution
 from quantkit.evopress.spaces import BlockSpace, CandidateSpace
 from quantkit.evopress.store import candidate_key
-from quantkit.io.files import RunFolder
+from quantkit.io.files import Output, RunFolder
 from quantkit.models.plan import tied
 from quantkit.quantizers.target_shift import unshifted
 from quantkit.run.recipe import Recipe, read_plan
@@ -111,6 +112,16 @@ def test_an_interrupted_search_ends_in_the_same_assignment(session, budget, tmp_
         search(budget)
 
 
+def assembled(folder, database, chosen, settings=None, files=None):
+    """The report of a checkpoint of candidates."""
+    output = Output(folder)
+    with output.begin({}):
+        return assemble(
+            database, chosen, output, name="model", settings=settings or {}, files=lambda report: files or {},
+            device=torch.device("cpu"), start=time.monotonic(),
+        )  # fmt: skip
+
+
 def loaded_as_measured(folder, session, outcome):
     """(the checkpoint's model, tokens) on which it gives what the search's own model gives."""
     loaded = quantkit.load(folder, dtype=torch.float32).eval()
@@ -129,9 +140,9 @@ def test_the_checkpoint_is_the_model_that_was_measured(session, database, refere
     chosen = session.space.chosen(outcome.assignment)
     texts = {quantizer: spec.write(quantizer) for quantizer in database.quantizers.values()}
     plan = {"layers": {layer: texts[database.quantizers[key]] for layer, key in chosen.items()}}
-    report = assemble(
-        reference, database, chosen, tmp_path / "found", settings={"budget": budget},
-        files={"quantkit_plan.json": json.dumps(plan)}, device=torch.device("cpu"),
+    report = assembled(
+        tmp_path / "found", database, chosen, settings={"budget": budget},
+        files={"quantkit_plan.json": json.dumps(plan).encode()},
     )  # fmt: skip
     assert report.bits_per_weight <= 3.0
     assert report.bits_per_weight == pytest.approx(8 * outcome.spent / report.packed_weights)
@@ -149,10 +160,7 @@ def test_a_size_counts_every_byte_of_the_files(session, database, reference, tmp
     asked = int(0.35 * source.nbytes())
     allowed = Budget(asked, "bytes").units(source, names)
     outcome = session.search(allowed)
-    assemble(
-        reference, database, session.space.chosen(outcome.assignment), tmp_path / "found", settings={}, files={},
-        device=torch.device("cpu"),
-    )  # fmt: skip
+    assembled(tmp_path / "found", database, session.space.chosen(outcome.assignment))
     size = sum(path.stat().st_size for path in (tmp_path / "found").glob("*.safetensors"))
     assert 0.98 * asked < size <= asked
 
@@ -174,10 +182,7 @@ def test_head_and_embedding_are_packed_beside_the_candidates(with_ends, database
     assert allowed > budget.units(source, session.space.names) + 1_000_000
     assert budget.check(source, session.space.names, CANDIDATES, with_ends.fixed) == ""
     outcome = session.search(allowed)
-    report = assemble(
-        reference, with_ends, session.space.chosen(outcome.assignment), tmp_path / "found", settings={}, files={},
-        device=torch.device("cpu"),
-    )  # fmt: skip
+    report = assembled(tmp_path / "found", with_ends, session.space.chosen(outcome.assignment))
     size = sum(path.stat().st_size for path in (tmp_path / "found").glob("*.safetensors"))
     assert 0.97 * asked < size <= asked
     rows = {row.name: row for row in report.layers}
@@ -195,7 +200,7 @@ def test_a_tied_head_is_one_weight_in_a_search_too(model_folder, tmp_path):
     made = build(folder, recipe, (GPTQ(4, 32),), tmp_path / "c", device="cpu")
     assert tied(made.fixed) == {"model.embed_tokens": "lm_head"}
     chosen = dict.fromkeys(made.blocks, candidate_key(GPTQ(4, 32)))
-    report = assemble(folder, made, chosen, tmp_path / "found", settings={}, files={}, device=torch.device("cpu"))
+    report = assembled(tmp_path / "found", made, chosen)
     loaded = quantkit.load(tmp_path / "found", dtype=torch.float32).eval()
     assert loaded.get_input_embeddings().head is loaded.lm_head and loaded.lm_head.packed.bits == 6
     space = CandidateSpace(quantkit.load(folder, dtype=torch.float32), torch.float32, made)

@@ -102,7 +102,7 @@ def test_other_calibration_base_or_model_is_refused(reference, recipe, place, da
 def test_a_folder_of_something_else_is_refused(reference, recipe, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
-    with pytest.raises(QuantkitError, match="no database"):
+    with pytest.raises(QuantkitError, match="is not a database of candidates"):
         build(reference, recipe, CANDIDATES, tmp_path / "mine", device="cpu")
 
 

@@ -314,3 +314,13 @@ def test_another_library_writes_and_its_files_are_known(tmp_path):
         target.take(write)
         target.publish()
     assert names(tmp_path) == {"out/a", "out/b/c", f"out/{MANIFEST}"}
+
+
+def test_a_run_that_is_refused_before_it_made_anything_leaves_nothing(tmp_path):
+    with pytest.raises(_Stop), Output(tmp_path / "out").begin(ONE):
+        raise _Stop
+    assert not list(tmp_path.iterdir())
+    partial = unfinished(tmp_path / "out")
+    with pytest.raises(_Stop), Output(tmp_path / "out", resume=True).begin(ONE):
+        raise _Stop
+    assert (partial / "run.json").is_file(), "what was begun before stays"

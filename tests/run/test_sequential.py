@@ -214,7 +214,7 @@ def test_senseless_requests_are_refused(model_folder, tokenizer, texts):
     cases = [
         ({"group_size": 5000}, "exceeds the widest layer"),
         ({"seqlen": 512}, "exceeds the model's context of 256"),
-        ({"num_samples": 0}, "at least one window"),
+        ({"num_samples": 0}, "at least one sequence"),
         ({"target_shift": 1.5}, "use 0"),
         ({"device": "gpu"}, "unknown device"),
         ({"method": "gptk"}, "did you mean 'gptq'"),

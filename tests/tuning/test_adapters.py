@@ -106,7 +106,7 @@ def test_corrections_inside_a_rotation_are_trained_in_front_of_it(teacher, token
 
 def test_recomputed_activations_give_the_same_gradients(teacher, tokenizer):
     text = Calibration("stdlib", 6, 64)
-    model = quantized(teacher, tokenizer, LowRank(RTN(2), 2, "plain"))
+    model = quantized(teacher, tokenizer, LowRank(RTN(2), 2))
     found = []
     for recompute in (False, True):
         settings = TuningSettings(2, 4, 4, evaluate_every=2, held_out=2, corrections=True, recompute=recompute)

@@ -12,6 +12,7 @@ from quantkit.core import registry
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Needs
 from quantkit.core.schema import TensorSpec, unset
+from quantkit.core.stats import LayerStats
 from quantkit.core.weight import QuantizedWeight
 from quantkit.tuning.parts.base import Scaled, Tunable, TunableFields, tunable
 from quantkit.tuning.pv import PVOptimizer, TunedLinear
@@ -89,11 +90,11 @@ def test_taken_apart_and_put_together_is_the_same(dtype):
 
 
 @pytest.mark.parametrize(
-    "method", [Levels(), Hadamard(Levels()), LowRank(Levels(), 2, metric="plain")], ids=["plain", "rotated", "low-rank"]
+    "method", [Levels(), Hadamard(Levels()), LowRank(Levels(), 2)], ids=["plain", "rotated", "low-rank"]
 )
 def test_continuous_parts_descend_and_codes_stay(method):
     weight = problem()
-    packed = method.quantize(weight, None)
+    packed = method.quantize(weight, LayerStats(torch.eye(64)))
     layer = TunedLinear(tunable(packed), None)
     optimizer = PVOptimizer([layer], PVSettings(lr=1e-2))
     assert optimizer.coded == [] and optimizer.targets == []
