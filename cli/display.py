@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -106,9 +108,15 @@ def search_progress(shown: bool, generations: int) -> Iterator[tuple[Callable, C
         yield told, progress
 
 
+def made(output: Path) -> None:
+    """Says where a checkpoint lies; a path may hold what rich would read as markup."""
+    line = f"checkpoint: [bold]{escape(str(output))}[/]   load it with {escape(f'quantkit.load({str(output)!r})')}"
+    console.print(line, soft_wrap=True)
+
+
 def report_table(report: Report) -> None:
     """Prints a quantization report."""
-    table = Table(title=f"{report.model}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=escape(report.model), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", overflow="fold")
     tuned = any(layer.tuned for layer in report.layers)
     for heading in ("format", "bits/w", "error", "damping", *(["block tuned"] if tuned else [])):

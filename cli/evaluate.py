@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from quantkit.cli import options
 from quantkit.cli.display import console, window_progress
@@ -66,6 +67,9 @@ def evaluate_command(
     stride: Annotated[int | None, typer.Option(help="Tokens between sequences; by default seqlen.")] = None,
     baseline: Annotated[str | None, typer.Option(help="Full-precision model to compare with.")] = None,
     max_windows: Annotated[int | None, typer.Option(help="Stop after so many sequences.")] = None,
+    bos: Annotated[
+        bool, typer.Option(help="Begin every sequence with the BOS token that the tokenizer adds, if it adds one.")
+    ] = True,
     device: options.Device = "auto",
     unpack: options.Unpack = None,
     dtype: Annotated[
@@ -90,8 +94,8 @@ def evaluate_command(
     cache = _cache(kv_bits, kv_prefix, kv_retrieval)
     with window_progress() as progress:
         found = evaluate(
-            model, data, seqlen=seqlen, stride=stride, baseline=baseline, max_windows=max_windows, activations=code,
-            cache=cache, device=device, dtype=dtype, unpack=unpack, progress=progress,
+            model, data, seqlen=seqlen, stride=stride, baseline=baseline, max_windows=max_windows, bos=bos,
+            activations=code, cache=cache, device=device, dtype=dtype, unpack=unpack, progress=progress,
         )  # fmt: skip
     if as_json:
         print(json.dumps(found.to_json(), indent=2))
@@ -140,17 +144,18 @@ def _activation_code(
 
 def _print(found: Evaluation) -> None:
     quality, on = found.quality, found.settings
-    console.print(f"[bold]{on['model']}[/]")
+    console.print(f"[bold]{escape(on['model'])}[/]")
     console.print(f"perplexity      {quality.perplexity:.4f} +- {quality.perplexity_se:.4f}")
     if on["baseline"] is not None:
-        console.print(f"  before        {quality.baseline_perplexity:.4f}  ({on['baseline']})")
+        console.print(f"  before        {quality.baseline_perplexity:.4f}  ({escape(on['baseline'])})")
     console.print(f"bits per byte   {quality.bits_per_byte:.4f}")
     if quality.kl is not None:
         console.print(f"KL to baseline  {quality.kl:.5f} +- {quality.kl_se:.5f} nats a token")
         console.print(f"top-1 agreement {100 * (quality.top1_agreement or 0):.2f}%")
         console.print(f"flip rate       {100 * (quality.flip_rate or 0):.2f}%")
-    step = "" if on["stride"] == on["seqlen"] else f" every {on['stride']}"
-    console.print(f"text            {on['data']}, sequences of {on['seqlen']} tokens{step}")
+    step = "" if on["stride"] == on["seqlen"] - on["bos"] else f" every {on['stride']}"
+    step += ", each with a BOS token in front" if on["bos"] else ""
+    console.print(f"text            {escape(on['data'])}, sequences of {on['seqlen']} tokens{step}")
     console.print(
         f"over            {quality.windows} of {quality.available} sequences, {quality.tokens:,} tokens scored"
     )

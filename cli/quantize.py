@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
 
 from quantkit.cli import options
-from quantkit.cli.display import block_progress, console, report_table
+from quantkit.cli.display import block_progress, console, made, report_table
 from quantkit.core.constants import TARGET_SHIFT
 from quantkit.core.errors import Interrupted, QuantkitError
 from quantkit.core.units import size
@@ -205,7 +206,7 @@ def quantize_command(
     except KeyboardInterrupt:
         raise _interrupted(output) from None
     report_table(report)
-    console.print(f"checkpoint: [bold]{output}[/]   load it with quantkit.load({str(output)!r})", soft_wrap=True)
+    made(output)
 
 
 def _quantizer(
@@ -246,7 +247,7 @@ def _say_estimate(model: str, folder: Path, recipe: Recipe, output: Path, device
     from quantkit.run.estimate import estimate
 
     expected = estimate(folder, recipe, device=device)
-    console.print(f"[bold]{model}[/] -> {output}")
+    console.print(f"[bold]{escape(model)}[/] -> {escape(str(output))}", soft_wrap=True)
     console.print(
         f"layers to pack     {expected.layers}, {expected.packed_weights:,} of {expected.all_weights:,} weights"
     )

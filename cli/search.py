@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from quantkit.cli import options
-from quantkit.cli.display import console, report_table, search_progress
+from quantkit.cli.display import console, made, report_table, search_progress
 from quantkit.core.constants import TARGET_SHIFT
 from quantkit.core.errors import Interrupted
 from quantkit.evopress.settings import CANDIDATES, Evolution, parse_stages, stages_text
@@ -186,4 +186,4 @@ def _say(found: Searched, top: int, output: Path) -> None:
         seen = f"{100 * outcome.seen:.1f}% of the full KL (one held-out sequence)"
         console.print(f"seen             {seen} in the top {top} tokens and the rest as one")
     console.print(f"budget           {outcome.spent:,} of {outcome.budget:,} spent")
-    console.print(f"checkpoint: [bold]{output}[/]   load it with quantkit.load({str(output)!r})", soft_wrap=True)
+    made(output)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from quantkit.cli import options
-from quantkit.cli.display import console, tuning_bars
+from quantkit.cli.display import console, made, tuning_bars
 from quantkit.core.errors import Interrupted
 from quantkit.tuning.settings import PVSettings, TuningSettings
 
@@ -126,4 +126,4 @@ def _say(history: list[dict[str, Any]], output: Path) -> None:
         console.print(f"the cache understates KL by {missing:.1f}% ({first['full_kl']:.4f} in full before tuning)")
     less = 100 * (1 - best / first["kl"])
     console.print(f"held-out KL to the teacher  {first['kl']:.4f} -> {best:.4f} nats a token ({less:.0f}% less)")
-    console.print(f"checkpoint: [bold]{output}[/]   load it with quantkit.load({str(output)!r})", soft_wrap=True)
+    made(output)

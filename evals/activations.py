@@ -41,7 +41,7 @@ from quantkit.models.structure import ROUTERS, context_length, is_linear
 from quantkit.quantizers.grid import fit_grid
 from quantkit.quantizers.pyramid import Pyramid, fit_gains, gain_levels, shape
 from quantkit.run.recipe import sequence_length
-from quantkit.run.text import documents, evaluation_tokens
+from quantkit.run.text import documents, evaluation_text
 
 SCALE_BITS = 16
 _AT_ONCE = 1 << 20  # activations whose temporaries stay small
@@ -289,7 +289,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     folder = resolve_folder(arguments.model)
     baseline = load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
     model = copy.deepcopy(baseline)
-    tokens, bytes_per_token = evaluation_tokens(documents(arguments.data, "evaluation"), load_tokenizer(folder))
+    text = evaluation_text(documents(arguments.data, "evaluation"), load_tokenizer(folder))
     length = sequence_length(arguments.seqlen, context_length(baseline))
     print("| method | bits/activation | relative squared error | perplexity | KL x 1000 |")
     print("|---|---|---|---|---|")
@@ -298,9 +298,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for method, hadamard in METHODS:
             code = activation_code(method, bits, arguments.dimension, hadamard)
             with quantized_activations(model, code) as observed:
-                quality = evaluate(
-                    model, tokens, bytes_per_token, length, baseline=baseline, max_windows=arguments.max_windows
-                )
+                quality = evaluate(model, text, length, baseline=baseline, max_windows=arguments.max_windows)
             figures = {
                 "bits_per_activation": observed.bits_per_activation,
                 "relative_error": observed.relative_error,

@@ -70,17 +70,17 @@ def main() -> None:
     from quantkit.io.hf import load
     from quantkit.io.source import load_tokenizer
     from quantkit.run.recipe import Calibration
-    from quantkit.run.text import documents, evaluation_tokens
+    from quantkit.run.text import documents, evaluation_text
 
     folder = Path(arguments.model)
     tokenizer = load_tokenizer(folder)
     baseline = load(folder, dtype=torch.float32).eval()
     text = Calibration(arguments.calibration, arguments.num_samples, arguments.seqlen)
-    judged = evaluation_tokens(documents(arguments.data, "evaluation"), tokenizer)
+    judged = evaluation_text(documents(arguments.data, "evaluation"), tokenizer)
     rows: list[dict[str, Any]] = []
 
     def judge(name: str, bits: int, model: Any, seconds: float) -> None:
-        found = evaluate(model.eval(), *judged, arguments.seqlen, baseline=baseline, max_windows=arguments.max_windows)
+        found = evaluate(model.eval(), judged, arguments.seqlen, baseline=baseline, max_windows=arguments.max_windows)
         rows.append({"name": name, "bits": bits, "seconds": seconds} | asdict(found))
         kl, error = 1000 * (found.kl or 0), 1000 * (found.kl_se or 0)
         print(f"| {bits} | {name} | {kl:.2f} +- {error:.2f} | {found.perplexity:.3f} | {seconds:.0f} |", flush=True)

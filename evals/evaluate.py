@@ -21,7 +21,7 @@ from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.models.structure import check_vocabulary, context_length
 from quantkit.run.recipe import sequence_length
-from quantkit.run.text import documents, evaluation_tokens
+from quantkit.run.text import documents, evaluation_text
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Evaluation:
 
     Attributes:
         quality: perplexity, and with a baseline what differs from it.
-        settings: on what: model, data, seqlen, stride, baseline.
+        settings: on what: model, data, seqlen, stride, bos (whether every sequence begins with it), baseline.
         activations: of quantized activations: their code, measured bits, relative error, layers; or None.
         kv_cache: of a compressed cache: its measured bits per element, prefix, retrieval by depth; or None.
     """
@@ -69,6 +69,7 @@ def evaluate(
     stride: int | None = None,
     baseline: PreTrainedModel | str | Path | None = None,
     max_windows: int | None = None,
+    bos: bool = True,
     activations: ActivationCode | None = None,
     cache: CacheTest | None = None,
     device: str | torch.device | None = None,
@@ -86,6 +87,7 @@ def evaluate(
         stride: tokens between sequences; None for `seqlen`.
         baseline: full-precision model to compare with; with `cache` by default the model with an exact cache.
         max_windows: stop after so many sequences.
+        bos: begin every sequence with the BOS token that the tokenizer adds, if it adds one.
         activations: code of what the decoder blocks' linear layers read; see `evals.activations.activation_code`.
         cache: of a compressed KV cache; None for an exact one.
         device, dtype, unpack: of models that are loaded here; see `quantkit.load`. By default a GPU if there is one,
@@ -110,12 +112,12 @@ def evaluate(
         tokenizer = load_tokenizer(resolve_folder(model))
     elif tokenizer is None:
         raise QuantkitError("a model in memory is measured with its tokenizer; give `tokenizer`")
-    tokens, bytes_per_token = evaluation_tokens(documents(data, "evaluation"), tokenizer)
+    text = evaluation_text(documents(data, "evaluation"), tokenizer, bos)
     subject = loaded(model, unpack=unpack)
     reference = None if baseline is None else loaded(baseline)
     for one in (subject, reference):
         if one is not None:
-            check_vocabulary(tokens, one)
+            check_vocabulary(text.tokens, one)
     length = sequence_length(seqlen, context_length(subject))
     prefix = _prefix(cache, length)
     compared = "with an exact cache" if cache is not None and baseline is None else _named(baseline)
@@ -123,7 +125,7 @@ def evaluate(
     caching = nullcontext(subject) if cache is None else compressed_prefix(subject, cache.config, prefix)
     with coding as observed, caching as reader:
         quality = perplexity.evaluate(
-            reader, tokens, bytes_per_token, length, stride=stride, prefix=prefix, max_windows=max_windows,
+            reader, text, length, stride=stride, prefix=prefix, max_windows=max_windows,
             baseline=subject if cache is not None and reference is None else reference, progress=progress,
         )  # fmt: skip
     coded = None if observed is None else _activations(activations, observed)
@@ -131,8 +133,8 @@ def evaluate(
     if cache is not None:
         cached = {"bits": cache.config.k_bits, "prefix": prefix, "bits_per_element": reader.bits}
         cached |= _retrieved(cache, subject, tokenizer)
-    settings = {"model": _named(model), "data": data, "seqlen": length, "stride": stride or length}
-    return Evaluation(quality, settings | {"baseline": compared}, coded, cached)
+    settings = {"model": _named(model), "data": data, "seqlen": length, "stride": stride or text.body(length)}
+    return Evaluation(quality, settings | {"bos": text.bos is not None, "baseline": compared}, coded, cached)
 
 
 def _activations(code: ActivationCode | None, observed: Observed) -> dict[str, Any]:

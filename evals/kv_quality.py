@@ -28,7 +28,7 @@ from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.models.structure import context_length
 from quantkit.run.recipe import sequence_length
-from quantkit.run.text import documents, evaluation_tokens
+from quantkit.run.text import documents, evaluation_text
 
 DEPTHS = 4
 """Parts of the definitions by which retrieval is told apart."""
@@ -143,11 +143,14 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     folder, device = resolve_folder(arguments.model), pick_device(arguments.device)
     tokenizer = load_tokenizer(folder)
     model: Any = load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
-    tokens, _ = evaluation_tokens(documents(arguments.data, "evaluation"), tokenizer)
+    text = evaluation_text(documents(arguments.data, "evaluation"), tokenizer)
     length = sequence_length(arguments.seqlen, context_length(model))
-    windows = tokens[: len(tokens) // length * length].view(-1, length)[: arguments.max_windows]
-    if len(windows) < 2:
-        raise QuantkitError(f"the text has {len(tokens)} tokens, two windows take {2 * length}; use a shorter --seqlen")
+    starts = range(0, len(text.tokens) - text.body(length) + 1, text.body(length))
+    if len(starts) < 2:
+        raise QuantkitError(
+            f"the text has {len(text.tokens)} tokens, two sequences take {2 * length}; use a shorter --seqlen"
+        )
+    windows = torch.stack([text.sequence(start, length) for start in starts[: arguments.max_windows]])
     prefix = length * 3 // 4 if arguments.prefix is None else arguments.prefix
     rows: list[dict[str, Any]] = []
     print("| outliers | mode | code bits | true bits | KL x 1000 | top-1 | retrieval | by depth, oldest first |")

@@ -1,12 +1,13 @@
 """Perplexity, and how far a model has moved from its baseline, on held-out text.
 
-Protocol (the field's): all documents joined by two newlines and tokenized at once; windows of `seqlen` tokens,
-each predicted on its own, tokens after the first of a window scored; fp32 log-softmax; perplexity = exp of the
-mean NLL over all scored tokens. Windows do not overlap unless a smaller `stride` is asked for: then each window
-scores only the tokens that the one before did not reach. A last, incomplete window is dropped.
+Protocol (the field's): all documents joined by two newlines and tokenized at once; sequences of `seqlen` tokens,
+each predicted on its own, tokens after the first of a sequence scored; fp32 log-softmax; perplexity = exp of the
+mean NLL over all scored tokens. Where the tokenizer puts a BOS token in front of text of its own accord, every sequence
+begins with one. Sequences do not overlap unless a smaller `stride` is asked for: then each scores only the tokens that
+the one before did not reach. A last, incomplete sequence is dropped.
 
-With a baseline both models read the same windows: KL(baseline || model) has far less noise than a difference
-of perplexities. Standard errors are over windows.
+With a baseline both models read the same sequences: KL(baseline || model) has far less noise than a difference
+of perplexities. Standard errors are over sequences.
 """
 
 import math
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from quantkit.core.errors import QuantkitError
 from quantkit.core.metrics import token_kl, token_nll
+from quantkit.run.text import EvaluationText
 
 _POSITIONS = 512  # positions whose logits are turned to fp32 at once
 
@@ -55,8 +57,7 @@ class Quality:
 
 def evaluate(
     model: Any,
-    tokens: Tensor,
-    bytes_per_token: float,
+    text: EvaluationText,
     seqlen: int,
     *,
     stride: int | None = None,
@@ -69,10 +70,9 @@ def evaluate(
 
     Args:
         model: a transformers model in evaluation mode.
-        tokens: int64 [count], the whole text.
-        bytes_per_token: UTF-8 bytes of the text per token.
-        seqlen: tokens a sequence.
-        stride: tokens between sequences; by default seqlen.
+        text: whole.
+        seqlen: tokens a sequence, a BOS token in front included.
+        stride: tokens between sequences; by default as many as a sequence takes from the text.
         prefix: so many of a sequence's first tokens, and the one after, are not scored.
         baseline: the model to compare with, of the same vocabulary.
         max_windows: stop after so many sequences.
@@ -81,23 +81,25 @@ def evaluate(
     Raises:
         QuantkitError: the text is shorter than a window, or the stride makes no sense.
     """
-    stride = seqlen if stride is None else stride
+    body = text.body(seqlen)
+    stride = body if stride is None else stride
     if max_windows is not None and max_windows < 1:
         raise QuantkitError(f"max_windows={max_windows}: measure at least one sequence")
     if not 1 <= stride <= seqlen:
         raise QuantkitError(f"stride={stride}: use 1 to seqlen={seqlen}")
+    stride = min(stride, body)
     if not 0 <= prefix < seqlen - 1:
         raise QuantkitError(f"a prefix of {prefix} leaves nothing to score of sequences of {seqlen} tokens")
-    available = range(0, len(tokens) - seqlen + 1, stride)
+    available = range(0, len(text.tokens) - body + 1, stride)
     starts = list(available)[:max_windows]
     if not starts:
         raise QuantkitError(
-            f"the text has {len(tokens)} tokens, one sequence takes seqlen={seqlen}; use a shorter --seqlen"
+            f"the text has {len(text.tokens)} tokens, one sequence takes seqlen={seqlen}; use a shorter --seqlen"
         )
     columns: dict[str, list[float]] = {name: [] for name in ("nll", "base_nll", "kl", "agree", "flip", "count")}
     for index, start in enumerate(starts):
-        window = tokens[start : start + seqlen]
-        first = max(1 if index == 0 or stride == seqlen else seqlen - stride, prefix + 1)
+        window = text.sequence(start, seqlen)
+        first = max(1 if index == 0 or stride == body else seqlen - stride, prefix + 1)
         for name, value in _score_window(model, baseline, window, first).items():
             columns[name].append(value)
         progress(index + 1, len(starts))
@@ -121,7 +123,7 @@ def evaluate(
         perplexity=math.exp(min(nll, 700.0)),
         perplexity_se=math.exp(min(nll, 700.0)) * nll_se,
         nll=nll,
-        bits_per_byte=nll / math.log(2) / bytes_per_token,
+        bits_per_byte=nll / math.log(2) / text.bytes_per_token,
         tokens=int(counts.sum()),
         windows=len(starts),
         available=len(available),

@@ -33,7 +33,7 @@ from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.models.structure import context_length
 from quantkit.run.recipe import Calibration, core, make_quantizer, sequence_length
 from quantkit.run.report import Report
-from quantkit.run.text import documents, evaluation_tokens
+from quantkit.run.text import documents, evaluation_text
 
 
 def quantizers_of(arguments: argparse.Namespace) -> list[Quantizer]:
@@ -65,7 +65,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     folder = resolve_folder(arguments.model)
     tokenizer = load_tokenizer(folder)
     baseline = load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
-    tokens, bytes_per_token = evaluation_tokens(documents(arguments.data, "evaluation"), tokenizer)
+    text = evaluation_text(documents(arguments.data, "evaluation"), tokenizer)
     length = sequence_length(arguments.seqlen, context_length(baseline))
     print("| method | target shift | windows | bits/weight | perplexity | KL x 1000 | seconds |")
     print("|---|---|---|---|---|---|---|")
@@ -75,7 +75,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         quantizer, shift, samples = row["quantizer"], row["target_shift"], row["num_samples"]
         calibration = Calibration(arguments.calibration, max(samples, 1), arguments.seqlen, arguments.seed)
         quantize(model, tokenizer, method=quantizer, target_shift=shift, calibration=calibration, device=device)
-        quality = evaluate(model, tokens, bytes_per_token, length, baseline=baseline, max_windows=arguments.max_windows)
+        quality = evaluate(model, text, length, baseline=baseline, max_windows=arguments.max_windows)
         report = model.quantkit_report
         assert isinstance(report, Report)
         found = {

@@ -33,7 +33,7 @@ from quantkit.models.structure import context_length
 from quantkit.quantizers.low_rank import LowRank
 from quantkit.run.recipe import Calibration, make_quantizer, sequence_length
 from quantkit.run.report import Report
-from quantkit.run.text import documents, evaluation_tokens
+from quantkit.run.text import documents, evaluation_text
 from quantkit.tuning.block import BlockTuning
 from quantkit.tuning.settings import PVSettings, TuningSettings
 
@@ -74,7 +74,7 @@ class Table:
         self.tokenizer = load_tokenizer(folder)
         kind = compute_dtype(self.device) or "auto"
         self.teacher = load(folder, dtype=kind, device=self.device).eval()
-        self.tokens, self.bytes_per_token = evaluation_tokens(documents(arguments.data, "evaluation"), self.tokenizer)
+        self.text = evaluation_text(documents(arguments.data, "evaluation"), self.tokenizer)
         self.length = sequence_length(arguments.seqlen, context_length(self.teacher))
         self._made: dict[str, PreTrainedModel] = {}
 
@@ -148,8 +148,7 @@ class Table:
         seconds = time.monotonic() - start
         quality = evaluate(
             model,
-            self.tokens,
-            self.bytes_per_token,
+            self.text,
             self.length,
             baseline=self.teacher,
             max_windows=self.arguments.max_windows,

@@ -29,7 +29,7 @@ from quantkit.evopress.spaces import CandidateSpace
 from quantkit.io.hf import load
 from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.run.recipe import Calibration, Recipe
-from quantkit.run.text import documents, evaluation_tokens
+from quantkit.run.text import documents, evaluation_text
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -50,7 +50,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     database = build(folder, recipe, tuple(candidates), arguments.database, device=device)
     session = Session(folder, partial(CandidateSpace, database=database), arguments.database, text, settings, device)
     teacher = load(folder, dtype=session.space.model.dtype, device=device).eval()
-    judged = evaluation_tokens(documents(arguments.data, "evaluation"), load_tokenizer(folder))
+    judged = evaluation_text(documents(arguments.data, "evaluation"), load_tokenizer(folder))
     measured: dict[Assignment, Quality] = {}
 
     def judge(assignment: Assignment) -> tuple[float, float]:
@@ -58,7 +58,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         if assignment not in measured:
             session.space.apply(assignment)
             measured[assignment] = evaluate(
-                session.space.model, *judged, arguments.seqlen, baseline=teacher, max_windows=arguments.max_windows
+                session.space.model, judged, arguments.seqlen, baseline=teacher, max_windows=arguments.max_windows
             )
         return measured[assignment].kl or 0.0, measured[assignment].kl_se or 0.0
 

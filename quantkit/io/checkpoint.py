@@ -10,7 +10,7 @@ Tensors are named `<layer>.<local name>`; config.json carries
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from quantkit.core.result import LayerResult
 from quantkit.core.schema import in_words
 from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.tied import TiedWeight
-from quantkit.io.files import Output, read_json
+from quantkit.io.files import MANIFEST, Output, read_json
 from quantkit.io.shards import DTYPES, INDEX, Shards, open_shard
 
-WRITTEN_ANEW = {"config.json", INDEX, "pytorch_model.bin.index.json"}
+WRITTEN_ANEW = {"config.json", "README.md", MANIFEST, INDEX, "pytorch_model.bin.index.json"}
 """Files of a model's folder that a checkpoint has its own of."""
 
 
@@ -185,7 +185,7 @@ def check_tensors(layers: Mapping[str, Any], specs: Mapping[str, tuple[str, list
         specs: (safetensors dtype, shape) by tensor name.
 
     Raises:
-        CheckpointError: a tensor is missing or differs.
+        CheckpointError: a tensor is missing or differs, or the files hold one of a layer that does not declare it.
     """
     weights = {}
     for layer, metadata in layers.items():
@@ -205,6 +205,19 @@ def check_tensors(layers: Mapping[str, Any], specs: Mapping[str, tuple[str, list
                 raise CheckpointError(
                     f"{layer}.{key} is {found[0]} {found[1]} in its file; config.json declares {in_words(tensor)}"
                 )
+    for name in specs:
+        owner = next((above for above in _prefixes(name) if above in weights), None)
+        key = name.removeprefix(f"{owner}.")
+        if owner is not None and key != "bias" and key not in weights[owner].state():
+            raise CheckpointError(
+                f"{name} is in the files, and config.json does not say what {owner} has it for; config.json is damaged"
+            )
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """The modules that a tensor may belong to, outermost first."""
+    parts = name.split(".")
+    return (".".join(parts[:count]) for count in range(1, len(parts)))
 
 
 def _check_tied(layer: str, weight: TiedWeight, weights: Mapping[str, QuantizedWeight]) -> None:

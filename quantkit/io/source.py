@@ -29,8 +29,10 @@ from quantkit.models.ties import belongs, tied_names, untie
 
 logger = logging.getLogger(__name__)
 
-_COPIED = {".json", ".jinja", ".model", ".py", ".txt"}
-"""Files beside a model's weights that go with it: its tokenizer, chat template, code."""
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index", ".lock"}
+"""Files that hold a model's weights, in one form or another; all others go with a packed model."""
+_LARGEST = 2**28
+"""Bytes of a file that is copied, at most: what is larger is weights under another name."""
 
 
 REFERENCE = Path(__file__).resolve().parents[1] / "evals" / "reference" / "model"
@@ -395,10 +397,16 @@ def open_folder(folder: Path, dtype: torch.dtype | None = None, structure_only: 
 
 
 def _beside(folder: Path) -> dict[str, bytes]:
+    """A model's tokenizer, chat templates, code and licence, by name; hidden files are no part of it."""
+    found = (path for place in ("*", "additional_chat_templates/*") for path in sorted(folder.glob(place)))
     return {
-        path.name: path.read_bytes()
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.suffix in _COPIED and path.name not in WRITTEN_ANEW
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in found
+        if path.is_file()
+        and not path.name.startswith((".", "quantkit_"))
+        and path.suffix.lower() not in _WEIGHTS
+        and path.name not in WRITTEN_ANEW
+        and path.stat().st_size <= _LARGEST
     }
 
 

@@ -27,7 +27,7 @@ from quantkit.kernels.pyramid import index_bits
 from quantkit.models.linear import QuantizedLinear
 from quantkit.models.structure import block_linears
 from quantkit.models.unpacking import choose_unpacked
-from quantkit.run.text import documents, evaluation_tokens
+from quantkit.run.text import documents, evaluation_text
 
 SEQLEN = 128
 
@@ -39,7 +39,7 @@ def model(reference):
 
 @pytest.fixture(scope="module")
 def held_out(tokenizer):
-    return evaluation_tokens(documents("stdlib", "evaluation")[:20], tokenizer)
+    return evaluation_text(documents("stdlib", "evaluation")[:20], tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def measured(model, held_out):
     def measure(*arguments):
         if arguments not in known:
             with quantized_activations(subject, activation_code(*arguments)) as observed:
-                quality = evaluate(subject, *held_out, SEQLEN, baseline=model, max_windows=2)
+                quality = evaluate(subject, held_out, SEQLEN, baseline=model, max_windows=2)
             known[arguments] = quality, observed
         return known[arguments]
 

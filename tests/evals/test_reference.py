@@ -16,7 +16,7 @@ from quantkit.evals.reference.train import recall_accuracy, unigram_perplexity
 from quantkit.io.weights import LoadedWeights
 from quantkit.models.structure import block_linears, linear_weight
 from quantkit.run.sequential import Walker
-from quantkit.run.text import documents, evaluation_tokens
+from quantkit.run.text import documents, evaluation_text
 
 WINDOWS, SEQLEN = 7, 512
 LATER_BLOCKS = "model.layers.[2-9].*"
@@ -30,7 +30,7 @@ def model(reference):
 
 @pytest.fixture(scope="module")
 def held_out(tokenizer):
-    return evaluation_tokens(documents("stdlib", "evaluation"), tokenizer)
+    return evaluation_text(documents("stdlib", "evaluation"), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +44,15 @@ def quality(model, reference, tokenizer, held_out):
             settings["rules"] = {LATER_BLOCKS: None}
         calibration = Calibration("stdlib", 32, SEQLEN)
         quantkit.quantize(subject, tokenizer, bits, method=method, calibration=calibration, **settings)
-        found = evaluate(subject, *held_out, SEQLEN, baseline=model, max_windows=WINDOWS)
+        found = evaluate(subject, held_out, SEQLEN, baseline=model, max_windows=WINDOWS)
         return found, subject.quantkit_report
 
     return measure
 
 
 def test_the_model_has_learnt(model, tokenizer, held_out):
-    train = evaluation_tokens(documents("stdlib", "calibration")[:200], tokenizer)[0]
-    found = evaluate(model, *held_out, SEQLEN, max_windows=WINDOWS)
+    train = evaluation_text(documents("stdlib", "calibration")[:200], tokenizer).tokens
+    found = evaluate(model, held_out, SEQLEN, max_windows=WINDOWS)
     assert found.perplexity < unigram_perplexity(train, held_out[0]) / 10
     assert recall_accuracy(model, tokenizer, rows=8) > 0.8
 

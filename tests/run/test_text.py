@@ -6,7 +6,7 @@ import torch
 
 from quantkit.core.errors import CalibrationError, QuantkitError, UnknownName
 from quantkit.run.corpus import HELD_OUT_MODULES, standard_library
-from quantkit.run.text import calibration_sequences, documents, evaluation_tokens
+from quantkit.run.text import calibration_sequences, documents, evaluation_text
 
 
 def test_files_and_names(tmp_path):
@@ -68,7 +68,28 @@ def test_short_text(tokenizer, caplog):
     assert "only" in caplog.text
 
 
+class WithBos:
+    """A tokenizer that begins every text with a token of its own, as Llama's and Gemma's do."""
+
+    bos_token_id = 3
+
+    def __call__(self, text, add_special_tokens=False, verbose=True):
+        return {"input_ids": [self.bos_token_id] * add_special_tokens + [10 + ord(letter) for letter in text]}
+
+
 def test_evaluation_joins_documents(tokenizer):
-    tokens, bytes_per_token = evaluation_tokens(["ab", "cd é"], tokenizer)
-    assert tokenizer.decode(tokens) == "ab\n\ncd é"
-    assert bytes_per_token == len("ab\n\ncd é".encode()) / len(tokens)
+    text = evaluation_text(["ab", "cd é"], tokenizer)
+    assert tokenizer.decode(text.tokens) == "ab\n\ncd é"
+    assert text.bytes_per_token == len("ab\n\ncd é".encode()) / len(text.tokens)
+    assert text.bos is None and text.body(5) == 5
+    with pytest.raises(QuantkitError, match="nothing to predict"):
+        evaluation_text([""], tokenizer)
+
+
+def test_evaluation_puts_the_bos_token_where_calibration_has_it():
+    text = evaluation_text(["abcdef"], WithBos())
+    assert text.bos == 3 and 3 not in text.tokens
+    assert text.sequence(2, 4).tolist() == [3, 109, 110, 111]
+    assert calibration_sequences(["abcdef" * 9], WithBos(), 2, 4, seed=0)[:, 0].tolist() == [3, 3]
+    plain = evaluation_text(["abcdef"], WithBos(), bos=False)
+    assert plain.bos is None and plain.tokens[0] == 3, "the first sequence alone has one"
