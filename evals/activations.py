@@ -40,8 +40,9 @@ from quantkit.models.linear import QuantizedLinear
 from quantkit.models.structure import ROUTERS, context_length, is_linear
 from quantkit.quantizers.grid import fit_grid
 from quantkit.quantizers.pyramid import Pyramid, fit_gains, gain_levels, shape
+from quantkit.run.documents import documents
 from quantkit.run.recipe import sequence_length
-from quantkit.run.text import documents, evaluation_text
+from quantkit.run.text import evaluation_text
 
 SCALE_BITS = 16
 _AT_ONCE = 1 << 20  # activations whose temporaries stay small

@@ -69,8 +69,9 @@ def main() -> None:
     from quantkit.evals.perplexity import evaluate
     from quantkit.io.hf import load
     from quantkit.io.source import load_tokenizer
+    from quantkit.run.documents import documents
     from quantkit.run.recipe import Calibration
-    from quantkit.run.text import documents, evaluation_text
+    from quantkit.run.text import evaluation_text
 
     folder = Path(arguments.model)
     tokenizer = load_tokenizer(folder)

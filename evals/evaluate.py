@@ -20,8 +20,9 @@ from quantkit.io.hf import load
 from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.models.structure import check_vocabulary, context_length
+from quantkit.run.documents import documents
 from quantkit.run.recipe import sequence_length
-from quantkit.run.text import documents, evaluation_text
+from quantkit.run.text import evaluation_text
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def evaluate(
         tokenizer = load_tokenizer(resolve_folder(model))
     elif tokenizer is None:
         raise QuantkitError("a model in memory is measured with its tokenizer; give `tokenizer`")
-    text = evaluation_text(documents(data, "evaluation"), tokenizer, bos)
+    text = evaluation_text(documents(data, "evaluation", tokenizer), tokenizer, bos)
     subject = loaded(model, unpack=unpack)
     reference = None if baseline is None else loaded(baseline)
     for one in (subject, reference):

@@ -27,8 +27,9 @@ from quantkit.io.hf import load
 from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.models.structure import context_length
+from quantkit.run.documents import documents
 from quantkit.run.recipe import sequence_length
-from quantkit.run.text import documents, evaluation_text
+from quantkit.run.text import evaluation_text
 
 DEPTHS = 4
 """Parts of the definitions by which retrieval is told apart."""

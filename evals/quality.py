@@ -31,9 +31,10 @@ from quantkit.evals.rate_distortion import figure_class
 from quantkit.io.hf import load
 from quantkit.io.source import load_tokenizer, resolve_folder
 from quantkit.models.structure import context_length
+from quantkit.run.documents import documents
 from quantkit.run.recipe import Calibration, core, make_quantizer, sequence_length
 from quantkit.run.report import Report
-from quantkit.run.text import documents, evaluation_text
+from quantkit.run.text import evaluation_text
 
 
 def quantizers_of(arguments: argparse.Namespace) -> list[Quantizer]:

@@ -28,8 +28,9 @@ from quantkit.evopress.settings import Evolution, parse_stages, stages_text
 from quantkit.evopress.spaces import CandidateSpace
 from quantkit.io.hf import load
 from quantkit.io.source import load_tokenizer, resolve_folder
+from quantkit.run.documents import documents
 from quantkit.run.recipe import Calibration, Recipe
-from quantkit.run.text import documents, evaluation_text
+from quantkit.run.text import evaluation_text
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -27,7 +27,8 @@ from quantkit.models.structure import (
     outer_linears,
 )
 from quantkit.quantizers.target_shift import TargetShift
-from quantkit.run.text import calibration_sequences, documents
+from quantkit.run.documents import documents
+from quantkit.run.text import calibration_sequences
 
 if TYPE_CHECKING:
     from quantkit.run.sequential import Tuner
@@ -38,13 +39,13 @@ class Calibration:
     """The text that statistics are gathered on.
 
     Attributes:
-        source: a dataset name, a file, a hub id, or the documents themselves.
+        source: a dataset name, a file, a hub id, or rows of documents; see `run.documents`.
         num_samples: sequences.
         seqlen: tokens a sequence; None for 2048, or the model's context where that is shorter.
         seed: of the choice of sequences.
     """
 
-    source: str | list[str] = "wikitext2"
+    source: str | Path | Sequence[Any] = "wikitext2"
     num_samples: int = 128
     seqlen: int | None = None
     seed: int = 0
@@ -57,7 +58,7 @@ class Calibration:
 
     def sequences(self, tokenizer: Any, model: nn.Module) -> Tensor:
         """int64 [samples, seqlen]; see `run.text.calibration_sequences`."""
-        texts = documents(self.source, "calibration") if isinstance(self.source, str) else self.source
+        texts = documents(self.source, "calibration", tokenizer)
         length = sequence_length(self.seqlen, context_length(model))
         sequences = calibration_sequences(texts, tokenizer, self.num_samples, length, self.seed)
         check_vocabulary(sequences, model)
@@ -327,7 +328,7 @@ class Recipe:
             "calibration": None
             if sequences is None
             else {
-                "source": source if isinstance(source, str) else "documents",
+                "source": str(source) if isinstance(source, str | Path) else "documents",
                 "num_samples": sequences.shape[0],
                 "seqlen": sequences.shape[1],
                 "seed": self.calibration.seed,

@@ -27,7 +27,8 @@ from quantkit.kernels.pyramid import index_bits
 from quantkit.models.linear import QuantizedLinear
 from quantkit.models.structure import block_linears
 from quantkit.models.unpacking import choose_unpacked
-from quantkit.run.text import documents, evaluation_text
+from quantkit.run.documents import documents
+from quantkit.run.text import evaluation_text
 
 SEQLEN = 128
 

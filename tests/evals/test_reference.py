@@ -15,8 +15,9 @@ from quantkit.evals.reference.recall import recall_document
 from quantkit.evals.reference.train import recall_accuracy, unigram_perplexity
 from quantkit.io.weights import LoadedWeights
 from quantkit.models.structure import block_linears, linear_weight
+from quantkit.run.documents import documents
 from quantkit.run.sequential import Walker
-from quantkit.run.text import documents, evaluation_text
+from quantkit.run.text import evaluation_text
 
 WINDOWS, SEQLEN = 7, 512
 LATER_BLOCKS = "model.layers.[2-9].*"

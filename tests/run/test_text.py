@@ -1,21 +1,11 @@
-import json
 import logging
 
 import pytest
 import torch
 
-from quantkit.core.errors import CalibrationError, QuantkitError, UnknownName
+from quantkit.core.errors import CalibrationError, QuantkitError
 from quantkit.run.corpus import HELD_OUT_MODULES, standard_library
-from quantkit.run.text import calibration_sequences, documents, evaluation_text
-
-
-def test_files_and_names(tmp_path):
-    text, rows = tmp_path / "a.txt", tmp_path / "a.jsonl"
-    text.write_text("one text")
-    rows.write_text("\n".join(json.dumps({"text": t}) for t in ("first", "second")))
-    assert documents(str(text), "calibration") == ["one text"]
-    assert documents(str(rows), "evaluation") == ["first", "second"]
-    assert len(documents("stdlib", "calibration")) > 100
+from quantkit.run.text import calibration_sequences, evaluation_text
 
 
 def test_held_out_text_is_kept_apart():
@@ -24,29 +14,6 @@ def test_held_out_text_is_kept_apart():
     assert len(held_out) >= len(HELD_OUT_MODULES)
     assert any("class ArgumentParser" in text for text in held_out)
     assert not any("class ArgumentParser" in text for text in train)
-
-
-@pytest.mark.parametrize(
-    ("source", "error", "message"),
-    [
-        ("wikitext", UnknownName, "did you mean 'wikitext2'"),
-        ("nothing.txt", QuantkitError, "no file"),
-        ("./no/such/file", QuantkitError, "no file"),
-    ],
-)
-def test_unknown_sources(source, error, message):
-    with pytest.raises(error, match=message):
-        documents(source, "calibration")
-
-
-def test_unreadable_files(tmp_path):
-    cases = {"empty.txt": (b" \n", "holds no text"), "rows.jsonl": (b'{"txt": 1}', "'text' field")}
-    cases |= {"broken.json": (b"[", "'text' field"), "latin.txt": (b"\xff\xfe\xfa", "UTF-8")}
-    for name, (content, message) in cases.items():
-        path = tmp_path / name
-        path.write_bytes(content)
-        with pytest.raises(QuantkitError, match=message):
-            documents(str(path), "calibration")
 
 
 def test_windows_are_real_text_and_follow_the_seed(tokenizer, texts):
