@@ -125,7 +125,7 @@ def run(
         QuantkitError: bad input; the message says what would work.
     """
     begun, watch = time.monotonic(), watch or Watch()
-    output = Output(asked.output, asked.folder, resume=resume, overwrite=overwrite)
+    output = Output(asked.output, asked.folder, asked.database, resume=resume, overwrite=overwrite)
     check_text(asked.text.num_samples, asked.settings)
     processes, where = begin_processes(device)
     budget, said = asked.wanted.budget(asked.folder, where, asked.recipe.head_bits is not None)

@@ -18,22 +18,24 @@ import json
 import os
 import re
 import shutil
-import tempfile
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import SoftFileLock, Timeout
 from safetensors import SafetensorError
 
+from quantkit.core.constants import RELEASE
 from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.units import size
 
 MANIFEST = "quantkit_files.json"
 """Lists a published folder's files, itself left out, with their bytes."""
 _IDENTITY, _JOURNAL, _LOCK = "run.json", "run.files", "run.lock"
-_MADE, _REPLACED, _PUBLISHING = "checkpoint", "replaced", "publishing.json"
+_MADE, _REPLACED, _PUBLISHING, _WRITING = "checkpoint", "replaced", "publishing.json", "writing-"
 _OF_SAFETENSORS = re.compile(r"\.tmp\w{6}")
 """Temporary files that safetensors makes beside those that it writes."""
 
@@ -64,6 +66,8 @@ def write_durably(path: Path, write: Callable[[Path], Any], needed: int) -> None
         temporary.unlink(missing_ok=True)
         if "No space" in str(error) or "os error 28" in str(error):
             raise QuantkitError(_disk_full(path, needed, shutil.disk_usage(path.parent).free)) from error
+        if isinstance(error, RuntimeError) and "StreamWriter" not in str(error):
+            raise
         raise QuantkitError(f"{path} cannot be written ({error})") from error
 
 
@@ -102,7 +106,7 @@ class RunFolder:
         CheckpointError: the record of its run is damaged.
     """
 
-    anew: str = "give another folder"
+    anew: str = "remove the folder, or give another"
     """The way out where a run cannot be continued."""
 
     def __init__(self, folder: Path, what: str) -> None:
@@ -111,34 +115,36 @@ class RunFolder:
         self._refuse()
         self.identity: dict[str, Any] = {}
         if self.has(_IDENTITY):
-            self.identity = read_json(self.path(_IDENTITY), f"the identity of {what}; remove it, or {self.anew}")
+            self.identity = read_json(self.path(_IDENTITY), f"the identity of {what}; {self.anew}")
         self._written = self._journaled()
 
     def _refuse(self) -> None:
         """Raises QuantkitError where the folder is held, or holds something else than a run."""
         if self.folder.exists() and not self.folder.is_dir():
             raise QuantkitError(f"{self.folder} is a file; {self._what} is a folder")
-        if self.has(_LOCK):
-            try:
-                self._lock.acquire()
-            except Timeout:
-                raise QuantkitError(self._held()) from None
-            except OSError:  # a folder that cannot be written to
-                return
-            self._lock.release()
+        process, host = self._holder()
+        here = host == socket.gethostname()
+        if process and not (here and not psutil.pid_exists(process)):
+            raise QuantkitError(self._held())
         own = {_IDENTITY, f"{_IDENTITY}.tmp", _JOURNAL, _LOCK}
         found = [] if self.has(_IDENTITY) else [name for name in _files(self.folder) if name not in own]
         if found:
             raise QuantkitError(f"{self.folder} holds {_few(found)} and is not {self._what}; move that away")
 
-    def _held(self) -> str:
-        lock = self.path(_LOCK)
-        process, host = "?", "?"
+    def _holder(self) -> tuple[int, str]:
+        """(process, host) that hold the folder, the process 0 where none does; looks, and changes nothing."""
         with suppress(OSError, ValueError):
-            process, host = lock.read_text().split("\n")[:2]
+            process, host = self.path(_LOCK).read_text().split("\n")[:2]
+            return int(process), host
+        return 0, ""
+
+    def _held(self) -> str:
+        process, host = self._holder()
+        if process == os.getpid() and host == socket.gethostname():
+            return f"{self.folder} is used by this process already; give every purpose a folder of its own"
         return (
             f"{self.folder} is used by process {process} on {host}; wait for it. If no such process runs there any "
-            f"more, remove {lock}"
+            f"more, remove {self.path(_LOCK)}"
         )
 
     @contextmanager
@@ -146,7 +152,7 @@ class RunFolder:
         """Makes the folder where there is none and holds it for as long as the context lasts.
 
         Args:
-            identity: JSON; a run that was begun with another one is not continued.
+            identity: JSON; a run that was begun with another one is not continued. What is in the folder is part of it.
 
         Raises:
             QuantkitError: another process holds it, another run was begun in it, or it cannot be made.
@@ -157,12 +163,14 @@ class RunFolder:
         except Timeout:
             raise QuantkitError(self._held()) from None
         except OSError as error:
-            raise QuantkitError(f"{self.folder} cannot be made ({error})") from error
+            raise QuantkitError(f"{self.folder} cannot be written to ({error})") from error
         begun = True
         try:
             self._open()
             begun = self.has(_IDENTITY)
-            self.identify(identity)
+            if found := self.differing(identity):
+                raise QuantkitError(self._other(found))
+            self.identify({"run": self._what, **identity})
             yield self
         except BaseException:
             if not begun and not self._written:  # nothing was made that could be continued
@@ -176,17 +184,20 @@ class RunFolder:
     def _open(self) -> None:
         """Removes what a write left behind that was killed."""
         self._written = self._journaled()
-        for name in (*(f"{name}.tmp" for name in self._written), *self._strays()):
-            self.path(name).unlink(missing_ok=True)
+        _remove(self.folder, [*(f"{name}.tmp" for name in self._written), *self._strays()])
 
     def differing(self, identity: Mapping[str, Any]) -> list[str]:
-        """What of an identity was recorded otherwise, in words."""
-        given = json.loads(json.dumps(identity))
-        return [
-            f"{key} is {_short(given[key])}, and was {_short(self.identity[key])}"
-            for key in sorted(given.keys() & self.identity.keys())
-            if given[key] != self.identity[key]
-        ]
+        """What of an identity was recorded otherwise, or not at all, in words; nothing where no run has begun."""
+        if not self.has(_IDENTITY):
+            return []
+        given = json.loads(json.dumps({"run": self._what, **identity}))
+        return _differences(given, {key: self.identity.get(key) for key in given})
+
+    def _other(self, found: list[str]) -> str:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        return (
+            f"{self.folder} was begun with other settings: {'; '.join(found[:3])}{more}. Repeat those, or {self.anew}"
+        )
 
     def identify(self, identity: Mapping[str, Any]) -> None:
         """Records more of what identifies the run, or holds it against what is recorded.
@@ -194,11 +205,10 @@ class RunFolder:
         Raises:
             QuantkitError: something differs.
         """
-        if found := self.differing(identity):
-            raise QuantkitError(
-                f"{self.folder} was begun with other settings: {'; '.join(found)}. Repeat those, or {self.anew}"
-            )
         more = json.loads(json.dumps(identity))
+        known = {key: value for key, value in more.items() if key in self.identity}
+        if found := _differences(known, self.identity):
+            raise QuantkitError(self._other(found))
         if more.keys() - self.identity.keys():
             self.identity |= more
             text = json.dumps(self.identity, indent=2) + "\n"
@@ -238,12 +248,12 @@ class RunFolder:
             self._written.update(new)
 
     def _journaled(self) -> set[str]:
-        names = set()
-        with suppress(OSError):
+        names: set[Any] = set()
+        with suppress(OSError, TypeError):
             for line in self.path(_JOURNAL).read_text(encoding="utf-8").splitlines():
                 with suppress(ValueError):  # the end of the journal of a process that was killed
-                    names.add(str(json.loads(line)))
-        return names
+                    names.add(json.loads(line))
+        return {name for name in names if _within(self.folder, name)}
 
     def own(self, name: str) -> Path:
         """A folder within this one that others fill for the run, and that goes with it."""
@@ -271,7 +281,9 @@ class RunFolder:
         for name in self._written:
             if name.endswith("/"):
                 shutil.rmtree(self.path(name), ignore_errors=True)
-        names = [*self._written, _JOURNAL, _IDENTITY]
+        # What stands for work that is done goes first, and what says whose it is last: a kill leaves no half a block.
+        first = sorted(self._written, key=lambda name: not name.endswith(".safetensors"))
+        names = [*first, _IDENTITY, _JOURNAL]
         _remove(self.folder, [*names, *(f"{name}.tmp" for name in names)])
         self._written, self.identity = set(), {}
 
@@ -281,7 +293,7 @@ class Output(RunFolder):
 
     Args:
         output: the folder to make.
-        sources: models that are read, which must not be touched.
+        sources: models and other folders that the run reads or fills, which must not be touched.
         resume: go on with an unfinished run towards it, if there is one.
         overwrite: discard an unfinished run, and replace `output` when done.
 
@@ -302,9 +314,12 @@ class Output(RunFolder):
         above = next(parent for parent in self.output.parents if parent.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise QuantkitError(f"`output` {output}: {above} is no folder that can be written to")
-        for source in map(Path.resolve, sources):
+        self.anew = "`overwrite` without `resume` starts anew" if overwrite and resume else type(self).anew
+        for source in (source.expanduser().resolve() for source in sources):
             if self.output == source or self.output in source.parents:
-                raise QuantkitError(f"`output` {output} would replace the model in {source}; give another folder")
+                raise QuantkitError(
+                    f"`output` {output} would replace {source}, which this run needs; give another folder"
+                )
         self._discard, self._replace = overwrite and not resume, overwrite
         try:
             super().__init__(self.output.with_name(f"{self.output.name}.partial"), "an unfinished run of quantkit")
@@ -312,30 +327,44 @@ class Output(RunFolder):
             if not self._discard:
                 raise
             self._written, self.identity = self._journaled(), {}
-        self._check_replaced(done=", and there is no unfinished run towards it" if resume else "")
+        self._check_replaced(resume)
         if foreign := self.foreign():
             raise QuantkitError(f"{self.folder} holds {_few(foreign)}, which quantkit has not written; move it away")
-        if self.folder.exists() and not self._published and not (resume or overwrite):
+        if self.has(_IDENTITY) and not self._published and not (resume or overwrite):
             raise QuantkitError(
                 f"{self.folder} holds an unfinished run; `resume` continues it, `overwrite` starts anew"
             )
+
+    def differing(self, identity: Mapping[str, Any]) -> list[str]:
+        """See `RunFolder`; another release of quantkit may pack otherwise."""
+        return super().differing({"quantkit": RELEASE, **identity})
+
+    def identify(self, identity: Mapping[str, Any]) -> None:
+        """See `RunFolder`."""
+        super().identify({"quantkit": RELEASE, **identity})
 
     @property
     def _published(self) -> bool:
         """Whether the run there was killed after its last step that matters."""
         return self.has(_PUBLISHING) and not self.path(_MADE).exists() and self.output.exists()
 
-    def _check_replaced(self, done: str = "") -> None:
+    def _check_replaced(self, resume: bool = False) -> None:
         """Raises QuantkitError where `output` may not be replaced."""
         if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
             return
         if not self._replace:
+            if self.has(_IDENTITY) and not self._published:
+                raise QuantkitError(
+                    f"{self.output} already exists, and an unfinished run is to replace it; `resume` with `overwrite` "
+                    "continues that run, `overwrite` alone discards it and starts anew"
+                )
+            done = ", and there is no unfinished run towards it" if resume else ""
             raise QuantkitError(
                 f"{self.output} already exists{done}; give another `output`, or `overwrite` to replace it"
             )
         if not (self.output / MANIFEST).is_file():
             raise QuantkitError(
-                f"{self.output} is not a checkpoint of quantkit's making, and `overwrite` replaces nothing else; "
+                f"{self.output} has no {MANIFEST}, as quantkit's runs write it, and `overwrite` replaces nothing else; "
                 "remove it first"
             )
         if foreign := _unlike_manifest(self.output):
@@ -352,6 +381,10 @@ class Output(RunFolder):
             self._remove_replaced()
             self.clear()
         super()._open()
+        self.path(_PUBLISHING).unlink(missing_ok=True)  # of a run that was killed before it could
+        for name in self._written:
+            if name.startswith(_WRITING):
+                shutil.rmtree(self.path(name), ignore_errors=True)
 
     def foreign(self) -> list[str]:
         """See `RunFolder`; what is being replaced has a list of its own."""
@@ -373,12 +406,15 @@ class Output(RunFolder):
         Args:
             write: writes them into the empty folder that it is given.
         """
-        scratch = Path(tempfile.mkdtemp(prefix="writing-", dir=self.folder))
-        self.own(scratch.name)
-        write(scratch)
+        scratch = self.own(f"{_WRITING}{os.getpid()}")
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            scratch.mkdir()
+            write(scratch)
+        except OSError as error:
+            raise QuantkitError(f"{scratch} cannot be written ({error}); what was finished before is kept") from error
         for name in _files(scratch):
-            path = scratch / name
-            self.write(self.made(name), path.replace, 0)
+            self.write(self.made(name), (scratch / name).replace, 0)
         shutil.rmtree(scratch)
 
     def publish(self) -> None:
@@ -396,12 +432,15 @@ class Output(RunFolder):
         files = {name: (made / name).stat().st_size for name in _files(made) if name != MANIFEST}
         self.write_json(self.made(MANIFEST), {"files": files})
         self.write_json(_PUBLISHING, {"output": self.output.name})
+        replaced = self.path(_REPLACED)
         try:
             if self.output.exists():
-                self.output.rename(self.path(_REPLACED))
+                self.output.rename(replaced)
             made.rename(self.output)
             _sync(self.output.parent)
         except OSError as error:
+            if replaced.is_dir() and not self.output.exists():
+                replaced.rename(self.output)
             raise QuantkitError(f"{made} is whole and cannot be renamed to {self.output} ({error})") from error
         self._written = {name for name in self._written if not name.startswith(f"{_MADE}/")}
         self._remove_replaced()
@@ -429,7 +468,7 @@ def _listed(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file():
         return {}
     listed = read_json(folder / MANIFEST, "a list of files; remove the folder yourself").get("files")
-    return listed if isinstance(listed, dict) else {}
+    return {name: size for name, size in listed.items() if _within(folder, name)} if isinstance(listed, dict) else {}
 
 
 def _files(folder: Path) -> list[str]:
@@ -442,11 +481,9 @@ def _files(folder: Path) -> list[str]:
 
 
 def _remove(root: Path, names: Iterable[str]) -> None:
-    """Removes files below a folder, and the folders that this empties; a name that leads out of it is damage."""
+    """Removes files below a folder, and the folders that this empties."""
     for name in names:
         path = root / name
-        if ".." in path.parts:
-            continue
         with suppress(OSError):
             path.unlink()
         for parent in path.parents:
@@ -454,6 +491,26 @@ def _remove(root: Path, names: Iterable[str]) -> None:
                 break
             with suppress(OSError):
                 parent.rmdir()
+
+
+def _within(root: Path, name: Any) -> bool:
+    """Whether a name leads to a place below a folder, whatever links lie on the way; another is damage or worse."""
+    if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        return False
+    place = (root / name).parent.resolve()
+    return place == root.resolve() or root.resolve() in place.parents
+
+
+def _differences(given: Mapping[str, Any], recorded: Mapping[str, Any], above: str = "") -> list[str]:
+    """What differs between two identities, setting by setting."""
+    found = []
+    for key in sorted(given):
+        now, then = given[key], recorded.get(key)
+        if isinstance(now, dict) and isinstance(then, dict):
+            found += _differences({name: now.get(name) for name in now.keys() | then.keys()}, then, f"{above}{key}.")
+        elif now != then:
+            found.append(f"{above}{key} is {_short(now)}, and was {_short(then)}")
+    return found
 
 
 def _sync(folder: Path) -> None:

@@ -140,6 +140,7 @@ class CachedTeacher:
             "tokens": hashlib.sha256(sequences.numpy().tobytes()).hexdigest(),
             "top": top,
             "teacher": f"{float(probe):.6g}",
+            "mixed": mixed,
         }
         parts = {_file(first // FILE_SEQUENCES): first for first in range(0, len(sequences), FILE_SEQUENCES)}
         whole = all(map(cache.has, parts))

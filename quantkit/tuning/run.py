@@ -68,7 +68,8 @@ def run(
     Raises:
         QuantkitError: bad input; the message says what would work.
     """
-    output = Output(asked.output, asked.folder, asked.teacher, resume=resume, overwrite=overwrite)
+    needed = [asked.folder, asked.teacher, *([] if asked.cache is None else [asked.cache])]
+    output = Output(asked.output, *needed, resume=resume, overwrite=overwrite)
     processes, where = begin_processes(device)
     kind = parse_dtype(dtype) or compute_dtype(where) or "auto"
     tokenizer = load_tokenizer(asked.folder)

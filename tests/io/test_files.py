@@ -165,7 +165,7 @@ def test_nothing_is_made_by_a_refusal(tmp_path):
             pass
     (tmp_path / "model").mkdir()
     for output in (tmp_path / "model", tmp_path, tmp_path / "model" / ".." / "model"):
-        with pytest.raises(QuantkitError, match=r"would replace the model|names no new folder"):
+        with pytest.raises(QuantkitError, match=r"would replace .*model|names no new folder"):
             Output(output, tmp_path / "model", overwrite=True)
     assert names(tmp_path) == {"file"}
 
@@ -270,13 +270,32 @@ def _rename_once():
 
 
 def test_a_hostile_list_of_files_reaches_nothing_outside(tmp_path):
-    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    mine = [tmp_path / name for name in ("precious", "absolute", "notes.tmp", "folder/file")]
+    for path in mine:
+        path.write_text("mine")
     partial = unfinished(tmp_path / "out")
     with open(partial / "run.files", "a") as journal:
-        journal.write('"../precious"\n"/etc/hostname"\n["half a li')
+        for name in (
+            "../precious",
+            "../folder/",
+            str(tmp_path / "absolute"),
+            f"{tmp_path}/folder/",
+            "../notes",
+            7,
+            None,
+        ):
+            journal.write(json.dumps(name) + "\n")
+        journal.write('["half a li')
+    with Output(tmp_path / "out", resume=True).begin(ONE):
+        pass
     with Output(tmp_path / "out", overwrite=True).begin(ONE):
         pass
-    assert (tmp_path / "precious").read_text() == "mine"
+    made(tmp_path / "out", overwrite=True)
+    listed = {"../precious": 4, str(tmp_path / "absolute"): 4, "weights": 1, "inner/more": 2}
+    (tmp_path / "out" / MANIFEST).write_text(json.dumps({"files": listed}))
+    made(tmp_path / "out", overwrite=True)
+    assert all(path.read_text() == "mine" for path in mine)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
@@ -324,3 +343,127 @@ def test_a_run_that_is_refused_before_it_made_anything_leaves_nothing(tmp_path):
     with pytest.raises(_Stop), Output(tmp_path / "out", resume=True).begin(ONE):
         raise _Stop
     assert (partial / "run.json").is_file(), "what was begun before stays"
+
+
+def test_a_run_of_another_kind_is_not_continued(tmp_path):
+    unfinished(tmp_path / "out", {"run": "search", "model": 1})
+    refused = pytest.raises(QuantkitError, match=r'run is "quantize", and was "search"')
+    with refused, Output(tmp_path / "out", resume=True).begin({"run": "quantize", "model": 1}):
+        pass
+    refused = pytest.raises(QuantkitError, match="plan is 2, and was null")
+    with refused, Output(tmp_path / "out", resume=True).begin({"run": "search", "plan": 2}):
+        pass
+    with RunFolder(tmp_path / "cache", "a database").begin({}):
+        pass
+    refused = pytest.raises(QuantkitError, match=r'run is "a cache", and was "a database"')
+    with refused, RunFolder(tmp_path / "cache", "a cache").begin({}):
+        pass
+    (tmp_path / "cache" / "run.json").write_text("{}")
+    with refused, RunFolder(tmp_path / "cache", "a cache").begin({}):
+        pass
+
+
+def test_what_differs_is_named_setting_by_setting(tmp_path):
+    first = {"calibration": {"source": "x" * 80, "seed": 0}, "layers": {str(i): "gptq(3)" for i in range(9)}}
+    unfinished(tmp_path / "out", first)
+    other = {"calibration": {"source": "x" * 80, "seed": 1}, "layers": {str(i): "gptq(4)" for i in range(9)}}
+    refused = pytest.raises(
+        QuantkitError, match=r'calibration\.seed is 1, and was 0; layers\.0 is "gptq\(4\)".* and 7 more'
+    )
+    with refused, Output(tmp_path / "out", resume=True).begin(other):
+        pass
+
+
+def test_an_unfinished_replacement_is_told_from_none(tmp_path):
+    out = tmp_path / "out"
+    made(out)
+    unfinished(out, overwrite=True)
+    for flags in ({}, {"resume": True}):
+        with pytest.raises(QuantkitError, match="`resume` with `overwrite` continues that run"):
+            Output(out, **flags)
+    made(out, b"new", resume=True, overwrite=True)
+    assert (out / "weights").read_bytes() == b"new"
+
+
+def test_a_name_that_cannot_be_given_gives_the_old_one_back(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    made(out)
+    target = Output(out, overwrite=True)
+    with pytest.raises(QuantkitError, match="whole and cannot be renamed"), target.begin(ONE):
+        target.write_bytes(target.made("weights"), b"new")
+        with monkeypatch.context() as patched:
+            patched.setattr(type(out), "rename", _rename_fails_second())
+            target.publish()
+    assert (out / "weights").read_bytes() == b"1"
+    made(out, b"new", resume=True, overwrite=True)
+    assert (out / "weights").read_bytes() == b"new"
+
+
+def _rename_fails_second():
+    import pathlib
+
+    really, calls = pathlib.Path.rename, []
+
+    def rename(self, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("no")
+        return really(self, target)
+
+    return rename
+
+
+def test_a_run_that_was_about_to_publish_keeps_its_state_when_it_goes_on(tmp_path):
+    out = tmp_path / "out"
+    made(out)
+    target = Output(out, overwrite=True)
+    with pytest.raises(_Stop), target.begin(ONE):
+        target.write_bytes("state", b"state")
+        target.write_bytes(target.made("weights"), b"new")
+        target.write_json("publishing.json", {})
+        raise _Stop
+    for _ in range(2):
+        with Output(out, resume=True, overwrite=True).begin(ONE) as again:
+            assert again.has("state")
+            again.empty()
+
+
+def test_what_a_killed_library_left_is_removed(tmp_path):
+    def die(folder):
+        (folder / "half").write_text("half")
+        raise _Stop
+
+    target = Output(tmp_path / "out")
+    with pytest.raises(_Stop), target.begin(ONE):
+        target.take(die)
+    with Output(tmp_path / "out", resume=True).begin(ONE) as again:
+        assert names(again.folder) == {"run.json", "run.files", "run.lock"}
+
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    with (
+        pytest.raises(QuantkitError, match="cannot be written"),
+        Output(tmp_path / "out", resume=True).begin(ONE) as more,
+    ):
+        more.take(full)
+
+
+def test_what_a_run_needs_is_not_inside_its_output(tmp_path):
+    with pytest.raises(QuantkitError, match="which this run needs"):
+        Output(tmp_path / "out", tmp_path / "model", tmp_path / "out" / "candidates")
+
+
+def test_many_processes_look_at_the_lock_of_one_that_is_gone(tmp_path):
+    partial = unfinished(tmp_path / "out")
+    holder = subprocess.Popen([sys.executable, "-c", "pass"])
+    holder.wait()
+    import socket
+
+    (partial / "run.lock").write_text(f"{holder.pid}\n{socket.gethostname()}\n")
+    for _ in range(3):
+        Output(tmp_path / "out", resume=True)
+    assert (partial / "run.lock").is_file(), "looking changes nothing"
+    (partial / "run.lock").write_text("1\nanother-machine\n")
+    with pytest.raises(QuantkitError, match="process 1 on another-machine"):
+        Output(tmp_path / "out", resume=True)
