@@ -9,7 +9,7 @@ from quantkit.core import spec
 from quantkit.core.result import LayerResult
 from quantkit.evopress.store import Database
 from quantkit.io.checkpoint import CheckpointWriter
-from quantkit.io.files import Output
+from quantkit.io.run_folder import Output
 from quantkit.run.record import Run, begin, count_weights, files_of, model_notes
 from quantkit.run.report import Report
 

@@ -28,7 +28,7 @@ from quantkit.evopress.spaces import BlockSpace, CandidateSpace
 from quantkit.evopress.store import Database
 from quantkit.evopress.wanted import Wanted
 from quantkit.io.checkpoint import read_config
-from quantkit.io.files import Output
+from quantkit.io.run_folder import Output
 from quantkit.io.shards import Shards
 from quantkit.io.source import load_tokenizer
 from quantkit.models.plan import tied, with_own_weight

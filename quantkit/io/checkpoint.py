@@ -2,7 +2,7 @@
 
 Every finished block leaves a sidecar with its layers' metadata and then its shard in the folder to come; a shard's
 presence under its final name is the record that its block is done. When all blocks are, the index and the config are
-added and the folder gets its name (`io.files.Output`). The bytes do not depend on how often a run was interrupted.
+added and the folder gets its name (`io.run_folder.Output`). The bytes do not depend on how often a run was interrupted.
 
 Tensors are named `<layer>.<local name>`; config.json carries
 
@@ -24,7 +24,8 @@ from quantkit.core.result import LayerResult
 from quantkit.core.schema import in_words
 from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.tied import TiedWeight
-from quantkit.io.files import Output, read_json
+from quantkit.io.files import read_json
+from quantkit.io.run_folder import Output
 from quantkit.io.shards import DTYPES, INDEX, Shards, open_shard
 
 WRITTEN_ANEW = {"config.json", INDEX, "pytorch_model.bin.index.json"}

@@ -14,8 +14,8 @@ from quantkit.core.device import compute_dtype, pick_device
 from quantkit.core.result import LayerResult
 from quantkit.core.weight import QuantizedWeight
 from quantkit.io.checkpoint import CheckpointWriter
-from quantkit.io.files import Output
 from quantkit.io.hf import attach
+from quantkit.io.run_folder import Output
 from quantkit.io.source import Loaded, Source, open_folder
 from quantkit.models.plan import Plan
 from quantkit.models.unpacking import choose_unpacked
@@ -209,7 +209,7 @@ def quantize_checkpoint(
     Args:
         folder: the model, as transformers saves it.
         output: the folder to make; it appears whole or not at all.
-        resume, overwrite: see `io.files.Output`.
+        resume, overwrite: see `io.run_folder.Output`.
         recipe, name, device, progress: see `run`.
 
     Returns:

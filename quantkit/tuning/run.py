@@ -12,8 +12,8 @@ import torch
 
 from quantkit.core.device import compute_dtype, parse_dtype
 from quantkit.io.checkpoint import read_config
-from quantkit.io.files import Output
 from quantkit.io.hf import load
+from quantkit.io.run_folder import Output
 from quantkit.io.shards import Shards
 from quantkit.io.source import load_tokenizer
 from quantkit.run.processes import begin_processes
