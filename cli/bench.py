@@ -46,7 +46,7 @@ def bench_command(
     from quantkit.core.device import parse_dtype, pick_device
     from quantkit.evals.autotune import autotune
     from quantkit.evals.decode import measure
-    from quantkit.io.source import resolve_folder
+    from quantkit.io.hf import resolve_folder
     from quantkit.kvcache.attention import compressed_kv
 
     where = pick_device(device)

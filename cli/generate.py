@@ -38,7 +38,8 @@ def generate_command(
 
     import quantkit
     from quantkit.core.device import compute_dtype, parse_dtype, pick_device
-    from quantkit.io.source import load_tokenizer, resolve_folder
+    from quantkit.io.hf import resolve_folder
+    from quantkit.io.source import load_tokenizer
     from quantkit.kvcache.attention import compressed_kv
     from quantkit.models.structure import context_length
 

@@ -24,8 +24,8 @@ def inspect_command(
     """List a packed checkpoint's layers: format, shape, measured bits per weight, size."""
     from quantkit.core.weight import QuantizedWeight
     from quantkit.io.checkpoint import packed_layers
+    from quantkit.io.hf import resolve_folder
     from quantkit.io.shards import Shards
-    from quantkit.io.source import resolve_folder
 
     folder = resolve_folder(folder)
     weights = {name: QuantizedWeight.empty(metadata) for name, metadata in packed_layers(folder).items()}

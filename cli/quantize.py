@@ -176,7 +176,7 @@ def quantize_command(
     quantkit_report.json beside the checkpoint.
     """
     quantizer, words = _quantizer(context, plan, bits, method, hadamard, low_rank, low_rank_bits)
-    from quantkit.io.source import resolve_folder
+    from quantkit.io.hf import resolve_folder
     from quantkit.models.rotation import Rotation
     from quantkit.run.pipeline import quantize_checkpoint
     from quantkit.run.recipe import Calibration, Recipe, read_plan
@@ -257,6 +257,7 @@ def _say_estimate(model: str, folder: Path, recipe: Recipe, output: Path, device
 
 
 def _interrupted(output: Path) -> Interrupted:
-    kept = output.with_name(output.name + ".partial").exists()
+    output = output.expanduser().resolve()
+    kept = output.with_name(f"{output.name}.partial").exists()
     how = "finished blocks are kept: repeat the command with --resume to continue" if kept else "nothing was written"
     return Interrupted(f"stopped; {how}")

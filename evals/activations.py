@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from quantkit.core.device import compute_dtype, pick_device
 from quantkit.core.errors import QuantkitError
 from quantkit.evals.perplexity import evaluate
-from quantkit.io.hf import load
-from quantkit.io.source import load_tokenizer, resolve_folder
+from quantkit.io.hf import load, resolve_folder
+from quantkit.io.source import load_tokenizer
 from quantkit.kernels.hadamard import random_signs, rotate
 from quantkit.models.linear import QuantizedLinear
 from quantkit.models.structure import ROUTERS, context_length, is_linear

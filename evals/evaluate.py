@@ -16,8 +16,8 @@ from quantkit.evals.activations import ActivationCode, Observed, quantized_activ
 from quantkit.evals.kv_prefix import compressed_prefix
 from quantkit.evals.kv_quality import retrieval
 from quantkit.evals.perplexity import Quality
-from quantkit.io.hf import load
-from quantkit.io.source import load_tokenizer, resolve_folder
+from quantkit.io.hf import load, resolve_folder
+from quantkit.io.source import load_tokenizer
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.models.structure import check_vocabulary, context_length
 from quantkit.run.documents import documents

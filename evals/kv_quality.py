@@ -23,8 +23,8 @@ from quantkit.core.errors import QuantkitError
 from quantkit.core.metrics import token_kl
 from quantkit.evals.kv_prefix import PerToken, PrefixReader, compressed_prefix
 from quantkit.evals.reference.recall import recall_document
-from quantkit.io.hf import load
-from quantkit.io.source import load_tokenizer, resolve_folder
+from quantkit.io.hf import load, resolve_folder
+from quantkit.io.source import load_tokenizer
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.models.structure import context_length
 from quantkit.run.documents import documents

@@ -28,8 +28,8 @@ from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Needs, Quantizer
 from quantkit.evals.perplexity import evaluate
 from quantkit.evals.rate_distortion import figure_class
-from quantkit.io.hf import load
-from quantkit.io.source import load_tokenizer, resolve_folder
+from quantkit.io.hf import load, resolve_folder
+from quantkit.io.source import load_tokenizer
 from quantkit.models.structure import context_length
 from quantkit.run.documents import documents
 from quantkit.run.recipe import Calibration, core, make_quantizer, sequence_length

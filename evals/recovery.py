@@ -27,8 +27,8 @@ from quantkit.core.device import compute_dtype, pick_device
 from quantkit.core.weight import QuantizedWeight
 from quantkit.evals.perplexity import evaluate
 from quantkit.formats.low_rank import LowRankWeight
-from quantkit.io.hf import load
-from quantkit.io.source import load_tokenizer, resolve_folder
+from quantkit.io.hf import load, resolve_folder
+from quantkit.io.source import load_tokenizer
 from quantkit.models.structure import context_length
 from quantkit.quantizers.low_rank import LowRank
 from quantkit.run.documents import documents

@@ -26,8 +26,8 @@ from quantkit.evopress.evolve import Assignment
 from quantkit.evopress.session import SearchSettings, Session
 from quantkit.evopress.settings import Evolution, parse_stages, stages_text
 from quantkit.evopress.spaces import CandidateSpace
-from quantkit.io.hf import load
-from quantkit.io.source import load_tokenizer, resolve_folder
+from quantkit.io.hf import load, resolve_folder
+from quantkit.io.source import load_tokenizer
 from quantkit.run.documents import documents
 from quantkit.run.recipe import Calibration, Recipe
 from quantkit.run.text import evaluation_text

@@ -24,7 +24,8 @@ from quantkit.evopress.evolve import Assignment, evolve
 from quantkit.evopress.session import SearchSettings, Session
 from quantkit.evopress.settings import Evolution, parse_stages, stages_text
 from quantkit.evopress.spaces import CandidateSpace
-from quantkit.io.source import load_tokenizer, resolve_folder
+from quantkit.io.hf import resolve_folder
+from quantkit.io.source import load_tokenizer
 from quantkit.quantizers.rtn import RTN
 from quantkit.run.recipe import Calibration, Recipe
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,9 +11,12 @@ import torch
 from transformers import PreTrainedModel
 
 from quantkit.core.constants import TARGET_SHIFT
+from quantkit.core.device import compute_dtype, parse_dtype, pick_device
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Quantizer
-from quantkit.io.source import load_tokenizer, resolve_folder
+from quantkit.io.checkpoint import read_config
+from quantkit.io.hf import load, resolve_folder
+from quantkit.io.source import load_tokenizer
 from quantkit.models.plan import Rules
 from quantkit.models.rotation import Rotation
 from quantkit.run.pipeline import Progress, quantize_checkpoint, quantize_model, silent
@@ -45,7 +49,7 @@ def quantize(
     rules: Rules | None = None,
     head_bits: int | None = None,
     target_shift: float = TARGET_SHIFT,
-    calibration: str | Path | list[str] | Calibration = "wikitext2",
+    calibration: str | Path | Sequence[Any] | Calibration = "wikitext2",
     num_samples: int = 128,
     seqlen: int | None = None,
     seed: int = 0,
@@ -91,9 +95,7 @@ def quantize(
     Raises:
         QuantkitError: bad input; the message says what would work.
     """
-    if not isinstance(calibration, Calibration):
-        text = str(calibration) if isinstance(calibration, Path) else calibration
-        calibration = Calibration(text, num_samples, seqlen, seed)
+    text = _calibration(calibration, num_samples, seqlen, seed)
     named = isinstance(method, str) and "(" not in method
     bits = default_bits(method) if bits is None else bits
     low_rank = 1 if low_rank is None and low_rank_bits and named else low_rank
@@ -105,21 +107,26 @@ def quantize(
 
         tuner = BlockTuning(tuner)
     recipe = Recipe(
-        quantizer, rules or {}, target_shift, calibration, true_sequential, rotation, low_rank_bits, tuner, head_bits
+        quantizer, rules or {}, target_shift, text, true_sequential, rotation, low_rank_bits, tuner, head_bits
     )  # fmt: skip
+    if output is None and (resume or overwrite):
+        raise QuantkitError("`resume` and `overwrite` are about an `output`; give one, or leave them out")
     if isinstance(model, PreTrainedModel):
         if output is not None:
             raise QuantkitError("a model in memory is packed in place; leave out `output`, and save_pretrained it")
         return quantize_model(model, tokenizer, recipe, device, progress)
+    if tokenizer is not None:
+        raise QuantkitError("a model in a folder has its tokenizer beside it; leave `tokenizer` out")
     folder = resolve_folder(model)
     if output is not None:
         return quantize_checkpoint(
-            folder, recipe, Path(output), name=str(model), device=device, resume=resume, overwrite=overwrite,
+            folder, recipe, output, name=str(model), device=device, resume=resume, overwrite=overwrite,
             progress=progress,
         )  # fmt: skip
-    from quantkit.io.hf import load
-
-    return quantize_model(load(folder), tokenizer or load_tokenizer(folder), recipe, device, progress)
+    kind = compute_dtype(pick_device(device)) or "auto"
+    loaded: Any = quantize_model(load(folder, dtype=kind), load_tokenizer(folder), recipe, device, progress)
+    stored = parse_dtype(read_config(folder).get("dtype"))
+    return loaded if stored is None else loaded.to(stored)
 
 
 def search(
@@ -135,14 +142,14 @@ def search(
     context: int | None = None,
     batch: int = 1,
     kv_bits: int | None = None,
-    timings: Path | None = None,
+    timings: str | Path | None = None,
     candidates: str | None = None,
     base: str | None = None,
     head_bits: int | None = None,
     include: Sequence[str] = (),
     ignore: Sequence[str] = (),
     target_shift: float = TARGET_SHIFT,
-    calibration: str | list[str] = "wikitext2",
+    calibration: str | Path | Sequence[Any] | Calibration = "wikitext2",
     num_samples: int = 128,
     seqlen: int | None = None,
     search_samples: int = 256,
@@ -170,8 +177,8 @@ def search(
         head_bits: of the head and the input embedding, which are not searched; 0 or 16 leaves them dense.
         include: patterns of layers outside the blocks to pack too; ignore: of layers to leave dense.
         target_shift: 0 (off) to 1; see `quantizers.target_shift`.
-        calibration: dataset name, file, hub id or documents, for the candidates and for the search.
-        num_samples, seqlen: sequences of the candidates' calibration, and their tokens.
+        calibration: dataset name, file, hub id, documents or a `Calibration`, for the candidates and for the search.
+        num_samples, seqlen: sequences of the candidates' calibration, and their tokens, where it is no `Calibration`.
         search_samples: sequences of other text that the search measures on; held_out: so many only for the comparison.
         evolution: generations, offspring and stages.
         measure: "kl" to the full model, or "perplexity".
@@ -195,12 +202,13 @@ def search(
     from quantkit.evopress.wanted import Wanted, candidates_of, head_bits_of
 
     wanted = Wanted(
-        avg_bits, size, fit, latency_ms, sparsity, drop_blocks, context, batch, kv_bits, timings
+        avg_bits, size, fit, latency_ms, sparsity, drop_blocks, context, batch, kv_bits,
+        None if timings is None else Path(timings),
     )  # fmt: skip
     offers, first = candidates_of(wanted, candidates, base)
     rules: dict[str, Quantizer | None] = {**dict.fromkeys(include, first), **dict.fromkeys(ignore)}
     packed_ends = head_bits_of(wanted, head_bits)
-    text = Calibration(calibration, num_samples, seqlen)
+    text = _calibration(calibration, num_samples, seqlen)
     name = Path(model).resolve().name
     asked = SearchRun(
         folder=resolve_folder(str(model)),
@@ -210,7 +218,7 @@ def search(
         wanted=wanted,
         candidates=offers,
         recipe=Recipe(first, rules, target_shift, text, head_bits=packed_ends),
-        text=Calibration(calibration, search_samples, seqlen, seed=1_000_003 + seed),
+        text=replace(text, num_samples=search_samples, seed=1_000_003 + seed),
         settings=SearchSettings(evolution or Evolution(), measure, start, held_out, top, seed=seed),
     )
     return run(asked, device, resume=resume, overwrite=overwrite, watch=watch)
@@ -222,7 +230,7 @@ def tune(
     tokenizer: Any = None,
     *,
     output: str | Path | None = None,
-    calibration: Calibration | str = "wikitext2",
+    calibration: str | Path | Sequence[Any] | Calibration = "wikitext2",
     settings: TuningSettings | None = None,
     state: str | Path | None = None,
     cache: str | Path | None = None,
@@ -261,18 +269,32 @@ def tune(
     from quantkit.tuning import end_to_end
     from quantkit.tuning.run import TuningRun, run
 
+    text = _calibration(calibration, 512, None, 1)
     watch, kept = end_to_end.Watch(progress, caching), None if cache is None else Path(cache)
     if isinstance(model, PreTrainedModel) and isinstance(teacher, PreTrainedModel):
-        if output is not None:
-            raise QuantkitError("a model in memory is tuned in place; leave out `output`, and save_pretrained it")
+        if output is not None or device is not None or dtype is not None or resume or overwrite:
+            raise QuantkitError(
+                "a model in memory is tuned in place, where it is and as it is: leave out `output`, `device`, `dtype`, "
+                "`resume` and `overwrite`; `state` keeps a run"
+            )
         return end_to_end.tune(
-            model, teacher, tokenizer, calibration=calibration, settings=settings, cache=kept, watch=watch,
+            model, teacher, tokenizer, calibration=text, settings=settings, cache=kept, watch=watch,
             state=None if state is None else Path(state),
         )  # fmt: skip
     if isinstance(model, PreTrainedModel) or isinstance(teacher, PreTrainedModel) or output is None:
         raise QuantkitError("give two models in memory, or two folders and an `output`")
-    text = Calibration(calibration, 512, seed=1) if isinstance(calibration, str) else calibration
+    if tokenizer is not None or state is not None:
+        raise QuantkitError("models in folders have their tokenizer there, and their run's state beside the `output`")
     asked = TuningRun(
         resolve_folder(model), resolve_folder(teacher), Path(output), text, settings or TuningSettings(), kept
     )  # fmt: skip
     return run(asked, device, dtype, resume=resume, overwrite=overwrite, watch=watch)
+
+
+def _calibration(
+    asked: str | Path | Sequence[Any] | Calibration, num_samples: int, seqlen: int | None, seed: int = 0
+) -> Calibration:
+    """The text to calibrate on, as a user may give it."""
+    if isinstance(asked, Calibration):
+        return asked
+    return Calibration(str(asked) if isinstance(asked, Path) else asked, num_samples, seqlen, seed)

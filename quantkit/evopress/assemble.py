@@ -9,7 +9,7 @@ from quantkit.core import spec
 from quantkit.core.result import LayerResult
 from quantkit.evopress.store import Database
 from quantkit.io.checkpoint import CheckpointWriter
-from quantkit.io.files import Output
+from quantkit.io.run_folder import Output
 from quantkit.run.record import Run, begin, count_weights, files_of, model_notes
 from quantkit.run.report import Report
 
@@ -56,5 +56,5 @@ def assemble(
         writer.write(index, f"{source.prefix}.{index}" if index >= 0 else "", results)
     report = run.report(name, plan, writer.results(), dense_bytes)
     config = source.config | ({"tie_word_embeddings": False} if source.untied else {})
-    writer.finish(config, source.files() | files_of(report) | files(report))
+    writer.finish(config, lambda: source.files() | files_of(report) | files(report))
     return report

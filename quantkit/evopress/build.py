@@ -142,7 +142,7 @@ def build(
     source.untie(plan | fixed)
     tokens = recipe.calibration.sequences(source.tokenizer(), source.model)
     settings = recipe.settings(plan, tokens)
-    identity = {key: value for key, value in settings.items() if key != "quantizers"} | {
+    identity = {key: value for key, value in recipe.identity(plan, tokens).items() if key != "quantizers"} | {
         "base": spec.write(base),
         "target_shift": recipe.target_shift,
         "layers": sorted(plan),

@@ -28,7 +28,7 @@ from quantkit.evopress.spaces import BlockSpace, CandidateSpace
 from quantkit.evopress.store import Database
 from quantkit.evopress.wanted import Wanted
 from quantkit.io.checkpoint import read_config
-from quantkit.io.files import Output
+from quantkit.io.run_folder import Output
 from quantkit.io.shards import Shards
 from quantkit.io.source import load_tokenizer
 from quantkit.models.plan import tied, with_own_weight
@@ -125,7 +125,7 @@ def run(
         QuantkitError: bad input; the message says what would work.
     """
     begun, watch = time.monotonic(), watch or Watch()
-    output = Output(asked.output, asked.folder, resume=resume, overwrite=overwrite)
+    output = Output(asked.output, asked.folder, asked.database, resume=resume, overwrite=overwrite)
     check_text(asked.text.num_samples, asked.settings)
     processes, where = begin_processes(device)
     budget, said = asked.wanted.budget(asked.folder, where, asked.recipe.head_bits is not None)

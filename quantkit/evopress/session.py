@@ -20,7 +20,8 @@ from quantkit.evopress.baselines import greedy, knapsack, uniform
 from quantkit.evopress.evolve import Assignment, Generation, Outcome, Space, State, evolve
 from quantkit.evopress.fitness import Measure, ModelFitness
 from quantkit.evopress.settings import Evolution
-from quantkit.io.files import RunFolder, read_json
+from quantkit.io.files import read_json
+from quantkit.io.run_folder import RunFolder
 from quantkit.io.source import load_tokenizer
 from quantkit.run.recipe import Calibration
 from quantkit.run.teacher import CachedTeacher, predict

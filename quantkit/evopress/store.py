@@ -30,7 +30,8 @@ from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.protocols import Quantizer
 from quantkit.core.result import LayerResult
 from quantkit.core.weight import QuantizedWeight
-from quantkit.io.files import RunFolder, read_json
+from quantkit.io.files import read_json
+from quantkit.io.run_folder import RunFolder
 from quantkit.io.shards import open_shard
 from quantkit.models.plan import Plan, tied, with_own_weight
 

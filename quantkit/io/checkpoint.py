@@ -2,7 +2,7 @@
 
 Every finished block leaves a sidecar with its layers' metadata and then its shard in the folder to come; a shard's
 presence under its final name is the record that its block is done. When all blocks are, the index and the config are
-added and the folder gets its name (`io.files.Output`). The bytes do not depend on how often a run was interrupted.
+added and the folder gets its name (`io.run_folder.Output`). The bytes do not depend on how often a run was interrupted.
 
 Tensors are named `<layer>.<local name>`; config.json carries
 
@@ -24,7 +24,8 @@ from quantkit.core.result import LayerResult
 from quantkit.core.schema import in_words
 from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.tied import TiedWeight
-from quantkit.io.files import MANIFEST, Output, read_json
+from quantkit.io.files import read_json
+from quantkit.io.run_folder import MANIFEST, Output
 from quantkit.io.shards import DTYPES, INDEX, Shards, open_shard
 
 WRITTEN_ANEW = {"config.json", "README.md", MANIFEST, INDEX, "pytorch_model.bin.index.json"}
@@ -48,9 +49,9 @@ class CheckpointWriter:
     def __init__(self, output: Output, num_blocks: int, dense: Callable[[int, set[str]], dict[str, Tensor]]) -> None:
         self._output, self._num_blocks, self._dense = output, num_blocks, dense
 
-    def begin(self, identity: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    def begin(self, identity: Callable[[], Mapping[str, Any]]) -> AbstractContextManager[Any]:
         """The time in which the checkpoint is written; see `RunFolder.begin`."""
-        return self._output.begin(identity)
+        return self._output.begin(identity())
 
     def _names(self, index: int) -> tuple[str, str]:
         """(shard, sidecar) of a block; index -1 is the last shard."""
@@ -107,12 +108,12 @@ class CheckpointWriter:
                 )
         return results
 
-    def finish(self, config: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+    def finish(self, config: Mapping[str, Any], files: Callable[[], Mapping[str, bytes]]) -> None:
         """Publishes the checkpoint.
 
         Args:
             config: the original config.json; gets the quantization_config.
-            files: further files by name.
+            files: gives further files by name.
         """
         weight_map: dict[str, str] = {}
         total = 0
@@ -122,7 +123,7 @@ class CheckpointWriter:
                 weight_map |= dict.fromkeys(shard.keys(), shard_path.name)
             total += shard_path.stat().st_size
         layers = {layer: result.weight.metadata() for layer, result in self.results().items()}
-        for name, content in files.items():
+        for name, content in files().items():
             self._output.write_bytes(self._output.made(name), content)
         self._output.write_json(
             self._output.made("config.json"), {**config, "quantization_config": quantization_config(layers)}

@@ -1,41 +1,17 @@
-"""Files that are whole or not there, and folders that one run fills.
-
-`RunFolder` is a folder with a run in it: locked while a process fills it, marked with what the run is so that another
-cannot continue it by mistake, and with a journal of what was written, so that nothing else is ever removed.
-
-    FOLDER/run.lock       process and host that fill it now; void once that process is gone
-    FOLDER/run.json       the identity of the run
-    FOLDER/run.files      the journal: a line for each file, entered before it is written
-
-`Output` is a folder that appears whole, by one rename: the run towards it works in `<output>.partial`, and what it
-publishes lists its own files in quantkit_files.json, for whoever replaces it.
-
-The lock is `filelock.SoftFileLock`: a file that only one can make, on a shared file system too. One that a process
-killed on another machine has left cannot be told from one that is held, and has to be removed by hand.
-"""
+"""Files that are whole or not there, and names that lead to files below a folder."""
 
 import json
 import os
-import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import SoftFileLock, Timeout
 from safetensors import SafetensorError
 
 from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.units import size
-
-MANIFEST = "quantkit_files.json"
-"""Lists a published folder's files, itself left out, with their bytes."""
-_IDENTITY, _JOURNAL, _LOCK = "run.json", "run.files", "run.lock"
-_MADE, _REPLACED, _PUBLISHING = "checkpoint", "replaced", "publishing.json"
-_OF_SAFETENSORS = re.compile(r"\.tmp\w{6}")
-"""Temporary files that safetensors makes beside those that it writes."""
 
 
 def write_durably(path: Path, write: Callable[[Path], Any], needed: int) -> None:
@@ -59,11 +35,13 @@ def write_durably(path: Path, write: Callable[[Path], Any], needed: int) -> None
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: what torch.save makes of a full disk
         temporary.unlink(missing_ok=True)
         if "No space" in str(error) or "os error 28" in str(error):
             raise QuantkitError(_disk_full(path, needed, shutil.disk_usage(path.parent).free)) from error
+        if isinstance(error, RuntimeError) and "StreamWriter" not in str(error):
+            raise
         raise QuantkitError(f"{path} cannot be written ({error})") from error
 
 
@@ -86,353 +64,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read as {what} ({error})") from error
 
 
-class RunFolder:
-    """A folder that one run fills, and that only the same run continues.
-
-    Args:
-        folder: made by `begin`; until then nothing is changed.
-        what: is in it, for errors: "a database of candidates".
-
-    Attributes:
-        folder: the same, without symbolic links.
-        identity: JSON that identifies the run, as far as it is recorded.
-
-    Raises:
-        QuantkitError: another process fills the folder, or something else is in it.
-        CheckpointError: the record of its run is damaged.
-    """
-
-    anew: str = "give another folder"
-    """The way out where a run cannot be continued."""
-
-    def __init__(self, folder: Path, what: str) -> None:
-        self.folder, self._what = folder.expanduser().resolve(), what
-        self._lock = SoftFileLock(self.folder / _LOCK, timeout=0)
-        self._refuse()
-        self.identity: dict[str, Any] = {}
-        if self.has(_IDENTITY):
-            self.identity = read_json(self.path(_IDENTITY), f"the identity of {what}; remove it, or {self.anew}")
-        self._written = self._journaled()
-
-    def _refuse(self) -> None:
-        """Raises QuantkitError where the folder is held, or holds something else than a run."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise QuantkitError(f"{self.folder} is a file; {self._what} is a folder")
-        if self.has(_LOCK):
-            try:
-                self._lock.acquire()
-            except Timeout:
-                raise QuantkitError(self._held()) from None
-            except OSError:  # a folder that cannot be written to
-                return
-            self._lock.release()
-        own = {_IDENTITY, f"{_IDENTITY}.tmp", _JOURNAL, _LOCK}
-        found = [] if self.has(_IDENTITY) else [name for name in _files(self.folder) if name not in own]
-        if found:
-            raise QuantkitError(f"{self.folder} holds {_few(found)} and is not {self._what}; move that away")
-
-    def _held(self) -> str:
-        lock = self.path(_LOCK)
-        process, host = "?", "?"
-        with suppress(OSError, ValueError):
-            process, host = lock.read_text().split("\n")[:2]
-        return (
-            f"{self.folder} is used by process {process} on {host}; wait for it. If no such process runs there any "
-            f"more, remove {lock}"
-        )
-
-    @contextmanager
-    def begin(self, identity: Mapping[str, Any]) -> Iterator["RunFolder"]:
-        """Makes the folder where there is none and holds it for as long as the context lasts.
-
-        Args:
-            identity: JSON; a run that was begun with another one is not continued.
-
-        Raises:
-            QuantkitError: another process holds it, another run was begun in it, or it cannot be made.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
-        except Timeout:
-            raise QuantkitError(self._held()) from None
-        except OSError as error:
-            raise QuantkitError(f"{self.folder} cannot be made ({error})") from error
-        begun = True
-        try:
-            self._open()
-            begun = self.has(_IDENTITY)
-            self.identify(identity)
-            yield self
-        except BaseException:
-            if not begun and not self._written:  # nothing was made that could be continued
-                self.path(_IDENTITY).unlink(missing_ok=True)
-            raise
-        finally:
-            self._lock.release()
-            with suppress(OSError):
-                self.folder.rmdir()  # where nothing is left in it
-
-    def _open(self) -> None:
-        """Removes what a write left behind that was killed."""
-        self._written = self._journaled()
-        for name in (*(f"{name}.tmp" for name in self._written), *self._strays()):
-            self.path(name).unlink(missing_ok=True)
-
-    def differing(self, identity: Mapping[str, Any]) -> list[str]:
-        """What of an identity was recorded otherwise, in words."""
-        given = json.loads(json.dumps(identity))
-        return [
-            f"{key} is {_short(given[key])}, and was {_short(self.identity[key])}"
-            for key in sorted(given.keys() & self.identity.keys())
-            if given[key] != self.identity[key]
-        ]
-
-    def identify(self, identity: Mapping[str, Any]) -> None:
-        """Records more of what identifies the run, or holds it against what is recorded.
-
-        Raises:
-            QuantkitError: something differs.
-        """
-        if found := self.differing(identity):
-            raise QuantkitError(
-                f"{self.folder} was begun with other settings: {'; '.join(found)}. Repeat those, or {self.anew}"
-            )
-        more = json.loads(json.dumps(identity))
-        if more.keys() - self.identity.keys():
-            self.identity |= more
-            text = json.dumps(self.identity, indent=2) + "\n"
-            write_durably(self.path(_IDENTITY), lambda target: target.write_text(text, encoding="utf-8"), len(text))
-
-    def path(self, name: str) -> Path:
-        """Where a file of the run is, given its name relative to the folder."""
-        return self.folder / name
-
-    def has(self, name: str) -> bool:
-        """Whether a file of the run is there, and so whole."""
-        return self.path(name).is_file()
-
-    def write(self, name: str, write: Callable[[Path], Any], needed: int) -> None:
-        """Writes a file of the run; see `write_durably`."""
-        self._note([name])
-        self.path(name).parent.mkdir(parents=True, exist_ok=True)
-        write_durably(self.path(name), write, needed)
-
-    def write_bytes(self, name: str, content: bytes) -> None:
-        """Writes a file of the run."""
-        self.write(name, lambda target: target.write_bytes(content), len(content))
-
-    def write_json(self, name: str, value: Any) -> None:
-        """Writes a file of the run."""
-        self.write_bytes(name, (json.dumps(value, indent=2) + "\n").encode())
-
-    def _note(self, names: Iterable[str]) -> None:
-        """Enters names into the journal; one with a slash at its end stands for a folder and all in it."""
-        assert self._lock.is_locked, "who does not hold the folder does not write into it"
-        new = sorted(set(names) - self._written)
-        if new:
-            with open(self.path(_JOURNAL), "a", encoding="utf-8") as journal:
-                journal.write("".join(json.dumps(name) + "\n" for name in new))
-                journal.flush()
-                os.fsync(journal.fileno())
-            self._written.update(new)
-
-    def _journaled(self) -> set[str]:
-        names = set()
-        with suppress(OSError):
-            for line in self.path(_JOURNAL).read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):  # the end of the journal of a process that was killed
-                    names.add(str(json.loads(line)))
-        return names
-
-    def own(self, name: str) -> Path:
-        """A folder within this one that others fill for the run, and that goes with it."""
-        self._note([f"{name}/"])
-        return self.path(name)
-
-    def foreign(self) -> list[str]:
-        """Names of files in the folder that quantkit has not written."""
-        own = {_IDENTITY, _JOURNAL, _LOCK, *self._written}
-        own |= {f"{name}.tmp" for name in own} | set(self._strays())
-        folders = tuple(name for name in own if name.endswith("/"))
-        return [name for name in _files(self.folder) if name not in own and not name.startswith(folders)]
-
-    def _strays(self) -> list[str]:
-        """Names of safetensors' own temporary files, in folders that the run writes into."""
-        return [
-            path.relative_to(self.folder).as_posix()
-            for folder in {self.path(name).parent for name in (*self._written, _IDENTITY)}
-            for path in folder.glob(".tmp*")
-            if _OF_SAFETENSORS.fullmatch(path.name)
-        ]
-
-    def clear(self) -> None:
-        """Removes what the run has written, and the folders that this empties."""
-        for name in self._written:
-            if name.endswith("/"):
-                shutil.rmtree(self.path(name), ignore_errors=True)
-        names = [*self._written, _JOURNAL, _IDENTITY]
-        _remove(self.folder, [*names, *(f"{name}.tmp" for name in names)])
-        self._written, self.identity = set(), {}
-
-
-class Output(RunFolder):
-    """A folder that is made whole, or not at all.
-
-    Args:
-        output: the folder to make.
-        sources: models that are read, which must not be touched.
-        resume: go on with an unfinished run towards it, if there is one.
-        overwrite: discard an unfinished run, and replace `output` when done.
-
-    Attributes:
-        output: the folder to make, without symbolic links.
-
-    Raises:
-        QuantkitError: `output` names no new folder, exists, or holds what quantkit has not written; or a run towards it
-            goes on, or is unfinished. Nothing was changed by then.
-    """
-
-    anew = "`overwrite` starts anew"
-
-    def __init__(self, output: Path, *sources: Path, resume: bool = False, overwrite: bool = False) -> None:
-        if not output.name or output.name == "..":
-            raise QuantkitError(f"`output` {output} names no new folder; give one such as out/model-3bit")
-        self.output = output.expanduser().resolve()
-        above = next(parent for parent in self.output.parents if parent.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise QuantkitError(f"`output` {output}: {above} is no folder that can be written to")
-        for source in map(Path.resolve, sources):
-            if self.output == source or self.output in source.parents:
-                raise QuantkitError(f"`output` {output} would replace the model in {source}; give another folder")
-        self._discard, self._replace = overwrite and not resume, overwrite
-        try:
-            super().__init__(self.output.with_name(f"{self.output.name}.partial"), "an unfinished run of quantkit")
-        except CheckpointError:
-            if not self._discard:
-                raise
-            self._written, self.identity = self._journaled(), {}
-        self._check_replaced(done=", and there is no unfinished run towards it" if resume else "")
-        if foreign := self.foreign():
-            raise QuantkitError(f"{self.folder} holds {_few(foreign)}, which quantkit has not written; move it away")
-        if self.folder.exists() and not self._published and not (resume or overwrite):
-            raise QuantkitError(
-                f"{self.folder} holds an unfinished run; `resume` continues it, `overwrite` starts anew"
-            )
-
-    @property
-    def _published(self) -> bool:
-        """Whether the run there was killed after its last step that matters."""
-        return self.has(_PUBLISHING) and not self.path(_MADE).exists() and self.output.exists()
-
-    def _check_replaced(self, done: str = "") -> None:
-        """Raises QuantkitError where `output` may not be replaced."""
-        if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
-            return
-        if not self._replace:
-            raise QuantkitError(
-                f"{self.output} already exists{done}; give another `output`, or `overwrite` to replace it"
-            )
-        if not (self.output / MANIFEST).is_file():
-            raise QuantkitError(
-                f"{self.output} is not a checkpoint of quantkit's making, and `overwrite` replaces nothing else; "
-                "remove it first"
-            )
-        if foreign := _unlike_manifest(self.output):
-            raise QuantkitError(
-                f"{self.output} holds {_few(foreign)}, which quantkit has not written, or not like that; move it away"
-            )
-
-    def _open(self) -> None:
-        if self._published or self._discard:
-            self._written = self._journaled()
-            replaced = self.path(_REPLACED)
-            if replaced.is_dir() and not self.output.exists():
-                replaced.rename(self.output)  # a run was killed between the two renames of `publish`
-            self._remove_replaced()
-            self.clear()
-        super()._open()
-
-    def foreign(self) -> list[str]:
-        """See `RunFolder`; what is being replaced has a list of its own."""
-        replaced = self.path(_REPLACED)
-        found = [name for name in super().foreign() if not name.startswith(f"{_REPLACED}/")]
-        return found + [f"{_REPLACED}/{name}" for name in (_unlike_manifest(replaced) if replaced.is_dir() else [])]
-
-    def made(self, name: str) -> str:
-        """The name, in this folder, of a file of the folder to come."""
-        return f"{_MADE}/{name}"
-
-    def empty(self) -> None:
-        """Removes what was written of the folder to come."""
-        _remove(self.folder, [name for name in self._written if name.startswith(f"{_MADE}/")])
-
-    def take(self, write: Callable[[Path], Any]) -> None:
-        """Lets another library write files of the folder to come, which it names itself.
-
-        Args:
-            write: writes them into the empty folder that it is given.
-        """
-        scratch = Path(tempfile.mkdtemp(prefix="writing-", dir=self.folder))
-        self.own(scratch.name)
-        write(scratch)
-        for name in _files(scratch):
-            path = scratch / name
-            self.write(self.made(name), path.replace, 0)
-        shutil.rmtree(scratch)
-
-    def publish(self) -> None:
-        """Gives the finished folder its name; nothing of the run is left beside it.
-
-        Raises:
-            QuantkitError: files have come into it, or into what it replaces, that quantkit has not written.
-        """
-        if foreign := self.foreign():
-            raise QuantkitError(
-                f"{self.folder} holds {_few(foreign)}, which quantkit has not written; move it away and `resume`"
-            )
-        self._check_replaced()
-        made = self.path(_MADE)
-        files = {name: (made / name).stat().st_size for name in _files(made) if name != MANIFEST}
-        self.write_json(self.made(MANIFEST), {"files": files})
-        self.write_json(_PUBLISHING, {"output": self.output.name})
-        try:
-            if self.output.exists():
-                self.output.rename(self.path(_REPLACED))
-            made.rename(self.output)
-            _sync(self.output.parent)
-        except OSError as error:
-            raise QuantkitError(f"{made} is whole and cannot be renamed to {self.output} ({error})") from error
-        self._written = {name for name in self._written if not name.startswith(f"{_MADE}/")}
-        self._remove_replaced()
-        self.clear()
-
-    def _remove_replaced(self) -> None:
-        replaced = self.path(_REPLACED)
-        if replaced.is_dir():
-            _remove(replaced, [*_listed(replaced), MANIFEST])
-            with suppress(OSError):
-                replaced.rmdir()
-
-
-def _unlike_manifest(folder: Path) -> list[str]:
-    """Names of a published folder's files that are not as its run left them."""
-    known = _listed(folder)
-    return [
-        name for name in _files(folder)
-        if name != MANIFEST and ((folder / name).is_symlink() or known.get(name) != (folder / name).stat().st_size)
-    ]  # fmt: skip
-
-
-def _listed(folder: Path) -> dict[str, Any]:
-    """The files that a published folder lists; none where it was empty."""
-    if not (folder / MANIFEST).is_file():
-        return {}
-    listed = read_json(folder / MANIFEST, "a list of files; remove the folder yourself").get("files")
-    return listed if isinstance(listed, dict) else {}
-
-
-def _files(folder: Path) -> list[str]:
+def files_below(folder: Path) -> list[str]:
     """Names of all files below a folder, sorted; links are not followed."""
     found = []
     for place, folders, files in os.walk(folder):
@@ -441,12 +73,10 @@ def _files(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _remove(root: Path, names: Iterable[str]) -> None:
-    """Removes files below a folder, and the folders that this empties; a name that leads out of it is damage."""
+def remove_below(root: Path, names: Iterable[str]) -> None:
+    """Removes files below a folder, and the folders that this empties."""
     for name in names:
         path = root / name
-        if ".." in path.parts:
-            continue
         with suppress(OSError):
             path.unlink()
         for parent in path.parents:
@@ -456,7 +86,15 @@ def _remove(root: Path, names: Iterable[str]) -> None:
                 parent.rmdir()
 
 
-def _sync(folder: Path) -> None:
+def leads_below(root: Path, name: Any) -> bool:
+    """Whether a name leads to a place below a folder, whatever links lie on the way; another is damage or worse."""
+    if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        return False
+    place = (root / name).parent.resolve()
+    return place == root.resolve() or root.resolve() in place.parents
+
+
+def sync(folder: Path) -> None:
     """Makes renames in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -476,12 +114,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -17,6 +17,9 @@ from quantkit.io.registration import QuantkitConfig, QuantkitHfQuantizer
 from quantkit.io.shards import Shards
 from quantkit.models.unpacking import ASKED, choose_unpacked
 
+REFERENCE = Path(__file__).resolve().parents[1] / "evals" / "reference" / "model"
+"""The reference model, which is installed with the library and called `reference`."""
+
 
 def attach(model: PreTrainedModel, layers: dict[str, Any], trainable: bool = False) -> None:
     """Makes a model with packed layers save itself as a packed checkpoint.
@@ -39,6 +42,33 @@ def attach(model: PreTrainedModel, layers: dict[str, Any], trainable: bool = Fal
         setattr(model, name, value)
 
 
+def resolve_folder(model: str | Path) -> Path:
+    """The folder of a model given as a folder, as an id on the hub (which is then fetched), or as `reference`.
+
+    Raises:
+        QuantkitError: no such folder, or the hub cannot deliver.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    text = str(model)
+    if text == "reference":
+        if not REFERENCE.is_dir():
+            raise QuantkitError(f"the reference model is not at {REFERENCE}; it is in quantkit's wheel and source tree")
+        return REFERENCE
+    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise QuantkitError(f"{text} is not a folder; give a model folder or a hub id such as Qwen/Qwen2-0.5B")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+        return Path(snapshot_download(text, allow_patterns=patterns))
+    except Exception as error:  # huggingface_hub raises its own, requests' and OS errors
+        raise QuantkitError(
+            f"{text!r} is neither a folder here nor a model that the hub delivers ({first_line(error)})"
+        ) from error
+
+
 def load(
     folder: str | Path,
     *,
@@ -59,13 +89,12 @@ def load(
         CheckpointError: damaged or incomplete files, or an unknown format.
         QuantkitError: unpack=True, and memory does not suffice.
     """
-    path = Path(folder)
-    if path.is_dir():
-        config = read_config(path).get("quantization_config") or {}
-        if config.get("quant_method") == METHOD:
-            packed_layers(path)
-        elif any(path.glob("*.safetensors*")):
-            Shards(path)
+    folder = resolve_folder(folder)
+    config = read_config(folder).get("quantization_config") or {}
+    if config.get("quant_method") == METHOD:
+        packed_layers(folder)
+    elif any(folder.glob("*.safetensors*")):
+        Shards(folder)
     asked = ASKED.set(unpack)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)

@@ -1,9 +1,6 @@
 """A full-precision model as runs need it: in memory, or on disk, its tensors read a block at a time."""
 
-import hashlib
-import json
 import logging
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -33,37 +30,6 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
 """Files that hold a model's weights, in one form or another; all others go with a packed model."""
 _LARGEST = 2**28
 """Bytes of a file that is copied, at most: what is larger is weights under another name."""
-
-
-REFERENCE = Path(__file__).resolve().parents[1] / "evals" / "reference" / "model"
-"""The reference model, which is installed with the library and called `reference`."""
-
-
-def resolve_folder(model: str | Path) -> Path:
-    """The folder of a model given as a folder, as an id on the hub (which is then fetched), or as `reference`.
-
-    Raises:
-        QuantkitError: no such folder, or the hub cannot deliver.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    text = str(model)
-    if text == "reference":
-        if not REFERENCE.is_dir():
-            raise QuantkitError(f"the reference model is not at {REFERENCE}; it is in quantkit's wheel and source tree")
-        return REFERENCE
-    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise QuantkitError(f"{text} is not a folder; give a model folder or a hub id such as Qwen/Qwen2-0.5B")
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-        return Path(snapshot_download(text, allow_patterns=patterns))
-    except Exception as error:  # huggingface_hub raises its own, requests' and OS errors
-        raise QuantkitError(
-            f"{text!r} is neither a folder here nor a model that the hub delivers ({first_line(error)})"
-        ) from error
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -206,8 +172,7 @@ class Loaded(Source):
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None, folder: Path | None = None) -> None:
         name = folder.name if folder else getattr(model.config, "_name_or_path", "") or type(model).__name__
-        config = read_config(folder) if folder else {**model.config.to_dict(), "architectures": [type(model).__name__]}
-        super().__init__(model, name, config)
+        super().__init__(model, name, read_config(folder) if folder else model.config.to_dict())
         self._tokenizer, self._folder = tokenizer, folder
 
     def untie(self, plan: Plan) -> None:
@@ -243,25 +208,12 @@ class Loaded(Source):
         return load_tokenizer(self._folder) if self._folder is not None else self._tokenizer
 
     def fingerprint(self) -> dict[str, str]:
-        """Of the files, or of every tensor's shape and a sample of it."""
-        if self._folder is not None:
-            return Shards(self._folder).fingerprint()
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode())
-        for name, tensor in self.model.state_dict().items():
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 256)].double().cpu()
-            digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
-        return {"memory": digest.hexdigest()}
+        """Of the files that the model was loaded from; a user's model is known to nobody else."""
+        return Shards(self._folder).fingerprint() if self._folder is not None else {}
 
     def files(self) -> dict[str, bytes]:
         """See `Source`."""
-        if self._folder is not None:
-            return _beside(self._folder)
-        with tempfile.TemporaryDirectory() as folder:
-            for part in (self._tokenizer, getattr(self.model, "generation_config", None)):
-                if part is not None:
-                    part.save_pretrained(folder)
-            return _beside(Path(folder))
+        return _beside(self._folder) if self._folder is not None else {}
 
     @contextmanager
     def walked(self) -> Iterator[None]:

@@ -14,8 +14,8 @@ from quantkit.core.device import compute_dtype, pick_device
 from quantkit.core.result import LayerResult
 from quantkit.core.weight import QuantizedWeight
 from quantkit.io.checkpoint import CheckpointWriter
-from quantkit.io.files import Output
 from quantkit.io.hf import attach
+from quantkit.io.run_folder import Output
 from quantkit.io.source import Loaded, Source, open_folder
 from quantkit.models.plan import Plan
 from quantkit.models.unpacking import choose_unpacked
@@ -35,18 +35,18 @@ def silent(_done: int, _total: int, _name: str) -> None:
 class Destination(Sink, Protocol):
     """Where the packed model goes: into memory, or into a folder."""
 
-    def begin(self, identity: Mapping[str, Any]) -> AbstractContextManager[Any]:
-        """The time in which the run with this identity holds it."""
+    def begin(self, identity: Callable[[], Mapping[str, Any]]) -> AbstractContextManager[Any]:
+        """The time in which the run with this identity, which may take a while to know, holds it."""
 
     def results(self) -> dict[str, LayerResult]:
         """All packed layers, without their tensors."""
 
-    def finish(self, config: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+    def finish(self, config: Mapping[str, Any], files: Callable[[], Mapping[str, bytes]]) -> None:
         """Completes it.
 
         Args:
             config: JSON of the model's config.json.
-            files: further files by name.
+            files: gives further files by name.
         """
 
 
@@ -81,8 +81,11 @@ def run(
     tokens = None
     if recipe.reads_text(plan):
         tokens = recipe.calibration.sequences(source.tokenizer(), source.model)
-    identity = recipe.settings(plan, tokens) | {"low_rank_bits": recipe.low_rank_bits, "model": source.fingerprint()}
-    identity |= {"device": where.type, "dtype": str(source.model.dtype)}
+
+    def identity() -> dict[str, Any]:
+        ours = {"run": "quantize", "low_rank_bits": recipe.low_rank_bits, "model": source.fingerprint()}
+        return recipe.identity(plan, tokens) | ours | {"device": where.type, "dtype": str(source.model.dtype)}
+
     if recipe.rotation is not None:
         source.rotate(recipe.rotation)
     source.untie(plan)
@@ -106,7 +109,7 @@ def run(
         ).run(destination)
         report = this.report(name or source.name, plan, destination.results(), dense_bytes)
         config = source.config | ({"tie_word_embeddings": False} if source.untied else {})
-        destination.finish(config, source.files() | files_of(report))
+        destination.finish(config, lambda: source.files() | files_of(report))
     return report
 
 
@@ -145,7 +148,7 @@ class InMemory:
         self._model = model
         self._layers: dict[str, LayerResult] = {}
 
-    def begin(self, identity: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    def begin(self, identity: Callable[[], Mapping[str, Any]]) -> AbstractContextManager[Any]:
         """See `Destination`; a model in memory belongs to this process."""
         return nullcontext()
 
@@ -162,8 +165,8 @@ class InMemory:
         """See `Destination`."""
         return self._layers
 
-    def finish(self, config: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-        """See `Destination`."""
+    def finish(self, config: Mapping[str, Any], files: Callable[[], Mapping[str, bytes]]) -> None:
+        """See `Destination`; nothing lies beside a model in memory."""
         attach(self._model, {name: result.weight.metadata() for name, result in self._layers.items()})
         choose_unpacked(self._model)
 
@@ -191,9 +194,9 @@ def quantize_model(
 
 
 def quantize_checkpoint(
-    folder: Path,
+    folder: str | Path,
     recipe: Recipe,
-    output: Path,
+    output: str | Path,
     *,
     name: str = "",
     device: str | torch.device | None = None,
@@ -206,13 +209,14 @@ def quantize_checkpoint(
     Args:
         folder: the model, as transformers saves it.
         output: the folder to make; it appears whole or not at all.
-        resume, overwrite: see `io.files.Output`.
+        resume, overwrite: see `io.run_folder.Output`.
         recipe, name, device, progress: see `run`.
 
     Returns:
         The report, which is also written beside the checkpoint as quantkit_report.json.
     """
-    target = Output(output, folder, resume=resume, overwrite=overwrite)
+    folder = Path(folder)
+    target = Output(Path(output), folder, resume=resume, overwrite=overwrite)
     source = open_folder(folder, compute_dtype(pick_device(device)))
     writer = CheckpointWriter(target, len(source.blocks), source.dense)
     return run(source, recipe, writer, name=name, device=device, progress=progress)

@@ -317,6 +317,13 @@ class Recipe:
             return quantizer
         return TargetShift(quantizer, self.target_shift)
 
+    def identity(self, plan: Plan, sequences: Tensor | None) -> dict[str, Any]:
+        """The `settings` by which a run is known again: a text is known by its tokens, wherever it lies."""
+        settings = self.settings(plan, sequences)
+        if settings["calibration"] is not None:
+            settings["calibration"] = {key: value for key, value in settings["calibration"].items() if key != "source"}
+        return settings
+
     def settings(self, plan: Plan, sequences: Tensor | None) -> dict[str, Any]:
         """JSON of all that packed bytes depend on, but for the model; the text is int64 [samples, seqlen] or None."""
         source = self.calibration.source

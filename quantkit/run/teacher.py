@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from quantkit.core.errors import QuantkitError
 from quantkit.core.metrics import token_kl
-from quantkit.io.files import RunFolder
+from quantkit.io.run_folder import RunFolder
 
 FILE_SEQUENCES = 64
 """Sequences in one file of a cache: what an interrupted run has to compute anew, at most."""
@@ -140,6 +140,7 @@ class CachedTeacher:
             "tokens": hashlib.sha256(sequences.numpy().tobytes()).hexdigest(),
             "top": top,
             "teacher": f"{float(probe):.6g}",
+            "mixed": mixed,
         }
         parts = {_file(first // FILE_SEQUENCES): first for first in range(0, len(sequences), FILE_SEQUENCES)}
         whole = all(map(cache.has, parts))

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from quantkit.core.device import multiplies_bf16
 from quantkit.core.errors import QuantkitError
 from quantkit.formats.low_rank import LowRankWeight
-from quantkit.io.files import RunFolder
+from quantkit.io.run_folder import RunFolder
 from quantkit.models.forward import patched_forwards
 from quantkit.models.linear import QuantizedLinear
 from quantkit.models.structure import check_vocabulary

@@ -12,8 +12,8 @@ import torch
 
 from quantkit.core.device import compute_dtype, parse_dtype
 from quantkit.io.checkpoint import read_config
-from quantkit.io.files import Output
 from quantkit.io.hf import load
+from quantkit.io.run_folder import Output
 from quantkit.io.shards import Shards
 from quantkit.io.source import load_tokenizer
 from quantkit.run.processes import begin_processes
@@ -68,7 +68,8 @@ def run(
     Raises:
         QuantkitError: bad input; the message says what would work.
     """
-    output = Output(asked.output, asked.folder, asked.teacher, resume=resume, overwrite=overwrite)
+    needed = [asked.folder, asked.teacher, *([] if asked.cache is None else [asked.cache])]
+    output = Output(asked.output, *needed, resume=resume, overwrite=overwrite)
     processes, where = begin_processes(device)
     kind = parse_dtype(dtype) or compute_dtype(where) or "auto"
     tokenizer = load_tokenizer(asked.folder)

@@ -18,7 +18,7 @@ from quantkit.evopress.build import build
 from quantkit.evopress.settings import Evolution
 from quantkit.evopress.spaces import BlockSpace, CandidateSpace
 from quantkit.evopress.store import candidate_key
-from quantkit.io.files import Output, RunFolder
+from quantkit.io.run_folder import Output, RunFolder
 from quantkit.models.plan import tied
 from quantkit.quantizers.target_shift import unshifted
 from quantkit.run.recipe import Recipe, read_plan

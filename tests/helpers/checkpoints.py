@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from quantkit.io.files import MANIFEST
+from quantkit.io.run_folder import MANIFEST
 from quantkit.run.pipeline import quantize_checkpoint
 
 

@@ -134,10 +134,10 @@ def test_overwrite_replaces_nothing_but_checkpoints(model_folder, tmp_path):
     before = digest(source)
     recipe = Recipe(RTN(3, 64))
     for output, message in [
-        (source, "would replace the model"),
-        (source.parent, "would replace the model"),
-        (precious, "is not a checkpoint of quantkit's making"),
-        (tmp_path, "would replace the model"),
+        (source, "which this run needs"),
+        (source.parent, "which this run needs"),
+        (precious, "has no quantkit_files.json"),
+        (tmp_path, "which this run needs"),
     ]:
         with pytest.raises(QuantkitError, match=message):
             quantize_checkpoint(source, recipe, output, overwrite=True)

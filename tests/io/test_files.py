@@ -1,294 +1,9 @@
-"""Run folders: one process at a time, continued by the same run alone, and nothing foreign ever lost."""
-
-import json
-import multiprocessing
-import os
-import signal
-import subprocess
-import sys
-import time
+"""Files are whole or not there, and what cannot be read is one error."""
 
 import pytest
 
 from quantkit.core.errors import CheckpointError, QuantkitError
-from quantkit.io import files
-from quantkit.io.files import MANIFEST, Output, RunFolder, read_json, write_durably
-
-ONE = {"run": "one"}
-
-
-def names(folder):
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
-def made(output, content=b"1", **flags):
-    """Publishes a folder of two files."""
-    target = Output(output, **flags)
-    with target.begin(ONE):
-        target.write_bytes(target.made("weights"), content)
-        target.write_bytes("side.json", b"{}")
-        target.write_bytes(target.made("inner/more"), b"22")
-        target.publish()
-
-
-class _Stop(Exception):
-    pass
-
-
-def unfinished(output, identity=ONE, **flags):
-    target = Output(output, **flags)
-    with pytest.raises(_Stop), target.begin(identity):
-        target.write_bytes(target.made("weights"), b"half a run")
-        raise _Stop
-    return output.with_name(f"{output.name}.partial")
-
-
-def test_a_folder_appears_whole_and_lists_its_files(tmp_path):
-    made(tmp_path / "deep" / "out")
-    assert names(tmp_path) == {"deep/out/weights", "deep/out/inner/more", f"deep/out/{MANIFEST}"}
-    assert json.loads((tmp_path / "deep/out" / MANIFEST).read_text())["files"] == {"weights": 1, "inner/more": 2}
-
-
-def test_an_existing_output_is_replaced_only_if_asked(tmp_path):
-    out = tmp_path / "out"
-    made(out)
-    with pytest.raises(QuantkitError, match="already exists; give another `output`, or `overwrite`"):
-        Output(out)
-    with pytest.raises(QuantkitError, match="already exists, and there is no unfinished run"):
-        Output(out, resume=True)
-    made(out, b"new", overwrite=True)
-    assert (out / "weights").read_bytes() == b"new"
-    assert names(tmp_path) == {"out/weights", "out/inner/more", f"out/{MANIFEST}"}
-
-
-def test_an_empty_folder_is_no_obstacle(tmp_path):
-    (tmp_path / "out").mkdir()
-    made(tmp_path / "out")
-    assert (tmp_path / "out" / "weights").is_file()
-
-
-@pytest.mark.parametrize("what", ["a file more", "a changed file", "a link", "a file further down"])
-def test_foreign_files_in_an_output_are_never_replaced(tmp_path, what):
-    out = tmp_path / "out"
-    made(out)
-    if what == "a file more":
-        (out / "notes.txt").write_text("mine")
-    elif what == "a changed file":
-        (out / "weights").write_text("edited by hand")
-    elif what == "a link":
-        (out / "weights").unlink()
-        (out / "weights").symlink_to(out / "inner" / "more")
-    else:
-        (out / "inner" / "notes.txt").write_text("mine")
-    before = names(out)
-    with pytest.raises(QuantkitError, match="which quantkit has not written"):
-        Output(out, overwrite=True)
-    assert names(out) == before
-
-
-def test_a_folder_of_another_making_is_never_replaced(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "config.json").write_text('{"quantization_config": {"quant_method": "quantkit"}}')
-    for flags in ({"overwrite": True}, {"overwrite": True, "resume": True}):
-        with pytest.raises(QuantkitError, match="replaces nothing else"):
-            Output(tmp_path / "out", **flags)
-    assert names(tmp_path) == {"out/config.json"}
-
-
-def test_what_comes_into_an_output_during_a_run_is_kept(tmp_path):
-    out = tmp_path / "out"
-    made(out)
-    target = Output(out, overwrite=True)
-    with pytest.raises(QuantkitError, match=r"notes\.txt"), target.begin(ONE):
-        target.write_bytes(target.made("weights"), b"new")
-        (out / "notes.txt").write_text("mine")
-        target.publish()
-    assert (out / "notes.txt").read_text() == "mine" and (out / "weights").read_bytes() == b"1"
-    (out / "notes.txt").unlink()
-    made(out, b"new", resume=True, overwrite=True)
-    assert (out / "weights").read_bytes() == b"new"
-
-
-@pytest.mark.parametrize("place", ["notes.txt", "checkpoint/notes.txt", "checkpoint/deep/notes.txt"])
-def test_foreign_files_in_an_unfinished_run_are_kept(tmp_path, place):
-    partial = unfinished(tmp_path / "out")
-    note = partial / place
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text("mine")
-    for flags in ({"resume": True}, {"overwrite": True}):
-        with pytest.raises(QuantkitError, match=r"notes\.txt, which quantkit has not written"):
-            Output(tmp_path / "out", **flags)
-    assert note.read_text() == "mine"
-    note.unlink()
-    made(tmp_path / "out", resume=True)
-
-
-def test_a_folder_with_the_name_of_a_partial_one_is_kept(tmp_path):
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
-    for flags in ({}, {"resume": True}, {"overwrite": True}):
-        with pytest.raises(QuantkitError, match=r"thesis\.txt and is not an unfinished run"):
-            Output(tmp_path / "out", **flags)
-    assert names(tmp_path) == {"out.partial/thesis.txt"}
-
-
-def test_an_unfinished_run_is_continued_or_discarded_as_asked(tmp_path):
-    out = tmp_path / "out"
-    partial = unfinished(out)
-    with pytest.raises(QuantkitError, match="`resume` continues it, `overwrite` starts anew"):
-        Output(out)
-    target = Output(out, resume=True)
-    refused = pytest.raises(QuantkitError, match=r'run is "another", and was "one".*`overwrite` starts anew')
-    with refused, target.begin({"run": "another"}):
-        pass
-    with Output(out, resume=True).begin(ONE) as again:
-        assert again.path(again.made("weights")).read_bytes() == b"half a run"
-    with Output(out, overwrite=True).begin({"run": "another"}) as anew:
-        assert not anew.has(anew.made("weights"))
-    assert names(partial) == {"run.json"}
-
-
-def test_an_identity_grows(tmp_path):
-    folder = RunFolder(tmp_path / "f", "a thing")
-    with folder.begin({"a": 1}):
-        folder.identify({"b": [1, 2.5, None]})
-        folder.identify({"b": (1, 2.5, None)})
-        with pytest.raises(QuantkitError, match="b is 3"):
-            folder.identify({"b": 3})
-    assert RunFolder(tmp_path / "f", "a thing").differing({"a": 2, "b": [1, 2.5, None]}) == ["a is 2, and was 1"]
-
-
-def test_nothing_is_made_by_a_refusal(tmp_path):
-    (tmp_path / "file").write_text("")
-    for output in (tmp_path / "file" / "deeper" / "out", tmp_path / "file", tmp_path / "..", tmp_path / "."):
-        with pytest.raises(QuantkitError), Output(output, tmp_path / "model").begin(ONE):
-            pass
-    (tmp_path / "model").mkdir()
-    for output in (tmp_path / "model", tmp_path, tmp_path / "model" / ".." / "model"):
-        with pytest.raises(QuantkitError, match=r"would replace the model|names no new folder"):
-            Output(output, tmp_path / "model", overwrite=True)
-    assert names(tmp_path) == {"file"}
-
-
-_HOLDER = """
-import sys, time
-from pathlib import Path
-from quantkit.io.files import Output
-target = Output(Path(sys.argv[1]))
-with target.begin({"run": "one"}):
-    target.write_bytes(target.made("weights"), b"from the first")
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_a_second_process_is_refused_at_once_and_the_lock_of_a_killed_one_is_void(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", _HOLDER, tmp_path / "out"], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        for flags in ({}, {"resume": True}, {"overwrite": True}):
-            begun = time.monotonic()
-            with pytest.raises(QuantkitError, match=rf"used by process {holder.pid} on .*remove .*run\.lock"):
-                Output(tmp_path / "out", **flags)
-            assert time.monotonic() - begun < 2
-    finally:
-        os.kill(holder.pid, signal.SIGKILL)
-        holder.wait()
-    with Output(tmp_path / "out", resume=True).begin(ONE) as target:
-        assert target.path(target.made("weights")).read_bytes() == b"from the first"
-    assert "run.lock" not in names(tmp_path / "out.partial")
-
-
-def _race(folder, queue):
-    try:
-        with RunFolder(folder, "a cache").begin(ONE):
-            time.sleep(0.5)
-            queue.put("held")
-    except QuantkitError as error:
-        queue.put(str(error))
-
-
-def test_of_many_that_begin_together_one_holds_the_folder(tmp_path):
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    processes = [context.Process(target=_race, args=(tmp_path / "cache", queue)) for _ in range(6)]
-    for process in processes:
-        process.start()
-    outcomes = [queue.get(timeout=30) for _ in processes]
-    for process in processes:
-        process.join()
-    assert outcomes.count("held") == 1
-    assert all("is used by" in outcome for outcome in outcomes if outcome != "held")
-
-
-@pytest.mark.parametrize("after", ["the old folder is aside", "the new folder has its name"])
-def test_a_kill_while_publishing_loses_neither_folder(tmp_path, monkeypatch, after):
-    out = tmp_path / "out"
-    made(out)
-    synced = []
-
-    def stop_at_sync(folder, really=files._sync):
-        synced.append(folder)
-        if folder == out.parent:
-            raise _Stop
-        really(folder)
-
-    target = Output(out, overwrite=True)
-    with pytest.raises(_Stop), target.begin(ONE):
-        target.write_bytes(target.made("weights"), b"new")
-        if after == "the old folder is aside":
-            monkeypatch.setattr(type(target.path("x")), "rename", _rename_once())
-        else:
-            monkeypatch.setattr(files, "_sync", stop_at_sync)
-        target.publish()
-    monkeypatch.undo()
-    if after == "the old folder is aside":
-        assert not out.exists()
-        with Output(out, overwrite=True).begin(ONE):
-            assert (out / "weights").read_bytes() == b"1", "the old one is back where a new run starts"
-        made(out, b"new", overwrite=True)
-    else:
-        with pytest.raises(QuantkitError, match="already exists"):
-            Output(out, resume=True)
-        made(out, b"newer", overwrite=True)
-    assert names(tmp_path) == {"out/weights", "out/inner/more", f"out/{MANIFEST}"}
-
-
-def _rename_once():
-    """A rename that works once, and then the process dies."""
-    import pathlib
-
-    really, done = pathlib.Path.rename, []
-
-    def rename(self, target):
-        if done:
-            raise _Stop
-        done.append(target)
-        return really(self, target)
-
-    return rename
-
-
-def test_a_hostile_list_of_files_reaches_nothing_outside(tmp_path):
-    (tmp_path / "precious").write_text("mine")
-    partial = unfinished(tmp_path / "out")
-    with open(partial / "run.files", "a") as journal:
-        journal.write('"../precious"\n"/etc/hostname"\n["half a li')
-    with Output(tmp_path / "out", overwrite=True).begin(ONE):
-        pass
-    assert (tmp_path / "precious").read_text() == "mine"
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
-def test_a_damaged_record_is_one_error(tmp_path, content):
-    partial = unfinished(tmp_path / "out")
-    (partial / "run.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"run\.json cannot be read"):
-        Output(tmp_path / "out", resume=True)
-    made(tmp_path / "out", overwrite=True)
-    (tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match="cannot be read as a list"):
-        read_json(tmp_path / "x.json", "a list")
+from quantkit.io.files import leads_below, read_json, remove_below, write_durably
 
 
 def test_a_full_disk_leaves_no_half_a_file(tmp_path):
@@ -303,24 +18,26 @@ def test_a_full_disk_leaves_no_half_a_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_another_library_writes_and_its_files_are_known(tmp_path):
-    def write(folder):
-        (folder / "a").write_text("a")
-        (folder / "b").mkdir()
-        (folder / "b" / "c").write_text("c")
-
-    target = Output(tmp_path / "out")
-    with target.begin(ONE):
-        target.take(write)
-        target.publish()
-    assert names(tmp_path) == {"out/a", "out/b/c", f"out/{MANIFEST}"}
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"\xff\xfe", b"[" * 100_000])
+def test_damaged_json_is_one_error(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match="cannot be read as a list"):
+        read_json(tmp_path / "x.json", "a list")
 
 
-def test_a_run_that_is_refused_before_it_made_anything_leaves_nothing(tmp_path):
-    with pytest.raises(_Stop), Output(tmp_path / "out").begin(ONE):
-        raise _Stop
-    assert not list(tmp_path.iterdir())
-    partial = unfinished(tmp_path / "out")
-    with pytest.raises(_Stop), Output(tmp_path / "out", resume=True).begin(ONE):
-        raise _Stop
-    assert (partial / "run.json").is_file(), "what was begun before stays"
+def test_names_that_lead_elsewhere(tmp_path):
+    root = tmp_path / "root"
+    (root / "inner").mkdir(parents=True)
+    (root / "link").symlink_to(tmp_path)
+    for name in ("a", "inner/a", "new/deeper/a", "writing-1/"):
+        assert leads_below(root, name), name
+    for name in ("", "..", "../a", "inner/../../a", str(tmp_path / "a"), "link/a", 7, None):
+        assert not leads_below(root, name), name
+
+
+def test_files_go_and_the_folders_that_this_empties(tmp_path):
+    for name in ("a/b/c", "a/kept", "d"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    remove_below(tmp_path, ["a/b/c", "d", "never/was"])
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["a", "kept"]

@@ -8,6 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
+from quantkit.core.errors import QuantkitError
+from quantkit.io import hf
+from quantkit.io.hf import resolve_folder
 from quantkit.models.linear import QuantizedLinear
 
 from ..conftest import VOCABULARY
@@ -73,3 +76,21 @@ def test_importing_touches_no_gpu_and_no_network():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == quantkit.__version__
+
+
+def test_reference_is_the_reference_model(reference, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_folder("reference").samefile(reference)
+
+
+def test_a_folder_of_that_name_goes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reference").mkdir()
+    assert resolve_folder("reference").samefile(tmp_path / "reference")
+
+
+def test_an_installation_without_it_says_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hf, "REFERENCE", tmp_path / "nowhere")
+    with pytest.raises(QuantkitError, match="nowhere; it is in quantkit's wheel and source tree"):
+        resolve_folder("reference")

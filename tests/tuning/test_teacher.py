@@ -9,7 +9,7 @@ import quantkit
 from quantkit import GPTQ, Calibration, PVSettings, TuningSettings
 from quantkit.core.errors import QuantkitError
 from quantkit.core.metrics import token_kl
-from quantkit.io.files import RunFolder
+from quantkit.io.run_folder import RunFolder
 from quantkit.run.teacher import CachedTeacher, Predictions, predict
 
 TEXT = Calibration("stdlib", 70, 32)  # two files of a cache
