@@ -5,8 +5,8 @@
     FOLDER/block-00001/KEY.json             its quantizer, and each layer's metadata, relative error and damping
 
 A file appears whole, and its presence says that it is done, so that a build which was killed goes on where it stopped,
-another set of candidates adds what is missing, and several searches may read one database. Candidates that are equal
-have equal keys, hence one file.
+another set of candidates adds what is missing, and several searches may read one database once it is filled. Candidates
+that are equal have equal keys, hence one file. The full model's predictions lie beside them, in folders `teacher-...`.
 """
 
 from __future__ import annotations
