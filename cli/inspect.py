@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from quantkit.cli.display import console
@@ -19,24 +20,32 @@ if TYPE_CHECKING:
 
 def inspect_command(
     folder: Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")],
+    check: Annotated[
+        bool, typer.Option("--verify", help="Hold every tensor against its checksum; exit code 2 where one differs.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List a packed checkpoint's layers: format, shape, measured bits per weight, size."""
     from quantkit.core.weight import QuantizedWeight
-    from quantkit.io.checkpoint import packed_layers
+    from quantkit.io.checkpoint import packed_layers, verify
     from quantkit.io.hf import resolve_folder
     from quantkit.io.shards import Shards
 
     folder = resolve_folder(folder)
+    verified = verify(folder) if check else None
     weights = {name: QuantizedWeight.empty(metadata) for name, metadata in packed_layers(folder).items()}
     total = Shards(folder).nbytes()
     packed = sum(weight.nbytes for weight in weights.values())
     count = sum(weight.shape[0] * weight.shape[1] for weight in weights.values() if weight.state())
     if as_json:
         rows = {name: _row(weight) for name, weight in weights.items()}
-        print(json.dumps({"layers": rows, "bits_per_weight": 8 * packed / count, "bytes": total}, indent=2))
+        print(
+            json.dumps(
+                {"layers": rows, "bits_per_weight": 8 * packed / count, "bytes": total, "verified": verified}, indent=2
+            )
+        )
         return
-    table = Table(title=str(folder), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=escape(str(folder)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", overflow="fold")
     for heading in ("format", "shape", "bits", "bits/w", "size"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -50,6 +59,8 @@ def inspect_command(
     console.print(
         f"{len(weights)} packed layers: {8 * packed / count:.3f} bits per weight, {size(packed)} of {size(total)}"
     )
+    if verified is not None:
+        console.print(f"all {verified} tensors are as they were written")
 
 
 def _row(weight: QuantizedWeight) -> dict[str, Any]:

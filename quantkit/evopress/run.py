@@ -221,7 +221,7 @@ def _prune(asked: SearchRun, session: Session, outcome: Outcome, output: Output)
     output.take(pruned.save_pretrained)
     output.take(load_tokenizer(asked.folder).save_pretrained)
     output.write_bytes(output.made(SEARCH_RECORD), _record(session, outcome, kept))
-    output.publish()
+    output.publish(Shards(output.path(output.made(""))).checksums())
     left_out = tuple(name for name, stays in kept.items() if not stays)
     return Searched(outcome, session.settings.measure, left_out=left_out)
 

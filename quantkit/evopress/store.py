@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -21,9 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from quantkit.core import spec
 from quantkit.core.errors import CheckpointError, QuantkitError
@@ -32,7 +29,7 @@ from quantkit.core.result import LayerResult
 from quantkit.core.weight import QuantizedWeight
 from quantkit.io.files import read_json
 from quantkit.io.run_folder import RunFolder
-from quantkit.io.shards import open_shard
+from quantkit.io.shards import checksum, open_shard
 from quantkit.models.plan import Plan, tied, with_own_weight
 
 if TYPE_CHECKING:
@@ -112,7 +109,7 @@ class Store:
             }
             for layer, result in layers.items()
         }
-        checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
+        checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
         sidecar = {"quantizer": spec.write(quantizer), "layers": entries, "checksums": checksums}
         self._folder.write_json(self._name(index, key, "json"), sidecar)
         needed = sum(tensor.nbytes for tensor in tensors.values())
@@ -141,7 +138,7 @@ class Store:
                 state = {}
                 for name in (name for name in sidecar["checksums"] if name.startswith(f"{layer}.")):
                     tensor = shard.get_tensor(name) if name in present else None
-                    if tensor is None or _checksum(tensor) != sidecar["checksums"][name]:
+                    if tensor is None or checksum(tensor) != sidecar["checksums"][name]:
                         raise CheckpointError(f"{path} is damaged at {name}; remove it, and the next run makes it anew")
                     state[name.removeprefix(f"{layer}.")] = tensor
                 weights[layer] = QuantizedWeight.from_state(sidecar["layers"][layer]["metadata"], state)
@@ -203,7 +200,3 @@ class Database:
             layout = self.fixed[name].layout(*results[layer].weight.shape)
             results[name] = replace(results[layer], weight=layout)
         return results
-
-
-def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

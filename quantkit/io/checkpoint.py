@@ -10,11 +10,13 @@ Tensors are named `<layer>.<local name>`; config.json carries
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,7 +28,9 @@ from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.tied import TiedWeight
 from quantkit.io.files import read_json
 from quantkit.io.run_folder import MANIFEST, Output
-from quantkit.io.shards import DTYPES, INDEX, Shards, open_shard
+from quantkit.io.shards import DTYPES, INDEX, Shards, checksum, open_shard
+
+logger = logging.getLogger(__name__)
 
 WRITTEN_ANEW = {"config.json", "README.md", MANIFEST, INDEX, "pytorch_model.bin.index.json"}
 """Files of a model's folder that a checkpoint has its own of."""
@@ -64,12 +68,20 @@ class CheckpointWriter:
         shard_name, _ = self._names(index)
         if not self._output.has(shard_name):
             return None
+        record = self._record(index)
+        try:
+            with open_shard(self._output.path(shard_name)) as shard:
+                tensors = {name: shard.get_tensor(name).clone() for name in shard.keys()}
+        except (CheckpointError, SafetensorError):
+            tensors = {}
+        if {name: checksum(tensor) for name, tensor in tensors.items()} != record["checksums"]:
+            logger.warning("%s is not as it was written; the block is made anew", self._output.path(shard_name))
+            self._output.discard(shard_name)
+            return None
         weights = {}
-        with open_shard(self._output.path(shard_name)) as shard:
-            for layer, entry in self._entries(index).items():
-                names = [name for name in shard.keys() if name.startswith(f"{layer}.")]
-                state = {name.removeprefix(f"{layer}."): shard.get_tensor(name).clone() for name in names}
-                weights[layer] = QuantizedWeight.from_state(entry["metadata"], state)
+        for layer, entry in record["layers"].items():
+            state = {name.removeprefix(f"{layer}."): t for name, t in tensors.items() if name.startswith(f"{layer}.")}
+            weights[layer] = QuantizedWeight.from_state(entry["metadata"], state)
         return weights
 
     def write(self, index: int, name: str, layers: dict[str, LayerResult]) -> None:
@@ -88,20 +100,25 @@ class CheckpointWriter:
                 "damping": result.damping,
                 "tuned": result.tuned,
             }
-        self._output.write_json(sidecar, entries)
+        checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
+        self._output.write_json(sidecar, {"layers": entries, "checksums": checksums})
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         # Only one metadata key: safetensors writes several in random order, and bytes must repeat.
         self._output.write(shard_name, lambda path: save_file(tensors, path, metadata={"format": "pt"}), needed)
 
-    def _entries(self, index: int) -> dict[str, Any]:
+    def _record(self, index: int) -> dict[str, Any]:
         path = self._output.path(self._names(index)[1])
-        return read_json(path, "a block's record; remove it and the shard of its name to have the block made anew")
+        way = "a block's record; remove it and the shard of its name to have the block made anew"
+        found = read_json(path, way)
+        if not all(isinstance(found.get(key), dict) for key in ("layers", "checksums")):
+            raise CheckpointError(f"{path} is not {way}")
+        return found
 
     def results(self) -> dict[str, LayerResult]:
         """All packed layers without their tensors, in the order of the blocks."""
         results = {}
         for index in (*range(self._num_blocks), -1):
-            for layer, entry in self._entries(index).items():
+            for layer, entry in self._record(index)["layers"].items():
                 weight, tuned = QuantizedWeight.empty(entry["metadata"]), entry.get("tuned")
                 results[layer] = LayerResult(
                     weight, entry["relative_error"], entry["damping"], tuple(tuned) if tuned else None
@@ -130,7 +147,8 @@ class CheckpointWriter:
         )
         index_json = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         self._output.write_json(self._output.made(INDEX), index_json)
-        self._output.publish()
+        blocks = (self._record(index)["checksums"] for index in (*range(self._num_blocks), -1))
+        self._output.publish({name: value for block in blocks for name, value in block.items()})
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -159,6 +177,24 @@ def packed_layers(folder: Path) -> dict[str, Any]:
     layers = check_version(config)
     check_tensors(layers, Shards(folder).specs)
     return layers
+
+
+def verify(folder: Path) -> int:
+    """Holds every tensor of a folder against its checksum; the number of them.
+
+    Raises:
+        CheckpointError: some differ, are missing, or the folder lists none.
+    """
+    record = read_json(folder / MANIFEST, "the checksums of a quantkit run (save_pretrained writes none)")
+    listed = record.get("tensors")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(f"{folder / MANIFEST} lists no checksums; {folder.name} cannot be verified")
+    found = Shards(folder).checksums()
+    wrong = sorted(name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name))
+    if wrong:
+        few = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise CheckpointError(f"{folder}: {few} of {len(listed)} tensors are not as they were written; fetch it anew")
+    return len(found)
 
 
 def check_version(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from quantkit.core.constants import METHOD
 from quantkit.core.errors import CheckpointError, QuantkitError, first_line
 from quantkit.io.checkpoint import packed_layers, read_config
+from quantkit.io.checkpoint import verify as verify_folder
 from quantkit.io.registration import QuantkitConfig, QuantkitHfQuantizer
 from quantkit.io.shards import Shards
 from quantkit.models.unpacking import ASKED, choose_unpacked
@@ -75,6 +76,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     unpack: bool | None = None,
+    verify: bool = False,
 ) -> PreTrainedModel:
     """Loads a packed checkpoint, or any transformers causal language model.
 
@@ -84,12 +86,15 @@ def load(
         device: where to put the model; by default the CPU.
         unpack: on a CPU, unpack each packed layer at its first use (True) or never (False); by default those that run
             faster so, as far as memory allows. A line of the log says what that costs.
+        verify: hold every tensor against the checksum that its run wrote down; reads the files once more.
 
     Raises:
         CheckpointError: damaged or incomplete files, or an unknown format.
         QuantkitError: unpack=True, and memory does not suffice.
     """
     folder = resolve_folder(folder)
+    if verify:
+        verify_folder(folder)
     config = read_config(folder).get("quantization_config") or {}
     if config.get("quant_method") == METHOD:
         packed_layers(folder)

@@ -32,7 +32,7 @@ from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.io.files import files_below, leads_below, read_json, remove_below, sync, write_durably
 
 MANIFEST = "quantkit_files.json"
-"""Lists a published folder's files, itself left out, with their bytes."""
+"""Lists a published folder's files, itself left out, with their bytes, and its tensors with their checksums."""
 _IDENTITY, _JOURNAL, _LOCK = "run.json", "run.files", "run.lock"
 _MADE, _REPLACED, _PUBLISHING, _WRITING = "checkpoint", "replaced", "publishing.json", "writing-"
 _OF_SAFETENSORS = re.compile(r"\.tmp\w{6}")
@@ -345,6 +345,10 @@ class Output(RunFolder):
         """The name, in this folder, of a file of the folder to come."""
         return f"{_MADE}/{name}"
 
+    def discard(self, name: str) -> None:
+        """Removes a file of the run, to make it anew."""
+        self.path(name).unlink(missing_ok=True)
+
     def empty(self) -> None:
         """Removes what was written of the folder to come."""
         remove_below(self.folder, [name for name in self._written if name.startswith(f"{_MADE}/")])
@@ -366,8 +370,11 @@ class Output(RunFolder):
             self.write(self.made(name), (scratch / name).replace, 0)
         shutil.rmtree(scratch)
 
-    def publish(self) -> None:
+    def publish(self, checksums: Mapping[str, str] | None = None) -> None:
         """Gives the finished folder its name; nothing of the run is left beside it.
+
+        Args:
+            checksums: of its tensors, by name; for its list of files.
 
         Raises:
             QuantkitError: files have come into it, or into what it replaces, that quantkit has not written.
@@ -379,7 +386,7 @@ class Output(RunFolder):
         self._check_replaced()
         made = self.path(_MADE)
         files = {name: (made / name).stat().st_size for name in files_below(made) if name != MANIFEST}
-        self.write_json(self.made(MANIFEST), {"files": files})
+        self.write_json(self.made(MANIFEST), {"files": files, "tensors": dict(checksums or {})})
         self.write_json(_PUBLISHING, {"output": self.output.name})
         replaced = self.path(_REPLACED)
         try:

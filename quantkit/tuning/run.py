@@ -90,6 +90,6 @@ def run(
             output.take(tokenizer.save_pretrained)
             record = {"teacher": str(asked.teacher), "settings": asdict(asked.settings)}
             output.write_json(output.made(RECORD), record | {"history": student.quantkit_tuning})
-            output.publish()
+            output.publish(Shards(output.path(output.made(""))).checksums())
         processes.wait_for_everyone()
     return student.quantkit_tuning if main else None

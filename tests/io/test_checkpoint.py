@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import quantkit
 from quantkit import GPTQ, RTN, Calibration, Recipe
 from quantkit.core.errors import CheckpointError, QuantkitError
+from quantkit.io.checkpoint import verify
 from quantkit.io.shards import INDEX, Shards
 from quantkit.run.pipeline import quantize_checkpoint
 
@@ -343,3 +344,54 @@ def test_what_a_killed_write_leaves_is_removed(reference, tmp_path):
         (partial / name).write_bytes(b"half")
     quantize_checkpoint(reference, Recipe(RTN(4)), tmp_path / "out", resume=True)
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def flip(path, name):
+    """Flips one bit of a tensor, in place, as a failing disk does."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        begin, _ = json.loads(file.read(length))[name]["data_offsets"]
+        file.seek(8 + length + begin)
+        byte = file.read(1)[0]
+        file.seek(8 + length + begin)
+        file.write(bytes([byte ^ 4]))
+
+
+def test_a_flipped_bit_is_found_and_named(reference, tmp_path):
+    out = tmp_path / "out"
+    quantize_checkpoint(reference, Recipe(RTN(4)), out)
+    assert verify(out) == len(Shards(out).specs)
+    quantkit.load(out, verify=True)
+    for name in ("model.layers.2.mlp.up_proj.codes", "model.norm.weight"):
+        path = out / Shards(out).files[name]
+        flip(path, name)
+        with pytest.raises(CheckpointError, match=rf"{name} of \d+ tensors are not as they were written"):
+            quantkit.load(out, verify=True)
+        flip(path, name)
+    assert verify(out)
+    quantkit.load(out).save_pretrained(tmp_path / "saved")
+    with pytest.raises(CheckpointError, match="save_pretrained writes none"):
+        verify(tmp_path / "saved")
+
+
+def test_a_finished_block_that_was_damaged_is_made_anew(reference, tmp_path, caplog):
+    recipe = Recipe(RTN(4))
+    quantize_checkpoint(reference, recipe, tmp_path / "whole")
+    interrupted(reference, recipe, tmp_path / "out", after=3)
+    made = tmp_path / "out.partial" / "checkpoint"
+    flip(made / "model-00001-of-00007.safetensors", "model.layers.0.mlp.up_proj.codes")
+    (made / "model-00002-of-00007.safetensors").write_bytes(b"cut")
+    quantize_checkpoint(reference, recipe, tmp_path / "out", resume=True)
+    assert caplog.text.count("made anew") == 2
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_tensors_that_no_layer_declares_are_damage(reference, tmp_path):
+    out = tmp_path / "out"
+    quantize_checkpoint(reference, Recipe(RTN(4, symmetric=False)), out)
+    config = json.loads((out / "config.json").read_text())
+    layer = config["quantization_config"]["layers"]["model.layers.0.mlp.up_proj"]
+    del layer["tensors"]["zeros"]
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"up_proj\.zeros is in the files"):
+        quantkit.load(out)
