@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels import cpu, launching, plans, self_check
+from quantkit.kernels.caching import kept
 
 LARGEST_CORE = 256
 """The largest order of C that is used: C costs a dense product."""
@@ -103,7 +104,7 @@ def _square(element: int, q: int, root: int) -> bool:
     return (a * a - other * b * b) % root in squares
 
 
-@lru_cache
+@kept
 def paley(order: int) -> Tensor | None:
     """A Hadamard matrix (fp32, entries +-1) by one of Paley's constructions; None where they give none.
 
@@ -126,7 +127,7 @@ def paley(order: int) -> Tensor | None:
     return torch.kron(matrix, ones) + torch.kron(torch.eye(q + 1), turned)
 
 
-@lru_cache
+@kept
 def _sylvester(order: int) -> Tensor:
     matrix = torch.ones(1, 1)
     while len(matrix) < order:

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantkit.kernels.caching import kept
+
 LIMB = 32
 
 
@@ -48,7 +50,7 @@ def limbs(dimension: int, pulses: int) -> int:
     return max(1, -(-index_bits(dimension, pulses) // LIMB))
 
 
-@lru_cache(maxsize=16)
+@kept
 def _tables(dimension: int, pulses: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """N and S as limbs: int64 [dimension, pulses + 1, limbs]; one limb more than a number, for sums."""
     counts = np.array(_counts(dimension, pulses)[:dimension], dtype=object)

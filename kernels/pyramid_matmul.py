@@ -32,6 +32,7 @@ from torch import Tensor
 
 from quantkit.kernels import launching, operators, plans, pyramid
 from quantkit.kernels.bitpack import LANES, TILE, pack, row_words, unpack
+from quantkit.kernels.caching import kept
 from quantkit.kernels.launching import or_stand_in
 from quantkit.kernels.tuning import Config, chosen
 
@@ -68,7 +69,7 @@ def inverse_norms(largest_square: int, device: torch.device) -> Tensor:
     return _inverse_norms(largest_square.bit_length(), device)
 
 
-@lru_cache
+@kept
 def _inverse_norms(bits: int, device: torch.device) -> Tensor:
     return torch.arange(1 << bits).float().rsqrt().to(device)  # made on the CPU: all devices have the same
 
@@ -86,7 +87,7 @@ def gain_table(levels: Tensor) -> Tensor:
     return levels.float().unsqueeze(1) * inverse
 
 
-@lru_cache
+@kept
 def point_table(pulses: int, device: torch.device) -> Tensor:
     """int32 [2^index_bits]: the points of P(8, pulses), pulses <= 6, by number; zeros beyond the last."""
     numbers = torch.arange(pyramid.count(8, pulses)).unsqueeze(-1)

@@ -28,6 +28,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from quantkit.kernels.caching import kept
+
 MULTIPLIER, INCREMENT, MASK, FLIP = 0x9E3779B1, 0x3D4D51C4, 0x81FF81FF, 0x3F803F80
 PLACES = 32
 """The length of rings is a multiple of it, so that they are whole words."""
@@ -48,7 +50,7 @@ def evaluate(states: Tensor) -> Tensor:
     return low.view(torch.float32) + high.view(torch.float32)
 
 
-@lru_cache
+@kept
 def table(state_bits: int, device: torch.device) -> Tensor:
     """fp32 [2^state_bits]: the values of all states."""
     return evaluate(torch.arange(1 << state_bits)).to(device)

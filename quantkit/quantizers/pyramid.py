@@ -26,6 +26,7 @@ from quantkit.core.linalg import column_scales
 from quantkit.core.protocols import Needs
 from quantkit.core.stats import LayerStats
 from quantkit.formats.pyramid import PyramidWeight, factors
+from quantkit.kernels.caching import kept
 from quantkit.kernels.pyramid import index_bits
 from quantkit.quantizers.feedback import check_feedback, error_feedback, required
 
@@ -274,7 +275,7 @@ def _storable(scale: Tensor) -> Tensor:
     return scale.clamp(2.0**-24, torch.finfo(torch.float16).max).half().to(scale.dtype)
 
 
-@lru_cache
+@kept
 def gain_levels(code: PyramidCode, length: int) -> Tensor:
     """Levels for the norms of groups, [2^gain_bits], of vectors with `length` weights of second moment 1; fp32 of fp16.
 
