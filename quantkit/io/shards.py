@@ -59,6 +59,9 @@ class Shards:
                     self.specs[name] = (view.get_dtype(), view.get_shape())
 
     def _locate(self) -> dict[str, str]:
+        if (self.folder / SINGLE).is_file():  # before an index, as for transformers: one may be left of an earlier save
+            with open_shard(self.folder / SINGLE) as shard:
+                return dict.fromkeys(shard.keys(), SINGLE)
         index = self.folder / INDEX
         if index.is_file():
             try:
@@ -69,9 +72,6 @@ class Shards:
             if missing:
                 raise CheckpointError(f"{self.folder}: {INDEX} names shards that are not there: {', '.join(missing)}")
             return files
-        if (self.folder / SINGLE).is_file():
-            with open_shard(self.folder / SINGLE) as shard:
-                return dict.fromkeys(shard.keys(), SINGLE)
         others = sorted(
             p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors")
         )

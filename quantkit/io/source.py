@@ -98,6 +98,21 @@ class Source(ABC):
         packed = set(layers)
         return sum(self._nbytes(name) for name in self._stored() if belongs(name, packed))
 
+    def check_finite(self) -> None:
+        """Reads all tensors once, before any work is done on them.
+
+        Raises:
+            QuantkitError: one holds NaN or Inf; the message says which, and how many.
+        """
+        for name, tensor in self._read(list(self._stored())):
+            if tensor.is_floating_point():
+                tensor = tensor.half() if tensor.element_size() == 1 else tensor  # there is no such test of fp8
+                wrong = tensor.numel() - int(torch.isfinite(tensor).sum())
+                if wrong:
+                    raise QuantkitError(
+                        f"{name} holds NaN or Inf in {wrong:,} of {tensor.numel():,} places; the checkpoint is damaged"
+                    )
+
     def linears(self) -> list[torch.nn.Module]:
         """All linear layers in the decoder blocks."""
         return list(block_linears(self.model).values())

@@ -77,6 +77,7 @@ def run(
     """
     where, start = begin(device)
     plan = recipe.plan(source.model)
+    source.check_finite()
     before = source.nbytes()
     tokens = None
     if recipe.reads_text(plan):

@@ -376,6 +376,13 @@ def _packed(hook: LayerHook, module: nn.Module, stats: LayerStats | None, name: 
     if not bool(torch.isfinite(weight).all()):
         raise QuantkitError(f"{name}: the weight holds NaN or Inf; the checkpoint is damaged")
     result = hook(name, weight, stats)
+    for key, tensor in result.weight.state().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise QuantkitError(
+                f"{name}: its packed {key} would hold NaN or Inf: its weights reach {float(weight.abs().max()):.3g}, "
+                "and these codes scale up to fp16's largest number; leave it dense (`ignore`), or take trellis, whose "
+                "scale is fp32"
+            )
     if stats is not None and stats.raised_damping is not None:
         logger.warning("%s: the Hessian factored only with damping raised to %g", name, stats.raised_damping)
     return result

@@ -1,5 +1,6 @@
 """Checkpoints: byte for byte the same however often a run was killed, and refused when damaged."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -395,3 +396,40 @@ def test_tensors_that_no_layer_declares_are_damage(reference, tmp_path):
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"up_proj\.zeros is in the files"):
         quantkit.load(out)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"]
+)
+def test_nan_anywhere_is_named_before_any_work(name, model_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_folder("llama"), dtype=torch.float32)
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[[3, 5]] = torch.tensor([float("nan"), float("inf")])
+    model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(QuantkitError, match=rf"{name} holds NaN or Inf in 2 of [\d,]+ places"):
+        quantize_checkpoint(tmp_path / "broken", Recipe(RTN(4, 64)), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_an_index_that_an_earlier_save_left_is_not_read(reference, tmp_path):
+    """transformers takes model.safetensors first, and so do we."""
+    model = AutoModelForCausalLM.from_pretrained(reference)
+    model.save_pretrained(tmp_path, max_shard_size="4MB")
+    assert (tmp_path / INDEX).is_file()
+    model.save_pretrained(tmp_path)
+    assert len(Shards(tmp_path).specs) == len(Shards(reference).specs)
+    quantkit.load(tmp_path)
+
+
+class Overflowing(RTN):
+    """A method whose scales leave fp16's range."""
+
+    def quantize(self, weight, stats=None):
+        packed = super().quantize(weight, stats)
+        return dataclasses.replace(packed, scales=packed.scales * float("inf"))
+
+
+def test_what_could_not_be_loaded_is_not_written(reference, tmp_path):
+    recipe = Recipe(RTN(4), {"model.layers.1.mlp.down_proj": Overflowing(4)})
+    with pytest.raises(QuantkitError, match=r"layers\.1\.mlp\.down_proj: its packed scales would hold NaN or Inf"):
+        quantize_checkpoint(reference, recipe, tmp_path / "out")
