@@ -151,7 +151,7 @@ def test_an_impossible_budget_and_a_strange_database(searched, model_folder, tmp
     code, said = complaint(*arguments, place / "candidates", "--avg-bits", 1.5)
     assert code == 2 and "1.5 bits per weight is impossible with these candidates: from 2.1" in said
     code, said = complaint(*arguments, place / "candidates", "--avg-bits", 3, "--num-samples", 5)
-    assert code == 2 and "holds candidates of another run (calibration is" in said
+    assert code == 2 and "holds candidates of another run (calibration.num_samples is 5, and was" in said
     (tmp_path / "timings.json").write_text(json.dumps([{"format": "int_group 2", "rows": 1, "columns": 2, "us": 3}]))
     timings = ["--latency-ms", 3, "--timings", tmp_path / "timings.json"]
     code, said = complaint(*arguments, place / "candidates", *timings)

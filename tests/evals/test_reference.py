@@ -54,7 +54,7 @@ def quality(model, reference, tokenizer, held_out):
 def test_the_model_has_learnt(model, tokenizer, held_out):
     train = evaluation_text(documents("stdlib", "calibration")[:200], tokenizer).tokens
     found = evaluate(model, held_out, SEQLEN, max_windows=WINDOWS)
-    assert found.perplexity < unigram_perplexity(train, held_out[0]) / 10
+    assert found.perplexity < unigram_perplexity(train, held_out.tokens) / 10
     assert recall_accuracy(model, tokenizer, rows=8) > 0.8
 
 

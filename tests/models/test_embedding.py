@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
@@ -16,6 +17,7 @@ from quantkit.core.stats import LayerStats
 from quantkit.evals.decode import bytes_per_token, measure
 from quantkit.formats.dense import DenseWeight
 from quantkit.formats.tied import TiedWeight
+from quantkit.io.shards import INDEX
 from quantkit.models.embedding import QuantizedEmbedding
 from quantkit.models.linear import QuantizedLinear
 from quantkit.models.plan import tied
@@ -388,11 +390,17 @@ def test_senseless_requests_are_refused(model_folder):
 def test_damaged_checkpoints_are_refused(packed_folder, tmp_path):
     folder, _ = packed_folder("llama_tied_small")
 
-    def expect(message, change):
+    def expect(message, change, without="nothing"):
         damaged = tmp_path / str(len(list(tmp_path.iterdir())))
         damaged.mkdir()
         for path in folder.iterdir():
             (damaged / path.name).write_bytes(path.read_bytes())
+        for path in damaged.glob("*.safetensors"):
+            tensors = {name: tensor for name, tensor in load_file(path).items() if not name.startswith(without)}
+            save_file(tensors, path, metadata={"format": "pt"})
+        index = json.loads((damaged / INDEX).read_text())
+        index["weight_map"] = {name: file for name, file in index["weight_map"].items() if not name.startswith(without)}
+        (damaged / INDEX).write_text(json.dumps(index))
         config = json.loads((damaged / "config.json").read_text())
         change(config)
         (damaged / "config.json").write_text(json.dumps(config))
@@ -408,7 +416,8 @@ def test_damaged_checkpoints_are_refused(packed_folder, tmp_path):
     expect("which is tied to model.embed_tokens", lambda c: layers(c)[name].update(layer=name))
     expect("which is int_group", lambda c: layers(c)[name].update(out_features=7))
     query = "model.layers.0.self_attn.q_proj"
-    expect("no embedding that lm_head could serve", lambda c: layers(c).update({query: layers(c)[name]}))
+    expect(f"{query}.codes is in the files, and config.json", lambda c: layers(c).update({query: layers(c)[name]}))
+    expect("no embedding that lm_head could serve", lambda c: layers(c).update({query: layers(c)[name]}), without=query)
     expect("does not fit its metadata", lambda c: layers(c)[name].pop("layer"))
     expect("in LlamaForCausalLM, and the checkpoint's", lambda c: c.update(vocab_size=VOCABULARY + 1))
     with pytest.raises(ValueError, match="that of lm_head"):
