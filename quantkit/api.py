@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from quantkit.core.constants import TARGET_SHIFT
-from quantkit.core.device import compute_dtype, parse_dtype, pick_device
+from quantkit.core.device import compute_dtype, pick_device
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Quantizer
-from quantkit.io.checkpoint import read_config
+from quantkit.io.checkpoint import stored_dtype
 from quantkit.io.hf import load, resolve_folder
 from quantkit.io.source import load_tokenizer
 from quantkit.models.plan import Rules
@@ -125,7 +125,7 @@ def quantize(
         )  # fmt: skip
     kind = compute_dtype(pick_device(device)) or "auto"
     loaded: Any = quantize_model(load(folder, dtype=kind), load_tokenizer(folder), recipe, device, progress)
-    stored = parse_dtype(read_config(folder).get("dtype"))
+    stored = stored_dtype(folder)
     return loaded if stored is None else loaded.to(stored)
 
 

@@ -161,6 +161,7 @@ def build(
     made = Database(store, quantizers, blocks, fixed, source, settings, before)
     if all(store.has(*place) for place in wanted):
         return made
+    source.check_finite()
     again = source.unpacked(plan | fixed)
     with store.begin():
         _fill(made, recipe, tokens, where, progress)

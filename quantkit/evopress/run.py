@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from quantkit.core import spec
-from quantkit.core.device import parse_dtype
 from quantkit.core.protocols import Quantizer
 from quantkit.evopress.assemble import assemble
 from quantkit.evopress.budget import Budget
@@ -27,7 +26,7 @@ from quantkit.evopress.session import SearchSettings, Session, check_text
 from quantkit.evopress.spaces import BlockSpace, CandidateSpace
 from quantkit.evopress.store import Database
 from quantkit.evopress.wanted import Wanted
-from quantkit.io.checkpoint import read_config
+from quantkit.io.checkpoint import stored_dtype
 from quantkit.io.run_folder import Output
 from quantkit.io.shards import Shards
 from quantkit.io.source import load_tokenizer
@@ -214,7 +213,7 @@ def _prune(asked: SearchRun, session: Session, outcome: Outcome, output: Output)
     space = session.space
     assert isinstance(space, BlockSpace)
     kept = {name: bool(level) for name, level in zip(space.names, outcome.assignment, strict=True)}
-    stored = parse_dtype(read_config(asked.folder).get("dtype"))
+    stored = stored_dtype(asked.folder)
     pruned: Any = space.pruned(outcome.assignment)
     pruned = pruned if stored is None else pruned.to(stored)
     output.empty()

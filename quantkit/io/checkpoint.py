@@ -16,11 +16,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from quantkit.core.constants import METHOD, VERSION
+from quantkit.core.device import parse_dtype
 from quantkit.core.errors import CheckpointError
 from quantkit.core.result import LayerResult
 from quantkit.core.schema import in_words
@@ -163,6 +165,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} holds no config.json; it is not a transformers model") from None
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'} is not JSON ({error})") from error
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype that a model folder's config.json gives its weights; None where it gives none."""
+    return parse_dtype(read_config(folder).get("dtype"))
 
 
 def packed_layers(folder: Path) -> dict[str, Any]:

@@ -91,12 +91,12 @@ class Source(ABC):
 
     def nbytes(self) -> int:
         """Bytes of all stored tensors."""
-        return sum(self._nbytes(name) for name in self._stored())
+        return sum(self._stored().values())
 
     def packed_nbytes(self, layers: Iterable[str]) -> int:
         """Bytes that the stored weights of these layers take now."""
         packed = set(layers)
-        return sum(self._nbytes(name) for name in self._stored() if belongs(name, packed))
+        return sum(nbytes for name, nbytes in self._stored().items() if belongs(name, packed))
 
     def check_finite(self) -> None:
         """Reads all tensors once, before any work is done on them.
@@ -163,16 +163,12 @@ class Source(ABC):
         yield
 
     @abstractmethod
-    def _stored(self) -> Iterable[str]:
-        """Names of all stored tensors."""
+    def _stored(self) -> dict[str, int]:
+        """The bytes of all stored tensors, by name."""
 
     @abstractmethod
     def _read(self, names: list[str]) -> Iterable[tuple[str, Tensor]]:
         """Stored tensors by name."""
-
-    @abstractmethod
-    def _nbytes(self, name: str) -> int:
-        """Bytes of a stored tensor."""
 
 
 class Loaded(Source):
@@ -244,16 +240,13 @@ class Loaded(Source):
         finally:
             self.model.train(was_training)
 
-    def _stored(self) -> Iterable[str]:
+    def _stored(self) -> dict[str, int]:
         shared = tied_names(self.model)
-        return [name for name in self.model.state_dict() if name not in shared]
+        return {name: tensor.nbytes for name, tensor in self.model.state_dict().items() if name not in shared}
 
     def _read(self, names: list[str]) -> Iterable[tuple[str, Tensor]]:
         state = self.model.state_dict()
         return [(name, state[name].contiguous()) for name in names]
-
-    def _nbytes(self, name: str) -> int:
-        return self.model.state_dict()[name].nbytes
 
 
 class Sharded(Source):
@@ -326,14 +319,11 @@ class Sharded(Source):
         """See `Source`."""
         return _beside(self._folder)
 
-    def _stored(self) -> Iterable[str]:
-        return list(self._tensors.mapping)
+    def _stored(self) -> dict[str, int]:
+        return {name: self._shards.tensor_nbytes(stored) for name, stored in self._tensors.mapping.items()}
 
     def _read(self, names: list[str]) -> Iterable[tuple[str, Tensor]]:
         return self._tensors.read(names)
-
-    def _nbytes(self, name: str) -> int:
-        return self._shards.tensor_nbytes(self._tensors.mapping[name])
 
 
 def open_folder(folder: Path, dtype: torch.dtype | None = None, structure_only: bool = False) -> Source:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from quantkit.core.device import compute_dtype, parse_dtype
-from quantkit.io.checkpoint import read_config
+from quantkit.io.checkpoint import stored_dtype
 from quantkit.io.hf import load
 from quantkit.io.run_folder import Output
 from quantkit.io.shards import Shards
@@ -84,7 +84,7 @@ def run(
             cache=asked.cache, watch=watch,
         )  # fmt: skip
         if main:
-            stored = parse_dtype(read_config(asked.folder).get("dtype"))
+            stored = stored_dtype(asked.folder)
             output.empty()
             output.take((student if stored is None else student.to(stored)).save_pretrained)
             output.take(tokenizer.save_pretrained)
