@@ -16,6 +16,7 @@ from quantkit.evals.activations import ActivationCode, Observed, quantized_activ
 from quantkit.evals.kv_prefix import compressed_prefix
 from quantkit.evals.kv_quality import retrieval
 from quantkit.evals.perplexity import Quality
+from quantkit.io.checkpoint import read_config
 from quantkit.io.hf import load, resolve_folder
 from quantkit.io.source import load_tokenizer
 from quantkit.kvcache.config import KVCacheConfig
@@ -110,7 +111,9 @@ def evaluate(
         return found.eval()
 
     if not isinstance(model, PreTrainedModel):
-        tokenizer = load_tokenizer(resolve_folder(model))
+        folder = resolve_folder(model)
+        read_config(folder)  # the tokenizer reads it too, and blames itself
+        tokenizer = load_tokenizer(folder)
     elif tokenizer is None:
         raise QuantkitError("a model in memory is measured with its tokenizer; give `tokenizer`")
     text = evaluation_text(documents(data, "evaluation", tokenizer), tokenizer, bos)
