@@ -373,8 +373,6 @@ class Pack:
 
 def _packed(hook: LayerHook, module: nn.Module, stats: LayerStats | None, name: str) -> LayerResult:
     weight = linear_weight(module).detach().float()
-    if not bool(torch.isfinite(weight).all()):
-        raise QuantkitError(f"{name}: the weight holds NaN or Inf; the checkpoint is damaged")
     result = hook(name, weight, stats)
     for key, tensor in result.weight.state().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

@@ -201,11 +201,11 @@ def test_bad_numbers_name_the_layer(model_folder, tokenizer, texts):
     model = load(model_folder("llama"))
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
-    with pytest.raises(QuantkitError, match=r"model\.layers\.0\.mlp\.up_proj: the weight holds NaN"):
+    with pytest.raises(QuantkitError, match=r"model\.layers\.0\.mlp\.up_proj\.weight holds NaN or Inf in 1 of"):
         quantkit.quantize(model, method="rtn")
     model = load(model_folder("llama"))
     with torch.no_grad():
-        model.model.layers[0].post_attention_layernorm.weight[3] = float("inf")
+        model.model.layers[0].post_attention_layernorm.weight.fill_(3e38)  # finite itself; what it scales is not
     with pytest.raises(CalibrationError, match=r"model\.layers\.0\.mlp\.gate_proj: its inputs hold NaN.*load it anew"):
         quantkit.quantize(model, tokenizer, calibration=texts, num_samples=2, seqlen=64)
 
