@@ -24,7 +24,7 @@ from torch import Tensor
 
 from quantkit.kernels import cpu, launching, operators, plans
 from quantkit.kernels.bitpack import TILE, row_words, unpack
-from quantkit.kernels.codebook_rule import Problem, lookup, range_width, rule
+from quantkit.kernels.codebook_rule import Problem, lookup, range_width, registers, rule
 from quantkit.kernels.launching import or_stand_in
 from quantkit.kernels.tuning import Config, chosen
 
@@ -159,6 +159,7 @@ def _decode(rows, stages, bias, up, inner, y, problem: Problem, config: Config) 
         PAIRS=launching.pairs(problem.capability, config.block_m),
         SOURCE=found.source, COPIES=found.copies, TWO=found.two,
         **launching.machine(y), num_warps=config.num_warps, num_stages=config.num_stages,
+        maxnreg=registers(problem, config),
     )  # fmt: skip
 
 

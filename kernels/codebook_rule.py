@@ -201,6 +201,17 @@ def rule(problem: Problem) -> Config:
     return best[1]
 
 
+def registers(problem: Problem, config: Config) -> int | None:
+    """The most that the assembler may use for a thread; None leaves it the choice.
+
+    For sm_10x it rather spills a few than exceeds 128 where pairs of entries in several planes meet 32 rows, though
+    shared memory keeps more than 3 programs away anyway.
+    """
+    planes = problem.bits & (problem.bits - 1) and not problem.residual_bits
+    tight = problem.capability // 10 == 10 and config.block_m == 32 and problem.v == 2 and config.num_warps == 4
+    return 168 if tight and planes else None
+
+
 def _block_m(rows: int) -> int:
     return 8 if rows <= 8 else 16 if rows <= 16 else 32
 

@@ -133,8 +133,9 @@ class Problem:
 def rule(problem: Problem) -> Config:
     """Sizes for a decode launch on a GPU that nobody has measured."""
     block_m = 8 if problem.M <= 8 else 16 if problem.M <= 16 else 32
-    # Triton's passes fail for sm_10x on 3 bits of 128 rows where they use its own instructions
-    own = problem.capability // 10 == 10 and block_m >= launching.fewest_rows()
+    own = problem.capability // 10 == 10 and block_m >= launching.fewest_rows()  # tensor memory, of sm_10x
+    if own and problem.bits == 3:  # both halves of a tile would go there and back; 8 rows at a time take half of that
+        block_m, own = 8, False
     narrow = not problem.whole_groups  # each of a tile's groups takes registers
     many_registers = narrow and (problem.bits == 8 or problem.group_size == 32 or block_m == 32)
     block_n = 64 if problem.N <= 2048 or own or many_registers else 128

@@ -74,11 +74,12 @@ def launch_shape(
     three, newer = 3 in (k_bits, v_bits), capability >= 100
     if size <= 64:
         tight = three and (rank > 0 or kept > 0 or newer)
-        return math.gcd(group, 32 if tight else 64), 1, 2
+        return math.gcd(group, 32 if tight else 64), 1, 1 if three and rank > 0 and newer else 2
     if size == 128:
-        tight = three and (kept > 0 or (rank > 0 and capability != 90))
-        return math.gcd(group, 16 if tight else 32), 1, 1 if tight or k_bits + v_bits == 16 else 2
-    return math.gcd(group, 16 if three and kept > 0 and newer else 32), 2, 2
+        tight = three and (kept > 0 or (rank > 0 and capability != 90) or capability >= 120)
+        one = tight or k_bits + v_bits == 16 or (rank > 0 and (kept > 0 or newer))
+        return math.gcd(group, 16 if tight else 32), 1, 1 if one else 2
+    return math.gcd(group, 16 if kept > 0 and newer else 32), 2, 3 if k_bits > v_bits == 2 and three and kept > 0 and newer else 2
 
 
 def packed_attention(

@@ -112,11 +112,15 @@ class Problem:
 
 
 def registers(problem: Problem, config: Config) -> int:
-    """The most that the assembler may use for a thread, lest it spills; what lets 16, 12 or 8 warps run beside."""
-    half, ragged = problem.dtype == torch.float16, problem.K % _TILE != 0
+    """The most that the assembler may use for a thread, lest it spills; what lets 16, 12 or 8 warps run beside.
+
+    Found by compiling (`evals/kernel_build`), for each generation of GPUs.
+    """
+    half, ragged, generation = problem.dtype == torch.float16, problem.K % _TILE != 0, problem.capability // 10
     words = problem.state_bits < 16 or problem.bits == 6 or (problem.ends and chunks(problem, config) == 4)
-    four = problem.bits == 4 and config.block_m == 8
-    more = problem.dtype == torch.float32 or (half and (problem.bits > 6 or four or ragged))
+    four = problem.bits == 4 and (config.block_m == 8 or generation == 10)
+    five = problem.bits == 5 and generation != 9 and (config.block_m > 8 or generation == 12)
+    more = problem.dtype == torch.float32 or (half and (problem.bits > 6 or four or five or ragged))
     more = more or (config.block_m <= 16 and bool(words)) or (config.block_m > 8 and ragged)
     return (128, 168, 255)[min(2, config.block_m // 16 + more + (not problem.wide))]
 
@@ -128,7 +132,9 @@ def rule(problem: Problem) -> Config:
     tiles = -(-problem.K // _TILE)
     plain = problem.dtype == torch.bfloat16 and problem.K % _TILE == 0
     long = problem.state_bits == 16 and problem.bits != 6  # else windows' words are more
-    most = 32 if plain and long else 16 if problem.wide else 8  # parts of x, and where it ends, take registers too
+    loose = problem.bits > 2 or problem.capability < 100  # Blackwell's assembler spills 2 bits of 32 rows
+    # parts of x, and where it ends, take registers too
+    most = 32 if plain and long and loose else 16 if problem.wide else 8
     block_m = 8 if problem.M <= 8 else min(most, 16 if problem.M <= 16 else 32)
     programs, split = -(-problem.N // BLOCK_N) * -(-problem.M // block_m), 1
     config = Config(block_m, BLOCK_N, num_warps=4, num_stages=1)
