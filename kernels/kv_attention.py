@@ -79,7 +79,8 @@ def launch_shape(
         tight = three and (kept > 0 or (rank > 0 and capability != 90) or capability >= 120)
         one = tight or k_bits + v_bits == 16 or (rank > 0 and (kept > 0 or newer))
         return math.gcd(group, 16 if tight else 32), 1, 1 if one else 2
-    return math.gcd(group, 16 if kept > 0 and newer else 32), 2, 3 if k_bits > v_bits == 2 and three and kept > 0 and newer else 2
+    tight = kept > 0 and newer
+    return math.gcd(group, 16 if tight else 32), 2, 3 if tight and (k_bits, v_bits) == (3, 2) else 2
 
 
 def packed_attention(
