@@ -26,41 +26,33 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List a packed checkpoint's layers: format, shape, measured bits per weight, size."""
-    from quantkit.core.weight import QuantizedWeight
-    from quantkit.io.checkpoint import packed_layers, verify
+    from quantkit.io.checkpoint import contents
     from quantkit.io.hf import resolve_folder
-    from quantkit.io.shards import Shards
 
     folder = resolve_folder(folder)
-    verified = verify(folder) if check else None
-    weights = {name: QuantizedWeight.empty(metadata) for name, metadata in packed_layers(folder).items()}
-    total = Shards(folder).nbytes()
-    packed = sum(weight.nbytes for weight in weights.values())
-    count = sum(weight.shape[0] * weight.shape[1] for weight in weights.values() if weight.state())
+    found = contents(folder, check)
+    rows = {name: _row(weight) for name, weight in found.layers.items()}
     if as_json:
-        rows = {name: _row(weight) for name, weight in weights.items()}
-        print(
-            json.dumps(
-                {"layers": rows, "bits_per_weight": 8 * packed / count, "bytes": total, "verified": verified}, indent=2
-            )
-        )
+        bits, verified = found.bits_per_weight, found.verified
+        record = {"layers": rows, "bits_per_weight": bits, "bytes": found.nbytes, "verified": verified}
+        print(json.dumps(record, indent=2))
         return
     table = Table(title=escape(str(folder)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", overflow="fold")
     for heading in ("format", "shape", "bits", "bits/w", "size"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name, weight in weights.items():
-        row = _row(weight)
+    for name, row in rows.items():
         shape = " x ".join(map(str, row["shape"]))
         table.add_row(
             name, row["format"], shape, str(row["bits"] or ""), f"{row['bits_per_weight']:.3f}", size(row["bytes"])
         )
     console.print(table)
     console.print(
-        f"{len(weights)} packed layers: {8 * packed / count:.3f} bits per weight, {size(packed)} of {size(total)}"
+        f"{len(rows)} packed layers: {found.bits_per_weight:.3f} bits per weight, {size(found.packed_nbytes)} of "
+        f"{size(found.nbytes)}"
     )
-    if verified is not None:
-        console.print(f"all {verified} tensors are as they were written")
+    if found.verified is not None:
+        console.print(f"all {found.verified} tensors are as they were written")
 
 
 def _row(weight: QuantizedWeight) -> dict[str, Any]:

@@ -4,6 +4,10 @@ import difflib
 from collections.abc import Iterable
 
 
+LONGEST = 1200
+"""Characters of an error; of longer ones the middle is left out."""
+
+
 class QuantkitError(Exception):
     """Base of every error that quantkit raises for a user's input; the command line prints it as one line.
 
@@ -12,6 +16,18 @@ class QuantkitError(Exception):
     """
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+def one_line(text: str) -> str:
+    """A text on one line that every terminal can print: it may quote what a damaged or hostile file holds."""
+    shown = "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode()
+        for letter in " ".join(text.split())
+    )
+    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST // 2]} ... {shown[-LONGEST // 3 :]}"
 
 
 def first_line(error: Exception) -> str:

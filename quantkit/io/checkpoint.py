@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from quantkit.core.result import LayerResult
 from quantkit.core.schema import in_words
 from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.tied import TiedWeight
-from quantkit.io.files import read_json
+from quantkit.io.files import parse_json, read_json
 from quantkit.io.run_folder import MANIFEST, Output
 from quantkit.io.shards import DTYPES, INDEX, Shards, checksum, open_shard
 
@@ -157,14 +158,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder.
 
     Raises:
-        CheckpointError: it is missing or not JSON.
+        CheckpointError: it is missing or no JSON object.
     """
+    path = folder / "config.json"
+    if not path.exists():
+        raise CheckpointError(f"{folder} holds no config.json; it is not a transformers model")
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} holds no config.json; it is not a transformers model") from None
+        found = parse_json(path)
     except ValueError as error:
-        raise CheckpointError(f"{folder / 'config.json'} is not JSON ({error})") from error
+        raise CheckpointError(f"{path} is not JSON ({error}); fetch it anew") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds {in_words(found)}, and a model's config is an object; fetch it anew")
+    return found
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:
@@ -202,6 +207,47 @@ def verify(folder: Path) -> int:
         few = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise CheckpointError(f"{folder}: {few} of {len(listed)} tensors are not as they were written; fetch it anew")
     return len(found)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a packed checkpoint holds.
+
+    Attributes:
+        layers: its packed layers, on the meta device.
+        nbytes: of all tensors.
+        verified: tensors that are as they were written; None where nobody looked.
+    """
+
+    layers: dict[str, QuantizedWeight]
+    nbytes: int
+    verified: int | None = None
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Bytes of the packed layers."""
+        return sum(weight.nbytes for weight in self.layers.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the packed layers, every stored byte counted; what is tied to another layer is counted there."""
+        shapes = [weight.shape for weight in self.layers.values() if weight.state()]
+        return 8 * self.packed_nbytes / sum(rows * columns for rows, columns in shapes)
+
+
+def contents(folder: Path, check: bool = False) -> Contents:
+    """What a packed checkpoint holds, by its metadata and the headers of its files.
+
+    Args:
+        folder: of the checkpoint.
+        check: hold all tensors against their checksums too.
+
+    Raises:
+        CheckpointError: see `packed_layers` and `verify`.
+    """
+    verified = verify(folder) if check else None
+    layers = {name: QuantizedWeight.empty(metadata) for name, metadata in packed_layers(folder).items()}
+    return Contents(layers, Shards(folder).nbytes(), verified)
 
 
 def check_version(config: Mapping[str, Any]) -> dict[str, Any]:

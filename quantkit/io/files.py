@@ -13,6 +13,9 @@ from safetensors import SafetensorError
 from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.units import size
 
+LARGEST_JSON, DEEPEST_JSON = 2**28, 64
+"""Bytes and levels of a JSON file: metadata of the largest models take some megabytes and ten levels."""
+
 
 def write_durably(path: Path, write: Callable[[Path], Any], needed: int) -> None:
     """Writes a file so that it is either whole or not there: synced under a temporary name, then renamed.
@@ -45,6 +48,35 @@ def write_durably(path: Path, write: Callable[[Path], Any], needed: int) -> None
         raise QuantkitError(f"{path} cannot be written ({error})") from error
 
 
+def parse_json(path: Path) -> Any:
+    """What a JSON file holds, whoever wrote it.
+
+    Raises:
+        ValueError: it cannot be read, is not JSON, or is larger or nested deeper than any that a user has.
+    """
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it has more than {size(LARGEST_JSON)}")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    if _nested(found) > DEEPEST_JSON:
+        raise ValueError(f"it is nested more than {DEEPEST_JSON} deep")
+    return found
+
+
+def _nested(value: Any) -> int:
+    """Levels of lists and objects in parsed JSON, as far as they matter."""
+    level, depth = [value], 0
+    while level and depth <= DEEPEST_JSON:
+        inner = [each for each in level if isinstance(each, dict | list)]
+        level = [part for each in inner for part in (each.values() if isinstance(each, dict) else each)]
+        depth += bool(inner)
+    return depth
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON object that quantkit has written.
 
@@ -56,11 +88,11 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         CheckpointError: it is missing, not JSON, or no object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path)
         if not isinstance(found, dict):
-            raise TypeError(f"it holds a {type(found).__name__}")
+            raise ValueError(f"it holds a {type(found).__name__}")
         return found
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} cannot be read as {what} ({error})") from error
 
 

@@ -1,7 +1,6 @@
 """A folder's safetensors files: their tensors by name, read one at a time."""
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,6 +11,8 @@ from torch import Tensor
 from xxhash import xxh3_64_hexdigest
 
 from quantkit.core.errors import CheckpointError
+from quantkit.core.schema import in_words
+from quantkit.io.files import leads_below, parse_json
 
 _SAMPLES, _SAMPLE_BYTES = 64, 2**14
 INDEX = "model.safetensors.index.json"
@@ -64,10 +65,7 @@ class Shards:
                 return dict.fromkeys(shard.keys(), SINGLE)
         index = self.folder / INDEX
         if index.is_file():
-            try:
-                files = dict(json.loads(index.read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(f"{index} is not a safetensors index ({error}); fetch it anew") from error
+            files = _weight_map(index)
             missing = sorted({file for file in files.values() if not (self.folder / file).is_file()})
             if missing:
                 raise CheckpointError(f"{self.folder}: {INDEX} names shards that are not there: {', '.join(missing)}")
@@ -123,6 +121,27 @@ class Shards:
                     digest.update(stream.read(_SAMPLE_BYTES))
             prints[file] = digest.hexdigest()
         return prints
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, by an index.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        found = parse_json(index)
+        found = found.get("weight_map") if isinstance(found, dict) else None
+        if not isinstance(found, dict) or not found:
+            raise ValueError("it has no weight_map")
+    except ValueError as error:
+        raise CheckpointError(f"{index} is not a safetensors index ({error}); fetch it anew") from error
+    for name, file in found.items():
+        if not leads_below(index.parent, file):
+            raise CheckpointError(
+                f"{index} places {name!r} in {in_words(file)}, which is no file of the folder; fetch it anew"
+            )
+    return found
 
 
 def checksum(tensor: Tensor) -> str:
