@@ -4,7 +4,7 @@
     python -m quantkit.evals.fuzz --only 4711
 
 A variant is a number: it decides upon a door (`quantkit.evals.fuzz_doors`: load, inspect, quantize, resume, calibrate,
-search, tune ...), a copy of what that door reads, and one to three pieces of damage to it (`quantkit.evals.fuzz_damage`).
+search, tune ...), a copy of what that door reads, and one to three pieces of damage (`quantkit.evals.fuzz_damage`).
 What may come of it, and the rest is a fault:
 
     refused      a QuantkitError of one printable line
@@ -14,9 +14,9 @@ What may come of it, and the rest is a fault:
     unrecorded   another result of a folder that transformers wrote, which has no checksums
 
 Faults are other exceptions (traceback), other results (wrong), errors of several lines or beyond print (garbled), 10 s
-without an answer (hang), a process that dies (crash), and memory that a file of some kilobytes asks for (memory).
-Processes are forks of one that has imported everything; one that hangs or dies is replaced, and what hung is tried
-once more before it counts. The exit code is 1 where there is a fault; `--only NUMBER` repeats one.
+of the processor without an answer (hang), a process that dies (crash), and memory that a file of some kilobytes asks
+for (memory). Processes are forks of one that has imported everything; one that hangs or dies is replaced, and what hung
+is tried once more before it counts. The exit code is 1 where there is a fault; `--only NUMBER` repeats one.
 """
 
 import argparse
@@ -32,6 +32,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -44,8 +45,8 @@ from quantkit.core.errors import QuantkitError, first_line
 from quantkit.evals.fuzz_damage import damage
 from quantkit.evals.fuzz_doors import DOORS, OTHER, Door, copied, make_bases, quiet
 
-LIMIT, SLOW = 10.0, 1.0
-"""Seconds until an answer counts as none, and until a refusal counts as slow."""
+LIMIT, CLOCK, SLOW = 10.0, 120.0, 1.0
+"""Seconds of the processor until an answer counts as none, seconds of the clock, and those of a slow refusal."""
 MEMORY, LARGE = 3 * 2**30, 2**28
 """Bytes that a variant may reserve beyond what its process has, and that it may use without a fault."""
 KINDS = ("refused", "equal", "taken", "different", "unrecorded")
@@ -63,7 +64,7 @@ class Outcome:
         damage: what was done.
         kind: of KINDS or FAULTS.
         said: the error, or where it was raised.
-        seconds: until then.
+        seconds: of the processor until then: others may be busy on the same machine.
         nbytes: by which the process' peak of memory grew.
     """
 
@@ -96,9 +97,10 @@ def tried(number: int, root: Path, place: Path) -> Outcome:
     folder, files = copied(root, door, place)
     done = [damage(folder, files, draw) for _ in range(draw.choice([1, 1, 1, 2, 3]))]
     words, payload = "; ".join(one.words for one in done), any(one.payload for one in done)
-    before, begun = _peak(), time.monotonic()
+    _forget_peak()
+    before, begun = _peak(), time.process_time()
     kind, said = _entered(door, folder, root, payload)
-    seconds, grown = time.monotonic() - begun, _peak() - before
+    seconds, grown = time.process_time() - begun, _peak() - before
     if kind not in FAULTS and (grown > LARGE or "alloc" in said or "MemoryError" in said):
         kind = "memory"
     return Outcome(number, name, words, kind, said, seconds, grown)
@@ -123,18 +125,29 @@ def _entered(door: Door, folder: Path, root: Path, payload: bool) -> tuple[str, 
 
 
 def _peak() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Bytes that this process has had in memory at most, since `_forget_peak`."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def _forget_peak() -> None:
+    """From now on the most counts that is in memory now."""
+    with suppress(OSError):  # where that is forbidden it counts from the process' beginning
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _work(pipe: Connection, root: Path) -> None:
     """A worker: numbers come in, outcomes go out."""
     torch.set_num_threads(1)
     quiet()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what other libraries print on the way
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    for door in DOORS.values():  # loads and compiles what all variants share
-        with tempfile.TemporaryDirectory(dir=root.parent) as place:
-            _entered(door, copied(root, door, Path(place))[0], root, False)
+    for name, door in DOORS.items():  # loads and compiles what all variants share
+        with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
+            kind, said = _entered(door, copied(root, door, Path(scratch))[0], root, False)
+        if kind not in ("equal", "taken"):
+            pipe.send(f"{name}, of undamaged files: {kind} {said}")
+            return
+    for stream in (1, 2):  # what other libraries print on the way
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     limit = psutil.Process().memory_info().vms + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     pipe.send(None)
@@ -149,7 +162,7 @@ class _Worker:
     """A process that tries one variant after another."""
 
     def __init__(self, root: Path) -> None:
-        self._root, self.number, self.since = root, -1, 0.0
+        self._root, self.number, self._since, self._spent = root, -1, 0.0, 0.0
         self._start()
 
     def _start(self) -> None:
@@ -161,8 +174,21 @@ class _Worker:
 
     def give(self, number: int) -> None:
         """Begins a variant."""
-        self.number, self.since = number, time.monotonic()
+        self.number, self._since, self._spent = number, time.monotonic(), self._seconds()
         self.pipe.send(number)
+
+    def hangs(self) -> bool:
+        """Whether its variant takes longer than any may."""
+        if not self.ready or self.number < 0:
+            return False
+        return self._seconds() - self._spent > LIMIT or time.monotonic() - self._since > CLOCK
+
+    def _seconds(self) -> float:
+        """That the processor has worked for it."""
+        with suppress(psutil.Error):
+            times = psutil.Process(self._process.pid).cpu_times()
+            return float(times.user + times.system)
+        return 0.0
 
     def replaced(self) -> int | None:
         """Ends the process and starts another; the exit code that the former had by itself, or None."""
@@ -216,16 +242,24 @@ def outcomes(numbers: list[int], root: Path, processes: int) -> Iterator[Outcome
 
 
 def _heard(worker: _Worker) -> Outcome | bool | None:
-    """An outcome; True of a worker that has just become ready; None where there is nothing new."""
+    """An outcome; True of a worker that has just become ready; None where there is nothing new.
+
+    Raises:
+        SystemExit: a door does not take undamaged files.
+    """
     try:
         if worker.pipe.poll():
             found = worker.pipe.recv()
+            if isinstance(found, str):
+                raise SystemExit(found)
             worker.ready = True
             return found or True
     except (EOFError, OSError):
+        if not worker.ready:
+            raise SystemExit("a process died while it went through the doors with undamaged files") from None
         number, code = worker.number, worker.replaced()
         return _lost(number, "crash", f"exit code {code}")
-    if worker.ready and worker.number >= 0 and time.monotonic() - worker.since > LIMIT:
+    if worker.hangs():
         number = worker.number
         worker.replaced()
         return _lost(number, "hang", f"nothing for {LIMIT:.0f} s")
@@ -240,7 +274,7 @@ def summary(found: list[Outcome], seconds: float) -> dict[str, Any]:
     """What is recorded of a run: counts by door and kind, and every fault with its number."""
     doors = Counter((one.door, one.kind) for one in found)
     refused = sorted(one.seconds for one in found if one.kind == "refused")
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"door": door, "variants": sum(doors[door, kind] for kind in KINDS + FAULTS)}
         | {kind: doors[door, kind] for kind in KINDS}
         | {"faults": sum(doors[door, kind] for kind in FAULTS)}

@@ -8,6 +8,7 @@ their header, tables of text row by row, and all of them as bytes and as entries
 import copy
 import json
 import random
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from typing import Any
 
 Tree = Any
 """Parsed JSON."""
-ODD_TEXT = ["", " ", "\x00", "\u202e\u0000", "\U0001f4a5" * 3, "a\nb", "\ud800", "x" * 5000, "../../etc", "[red]", "%s{}"]
+ODD_TEXT = ["", " ", "\x00", "\u202e\x00", "\U0001f4a5" * 3, "a\nb", "\ud800", "x" * 5000, "../../etc", "[red]"]
 NUMBERS = [0, 1, -1, 2, 7, 255, 2**15, 2**31 - 1, 2**31, 2**40, 2**62, 2**63, 10**30, -(2**63), 0.0, 0.5, -1.5, 1e308]
 NUMBERS += [float("nan"), float("inf")]
 OTHERS: list[Any] = [None, True, False, [], {}, [0], [[]], {"": None}, ["x"], [None], {"format": "dense"}]
@@ -60,8 +61,6 @@ def damage(folder: Path, names: list[str], draw: random.Random) -> Damage:
     return Damage(f"{name}: {words}", payload)
 
 
-
-
 def places(tree: Tree, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The path of every value below the root, branches before what is in them."""
     entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
@@ -97,7 +96,7 @@ def _change(tree: Tree, path: tuple[Any, ...], draw: random.Random) -> str:
         inside[new] = inside.pop(key)
         return f"renamed {new[:20]!r}"
     if what == "exchanged":
-        other = draw.choice(list(inside) if isinstance(inside, dict) else range(len(inside)))
+        other = draw.choice(list(inside if isinstance(inside, dict) else range(len(inside))))
         inside[key], inside[other] = inside[other], inside[key]
         return f"exchanged with {str(other)[:40]}"
     new = _nested(old, draw) if what == "nested" else _nudged(old, draw) if what == "nudged" else _other(draw)
@@ -125,7 +124,8 @@ def _nudged(old: Tree, draw: random.Random) -> Tree:
     if isinstance(old, float):
         return draw.choice([-old, 2 * old, old / 2, 0.0])
     if isinstance(old, str):
-        return draw.choice([old[:-1], f"{old}x", old.upper(), old[::-1], [old]])
+        number = re.sub(r"\d+", lambda _: str(draw.choice(NUMBERS)), old, count=draw.randint(0, 2))
+        return draw.choice([old[:-1], f"{old}x", old.upper(), old[::-1], [old], number, number])
     if isinstance(old, list):
         return draw.choice([old[::-1], old[:-1], old * 2, [*old, 1], dict(enumerate(map(str, old)))])
     return draw.choice([[*old], [*old.values()], {str(key).upper(): value for key, value in old.items()}]) if old else 1
@@ -160,8 +160,6 @@ def _json_text(path: Path, draw: random.Random) -> tuple[str, bool]:
     said = draw.choice(list(ways))
     path.write_bytes(ways[said])
     return said, False
-
-
 
 
 def header_of(content: bytes) -> tuple[dict[str, Any], int]:
@@ -231,8 +229,6 @@ def _payload_bit(path: Path, draw: random.Random) -> tuple[str, bool]:
         content[draw.randrange(start, len(content))] ^= 1 << draw.randrange(8)
     path.write_bytes(content)
     return f"{flips} bits of the payload flipped", True
-
-
 
 
 def _rows(path: Path, draw: random.Random) -> tuple[str, bool]:

@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from quantkit import Calibration, Recipe
 from quantkit.core import spec
 from quantkit.evals.evaluate import evaluate
 from quantkit.evopress.budget import read_timings
+from quantkit.evopress.run import Watch
 from quantkit.evopress.settings import Evolution
 from quantkit.evopress.wanted import Wanted
 from quantkit.io.checkpoint import contents
@@ -39,7 +41,7 @@ from quantkit.tuning.settings import TuningSettings
 SAME, OTHER, TAKEN = "equal", "different", "taken"
 """What a door says of what it let in: the base's result, another, or that there is none to compare with."""
 VOCABULARY = 258
-_SIZES = {
+_SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -130,11 +132,8 @@ def _interrupted(root: Path) -> None:
         if done == 1:
             raise Stopped
 
-    try:
+    with suppress(Stopped):
         quantize_checkpoint(root / "dense", _PLAIN, root / "begun" / "out", progress=stop)
-    except Stopped:
-        return
-    raise AssertionError("the run was not interrupted")
 
 
 def _write_texts(folder: Path) -> None:
@@ -143,7 +142,11 @@ def _write_texts(folder: Path) -> None:
     from pyarrow import parquet
 
     folder.mkdir()
-    rows: list[dict[str, Any]] = [{"text": _TEXT * 3}, {"text": 'a "quoted", word\n' * 20}, {"text": "\u00e9\u4e2d" * 50}]
+    rows: list[dict[str, Any]] = [
+        {"text": _TEXT * 3},
+        {"text": 'a "quoted", word\n' * 20},
+        {"text": "\u00e9\u4e2d" * 50},
+    ]
     lines = "\n".join(map(json.dumps, [*rows, {"input_ids": [1, 2, 3] * 50}]))
     table = "id,text\n" + "".join(f'{i},"{_TEXT.strip()} {i}"\n' for i in range(9))
     (folder / "plain.txt").write_text(_TEXT * 9)
@@ -166,21 +169,12 @@ def _searches(root: Path) -> None:
     place = root / "search"
     _search(root, place, place / "done", 1)
 
-    class _Stop:
-        def generation(self, *_: Any) -> None:
-            raise Stopped
+    def stop(_done: int, _fitness: float, _fraction: float) -> None:
+        raise Stopped
 
-        def progress(self, *_: Any) -> None: ...
-
-        def note(self, *_: Any) -> None: ...
-
-    try:
-        _search(root, place, place / "begun", 2, _Stop())
-    except Stopped:
-        pass
-    found = root / "search-found"
-    _search(root, place, found, 2)
-    (found / "quantkit_report.json").unlink()
+    with suppress(Stopped):
+        _search(root, place, place / "begun", 2, Watch(generation=stop))
+    _search(root, place, root / "search-found", 2)
 
 
 def _search(root: Path, place: Path, output: Path, generations: int, watch: Any = None, resume: bool = False) -> None:
@@ -200,10 +194,8 @@ def _tunings(root: Path) -> None:
         if progress.step == 1:
             raise Stopped
 
-    try:
+    with suppress(Stopped):
         _tune(root, root / "tune", root / "tune" / "out", progress=stop)
-    except Stopped:
-        pass
 
 
 def _tune(root: Path, place: Path, output: Path, **more: Any) -> None:
@@ -272,7 +264,7 @@ def _calibrates(name: str) -> Callable[[Path, Path], str]:
 def _evaluates(folder: Path, root: Path) -> str:
     """`eval --data FILE`."""
     model: Any = _student(root)
-    evaluate(model, _dense(root)[0], data=str(folder / "rows.jsonl"), seqlen=32, max_windows=1)
+    evaluate(model, str(folder / "table.csv"), tokenizer=_dense(root)[0], seqlen=32, max_windows=1)
     return TAKEN
 
 
@@ -338,6 +330,7 @@ def _packed(root: Path) -> Any:
 
 _CHECKPOINT = ("config.json", "*.safetensors", "*.index.json", "quantkit_*.json", "generation_config.json")
 _TEXTS = ("plain.txt", "rows.jsonl", "array.json", "table.csv", "table.parquet", "rows.jsonl.gz")
+_SEARCH = ("begun.partial/*", "candidates/*", "candidates/*/*")
 DOORS = {
     "load": Door("mixed", _CHECKPOINT, _loads("mixed"), 24),
     "load, config alone": Door("mixed", ("config.json",), _loads("mixed"), 8),
@@ -350,11 +343,12 @@ DOORS = {
     "quantize --overwrite": Door("whole", ("quantkit_files.json", "config.json"), _replaces, 2),
     "quantize --plan": Door("plans", ("*",), _plans, 4),
     "search --timings": Door("timings", ("*",), _times, 2),
-    "search --resume, --database": Door("search", ("begun.partial/*", "candidates/*", "candidates/*/*"), _search_resumes, 4),
+    "search --resume, --database": Door("search", _SEARCH, _search_resumes, 4),
     "tune --resume, --cache": Door("tune", ("out.partial/*", "teacher/*"), _tune_resumes, 4),
-    "eval --data": Door("texts", ("rows.jsonl",), _evaluates, 1),
+    "eval --data": Door("texts", ("table.csv",), _evaluates, 1),
     "generate, prompt cache": Door("prefix", ("*",), _prompted, 2),
-} | {f"calibration {name.partition('.')[2]}": Door("texts", (name,), _calibrates(name), 2) for name in _TEXTS}  # fmt: skip
+    **{f"calibration {name.partition('.')[2]}": Door("texts", (name,), _calibrates(name), 2) for name in _TEXTS},
+}
 
 
 def quiet() -> None:
@@ -375,5 +369,3 @@ def copied(root: Path, door: Door, place: Path) -> tuple[Path, list[str]]:
     shutil.copytree(root / door.base, folder, symlinks=True)
     found = {path for pattern in door.files for path in folder.glob(pattern) if path.is_file()}
     return folder, sorted(path.relative_to(folder).as_posix() for path in found)
-
-

@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Iterable
 
-
 LONGEST = 1200
 """Characters of an error; of longer ones the middle is left out."""
 

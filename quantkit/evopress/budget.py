@@ -9,7 +9,6 @@ those:
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Quantizer
 from quantkit.core.weight import QuantizedWeight
+from quantkit.io.files import parse_json
 from quantkit.models.plan import Plan
 from quantkit.models.structure import linear_weight
 from quantkit.run.recipe import core
@@ -142,12 +142,12 @@ def read_timings(path: Path) -> dict[tuple[str, int, int], float]:
         QuantkitError: the file is no such table.
     """
     try:
-        entries = json.loads(path.read_text())
+        entries = parse_json(path)
         timings = {(e["format"], int(e["rows"]), int(e["columns"])): float(e["us"]) for e in entries}
         if not all(math.isfinite(time) and time > 0 for time in timings.values()):
             raise ValueError("times must be positive")
         return timings
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ArithmeticError, ValueError, KeyError, TypeError) as error:
         raise QuantkitError(
             f'{path} is no table of timings ({error}); it holds [{{"format": "int_group 4", "rows": 4096, '
             '"columns": 4096, "us": 11.5}, ...]'

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 
 import quantkit.io.hf
 from quantkit.core.device import compute_dtype, multiplies_bf16
-from quantkit.core.errors import CheckpointError, QuantkitError
+from quantkit.core.errors import QuantkitError
 from quantkit.core.metrics import token_kl
 from quantkit.evopress.baselines import greedy, knapsack, uniform
 from quantkit.evopress.evolve import Assignment, Generation, Outcome, Space, State, evolve
 from quantkit.evopress.fitness import Measure, ModelFitness
 from quantkit.evopress.settings import Evolution
-from quantkit.io.files import read_json
+from quantkit.io.files import read_record
 from quantkit.io.run_folder import RunFolder
 from quantkit.io.source import load_tokenizer
 from quantkit.run.recipe import Calibration
@@ -222,19 +222,15 @@ class Session:
 def _write(folder: RunFolder, starts: Mapping[str, Assignment], state: State) -> None:
     history = [[line.fitness, line.former, line.cost, line.switched] for line in state.history]
     search = {"parent": state.parent, "history": history, "random": state.random.hex()}
-    folder.write_json(_STATE, {"starts": starts, "state": search})
+    folder.write_record(_STATE, {"starts": starts, "state": search})
 
 
 def _read(folder: RunFolder) -> tuple[dict[str, Assignment], State] | None:
     """The starts and the state of an unfinished search; None where there is none."""
     if not folder.has(_STATE):
         return None
-    path = folder.path(_STATE)
-    found = read_json(path, "a search's state; remove it")
-    try:
-        starts = {name: tuple(levels) for name, levels in found["starts"].items()}
-        search = found["state"]
-        history = tuple(Generation(*line) for line in search["history"])
-        return starts, State(tuple(search["parent"]), history, bytes.fromhex(search["random"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a search's state ({error}); remove it") from error
+    found = read_record(folder.path(_STATE), "a search's state; remove it")
+    starts = {name: tuple(levels) for name, levels in found["starts"].items()}
+    search = found["state"]
+    history = tuple(Generation(*line) for line in search["history"])
+    return starts, State(tuple(search["parent"]), history, bytes.fromhex(search["random"]))

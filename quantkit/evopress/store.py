@@ -27,7 +27,7 @@ from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.protocols import Quantizer
 from quantkit.core.result import LayerResult
 from quantkit.core.weight import QuantizedWeight
-from quantkit.io.files import read_json
+from quantkit.io.files import read_record
 from quantkit.io.run_folder import RunFolder
 from quantkit.io.shards import checksum, open_shard
 from quantkit.models.plan import Plan, tied, with_own_weight
@@ -111,7 +111,7 @@ class Store:
         }
         checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
         sidecar = {"quantizer": spec.write(quantizer), "layers": entries, "checksums": checksums}
-        self._folder.write_json(self._name(index, key, "json"), sidecar)
+        self._folder.write_record(self._name(index, key, "json"), sidecar)
         needed = sum(tensor.nbytes for tensor in tensors.values())
         save = partial(save_file, tensors, metadata={"format": "pt"})
         self._folder.write(self._name(index, key), save, needed)
@@ -155,10 +155,7 @@ class Store:
         name = self._name(index, key, "json")
         if name not in self._sidecars:
             path = self._folder.path(name)
-            found = read_json(path, "a record of candidates; remove it and the file beside it")
-            if not {"layers", "checksums"} <= found.keys():
-                raise CheckpointError(f"{path} is damaged; remove it and the file beside it")
-            self._sidecars[name] = found
+            self._sidecars[name] = read_record(path, "a record of candidates; remove it and the file beside it")
         return self._sidecars[name]
 
 

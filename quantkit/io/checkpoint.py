@@ -6,12 +6,15 @@ added and the folder gets its name (`io.run_folder.Output`). The bytes do not de
 
 Tensors are named `<layer>.<local name>`; config.json carries
 
-    quantization_config = {quant_method: "quantkit", version, layers: {layer: metadata}}
+    quantization_config = {quant_method: "quantkit", version, layers: {layer: metadata}, checksums}
+
+where the checksums are those of config.json itself and of the files' headers, which every load looks at; those of
+tensors and of all other files are in the folder's list of files, for `verify`.
 """
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from xxhash import xxh3_64_hexdigest
 
 from quantkit.core.constants import METHOD, VERSION
 from quantkit.core.device import parse_dtype
@@ -29,9 +33,9 @@ from quantkit.core.result import LayerResult
 from quantkit.core.schema import in_words
 from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.tied import TiedWeight
-from quantkit.io.files import parse_json, read_json
-from quantkit.io.run_folder import MANIFEST, Output
-from quantkit.io.shards import DTYPES, INDEX, Shards, checksum, open_shard
+from quantkit.io.files import parse_json, read_json, read_record
+from quantkit.io.run_folder import MANIFEST, Output, check_listed
+from quantkit.io.shards import DTYPES, INDEX, Shards, checksum, header_checksum, open_shard
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,46 @@ WRITTEN_ANEW = {"config.json", "README.md", MANIFEST, INDEX, "pytorch_model.bin.
 def quantization_config(layers: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says about the packed layers."""
     return {"quant_method": METHOD, "version": VERSION, "layers": dict(layers)}
+
+
+def sealed(config: Mapping[str, Any], shards: Iterable[Path]) -> dict[str, Any]:
+    """A packed checkpoint's config.json with the checksums of itself and of the headers of its files."""
+    found: dict[str, Any] = json.loads(json.dumps(config))  # as a reader finds it
+    packed = found["quantization_config"]
+    packed["checksums"] = {"headers": {shard.name: header_checksum(shard) for shard in shards}}
+    packed["checksums"]["config"] = _config_checksum(found)
+    return found
+
+
+def _config_checksum(config: Mapping[str, Any]) -> str:
+    """xxh3 of a config.json's values, the checksum itself left out."""
+    packed = config["quantization_config"]
+    others = {key: value for key, value in packed["checksums"].items() if key != "config"}
+    whole = {**config, "quantization_config": {**packed, "checksums": others}}
+    return str(xxh3_64_hexdigest(json.dumps(whole, sort_keys=True).encode()))
+
+
+def check_seal(folder: Path, config: Mapping[str, Any], shards: Iterable[str]) -> None:
+    """Holds a packed checkpoint's config.json, and the headers of its files, against its checksums, where it has them.
+
+    Raises:
+        CheckpointError: one differs, or they are no checksums.
+    """
+    sums = config["quantization_config"].get("checksums")
+    if sums is None:  # transformers wrote it
+        return
+    if not isinstance(sums, dict) or not isinstance(sums.get("headers"), dict):
+        raise CheckpointError(f"{folder / 'config.json'} has {in_words(sums)} for checksums; fetch it anew")
+    if sums.get("config") != (found := _config_checksum(config)):
+        raise CheckpointError(
+            f"{folder / 'config.json'} is not as it was written: its checksum is {found}, and it says "
+            f"{in_words(sums.get('config'))}; fetch it anew or, if the change was wanted, take `checksums` out of it"
+        )
+    wrong = [name for name in sorted({*shards}) if sums["headers"].get(name) != header_checksum(folder / name)]
+    if wrong:
+        raise CheckpointError(
+            f"{folder / wrong[0]} is not as it was written: its header has another checksum; fetch it anew"
+        )
 
 
 class CheckpointWriter:
@@ -104,7 +148,7 @@ class CheckpointWriter:
                 "tuned": result.tuned,
             }
         checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
-        self._output.write_json(sidecar, {"layers": entries, "checksums": checksums})
+        self._output.write_record(sidecar, {"layers": entries, "checksums": checksums})
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         # Only one metadata key: safetensors writes several in random order, and bytes must repeat.
         self._output.write(shard_name, lambda path: save_file(tensors, path, metadata={"format": "pt"}), needed)
@@ -112,10 +156,7 @@ class CheckpointWriter:
     def _record(self, index: int) -> dict[str, Any]:
         path = self._output.path(self._names(index)[1])
         way = "a block's record; remove it and the shard of its name to have the block made anew"
-        found = read_json(path, way)
-        if not all(isinstance(found.get(key), dict) for key in ("layers", "checksums")):
-            raise CheckpointError(f"{path} is not {way}")
-        return found
+        return read_record(path, way)
 
     def results(self) -> dict[str, LayerResult]:
         """All packed layers without their tensors, in the order of the blocks."""
@@ -137,17 +178,16 @@ class CheckpointWriter:
         """
         weight_map: dict[str, str] = {}
         total = 0
-        for index in (*range(self._num_blocks), -1):
-            shard_path = self._output.path(self._names(index)[0])
+        paths = [self._output.path(self._names(index)[0]) for index in (*range(self._num_blocks), -1)]
+        for shard_path in paths:
             with open_shard(shard_path) as shard:
                 weight_map |= dict.fromkeys(shard.keys(), shard_path.name)
             total += shard_path.stat().st_size
         layers = {layer: result.weight.metadata() for layer, result in self.results().items()}
         for name, content in files().items():
             self._output.write_bytes(self._output.made(name), content)
-        self._output.write_json(
-            self._output.made("config.json"), {**config, "quantization_config": quantization_config(layers)}
-        )
+        described = {**config, "quantization_config": quantization_config(layers)}
+        self._output.write_json(self._output.made("config.json"), sealed(described, paths))
         index_json = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         self._output.write_json(self._output.made(INDEX), index_json)
         blocks = (self._record(index)["checksums"] for index in (*range(self._num_blocks), -1))
@@ -183,20 +223,29 @@ def packed_layers(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: not a quantkit checkpoint, a newer version, or tensors that differ from the metadata.
     """
-    config = read_config(folder).get("quantization_config") or {}
-    if config.get("quant_method") != METHOD:
+    config = read_config(folder)
+    if not is_packed(config):
         raise CheckpointError(f"{folder} is not a quantkit checkpoint; `quantkit quantize` makes one")
-    layers = check_version(config)
-    check_tensors(layers, Shards(folder).specs)
+    layers = check_version(config["quantization_config"])
+    shards = Shards(folder)
+    check_seal(folder, config, shards.files.values())
+    check_tensors(layers, shards.specs)
     return layers
 
 
+def is_packed(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a packed checkpoint."""
+    packed = config.get("quantization_config")
+    return isinstance(packed, dict) and packed.get("quant_method") == METHOD
+
+
 def verify(folder: Path) -> int:
-    """Holds every tensor of a folder against its checksum; the number of them.
+    """Holds every tensor of a folder, and every other file of its run, against its checksum; the number of tensors.
 
     Raises:
         CheckpointError: some differ, are missing, or the folder lists none.
     """
+    check_listed(folder)
     record = read_json(folder / MANIFEST, "the checksums of a quantkit run (save_pretrained writes none)")
     listed = record.get("tensors")
     if not isinstance(listed, dict) or not listed:
@@ -262,7 +311,7 @@ def check_version(config: Mapping[str, Any]) -> dict[str, Any]:
     if version != VERSION:
         raise CheckpointError(f"the checkpoint has format version {version}; this quantkit reads {VERSION}: upgrade it")
     layers = config.get("layers")
-    if not isinstance(layers, dict):
+    if not isinstance(layers, dict) or not layers:
         raise CheckpointError("the checkpoint's quantization_config lists no layers; it is damaged")
     return layers
 

@@ -3,18 +3,20 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from xxhash import xxh3_64_hexdigest
 
 from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.units import size
 
 LARGEST_JSON, DEEPEST_JSON = 2**28, 64
 """Bytes and levels of a JSON file: metadata of the largest models take some megabytes and ten levels."""
+_CHECKSUM = "checksum"
 
 
 def write_durably(path: Path, write: Callable[[Path], Any], needed: int) -> None:
@@ -96,6 +98,31 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read as {what} ({error})") from error
 
 
+def record(value: Mapping[str, Any]) -> bytes:
+    """A JSON object as text, with a checksum of itself, for `read_record`."""
+    return (json.dumps({**value, _CHECKSUM: _sum_of(value)}, indent=2) + "\n").encode()
+
+
+def read_record(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object of a file that `record` has written, and nothing has changed since.
+
+    Args:
+        path: the file.
+        what: see `read_json`.
+
+    Raises:
+        CheckpointError: it is missing, or not as it was written.
+    """
+    found = read_json(path, what)
+    if found.pop(_CHECKSUM, None) != _sum_of(found):
+        raise CheckpointError(f"{path} cannot be read as {what} (it is not as it was written)")
+    return found
+
+
+def _sum_of(value: Mapping[str, Any]) -> str:
+    return str(xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode()))
+
+
 def files_below(folder: Path) -> list[str]:
     """Names of all files below a folder, sorted; links are not followed."""
     found = []
@@ -122,7 +149,12 @@ def leads_below(root: Path, name: Any) -> bool:
     """Whether a name leads to a place below a folder, whatever links lie on the way; another is damage or worse."""
     if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
         return False
-    place = (root / name).parent.resolve()
+    try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(root / name)
+        place = (root / name).parent.resolve()
+    except (OSError, ValueError):  # it is too long, or holds what no name has
+        return False
     return place == root.resolve() or root.resolve() in place.parents
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quantkit.core.constants import METHOD
 from quantkit.core.errors import CheckpointError, QuantkitError, first_line
-from quantkit.io.checkpoint import packed_layers, read_config
+from quantkit.io.checkpoint import is_packed, packed_layers, read_config
 from quantkit.io.checkpoint import verify as verify_folder
 from quantkit.io.registration import QuantkitConfig, QuantkitHfQuantizer
 from quantkit.io.shards import Shards
@@ -95,8 +95,7 @@ def load(
     folder = resolve_folder(folder)
     if verify:
         verify_folder(folder)
-    config = read_config(folder).get("quantization_config") or {}
-    if config.get("quant_method") == METHOD:
+    if is_packed(read_config(folder)):
         packed_layers(folder)
     elif any(folder.glob("*.safetensors*")):
         Shards(folder)

@@ -26,13 +26,24 @@ from typing import Any
 
 import psutil
 from filelock import SoftFileLock, Timeout
+from xxhash import xxh3_64
 
 from quantkit.core.constants import RELEASE
 from quantkit.core.errors import CheckpointError, QuantkitError
-from quantkit.io.files import files_below, leads_below, read_json, remove_below, sync, write_durably
+from quantkit.io.files import (
+    files_below,
+    leads_below,
+    read_json,
+    read_record,
+    record,
+    remove_below,
+    sync,
+    write_durably,
+)
 
 MANIFEST = "quantkit_files.json"
-"""Lists a published folder's files, itself left out, with their bytes, and its tensors with their checksums."""
+"""Lists a published folder's files, itself left out, with their bytes, and its tensors and all other files with their
+checksums."""
 _IDENTITY, _JOURNAL, _LOCK = "run.json", "run.files", "run.lock"
 _MADE, _REPLACED, _PUBLISHING, _WRITING = "checkpoint", "replaced", "publishing.json", "writing-"
 _OF_SAFETENSORS = re.compile(r"\.tmp\w{6}")
@@ -64,7 +75,7 @@ class RunFolder:
         self._refuse()
         self.identity: dict[str, Any] = {}
         if self.has(_IDENTITY):
-            self.identity = read_json(self.path(_IDENTITY), f"the identity of {what}; {self.anew}")
+            self.identity = read_record(self.path(_IDENTITY), f"the identity of {what}; {self.anew}")
         self._written = self._journaled()
 
     def _refuse(self) -> None:
@@ -160,8 +171,8 @@ class RunFolder:
             raise QuantkitError(self._other(found))
         if more.keys() - self.identity.keys():
             self.identity |= more
-            text = json.dumps(self.identity, indent=2) + "\n"
-            write_durably(self.path(_IDENTITY), lambda target: target.write_text(text, encoding="utf-8"), len(text))
+            content = record(self.identity)
+            write_durably(self.path(_IDENTITY), lambda target: target.write_bytes(content), len(content))
 
     def path(self, name: str) -> Path:
         """Where a file of the run is, given its name relative to the folder."""
@@ -185,6 +196,10 @@ class RunFolder:
         """Writes a file of the run."""
         self.write_bytes(name, (json.dumps(value, indent=2) + "\n").encode())
 
+    def write_record(self, name: str, value: Mapping[str, Any]) -> None:
+        """Writes a JSON object that the run will read again, by `read_record`."""
+        self.write_bytes(name, record(value))
+
     def _note(self, names: Iterable[str]) -> None:
         """Enters names into the journal; one with a slash at its end stands for a folder and all in it."""
         assert self._lock.is_locked, "who does not hold the folder does not write into it"
@@ -198,9 +213,9 @@ class RunFolder:
 
     def _journaled(self) -> set[str]:
         names: set[Any] = set()
-        with suppress(OSError, TypeError):
+        with suppress(OSError, UnicodeDecodeError):
             for line in self.path(_JOURNAL).read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):  # the end of the journal of a process that was killed
+                with suppress(ValueError, TypeError, RecursionError):  # the end of what a killed process has written
                     names.add(json.loads(line))
         return {name for name in names if leads_below(self.folder, name)}
 
@@ -386,7 +401,8 @@ class Output(RunFolder):
         self._check_replaced()
         made = self.path(_MADE)
         files = {name: (made / name).stat().st_size for name in files_below(made) if name != MANIFEST}
-        self.write_json(self.made(MANIFEST), {"files": files, "tensors": dict(checksums or {})})
+        others = {name: _checksum(made / name) for name in files if not name.endswith(".safetensors")}
+        self.write_json(self.made(MANIFEST), {"files": files, "others": others, "tensors": dict(checksums or {})})
         self.write_json(_PUBLISHING, {"output": self.output.name})
         replaced = self.path(_REPLACED)
         try:
@@ -417,6 +433,33 @@ def _unlike_manifest(folder: Path) -> list[str]:
         name for name in files_below(folder)
         if name != MANIFEST and ((folder / name).is_symlink() or known.get(name) != (folder / name).stat().st_size)
     ]  # fmt: skip
+
+
+def check_listed(folder: Path) -> None:
+    """Holds a published folder's files, those of tensors apart, against their checksums.
+
+    Raises:
+        CheckpointError: one differs or is missing, or the list is damaged.
+    """
+    others = read_json(folder / MANIFEST, "the checksums of a quantkit run (save_pretrained writes none)").get("others")
+    if not isinstance(others, dict):
+        raise CheckpointError(f"{folder / MANIFEST} lists no checksums of files; {folder.name} cannot be verified")
+    for name, wanted in others.items():
+        path = folder / name
+        if not leads_below(folder, name) or not path.is_file() or _checksum(path) != wanted:
+            raise CheckpointError(f"{path} is not as it was written, or is gone; fetch it anew")
+
+
+def _checksum(path: Path) -> str:
+    """xxh3 of a file; none where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            digest = xxh3_64()
+            while piece := file.read(2**22):
+                digest.update(piece)
+            return str(digest.hexdigest())
+    except OSError:
+        return ""
 
 
 def _listed(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -147,6 +147,29 @@ def _weight_map(index: Path) -> dict[str, str]:
 def checksum(tensor: Tensor) -> str:
     """xxh3 of 64 bits over a tensor's [...] bytes, on the CPU, in hexadecimal: it finds damage, and no forgery."""
     return xxh3_64_hexdigest(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def checksum_of(tensors: Mapping[str, Tensor]) -> str:
+    """One checksum of several tensors: of their names, types, shapes and bytes."""
+    parts = (f"{name} {tensor.dtype} {list(tensor.shape)} {checksum(tensor.cpu())}" for name, tensor in tensors.items())
+    return str(xxh3_64_hexdigest("\n".join(sorted(parts)).encode()))
+
+
+def header_checksum(path: Path) -> str:
+    """xxh3 of a safetensors file's header: the names, types, shapes and places of its tensors.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length) if length <= path.stat().st_size - 8 else b""
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); fetch it anew") from error
+    if not header:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file; fetch it anew")
+    return xxh3_64_hexdigest(header)
 
 
 def open_shard(path: Path):  # noqa: ANN201  (safe_open is untyped)

@@ -357,7 +357,7 @@ def _beside(folder: Path) -> dict[str, bytes]:
     """A model's tokenizer, chat templates, code and licence, by name; hidden files are no part of it."""
     found = (path for place in ("*", "additional_chat_templates/*") for path in sorted(folder.glob(place)))
     return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
+        path.relative_to(folder).as_posix(): _bytes(path)
         for path in found
         if path.is_file()
         and not path.name.startswith((".", "quantkit_"))
@@ -365,6 +365,15 @@ def _beside(folder: Path) -> dict[str, bytes]:
         and path.name not in WRITTEN_ANEW
         and path.stat().st_size <= _LARGEST
     }
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise QuantkitError(
+            f"{path} cannot be read ({error.strerror}), and goes with the packed model; mend or remove it, and `resume`"
+        ) from error
 
 
 def _meta_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:

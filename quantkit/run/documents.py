@@ -17,6 +17,7 @@ import gzip
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,9 @@ _HUB_NAMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 _NAMES = ("c4", "stdlib", "wikitext2")
-_NAMES = ("c4", "stdlib", "wikitext2")
 _MOST_HUB_ROWS = 20_000
+LARGEST_TOKEN = 2**31
+"""Above all token ids of any tokenizer."""
 _ROWS = "a row has a 'text' field, 'messages' or 'input_ids'"
 
 
@@ -121,7 +123,7 @@ def _document(row: Any, column: str | None, tokenizer: Any, where: str) -> Docum
             raise QuantkitError(f"{where}: the text holds half a surrogate pair, which is no character; mend the file")
         return value
     if isinstance(value, list | tuple) and value:
-        if all(type(item) is int and item >= 0 for item in value):
+        if all(type(item) is int and 0 <= item < LARGEST_TOKEN for item in value):
             return list(value)
         if all(isinstance(item, Mapping) for item in value):
             return _conversation(value, tokenizer, where)
@@ -144,7 +146,7 @@ def _read_file(path: Path) -> Iterable[Any]:
     kind = (suffixes[:-1] if packed else suffixes)[-1:]
     try:
         content = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise QuantkitError(f"{path} cannot be read ({error})") from error
     if kind == [".parquet"]:
         return _parquet(path, content)

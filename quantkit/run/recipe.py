@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,8 @@ from quantkit.core.constants import TARGET_SHIFT
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Needs, Quantizer
 from quantkit.core.registry import resolve
+from quantkit.core.schema import in_words
+from quantkit.io.files import parse_json
 from quantkit.models.plan import Plan, Rules, Tied, make_plan, plan_needs, with_own_weight
 from quantkit.models.rotation import Rotation
 from quantkit.models.structure import (
@@ -132,12 +133,18 @@ def read_plan(path: Path) -> dict[str, Quantizer]:
         QuantkitError: the file is no plan.
     """
     try:
-        layers = json.loads(path.read_text())["layers"]
-        return {str(layer): spec.read(str(text)) for layer, text in layers.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found = parse_json(path)
+        layers = found.get("layers") if isinstance(found, dict) else None
+        if not isinstance(layers, dict) or not layers:
+            raise ValueError("it lists no layers")
+        other = next((layer for layer, text in layers.items() if not isinstance(text, str)), None)
+        if other is not None:
+            raise ValueError(f"{other!r} has {in_words(layers[other])}")
+    except ValueError as error:
         raise QuantkitError(
             f'{path} is no plan ({error}); it holds {{"layers": {{"LAYER": "gptq(3)", ...}}}}'
         ) from error
+    return {layer: spec.read(text) for layer, text in layers.items()}
 
 
 def core(quantizer: Quantizer) -> Quantizer:

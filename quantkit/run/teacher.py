@@ -10,17 +10,19 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quantkit.core.errors import QuantkitError
+from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.metrics import token_kl
 from quantkit.io.run_folder import RunFolder
+from quantkit.io.shards import checksum_of, open_shard
 
 FILE_SEQUENCES = 64
 """Sequences in one file of a cache: what an interrupted run has to compute anew, at most."""
@@ -152,7 +154,8 @@ class CachedTeacher:
                         for tokens in sequences[first : first + FILE_SEQUENCES].split(4)
                     ]
                     tensors = {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
-                    cache.write(name, partial(save_file, tensors), sum(tensor.nbytes for tensor in tensors.values()))
+                    save = partial(save_file, tensors, metadata={"checksum": checksum_of(tensors)})
+                    cache.write(name, save, sum(tensor.nbytes for tensor in tensors.values()))
                 progress(min(first + FILE_SEQUENCES, len(sequences)), len(sequences))
         return CachedTeacher(cache)
 
@@ -168,8 +171,24 @@ class CachedTeacher:
     def _sequence(self, index: int) -> dict[str, Tensor]:
         file, row = divmod(index, FILE_SEQUENCES)
         if file not in self._files:
-            self._files[file] = safe_open(self._cache.path(_file(file)), "pt")
+            self._files[file] = _opened(self._cache.path(_file(file)))
         return {name: self._files[file].get_slice(name)[row] for name in ("logs", "tokens")}
+
+
+def _opened(path: Path) -> Any:
+    """A file of a cache, as it was written.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    part, way = open_shard(path), "remove it, and the next run makes it anew"
+    try:
+        tensors = {name: part.get_tensor(name) for name in part.keys()}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {way}") from error
+    if (part.metadata() or {}).get("checksum") != checksum_of(tensors):
+        raise CheckpointError(f"{path} is not as it was written; {way}")
+    return part
 
 
 def _likeliest(model: PreTrainedModel, tokens: Tensor, top: int, mixed: bool) -> dict[str, Tensor]:

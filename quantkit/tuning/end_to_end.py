@@ -29,9 +29,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from quantkit.core.device import multiplies_bf16
-from quantkit.core.errors import QuantkitError
+from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.formats.low_rank import LowRankWeight
 from quantkit.io.run_folder import RunFolder
+from quantkit.io.shards import checksum_of
 from quantkit.models.forward import patched_forwards
 from quantkit.models.linear import QuantizedLinear
 from quantkit.models.structure import check_vocabulary
@@ -335,6 +336,7 @@ class _Run:
             "targets": targets,
             "adam": self.optimizer.adam.state_dict(),
         }
+        content["checksum"] = _checksum(content)
         needed = 3 * sum(tensor.nbytes for tensor in [*self.best, *tensors, *targets])  # Adam keeps two more of each
         folder.write(_STATE, lambda target: torch.save(content, target), needed)
 
@@ -342,7 +344,8 @@ class _Run:
         """The inverse of `save`, where something was saved.
 
         Raises:
-            QuantkitError: the file is damaged, or of a run with other settings.
+            CheckpointError: the file is damaged.
+            QuantkitError: it is of a run with other settings.
         """
         if self._processes.is_main_process:
             folder.identify(self._identity())
@@ -352,7 +355,9 @@ class _Run:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds
-            raise QuantkitError(f"{path} is not a tuning run's state ({type(error).__name__}); remove it") from error
+            raise CheckpointError(f"{path} is not a tuning run's state ({type(error).__name__}); remove it") from error
+        if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
+            raise CheckpointError(f"{path} is not as it was written; remove it, and the run begins anew")
         self.step, self.ended, self.history, self.best = (content[key] for key in ("step", "ended", "history", "best"))
         with torch.no_grad():
             pairs = [*zip(self._tensors(), content["tensors"], strict=True)]
@@ -370,6 +375,23 @@ class _Run:
             "text": hashlib.sha256(self.sequences.numpy().tobytes()).hexdigest(),
             "kl": f"{self.history[0]['kl']:.5g}",
         }
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """Of all that a state holds."""
+    tensors: dict[str, Tensor] = {}
+    rest: list[str] = []
+    open_parts: list[tuple[str, Any]] = [("", content)]
+    while open_parts:
+        place, value = open_parts.pop()
+        if isinstance(value, dict | list | tuple):
+            inner = value.items() if isinstance(value, dict) else enumerate(value)
+            open_parts += [(f"{place}/{key}", part) for key, part in inner]
+        elif isinstance(value, Tensor):
+            tensors[place] = value
+        else:
+            rest.append(f"{place} {value!r}")
+    return hashlib.sha256("\n".join([checksum_of(tensors), *sorted(rest)]).encode()).hexdigest()
 
 
 def _dense(model: PreTrainedModel, settings: TuningSettings) -> list[TunedTensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from quantkit.core.device import compute_dtype, parse_dtype
-from quantkit.io.checkpoint import stored_dtype
+from quantkit.io.checkpoint import read_config, sealed, stored_dtype
 from quantkit.io.hf import load
 from quantkit.io.run_folder import Output
 from quantkit.io.shards import Shards
@@ -88,8 +88,10 @@ def run(
             output.empty()
             output.take((student if stored is None else student.to(stored)).save_pretrained)
             output.take(tokenizer.save_pretrained)
+            made = output.path(output.made(""))
+            output.write_json(output.made("config.json"), sealed(read_config(made), sorted(made.glob("*.safetensors"))))
             record = {"teacher": str(asked.teacher), "settings": asdict(asked.settings)}
             output.write_json(output.made(RECORD), record | {"history": student.quantkit_tuning})
-            output.publish(Shards(output.path(output.made(""))).checksums())
+            output.publish(Shards(made).checksums())
         processes.wait_for_everyone()
     return student.quantkit_tuning if main else None

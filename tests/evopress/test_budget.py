@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 from quantkit import GPTQ
@@ -17,6 +18,8 @@ from quantkit.evopress.memory import activation_bytes, beside_weights, kv_cache_
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.quantizers.hadamard import Hadamard
 from quantkit.quantizers.sparse import Sparse
+
+from ..helpers.garbage import changed, few, refused
 
 
 def empty(reference, **changes):
@@ -137,3 +140,20 @@ def test_timings(tmp_path):
         if wrong != {}:
             with pytest.raises(QuantkitError, match="no table of timings"):
                 read_timings(path)
+
+
+@few
+@given(content=changed([{"format": "int_group 4", "rows": 64, "columns": 64, "us": 11.5}] * 2))
+def test_any_table_of_timings(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "timings.json"
+    path.write_bytes(content)
+    wrong, found = refused(read_timings, path)
+    assert wrong or all(time > 0 for time in found.values())
+
+
+@pytest.mark.parametrize("field", ["rows", "columns", "us"])
+def test_times_and_sizes_are_finite(field, tmp_path):
+    path = tmp_path / "timings.json"
+    path.write_text(json.dumps([{"format": "x", "rows": 1, "columns": 1, "us": 1.0, field: float("inf")}]))
+    with pytest.raises(QuantkitError, match="no table of timings"):
+        read_timings(path)

@@ -5,10 +5,14 @@ import json
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from quantkit.core.errors import CalibrationError, QuantkitError, UnknownName
 from quantkit.run.documents import documents
 from quantkit.run.text import calibration_sequences
+
+from ..helpers.garbage import changed, few, raw, refused
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
@@ -166,3 +170,28 @@ def test_deep_and_broken_files(tmp_path):
             documents(tmp_path / name, "calibration")
     with pytest.raises(QuantkitError, match="no column 'none'; it has id, body"):
         documents(f"{tmp_path / 'columns.csv'}#none", "calibration")
+
+
+@few
+@given(data=st.data(), suffix=st.sampled_from([".jsonl", ".json", ".csv", ".txt", ".parquet", ".jsonl.gz", ".csv.gz"]))
+def test_any_file(tmp_path_factory, data, suffix):
+    rows = st.lists(changed({"text": "a", "input_ids": [1, 2]}), max_size=3).map(b"\n".join)
+    content = data.draw(rows | raw)
+    path = tmp_path_factory.getbasetemp() / f"calibration{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") and data.draw(st.booleans()) else content)
+    wrong, found = refused(documents, path, "calibration", Chatty())
+    assert wrong or all(isinstance(document, str | list) for document in found)
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    whole = gzip.compress(lines(ROWS * 50).encode())
+    for at in range(10, len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        with pytest.raises(QuantkitError, match=r"rows\.jsonl\.gz"):
+            documents(path, "calibration")
+
+
+def test_no_tokenizer_has_such_tokens():
+    with pytest.raises(QuantkitError, match="row 1"):
+        documents([[1, 2**31]], "calibration")

@@ -7,7 +7,7 @@ import torch
 
 import quantkit
 from quantkit import GPTQ, Calibration, PVSettings, TuningSettings
-from quantkit.core.errors import QuantkitError
+from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.metrics import token_kl
 from quantkit.io.run_folder import RunFolder
 from quantkit.run.teacher import CachedTeacher, Predictions, predict
@@ -70,3 +70,22 @@ def test_tuning_by_a_cache(teacher, tokenizer, tmp_path):
     with pytest.raises(QuantkitError, match="no hidden states"):
         hidden = TuningSettings(1, held_out=2, hidden=1.0)
         quantkit.tune(model, teacher, tokenizer, calibration=TEXT, settings=hidden, cache=tmp_path / "cache")
+
+
+def test_a_damaged_cache_is_named(teacher, windows, tmp_path):
+    folder = tmp_path / "cache"
+
+    def filled():
+        return CachedTeacher.fill(RunFolder(folder, "a cache"), teacher, windows, 4, silent)
+
+    filled()
+    path = folder / "teacher-00000.safetensors"
+    whole, numbers = path.read_bytes(), torch.arange(2)
+    found = predict(teacher, windows[numbers])
+    for content in (b"", whole[:-1], whole[:100], bytes(8) + whole[8:], whole[:-9] + b"\x55" + whole[-8:]):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"teacher-00000\.safetensors is "):
+            filled().divergence(windows[numbers], numbers, found)
+    path.unlink()
+    filled().divergence(windows[numbers], numbers, found)
+    assert path.read_bytes() == whole
