@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def inspect_command(
     folder: Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")],
     check: Annotated[
-        bool, typer.Option("--verify", help="Hold every tensor against its checksum; exit code 2 where one differs.")
+        bool,
+        typer.Option("--verify", help="Hold tensors and files against their checksums; exit code 2 if one differs."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -21,6 +21,7 @@ is tried once more before it counts. The exit code is 1 where there is a fault; 
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -205,18 +206,19 @@ class _Worker:
         self.pipe.close()
 
 
-def outcomes(numbers: list[int], root: Path, processes: int) -> Iterator[Outcome]:
+def outcomes(numbers: list[int], root: Path, processes: int, minutes: float = math.inf) -> Iterator[Outcome]:
     """Tries variants, in several processes.
 
     Args:
         numbers: of the variants.
         root: of the bases.
         processes: how many.
+        minutes: after so many, no more are begun.
 
     Yields:
         Outcomes as they come.
     """
-    todo, again = list(reversed(numbers)), set()
+    todo, again, end = list(reversed(numbers)), set(), time.monotonic() + 60 * minutes
     workers = [_Worker(root) for _ in range(max(1, min(processes, len(numbers))))]
     busy = len(workers)
     try:
@@ -231,9 +233,10 @@ def outcomes(numbers: list[int], root: Path, processes: int) -> Iterator[Outcome
                 elif isinstance(found, Outcome):
                     yield found
                 if worker.ready:
-                    busy -= not todo
+                    left = time.monotonic() < end and bool(todo)
+                    busy -= not left
                     worker.number = -1
-                    if todo:
+                    if left:
                         worker.give(todo.pop())
             wait([worker.pipe for worker in workers], 0.05)
     finally:
@@ -302,10 +305,10 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run(numbers: list[int], processes: int) -> tuple[list[Outcome], float]:
+def run(numbers: list[int], processes: int, minutes: float = math.inf) -> tuple[list[Outcome], float]:
     """(outcomes of variants by their numbers, seconds that they took)."""
     found: list[Outcome] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="quantkit-fuzz-") as folder:
         root, begun = Path(folder) / "bases", time.monotonic()
         maker = _FORK.Process(target=_make, args=(root,))
         maker.start()
@@ -314,7 +317,7 @@ def run(numbers: list[int], processes: int) -> tuple[list[Outcome], float]:
             raise SystemExit("the undamaged files could not be made")
         print(f"undamaged files made in {time.monotonic() - begun:.0f} s", file=sys.stderr)
         begun, faults = time.monotonic(), 0
-        for one in outcomes(numbers, root, processes):
+        for one in outcomes(numbers, root, processes, minutes):
             found.append(one)
             faults += one.kind in FAULTS
             if sys.stderr.isatty() or len(found) % 100 == 0:
@@ -340,9 +343,10 @@ def main() -> None:
     parser.add_argument("--only", type=int, nargs="+", help="numbers of the variants to try")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, help="write counts and faults there")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no more variants after so many")
     arguments = parser.parse_args()
     numbers = arguments.only or list(range(arguments.seed, arguments.seed + arguments.variants))
-    found, seconds = run(numbers, arguments.processes)
+    found, seconds = run(numbers, arguments.processes, arguments.minutes)
     record = summary(found, seconds)
     print(table(record))
     shown = found if arguments.only else [one for one in found if one.kind in FAULTS]

@@ -457,6 +457,16 @@ KERNELS_ATTENTION = Table(
     },
 )
 
+_COUNTS = ("variants", "refused", "equal", "taken", "different", "unrecorded", "faults")
+_DOORS = """load; load, config alone; load, tied head; load, saved by transformers; load verify=True; inspect --verify
+quantize MODEL; quantize --resume; quantize --overwrite; quantize --plan; search --timings; search --resume, --database
+tune --resume, --cache; eval --data; generate, prompt cache; calibration txt; calibration jsonl; calibration json
+calibration csv; calibration parquet; calibration jsonl.gz; all"""
+DAMAGE = Table(
+    "2026-11-29-fuzz.json", " | ".join(("met by", *_COUNTS)), tuple(f"{{{kind}:,.0f}}" for kind in _COUNTS),
+    {door: [{"door": door}] for door in _DOORS.replace("\n", "; ").split("; ")}, "doors",
+)  # fmt: skip
+
 TABLES = {
     "integers": INTEGERS,
     "head-bits": HEAD_BITS,
@@ -484,5 +494,6 @@ TABLES = {
     "kernels-trellis": KERNELS_TRELLIS,
     "kernels-rotations": KERNELS_ROTATIONS,
     "kernels-attention": KERNELS_ATTENTION,
+    "damage": DAMAGE,
 }
 """By the name that stands in a document's mark."""

@@ -86,7 +86,7 @@ def load(
         device: where to put the model; by default the CPU.
         unpack: on a CPU, unpack each packed layer at its first use (True) or never (False); by default those that run
             faster so, as far as memory allows. A line of the log says what that costs.
-        verify: hold every tensor against the checksum that its run wrote down; reads the files once more.
+        verify: hold all tensors and files against the checksums that their run wrote; reads the files once more.
 
     Raises:
         CheckpointError: damaged or incomplete files, or an unknown format.

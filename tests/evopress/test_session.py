@@ -107,9 +107,13 @@ def test_an_interrupted_search_ends_in_the_same_assignment(session, budget, tmp_
         assert search(budget).history[:3] == whole.history
     with pytest.raises(QuantkitError, match="other settings: budget is"):
         search(budget - 1)
-    (tmp_path / "search" / "search.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="not a search's state"):
-        search(budget)
+    path = tmp_path / "search" / "search.json"
+    state = json.loads(path.read_text())
+    state["state"]["parent"][0] ^= 1
+    for text in ("{}", json.dumps(state)):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match="cannot be read as a search's state; remove it"):
+            search(budget)
 
 
 def assembled(folder, database, chosen, settings=None, files=None):

@@ -1,6 +1,7 @@
 """The database: what a plain run would pack, in every way asked for; it survives kills and refuses strangers."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -120,9 +121,12 @@ def test_a_damaged_candidate_is_named(database, place, reference, recipe, tmp_pa
     path.write_bytes(content[:500])
     with pytest.raises(CheckpointError, match="block-00003"):
         mine.store.load(2, key, [LAYER])
-    path.with_suffix(".json").write_text("{")
-    with pytest.raises(CheckpointError, match="damaged"):
-        build(reference, recipe, CANDIDATES, copy, device="cpu").store.candidates(2, key)
+    record = json.loads(path.with_suffix(".json").read_text())
+    record["layers"][LAYER]["relative_error"] = 0.5
+    for text in ("{", json.dumps(record)):
+        path.with_suffix(".json").write_text(text)
+        with pytest.raises(CheckpointError, match="cannot be read as a record of candidates; remove it and the file"):
+            build(reference, recipe, CANDIDATES, copy, device="cpu").store.candidates(2, key)
 
 
 def test_a_candidate_that_does_not_fit_is_refused_before_the_walk(reference, recipe, tmp_path):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
 from quantkit import GPTQ, VPTQ, Calibration, Hadamard, LowRank, PVSettings, Pyramid, TuningSettings
-from quantkit.core.errors import QuantkitError
+from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.models.linear import QuantizedLinear
 from quantkit.run.teacher import Teacher
 from quantkit.tuning.end_to_end import _Run
@@ -107,8 +107,14 @@ def test_an_interrupted_run_ends_in_the_same_model(models, tmp_path):
     other = TuningSettings(7, 2, 1, evaluate_every=2, held_out=2)
     with pytest.raises(QuantkitError, match="other settings"):
         quantkit.tune(copy.deepcopy(model), teacher, tokenizer, calibration=text, settings=other, state=tmp_path / "s")
-    (tmp_path / "s" / "state.pt").write_bytes(b"damaged")
-    with pytest.raises(QuantkitError, match="not a tuning run's state"):
+    path = tmp_path / "s" / "state.pt"
+    content = torch.load(path, weights_only=True)
+    content["tensors"][0].view(-1)[0] += 1
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"state\.pt is not as it was written; remove it"):
+        quantkit.tune(copy.deepcopy(model), teacher, tokenizer, calibration=text, settings=SHORT, state=tmp_path / "s")
+    path.write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="not a tuning run's state"):
         quantkit.tune(copy.deepcopy(model), teacher, tokenizer, calibration=text, settings=SHORT, state=tmp_path / "s")
 
 
