@@ -85,6 +85,8 @@ TRELLIS = "docs/results/trellis.md"
 MEMORY = "docs/results/memory-and-time.md"
 KV_GUIDE = "docs/guide/kv-cache.md"
 SEARCH_GUIDE = "docs/guide/search.md"
+TRUST = "docs/results/trust.md"
+DAMAGE = "2026-11-29-fuzz.json"
 BUILDS = "kernel-build-triton-3.7.1.json"
 PEER = "2026-11-21-cpu-llmcompressor.json"
 
@@ -294,6 +296,20 @@ CLAIMS = [
         SEARCH_GUIDE,
         "costs 1 : {:.1f} : {:.1f}",
         tuple(Ratio(_generation(layers), _generation(42)) for layers in (84, 168)),
+    ),
+    Claim(
+        TRUST,
+        "Of {:,.0f} variants {:,.0f} end in a traceback, {:,.0f} hang, {:,.0f} crash, {:,.0f} load otherwise without a "
+        "flipped bit of a payload, {:,.0f} give an error that is no printable line, and {:,.0f} ask for much memory.",
+        (
+            Value(DAMAGE, "variants"),
+            *(Value(DAMAGE, f"kinds[{k}]") for k in ("traceback", "hang", "crash", "wrong", "garbled", "memory")),
+        ),
+    ),
+    Claim(
+        TRUST,
+        "A refusal takes {:k.0f} ms of the processor in the median, and {:.1f} s at most",
+        (Value(DAMAGE, "refused_median_seconds"), Value(DAMAGE, "refused_longest_seconds")),
     ),
     Claim(
         "docs/kernels-trellis.md",

@@ -20,7 +20,6 @@ from quantkit.evopress.baselines import greedy, knapsack, uniform
 from quantkit.evopress.evolve import Assignment, Generation, Outcome, Space, State, evolve
 from quantkit.evopress.fitness import Measure, ModelFitness
 from quantkit.evopress.settings import Evolution
-from quantkit.io.files import read_record
 from quantkit.io.run_folder import RunFolder
 from quantkit.io.source import load_tokenizer
 from quantkit.run.recipe import Calibration
@@ -229,7 +228,7 @@ def _read(folder: RunFolder) -> tuple[dict[str, Assignment], State] | None:
     """The starts and the state of an unfinished search; None where there is none."""
     if not folder.has(_STATE):
         return None
-    found = read_record(folder.path(_STATE), "a search's state; remove it")
+    found = folder.read_record(_STATE, "a search's state; remove it")
     starts = {name: tuple(levels) for name, levels in found["starts"].items()}
     search = found["state"]
     history = tuple(Generation(*line) for line in search["history"])

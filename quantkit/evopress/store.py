@@ -27,7 +27,6 @@ from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.protocols import Quantizer
 from quantkit.core.result import LayerResult
 from quantkit.core.weight import QuantizedWeight
-from quantkit.io.files import read_record
 from quantkit.io.run_folder import RunFolder
 from quantkit.io.shards import checksum, open_shard
 from quantkit.models.plan import Plan, tied, with_own_weight
@@ -154,8 +153,8 @@ class Store:
     def _sidecar(self, index: int, key: str) -> dict[str, Any]:
         name = self._name(index, key, "json")
         if name not in self._sidecars:
-            path = self._folder.path(name)
-            self._sidecars[name] = read_record(path, "a record of candidates; remove it and the file beside it")
+            what = "a record of candidates; remove it and the file beside it"
+            self._sidecars[name] = self._folder.read_record(name, what)
         return self._sidecars[name]
 
 

@@ -33,7 +33,7 @@ from quantkit.core.result import LayerResult
 from quantkit.core.schema import in_words
 from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.tied import TiedWeight
-from quantkit.io.files import parse_json, read_json, read_record
+from quantkit.io.files import parse_json, read_json
 from quantkit.io.run_folder import MANIFEST, Output, check_listed
 from quantkit.io.shards import DTYPES, INDEX, Shards, checksum, header_checksum, open_shard
 
@@ -154,9 +154,8 @@ class CheckpointWriter:
         self._output.write(shard_name, lambda path: save_file(tensors, path, metadata={"format": "pt"}), needed)
 
     def _record(self, index: int) -> dict[str, Any]:
-        path = self._output.path(self._names(index)[1])
         way = "a block's record; remove it and the shard of its name to have the block made anew"
-        return read_record(path, way)
+        return self._output.read_record(self._names(index)[1], way)
 
     def results(self) -> dict[str, LayerResult]:
         """All packed layers without their tensors, in the order of the blocks."""

@@ -98,29 +98,30 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read as {what} ({error})") from error
 
 
-def record(value: Mapping[str, Any]) -> bytes:
-    """A JSON object as text, with a checksum of itself, for `read_record`."""
-    return (json.dumps({**value, _CHECKSUM: _sum_of(value)}, indent=2) + "\n").encode()
+def record(name: str, value: Mapping[str, Any]) -> bytes:
+    """A JSON object as text, with a checksum of itself and of the name that it goes by, for `read_record`."""
+    return (json.dumps({**value, _CHECKSUM: _sum_of(name, value)}, indent=2) + "\n").encode()
 
 
-def read_record(path: Path, what: str) -> dict[str, Any]:
+def read_record(path: Path, name: str, what: str) -> dict[str, Any]:
     """The JSON object of a file that `record` has written, and nothing has changed since.
 
     Args:
         path: the file.
+        name: that it was written under; a record in the place of another is none.
         what: see `read_json`.
 
     Raises:
         CheckpointError: it is missing, or not as it was written.
     """
     found = read_json(path, what)
-    if found.pop(_CHECKSUM, None) != _sum_of(found):
+    if found.pop(_CHECKSUM, None) != _sum_of(name, found):
         raise CheckpointError(f"{path} cannot be read as {what} (it is not as it was written)")
     return found
 
 
-def _sum_of(value: Mapping[str, Any]) -> str:
-    return str(xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode()))
+def _sum_of(name: str, value: Mapping[str, Any]) -> str:
+    return str(xxh3_64_hexdigest(json.dumps([name, value], sort_keys=True).encode()))
 
 
 def files_below(folder: Path) -> list[str]:

@@ -75,7 +75,7 @@ class RunFolder:
         self._refuse()
         self.identity: dict[str, Any] = {}
         if self.has(_IDENTITY):
-            self.identity = read_record(self.path(_IDENTITY), f"the identity of {what}; {self.anew}")
+            self.identity = self.read_record(_IDENTITY, f"the identity of {what}; {self.anew}")
         self._written = self._journaled()
 
     def _refuse(self) -> None:
@@ -171,7 +171,7 @@ class RunFolder:
             raise QuantkitError(self._other(found))
         if more.keys() - self.identity.keys():
             self.identity |= more
-            content = record(self.identity)
+            content = record(_IDENTITY, self.identity)
             write_durably(self.path(_IDENTITY), lambda target: target.write_bytes(content), len(content))
 
     def path(self, name: str) -> Path:
@@ -197,8 +197,12 @@ class RunFolder:
         self.write_bytes(name, (json.dumps(value, indent=2) + "\n").encode())
 
     def write_record(self, name: str, value: Mapping[str, Any]) -> None:
-        """Writes a JSON object that the run will read again, by `read_record`."""
-        self.write_bytes(name, record(value))
+        """Writes a JSON object that the run will read again."""
+        self.write_bytes(name, record(name, value))
+
+    def read_record(self, name: str, what: str) -> dict[str, Any]:
+        """What `write_record` wrote; see `io.files.read_record`."""
+        return read_record(self.path(name), name, what)
 
     def _note(self, names: Iterable[str]) -> None:
         """Enters names into the journal; one with a slash at its end stands for a folder and all in it."""

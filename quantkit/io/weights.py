@@ -9,7 +9,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
 from quantkit.core.errors import QuantkitError
-from quantkit.io.shards import Shards
+from quantkit.io.shards import DTYPES, Shards
 from quantkit.models.linear import Packed
 from quantkit.models.structure import find_blocks
 from quantkit.models.ties import tied_names
@@ -20,18 +20,26 @@ def match_names(model: nn.Module, shards: Shards) -> dict[str, str] | None:
 
     Returns:
         The map, or None where the shards store some tensor of the model in another form (renamed, split, fused).
+
+    Raises:
+        QuantkitError: a tensor of floating-point numbers is stored as something else.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     tied = tied_names(model)
     mapping: dict[str, str] = {}
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, shape in shapes.items():
+    for name, tensor in model.state_dict().items():
         candidates = [name, name.removeprefix(prefix), prefix + name]
         stored = next((c for c in candidates if c in shards.specs), None)
         if stored is None and name in tied:
             continue
-        if stored is None or shards.specs[stored][1] != shape:
+        if stored is None or shards.specs[stored][1] != list(tensor.shape):
             return None
+        kind = shards.specs[stored][0]
+        if tensor.is_floating_point() and not getattr(DTYPES.get(kind), "is_floating_point", False):
+            raise QuantkitError(
+                f"{stored} is {kind} in its file, and {type(model).__name__} has floating-point numbers there; "
+                "fetch it anew"
+            )
         mapping[name] = stored
     return mapping
 

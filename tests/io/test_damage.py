@@ -148,6 +148,29 @@ def test_a_file_that_cannot_be_read_is_named(model_folder, tmp_path):
         quantize_checkpoint(source, RECIPE, tmp_path / "out")
 
 
+def test_integers_in_the_place_of_weights_are_refused(model_folder, tmp_path):
+    shutil.copytree(model_folder("llama_small"), tmp_path / "model")
+
+    def other(header):
+        header["model.norm.weight"]["dtype"] = "I16"
+
+    edit_header(tmp_path / "model" / "model.safetensors", other)
+    with pytest.raises(QuantkitError, match=r"model\.norm\.weight is I16 in its file, and LlamaForCausalLM has"):
+        quantize_checkpoint(tmp_path / "model", RECIPE, tmp_path / "out")
+
+
+def test_a_record_in_the_place_of_another_is_refused(tmp_path):
+    run = RunFolder(tmp_path / "run", "a run")
+    with run.begin({}):
+        run.write_record("a.json", {"layers": {}})
+        shutil.copy(run.path("a.json"), run.path("b.json"))
+        shutil.copy(run.path("run.json"), run.path("c.json"))
+        assert run.read_record("a.json", "a record; remove it") == {"layers": {}}
+        for name in ("b.json", "c.json"):
+            with pytest.raises(CheckpointError, match="not as it was written"):
+                run.read_record(name, "a record; remove it")
+
+
 CONFIG = {
     "model_type": "llama", "vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
     "quantization_config": {

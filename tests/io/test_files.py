@@ -79,13 +79,14 @@ def test_json_that_no_reader_could_bear(tmp_path, monkeypatch):
 @given(content=changed({"layers": {"a": [1, 2.5, None]}, "state": "x"}))
 def test_a_record_is_as_it_was_written_or_refused(tmp_path_factory, content):
     path, value = tmp_path_factory.getbasetemp() / "record.json", {"layers": {"a": [1, 2.5, None]}, "state": "x"}
-    path.write_bytes(record(value))
-    assert read_record(path, "a record; remove it") == value
+    path.write_bytes(record("a/record.json", value))
+    assert read_record(path, "a/record.json", "a record; remove it") == value
+    assert refused(read_record, path, "b/record.json", "a record; remove it")[0], "in the place of another"
     written = json.loads(path.read_bytes())
     with suppress(ValueError, TypeError, RecursionError):
         content = json.dumps({**json.loads(content), "checksum": written["checksum"]}).encode()
     path.write_bytes(content)
-    wrong, found = refused(read_record, path, "a record; remove it")
+    wrong, found = refused(read_record, path, "a/record.json", "a record; remove it")
     assert wrong or found == value
 
 

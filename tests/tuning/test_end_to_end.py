@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import quantkit
 from quantkit import GPTQ, VPTQ, Calibration, Hadamard, LowRank, PVSettings, Pyramid, TuningSettings
 from quantkit.core.errors import CheckpointError, QuantkitError
+from quantkit.io.checkpoint import read_config
 from quantkit.models.linear import QuantizedLinear
 from quantkit.run.teacher import Teacher
 from quantkit.tuning.end_to_end import _Run
@@ -259,7 +260,8 @@ def test_the_command(models, text_file, tmp_path):
     assert not (tmp_path / "out.partial").exists()
     record = json.loads((tmp_path / "out" / "quantkit_tuning.json").read_text())
     assert record["settings"]["steps"] == 4
-    loaded = quantkit.load(tmp_path / "out", dtype=torch.float32)
+    loaded = quantkit.load(tmp_path / "out", dtype=torch.float32, verify=True)
+    assert "checksums" in read_config(tmp_path / "out")["quantization_config"]
     sizes = {name: sum(f.stat().st_size for f in (tmp_path / name).glob("*.safetensors")) for name in ("packed", "out")}
     assert sizes["out"] == pytest.approx(sizes["packed"], abs=2000), "of the same types, whatever was computed in"
     assert loaded.config.quantization_config is not None
