@@ -10,7 +10,8 @@ import typer
 from rich.markup import escape
 
 from quantkit.cli import options
-from quantkit.cli.display import block_progress, console, made, report_table
+from quantkit.cli.display import console, made, report_table
+from quantkit.cli.progress import block_progress
 from quantkit.core.constants import TARGET_SHIFT
 from quantkit.core.errors import Interrupted, QuantkitError
 from quantkit.core.units import size
@@ -259,5 +260,5 @@ def _say_estimate(model: str, folder: Path, recipe: Recipe, output: Path, device
 def _interrupted(output: Path) -> Interrupted:
     output = output.expanduser().resolve()
     kept = output.with_name(f"{output.name}.partial").exists()
-    how = "finished blocks are kept: repeat the command with --resume to continue" if kept else "nothing was written"
+    how = "finished blocks are kept: repeat the command with --resume to continue" if kept else "nothing is kept"
     return Interrupted(f"stopped; {how}")

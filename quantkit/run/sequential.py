@@ -374,6 +374,10 @@ class Pack:
 def _packed(hook: LayerHook, module: nn.Module, stats: LayerStats | None, name: str) -> LayerResult:
     weight = linear_weight(module).detach().float()
     result = hook(name, weight, stats)
+    logger.debug(
+        "%s: %s, %.3f bits a weight, error %.2e",
+        *(name, result.weight.label, result.weight.bits_per_weight, result.relative_error),
+    )
     for key, tensor in result.weight.state().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise QuantkitError(
