@@ -24,7 +24,15 @@ def packed(model_folder, text_file, tmp_path_factory):
 
 def test_quantize_prints_and_writes_a_report(packed):
     output, result = packed
-    for word in ("layer of model.layers", "1.mlp.down_proj", "bits per weight", "size", "peak memory", "time", "quantkit.load"):
+    for word in (
+        "layer of model.layers",
+        "1.mlp.down_proj",
+        "bits per weight",
+        "size",
+        "peak memory",
+        "time",
+        "quantkit.load",
+    ):
         assert word in result.stdout
     assert "blocks  2/2" in result.stderr, "a line a block"
     report = json.loads((output / "quantkit_report.json").read_text())

@@ -1,16 +1,10 @@
 """How much is said, and what a command that is stopped says."""
 
-import signal
-import subprocess
-import time
 from contextlib import contextmanager
-from pathlib import Path
-
-import pytest
 
 from quantkit.cli import evaluate as evaluate_verb
 
-from .conftest import COMMAND, run
+from .conftest import run
 
 
 def test_quiet_says_the_result_alone(model_folder, tmp_path):
@@ -37,24 +31,3 @@ def test_eval_that_is_stopped_prints_what_it_measured(monkeypatch, complaint, mo
     code, said = complaint("eval", model_folder("llama"), "--data", text_file, "--seqlen", 64, "--json")
     assert code == 130
     assert "stopped; the figures are of the first 2 sequences" in said
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stopping", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_during_imports_is_one_line(stopping, model_folder):
-    process = subprocess.Popen(
-        [*COMMAND, "eval", str(model_folder("llama")), "--data", "stdlib"],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits "ignored"
-    )
-    maps, deadline = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 120
-    while "libtorch" not in maps.read_text():
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.005)
-    process.send_signal(stopping)
-    stdout, stderr = process.communicate(timeout=60)
-    assert (process.returncode, stdout) == (130, "")
-    assert stderr == "error: stopped; nothing is kept\n"
