@@ -12,11 +12,11 @@ from quantkit.core.device import compute_dtype, free_memory, pick_device
 from quantkit.core.protocols import Needs
 from quantkit.io.source import Loaded, Source, open_folder
 from quantkit.models.plan import Tied, plan_needs, tied
-from quantkit.models.structure import linear_weight
+from quantkit.models.structure import block_linears, linear_weight
 from quantkit.run.ranks import with_ranks
 from quantkit.run.recipe import Recipe
 from quantkit.run.report import peak_memory_bytes
-from quantkit.run.sequential import REPLAY_FRACTION
+from quantkit.run.sequential import BATCH_TOKENS, REPLAY_FRACTION
 from quantkit.run.trial import pass_seconds, rounding_seconds
 
 
@@ -119,6 +119,7 @@ def _working_bytes(
     if tokens is None:
         return loaded + source.block_nbytes(itemsize) + layer
     hidden = model.config.get_text_config().hidden_size
+    inside = block_linears(model)
     widest = max(shape[1] for shape in shapes.values())
     replayed = tokens.numel() * (hidden + widest) * itemsize
     replayed = min(replayed, int(REPLAY_FRACTION * free_memory(device)))
@@ -126,5 +127,8 @@ def _working_bytes(
     streams = stream * (2 if needs == Needs.CROSS or recipe.tuner else 1)
     if recipe.tuner:  # the weights, their targets, gradients and the optimizer's two moments, in fp32
         layer = max(layer, 6 * source.block_nbytes(4))
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", 1)
+    width = 5 * max(max(shape) for name, shape in shapes.items() if name in inside) + 8 * hidden  # of a block's pass
+    passing = min(tokens.numel(), BATCH_TOKENS) * (width + 2 * heads * tokens.shape[1]) * itemsize
     embedding = sum(p.numel() for p in model.get_input_embeddings().parameters()) * itemsize
-    return loaded + source.block_nbytes(itemsize) + layer + streams + max(embedding, 5 * 4 * widest**2)
+    return loaded + source.block_nbytes(itemsize) + layer + streams + passing + max(embedding, 5 * 4 * widest**2)

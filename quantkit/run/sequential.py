@@ -50,6 +50,8 @@ from quantkit.quantizers.target_shift import aimed
 
 logger = logging.getLogger(__name__)
 
+BATCH_TOKENS = 8192
+"""That run through a block together."""
 REPLAY_FRACTION = 1 / 8
 """Of the free memory in which each stream may keep what a block need not compute again."""
 
@@ -110,7 +112,7 @@ class Walker:
     true_sequential: bool = True
     tuner: Tuner | None = None
     lookups_first: bool = True
-    batch_tokens: int = 8192
+    batch_tokens: int = BATCH_TOKENS
     progress: Callable[[int, int, str], None] = lambda done, total, name: None
 
     def __post_init__(self) -> None:

@@ -10,11 +10,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from quantkit.core.protocols import Needs, Quantizer
 from quantkit.core.stats import LayerStats
-from quantkit.quantizers.target_shift import aimed
+from quantkit.run.sequential import Pack
 
 ROWS = (64, 256)
 """Of the narrow layers."""
@@ -47,15 +46,10 @@ def _tried(quantizer: Quantizer, columns: int, device: torch.device) -> tuple[fl
     for rows in (ROWS[0], *ROWS):  # the first may compile
         weight = torch.randn(rows, columns, device=device)
         stats = _stats(columns, device) if quantizer.needs > Needs.NOTHING else None
-        taken.append(_seconds(partial(_rounded, quantizer, weight, stats), device))
+        taken.append(_seconds(partial(Pack({"layer": quantizer}), "layer", weight, stats), device))
     few, many = taken[1:]
     a_row = max(0.0, many - few) / (ROWS[1] - ROWS[0])
     return max(0.0, few - a_row * ROWS[0]), a_row
-
-
-def _rounded(quantizer: Quantizer, weight: Tensor, stats: LayerStats | None) -> None:
-    target, quantizer = aimed(quantizer, weight, stats)
-    quantizer.quantize(target, stats)
 
 
 def _stats(columns: int, device: torch.device) -> LayerStats:
