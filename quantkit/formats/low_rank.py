@@ -118,3 +118,16 @@ class LowRankWeight(QuantizedWeight, format="low_rank"):
     def _cast(self) -> dict[torch.dtype, tuple[Tensor, Tensor]]:
         """Factors in the types of activations that were seen."""
         return {}
+
+
+def stored_factors(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors in fp16, powers of two moved between them where one has larger numbers than the other.
+
+    Args:
+        up, down: fp32 or fp64 [out_features, rank] and [rank, in_features].
+    """
+    sizes = up.abs().amax(0), down.abs().amax(1)
+    both = (sizes[0] > 0) & (sizes[1] > 0)
+    shift = torch.where(both, (sizes[1] / sizes[0]).log2() / 2, 0.0).round()
+    up, down = up * shift.exp2(), down * (-shift).exp2().unsqueeze(1)
+    return up.half().contiguous(), down.half().contiguous()

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from quantkit.core.errors import QuantkitError
 from quantkit.core.weight import QuantizedWeight
-from quantkit.formats.low_rank import LowRankWeight
+from quantkit.formats.low_rank import LowRankWeight, stored_factors
 from quantkit.formats.rotated import RotatedWeight
+from quantkit.formats.scaled import ScaledWeight
 from quantkit.io.hf import attach
 from quantkit.kernels.hadamard import rotate
 from quantkit.models.embedding import QuantizedEmbedding
@@ -172,15 +173,21 @@ def packed_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 
 def correction_outside(weight: QuantizedWeight) -> QuantizedWeight:
-    """The same weight with its correction, if it has one inside a rotation, in front of the rotation.
+    """The same weight with its correction, if it has one inside a rotation or a factor, in front of them.
 
-    R_out^T (W' + U D) R_in = R_out^T W' R_in + (R_out^T U) (D R_in)
+    R_out^T (W' + U D) R_in = R_out^T W' R_in + (R_out^T U) (D R_in),    f (W' + U D) = f W' + (f U) D
     """
-    if not isinstance(weight, RotatedWeight) or not isinstance(weight.base, LowRankWeight):
+    if not isinstance(weight, RotatedWeight | ScaledWeight):
         return weight
-    up, down = weight.base.factors()
-    down = rotate(down, weight.in_signs, True)
-    return LowRankWeight(replace(weight, base=weight.base.base), weight.outputs_back(up.T).T.half(), down.half())
+    inner = correction_outside(weight.base)
+    if not isinstance(inner, LowRankWeight):
+        return weight
+    up, down = inner.factors()
+    if isinstance(weight, ScaledWeight):
+        up = up * weight.factor
+    else:
+        up, down = weight.outputs_back(up.T).T, rotate(down, weight.in_signs, True)
+    return LowRankWeight(replace(weight, base=inner.base), *stored_factors(up, down))
 
 
 def _with_correction(weight: QuantizedWeight, rank: int, generator: torch.Generator) -> LowRankWeight:
