@@ -138,17 +138,14 @@ def finished(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def peft_config(config: Any) -> Any:
-    """Lets adapters of the peft library sit on packed layers.
+    """The config as it is: peft's own calls take packed layers by themselves (`quantkit.models.lora`).
 
     Args:
-        config: peft's LoraConfig, with `target_modules` by name; changed in place.
+        config: peft's LoraConfig.
 
     Returns:
-        The same config, for `get_peft_model` or `PeftModel.from_pretrained`.
+        The same.
     """
-    from peft.tuners import lora
-
-    config._register_custom_module({QuantizedLinear: lora.Linear})
     return config
 
 
