@@ -1,6 +1,7 @@
 """A full-precision model as runs need it: in memory, or on disk, its tensors read a block at a time."""
 
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index", ".lock"}
 """Files that hold a model's weights, in one form or another; all others go with a packed model."""
+_ADAPTER_PART = re.compile("base_layer|lora_[AB]|lora_embedding_[AB]")
+"""Of the names of what peft puts into a model."""
 _LARGEST = 2**28
 """Bytes of a file that is copied, at most: what is larger is weights under another name."""
 
@@ -64,7 +67,7 @@ def refuse_adapters(model: str, names: Iterable[str]) -> None:
         names: peft has the adapted layer as `<layer>.base_layer`, and most of what it adds as `lora_A`, `lora_B`.
     """
     for name in names:
-        if any(part == "base_layer" or part.startswith("lora_") for part in name.split(".")):
+        if any(map(_ADAPTER_PART.fullmatch, name.split("."))):
             raise QuantkitError(f"{model} has an adapter that is not merged ({name}); {MERGE}")
 
 

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from quantkit.core.linalg import inverse_power
 from quantkit.core.protocols import Quantizer
 from quantkit.core.stats import LayerStats
 from quantkit.core.weight import QuantizedWeight
@@ -56,8 +57,7 @@ def relative(weight: Tensor, *others: Tensor) -> list[Tensor]:
 
     For sums of squares, which leave fp32's range long before the weights do.
     """
-    largest = float(weight.abs().max())
-    scale = 2.0 ** -min(max(math.frexp(largest)[1], -126), 126) if math.isfinite(largest) else 1.0
+    scale = inverse_power(float(weight.abs().max()))
     return [tensor * scale for tensor in (weight, *others)]
 
 

@@ -153,8 +153,11 @@ def packed_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
     """The packed linear layers by name, each with tensors of its own; a head that is the embedding too stays as it is.
 
     Raises:
-        QuantkitError: there is none, or they are being trained already.
+        QuantkitError: there is none, they are being trained already, or peft's adapters sit on them.
     """
+    adapted = [name for name, _ in model.named_modules() if name.endswith(".base_layer")]
+    if adapted:
+        raise QuantkitError(f"{adapted[0].removesuffix('.base_layer')} has an adapter; merge_and_unload() first")
     if any(isinstance(module, AdaptedLinear) for module in model.modules()):
         raise QuantkitError("the model's corrections are being trained already; quantkit.finished(model) ends that")
     shared = [module.head for module in model.modules() if isinstance(module, QuantizedEmbedding)]

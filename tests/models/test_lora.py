@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear
 from transformers import AutoModelForCausalLM
 
 import quantkit
@@ -317,6 +318,21 @@ def test_unmerged_adapters_are_not_saved_with_the_model(packed, tmp_path):
     model = adapted(packed).base_model.model
     with pytest.raises(QuantkitError, match=r"has an adapter that is not merged; merge_and_unload\(\) first"):
         model.save_pretrained(tmp_path)
+
+
+def test_unmerged_adapters_are_not_tuned(packed):
+    model = adapted(packed).base_model.model
+    with pytest.raises(QuantkitError, match=r"q_proj has an adapter; merge_and_unload\(\) first"):
+        quantkit.finetune(model)
+
+
+def test_layers_of_pefts_own_refuse_to_merge(packed):
+    """Should peft not let itself be told of packed layers, nothing is lost in silence."""
+    layer = Linear(packed.model.layers[0].mlp.up_proj, "default", LoraConfig(r=2), r=2)
+    for safe in (False, True):
+        with pytest.raises(QuantkitError, match="a change of it would be lost"):
+            layer.merge(safe_merge=safe)
+    assert not layer.merged
 
 
 UNMERGED = r"an adapter that is not merged .*merge_and_unload"
