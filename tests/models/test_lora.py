@@ -32,9 +32,8 @@ ALL = "all-linear"
 
 def check_merged(found, wanted, before):
     """Factors in fp16 instead of an adapter in fp32: a small part of what the adapter does to logits."""
-    change = float((wanted - before).abs().max())
-    assert change > 0.3
-    assert float((found - wanted).abs().max()) < 3e-3 * change
+    assert float((wanted - before).abs().max()) > 0.3
+    assert float((found - wanted).norm() / (wanted - before).norm()) < 5e-3  # 1 where the adapter is dropped
 
 
 def dense(folder):
