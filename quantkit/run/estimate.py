@@ -28,7 +28,7 @@ class Estimate:
         layers: linear layers that would be packed.
         packed_weights, all_weights: weights in them, and in the model.
         bits_per_weight: of the packed layers; exact, from the formats' layouts, but for ranks by budget, which may
-            spend less.
+            spend less, and 4 bytes of each layer whose weights are so small or large that it has a factor.
         bytes_before, bytes_after: of all tensors; as exact.
         memory_bytes: peak of the process, roughly: what this one holds with the libraries, one block, the streams of
             activations and the largest layer's statistics and working copies.

@@ -46,6 +46,7 @@ from quantkit.models.forward import (
 from quantkit.models.linear import QuantizedLinear
 from quantkit.models.plan import Plan, Tied, tied
 from quantkit.models.structure import find_blocks, is_lookup, linear_weight
+from quantkit.quantizers.factor import quantized, relative
 from quantkit.quantizers.target_shift import aimed
 
 logger = logging.getLogger(__name__)
@@ -369,7 +370,7 @@ class Pack:
         quantizer = self.plan[name]
         assert not isinstance(quantizer, Tied)
         target, quantizer = aimed(quantizer, weight, stats)
-        packed = quantizer.quantize(target, stats)
+        packed = quantized(quantizer, target, stats)
         return LayerResult(packed, relative_error(target, packed, stats), None if stats is None else stats.damping)
 
 
@@ -383,9 +384,8 @@ def _packed(hook: LayerHook, module: nn.Module, stats: LayerStats | None, name: 
     for key, tensor in result.weight.state().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise QuantkitError(
-                f"{name}: its packed {key} would hold NaN or Inf: its weights reach {float(weight.abs().max()):.3g}, "
-                "and these codes scale up to fp16's largest number; leave it dense (`ignore`), or take trellis, whose "
-                "scale is fp32"
+                f"{name}: its packed {key} would hold NaN or Inf, and its weights reach "
+                f"{float(weight.abs().max()):.3g}; leave it dense (`ignore`), or take another method"
             )
     if stats is not None and stats.raised_damping is not None:
         logger.warning("%s: the Hessian factored only with damping raised to %g", name, stats.raised_damping)
@@ -394,7 +394,7 @@ def _packed(hook: LayerHook, module: nn.Module, stats: LayerStats | None, name: 
 
 def relative_error(target: Tensor, packed: QuantizedWeight, stats: LayerStats | None) -> float:
     """E(Q) / E(0) with E the proxy loss of a target [out_features, in_features]; see `LayerResult`."""
-    error = target - packed.dequantize()
+    target, error = relative(target, target - packed.dequantize())
     if stats is None:
         return float(error.square().sum() / target.square().sum().clamp_min(1e-30))
     return proxy_loss(error, stats.hessian) / max(proxy_loss(target, stats.hessian), 1e-30)
