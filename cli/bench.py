@@ -12,7 +12,8 @@ from rich import box
 from rich.table import Table
 
 from quantkit.cli import options
-from quantkit.cli.display import console, tuning_progress
+from quantkit.cli.display import console
+from quantkit.cli.progress import launch_progress
 from quantkit.core.errors import QuantkitError, first_line
 from quantkit.core.units import size
 
@@ -62,7 +63,7 @@ def bench_command(
             quantkit.fuse(subject)
         with torch.cuda.device(where) if where.type == "cuda" else nullcontext():
             if tune and name == model:
-                with tuning_progress() as progress:
+                with launch_progress() as progress:
                     autotune(subject, progress=progress)
             try:
                 compressing = kv_bits is not None and name == model

@@ -11,7 +11,8 @@ from rich import box
 from rich.table import Table
 
 from quantkit.cli import options
-from quantkit.cli.display import check_progress, console
+from quantkit.cli.display import console
+from quantkit.cli.progress import check_progress
 from quantkit.core.units import size
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ import typer
 from rich.markup import escape
 
 from quantkit.cli import options
-from quantkit.cli.display import console, window_progress
-from quantkit.core.errors import QuantkitError
+from quantkit.cli.display import console
+from quantkit.cli.progress import window_progress
+from quantkit.core.errors import Interrupted, QuantkitError
 
 if TYPE_CHECKING:
     from quantkit.evals.activations import ActivationCode
@@ -66,7 +67,9 @@ def evaluate_command(
     seqlen: options.Seqlen = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between sequences; by default seqlen.")] = None,
     baseline: Annotated[str | None, typer.Option(help="Full-precision model to compare with.")] = None,
-    max_windows: Annotated[int | None, typer.Option(help="Stop after so many sequences.")] = None,
+    num_samples: Annotated[
+        int | None, typer.Option("--num-samples", "--max-windows", help="Stop after so many sequences.")
+    ] = None,
     bos: Annotated[
         bool, typer.Option(help="Begin every sequence with the BOS token that the tokenizer adds, if it adds one.")
     ] = True,
@@ -89,18 +92,25 @@ def evaluate_command(
     With --kv-bits the baseline is, unless another is given, the model itself with an exact cache.
     """
     from quantkit.evals.evaluate import evaluate
+    from quantkit.evals.perplexity import Stopped
 
     code = _activation_code(activation_bits, activation_method, activation_dimension, activation_hadamard)
     cache = _cache(kv_bits, kv_prefix, kv_retrieval)
-    with window_progress() as progress:
-        found = evaluate(
-            model, data, seqlen=seqlen, stride=stride, baseline=baseline, max_windows=max_windows, bos=bos,
-            activations=code, cache=cache, device=device, dtype=dtype, unpack=unpack, progress=progress,
-        )  # fmt: skip
+    stopped = False
+    try:
+        with window_progress() as progress:
+            found = evaluate(
+                model, data, seqlen=seqlen, stride=stride, baseline=baseline, num_samples=num_samples, bos=bos,
+                activations=code, cache=cache, device=device, dtype=dtype, unpack=unpack, progress=progress,
+            )  # fmt: skip
+    except Stopped as error:
+        found, stopped = error.measured, True
     if as_json:
         print(json.dumps(found.to_json(), indent=2))
     else:
         _print(found)
+    if stopped:
+        raise Interrupted(f"stopped; the figures are of the first {found.quality.windows} sequences")
 
 
 def _cache(bits: int | None, prefix: int | None, documents: int | None) -> CacheTest | None:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from quantkit.cli import options
+from quantkit.cli.voice import Voice, voice
 from quantkit.core.errors import Interrupted, QuantkitError
 from quantkit.core.units import size
 
@@ -73,6 +74,8 @@ def generate_command(
     except KeyboardInterrupt:
         raise Interrupted("stopped") from None
     made = found.shape[1] - tokens
+    if voice() == Voice.QUIET:
+        return
     notes = Console(stderr=True, highlight=False)
     notes.print(f"{tokens} + {made} tokens in {seconds:.1f} s, {made / seconds:.1f} new ones a second")
     if cache is not None:

@@ -11,7 +11,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from quantkit.cli.display import console
+from quantkit.cli.display import console, without_prefix
 from quantkit.core.units import size
 
 if TYPE_CHECKING:
@@ -39,14 +39,13 @@ def inspect_command(
         print(json.dumps(record, indent=2))
         return
     table = Table(title=escape(str(folder)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("layer", overflow="fold")
+    before, names = without_prefix(list(rows))
+    table.add_column(escape(f"layer of {before}" if before else "layer"), overflow="fold")
     for heading in ("format", "shape", "bits", "bits/w", "size"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name, row in rows.items():
-        shape = " x ".join(map(str, row["shape"]))
-        table.add_row(
-            name, row["format"], shape, str(row["bits"] or ""), f"{row['bits_per_weight']:.3f}", size(row["bytes"])
-        )
+    for name, row in zip(names, rows.values(), strict=True):
+        cells = escape(name), row["format"], " x ".join(map(str, row["shape"])), str(row["bits"] or "")
+        table.add_row(*cells, f"{row['bits_per_weight']:.3f}", size(row["bytes"]))
     console.print(table)
     console.print(
         f"{len(rows)} packed layers: {found.bits_per_weight:.3f} bits per weight, {size(found.packed_nbytes)} of "

@@ -19,15 +19,24 @@ from quantkit.cli.inspect import inspect_command
 from quantkit.cli.quantize import quantize_command
 from quantkit.cli.search import search_command
 from quantkit.cli.tune import tune_command
+from quantkit.cli.voice import Voice, speak, verb
 from quantkit.core.errors import Interrupted, QuantkitError
+
+_STOPPED = "stopped; nothing is kept"
 
 
 class _Verbs(TyperGroup):
+    def make_context(self, *args: Any, **settings: Any) -> Any:
+        try:
+            return super().make_context(*args, **settings)
+        except KeyboardInterrupt:
+            raise Interrupted(_STOPPED) from None
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:  # a verb that keeps something says what
-            raise Interrupted("stopped") from None
+            raise Interrupted(_STOPPED) from None
 
 
 app = typer.Typer(
@@ -37,14 +46,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("quantize", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(quantize_command)
-app.command("search")(search_command)
-app.command("tune")(tune_command)
-app.command("eval")(evaluate_command)
-app.command("generate")(generate_command)
-app.command("inspect")(inspect_command)
-app.command("bench")(bench_command)
-app.command("doctor")(doctor_command)
+_OPEN: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}  # methods bring options of their own
+app.command("quantize", context_settings=_OPEN)(verb(quantize_command))
+app.command("search")(verb(search_command))
+app.command("tune")(verb(tune_command))
+app.command("eval")(verb(evaluate_command))
+app.command("generate")(verb(generate_command))
+app.command("inspect")(verb(inspect_command))
+app.command("bench")(verb(bench_command))
+app.command("doctor")(verb(doctor_command))
 
 
 def _say_version(asked: bool) -> None:
@@ -67,11 +77,9 @@ def main() -> None:
     """Runs the command line; a user's mistake ends in one line and exit code 2."""
     console = Console(stderr=True)
     logger = logging.getLogger("quantkit")
-    logger.addHandler(RichHandler(console=console, show_path=False, show_time=False))
-    logger.setLevel(logging.INFO)
+    logger.addHandler(_handler(console))
     logger.propagate = False
-    for noisy in ("huggingface_hub", "datasets", "httpx"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    speak(Voice.NORMAL)
     try:
         app()
     except QuantkitError as error:
@@ -86,6 +94,15 @@ def main() -> None:
                 "`micro_batch`), or use `device` cpu"
             ),
         )
+
+
+def _handler(console: Console) -> logging.Handler:
+    """Shows the log: in a terminal in colours, else a line each."""
+    if console.is_terminal:
+        return RichHandler(console=console, show_path=False, show_time=False)
+    plain = logging.StreamHandler()
+    plain.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    return plain
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -10,7 +10,8 @@ import typer
 from rich.markup import escape
 
 from quantkit.cli import options
-from quantkit.cli.display import block_progress, console, made, report_table
+from quantkit.cli.display import console, made, report_table
+from quantkit.cli.progress import block_progress, duration
 from quantkit.core.constants import TARGET_SHIFT
 from quantkit.core.errors import Interrupted, QuantkitError
 from quantkit.core.units import size
@@ -254,10 +255,12 @@ def _say_estimate(model: str, folder: Path, recipe: Recipe, output: Path, device
     console.print(f"bits per weight    {expected.bits_per_weight:.3f} in packed layers, every stored byte counted")
     console.print(f"size               {size(expected.bytes_before)} -> {size(expected.bytes_after)}")
     console.print(f"memory of the run  about {size(expected.memory_bytes)} on {expected.device}")
+    beside = ", and its blocks' tuning" if recipe.tuner else ""
+    console.print(f"time of the run    about {duration(expected.seconds)}{beside}, on this machine as it is now")
 
 
 def _interrupted(output: Path) -> Interrupted:
     output = output.expanduser().resolve()
     kept = output.with_name(f"{output.name}.partial").exists()
-    how = "finished blocks are kept: repeat the command with --resume to continue" if kept else "nothing was written"
+    how = "finished blocks are kept: repeat the command with --resume to continue" if kept else "nothing is kept"
     return Interrupted(f"stopped; {how}")

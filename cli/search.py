@@ -10,7 +10,9 @@ from rich import box
 from rich.table import Table
 
 from quantkit.cli import options
-from quantkit.cli.display import console, made, report_table, search_progress
+from quantkit.cli.display import console, made, report_table
+from quantkit.cli.progress import search_progress
+from quantkit.cli.voice import Voice, voice
 from quantkit.core.constants import TARGET_SHIFT
 from quantkit.core.errors import Interrupted
 from quantkit.evopress.settings import CANDIDATES, Evolution, parse_stages, stages_text
@@ -160,7 +162,7 @@ def search_command(
                 target_shift=target_shift, search_samples=search_samples, held_out=held_out, measure=measure,
                 evolution=Evolution(generations, offspring, parse_stages(stages)), start=start, top=top, device=device,
                 seed=seed, resume=resume, overwrite=overwrite,
-                watch=Watch(told, progress, lambda text: console.print(text)),
+                watch=Watch(told, progress, _tell),
             )  # fmt: skip
     except KeyboardInterrupt:
         raise Interrupted("stopped; repeat the command with --resume to continue") from None
@@ -168,7 +170,16 @@ def search_command(
         _say(found, top, output)
 
 
+def _tell(text: str) -> None:
+    """What a search tells of between its parts."""
+    if voice() > Voice.QUIET:
+        console.print(text)
+
+
 def _say(found: Searched, top: int, output: Path) -> None:
+    if voice() == Voice.QUIET:
+        made(output)
+        return
     if found.report is None:
         console.print(f"left out: {', '.join(found.left_out)}")
     else:

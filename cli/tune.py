@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from quantkit.cli import options
-from quantkit.cli.display import console, made, tuning_bars
+from quantkit.cli.display import console, made
+from quantkit.cli.progress import tuning_progress
+from quantkit.cli.voice import Voice, voice
 from quantkit.core.errors import Interrupted
 from quantkit.tuning.settings import PVSettings, TuningSettings
 
@@ -106,7 +108,7 @@ def tune_command(
         embeddings=embeddings, corrections=corrections, kl=kl, ce=ce, hidden=hidden, recompute=recompute, top=top,
         seed=seed, pv=PVSettings(mode, lr, code_lr, fraction, trust),
     )  # fmt: skip
-    shown: AbstractContextManager[dict[str, Any]] = tuning_bars() if options.is_first_process() else nullcontext({})
+    shown: AbstractContextManager[dict[str, Any]] = tuning_progress() if options.is_first_process() else nullcontext({})
     try:
         with shown as bars:
             history = tune(
@@ -120,6 +122,9 @@ def tune_command(
 
 
 def _say(history: list[dict[str, Any]], output: Path) -> None:
+    if voice() == Voice.QUIET:
+        made(output)
+        return
     first, best = history[0], min(entry["kl"] for entry in history)
     if "full_kl" in first:
         missing = 100 * (1 - first["kl"] / first["full_kl"])

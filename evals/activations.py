@@ -299,7 +299,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for method, hadamard in METHODS:
             code = activation_code(method, bits, arguments.dimension, hadamard)
             with quantized_activations(model, code) as observed:
-                quality = evaluate(model, text, length, baseline=baseline, max_windows=arguments.max_windows)
+                quality = evaluate(model, text, length, baseline=baseline, num_samples=arguments.max_windows)
             figures = {
                 "bits_per_activation": observed.bits_per_activation,
                 "relative_error": observed.relative_error,

@@ -81,7 +81,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
 
     def judge(name: str, bits: int, model: Any, seconds: float) -> None:
-        found = evaluate(model.eval(), judged, arguments.seqlen, baseline=baseline, max_windows=arguments.max_windows)
+        found = evaluate(model.eval(), judged, arguments.seqlen, baseline=baseline, num_samples=arguments.max_windows)
         rows.append({"name": name, "bits": bits, "seconds": seconds} | asdict(found))
         kl, error = 1000 * (found.kl or 0), 1000 * (found.kl_se or 0)
         print(f"| {bits} | {name} | {kl:.2f} +- {error:.2f} | {found.perplexity:.3f} | {seconds:.0f} |", flush=True)

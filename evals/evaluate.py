@@ -15,7 +15,7 @@ from quantkit.evals import perplexity
 from quantkit.evals.activations import ActivationCode, Observed, quantized_activations
 from quantkit.evals.kv_prefix import compressed_prefix
 from quantkit.evals.kv_quality import retrieval
-from quantkit.evals.perplexity import Quality
+from quantkit.evals.perplexity import Quality, Stopped
 from quantkit.io.checkpoint import read_config
 from quantkit.io.hf import load, resolve_folder
 from quantkit.io.source import load_tokenizer
@@ -70,7 +70,7 @@ def evaluate(
     seqlen: int | None = None,
     stride: int | None = None,
     baseline: PreTrainedModel | str | Path | None = None,
-    max_windows: int | None = None,
+    num_samples: int | None = None,
     bos: bool = True,
     activations: ActivationCode | None = None,
     cache: CacheTest | None = None,
@@ -88,7 +88,7 @@ def evaluate(
         seqlen: tokens a sequence; None for 2048, or the model's context where that is shorter.
         stride: tokens between sequences; None for `seqlen`.
         baseline: full-precision model to compare with; with `cache` by default the model with an exact cache.
-        max_windows: stop after so many sequences.
+        num_samples: stop after so many sequences.
         bos: begin every sequence with the BOS token that the tokenizer adds, if it adds one.
         activations: code of what the decoder blocks' linear layers read; see `evals.activations.activation_code`.
         cache: of a compressed KV cache; None for an exact one.
@@ -101,6 +101,7 @@ def evaluate(
 
     Raises:
         QuantkitError: bad input; the message says what would work.
+        Stopped: on Ctrl-C, once a sequence is measured; its `measured` is an `Evaluation` of those that are.
     """
     where, kind = pick_device(device), parse_dtype(dtype)
 
@@ -127,18 +128,25 @@ def evaluate(
     compared = "with an exact cache" if cache is not None and baseline is None else _named(baseline)
     coding = nullcontext() if activations is None else quantized_activations(subject, activations)
     caching = nullcontext(subject) if cache is None else compressed_prefix(subject, cache.config, prefix)
+    stopped = False
     with coding as observed, caching as reader:
-        quality = perplexity.evaluate(
-            reader, text, length, stride=stride, prefix=prefix, max_windows=max_windows,
-            baseline=subject if cache is not None and reference is None else reference, progress=progress,
-        )  # fmt: skip
+        try:
+            quality = perplexity.evaluate(
+                reader, text, length, stride=stride, prefix=prefix, num_samples=num_samples,
+                baseline=subject if cache is not None and reference is None else reference, progress=progress,
+            )  # fmt: skip
+        except Stopped as error:
+            quality, stopped = error.measured, True
     coded = None if observed is None else _activations(activations, observed)
     cached: dict[str, Any] | None = None
     if cache is not None:
         cached = {"bits": cache.config.k_bits, "prefix": prefix, "bits_per_element": reader.bits}
-        cached |= _retrieved(cache, subject, tokenizer)
+        cached |= {} if stopped else _retrieved(cache, subject, tokenizer)
     settings = {"model": _named(model), "data": data, "seqlen": length, "stride": stride or text.body(length)}
-    return Evaluation(quality, settings | {"bos": text.bos is not None, "baseline": compared}, coded, cached)
+    found = Evaluation(quality, settings | {"bos": text.bos is not None, "baseline": compared}, coded, cached)
+    if stopped:
+        raise Stopped(found)
+    return found
 
 
 def _activations(code: ActivationCode | None, observed: Observed) -> dict[str, Any]:

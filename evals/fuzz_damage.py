@@ -96,7 +96,8 @@ def _change(tree: Tree, path: tuple[Any, ...], draw: random.Random) -> str:
         inside[new] = inside.pop(key)
         return f"renamed {new[:20]!r}"
     if what == "exchanged":
-        other = draw.choice(list(inside if isinstance(inside, dict) else range(len(inside))))
+        keys: list[Any] = [*inside] if isinstance(inside, dict) else [*range(len(inside))]
+        other = draw.choice(keys)
         inside[key], inside[other] = inside[other], inside[key]
         return f"exchanged with {str(other)[:40]}"
     new = _nested(old, draw) if what == "nested" else _nudged(old, draw) if what == "nudged" else _other(draw)

@@ -230,12 +230,12 @@ def _codebook(kernel: str, p: codebook_rule.Problem, rank: int) -> Build:
     name += (f" rank {rank}" if rank else "") + (f" K={p.K}" if p.K % 128 else "")
     name += f" {p.ranges} ranges" if p.ranges > 1 else ""
     plain = kernel == "decode" and p.capability == 90 and p.M <= 8 and p.K % 128 == 0 and p.dtype == BRAIN
-    found = _product(
+    build = _product(
         name, f"codebook_matmul_triton.{kernel}_kernel", p, config, types, values, constants, rank, weights, table,
         bar=CODEBOOK_BARS.get((p.v, p.bits, p.residual_bits), NO_BAR) if plain else NO_BAR,
         bits=(p.bits + p.residual_bits) / p.v,
     )  # fmt: skip
-    return replace(found, maxnreg=codebook_rule.registers(p, config) if kernel == "decode" else None)
+    return replace(build, maxnreg=codebook_rule.registers(p, config) if kernel == "decode" else None)
 
 
 def trellis(arch: int, quick: bool) -> Iterator[Build]:

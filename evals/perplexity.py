@@ -55,6 +55,18 @@ class Quality:
     baseline_perplexity: float | None = None
 
 
+class Stopped(KeyboardInterrupt):
+    """A measurement that was stopped by hand.
+
+    Attributes:
+        measured: what was found until then.
+    """
+
+    def __init__(self, measured: Any) -> None:
+        super().__init__()
+        self.measured = measured
+
+
 def evaluate(
     model: Any,
     text: EvaluationText,
@@ -63,7 +75,7 @@ def evaluate(
     stride: int | None = None,
     prefix: int = 0,
     baseline: Any = None,
-    max_windows: int | None = None,
+    num_samples: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Quality:
     """Measures a causal language model.
@@ -75,43 +87,58 @@ def evaluate(
         stride: tokens between sequences; by default as many as a sequence takes from the text.
         prefix: so many of a sequence's first tokens, and the one after, are not scored.
         baseline: the model to compare with, of the same vocabulary.
-        max_windows: stop after so many sequences.
+        num_samples: stop after so many sequences.
         progress: called with (sequences done, sequences in all).
 
     Raises:
         QuantkitError: the text is shorter than a window, or the stride makes no sense.
+        Stopped: on Ctrl-C, once a sequence is measured; it holds the figures of those that are.
     """
     body = text.body(seqlen)
     stride = body if stride is None else stride
-    if max_windows is not None and max_windows < 1:
-        raise QuantkitError(f"max_windows={max_windows}: measure at least one sequence")
+    if num_samples is not None and num_samples < 1:
+        raise QuantkitError(f"num_samples={num_samples}: measure at least one sequence")
     if not 1 <= stride <= seqlen:
         raise QuantkitError(f"stride={stride}: use 1 to seqlen={seqlen}")
     stride = min(stride, body)
     if not 0 <= prefix < seqlen - 1:
         raise QuantkitError(f"a prefix of {prefix} leaves nothing to score of sequences of {seqlen} tokens")
     available = range(0, len(text.tokens) - body + 1, stride)
-    starts = list(available)[:max_windows]
+    starts = list(available)[:num_samples]
     if not starts:
         raise QuantkitError(
             f"the text has {len(text.tokens)} tokens, one sequence takes seqlen={seqlen}; use a shorter --seqlen"
         )
-    columns: dict[str, list[float]] = {name: [] for name in ("nll", "base_nll", "kl", "agree", "flip", "count")}
-    for index, start in enumerate(starts):
-        window = text.sequence(start, seqlen)
-        first = max(1 if index == 0 or stride == body else seqlen - stride, prefix + 1)
-        for name, value in _score_window(model, baseline, window, first).items():
-            columns[name].append(value)
-        progress(index + 1, len(starts))
+    rows: list[dict[str, float]] = []
+    try:
+        for index, start in enumerate(starts):
+            window = text.sequence(start, seqlen)
+            first = max(1 if index == 0 or stride == body else seqlen - stride, prefix + 1)
+            rows.append(_score_window(model, baseline, window, first))
+            progress(index + 1, len(starts))
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+        raise Stopped(_quality(rows, text, len(available))) from None
+    return _quality(rows, text, len(available))
+
+
+def _quality(rows: list[dict[str, float]], text: EvaluationText, available: int) -> Quality:
+    """The figures of sequences whose sums `_score_window` gave.
+
+    Raises:
+        QuantkitError: the model predicts NaN.
+    """
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
     counts = torch.tensor(columns.pop("count"), dtype=torch.float64)
-    means = {name: _mean_and_error(values, counts) for name, values in columns.items() if values}
+    means = {name: _mean_and_error(values, counts) for name, values in columns.items()}
     nll, nll_se = means["nll"]
     if not math.isfinite(nll):
         raise QuantkitError(
             "the model predicts NaN; its weights are damaged, or its dtype overflows: try --dtype float32"
         )
     compared: dict[str, float] = {}
-    if baseline is not None:
+    if "kl" in means:
         compared = {
             "kl": means["kl"][0],
             "kl_se": means["kl"][1],
@@ -125,8 +152,8 @@ def evaluate(
         nll=nll,
         bits_per_byte=nll / math.log(2) / text.bytes_per_token,
         tokens=int(counts.sum()),
-        windows=len(starts),
-        available=len(available),
+        windows=len(rows),
+        available=available,
         **compared,
     )
 

@@ -76,7 +76,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         quantizer, shift, samples = row["quantizer"], row["target_shift"], row["num_samples"]
         calibration = Calibration(arguments.calibration, max(samples, 1), arguments.seqlen, arguments.seed)
         quantize(model, tokenizer, method=quantizer, target_shift=shift, calibration=calibration, device=device)
-        quality = evaluate(model, text, length, baseline=baseline, max_windows=arguments.max_windows)
+        quality = evaluate(model, text, length, baseline=baseline, num_samples=arguments.max_windows)
         report = model.quantkit_report
         assert isinstance(report, Report)
         found = {

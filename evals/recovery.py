@@ -152,7 +152,7 @@ class Table:
             self.text,
             self.length,
             baseline=self.teacher,
-            max_windows=self.arguments.max_windows,
+            num_samples=self.arguments.max_windows,
         )
         report = model.quantkit_report
         assert isinstance(report, Report)

@@ -59,7 +59,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         if assignment not in measured:
             session.space.apply(assignment)
             measured[assignment] = evaluate(
-                session.space.model, judged, arguments.seqlen, baseline=teacher, max_windows=arguments.max_windows
+                session.space.model, judged, arguments.seqlen, baseline=teacher, num_samples=arguments.max_windows
             )
         return measured[assignment].kl or 0.0, measured[assignment].kl_se or 0.0
 

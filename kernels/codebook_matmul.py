@@ -63,7 +63,7 @@ def unpacked(
     out_features: int,
     in_features: int,
 ) -> Tensor:
-    """As `dequantized`, compiled on a CPU."""
+    """As `dequantized`, fp32 [out_features, in_features], compiled on a CPU."""
     weight = codes, books, residual_codes, residual_books, out_features
     return cpu.unpacked(COMPILED, dequantized, weight, out_features, in_features)
 

@@ -256,7 +256,7 @@ def constants(n: int, inverse: bool, chosen: Sizes) -> dict[str, Any]:
 
 
 def launch(x: Tensor, signs: Tensor, inverse: bool = False, chosen: Sizes | None = None) -> Tensor:
-    """Runs the Triton kernel; arguments and result as in `reference`.
+    """Runs the Triton kernel; arguments and result [..., n] as in `reference`.
 
     That takes what the kernel does not: fp64, and blocks of more than LARGEST_BLOCK.
 
@@ -342,5 +342,5 @@ torch.library.register_autograd("quantkit::rotate", _backward, setup_context=_re
 
 
 def rotate(x: Tensor, signs: Tensor, inverse: bool = False) -> Tensor:
-    """See `reference`; by the kernel on a GPU."""
+    """See `reference`, [..., n] -> [..., n]; by the kernel on a GPU."""
     return torch.ops.quantkit.rotate.default(x, signs, inverse)

@@ -56,7 +56,7 @@ def dequantized(
 def unpacked(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, in_features: int
 ) -> Tensor:
-    """As `dequantized`, compiled on a CPU."""
+    """As `dequantized`, fp32 [out_features, in_features], compiled on a CPU."""
     weight = codes, scales, zeros, bits, group_size
     return cpu.unpacked(COMPILED, dequantized, weight, len(codes), in_features)
 
@@ -187,7 +187,7 @@ def launch(
     down: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """Runs the Triton kernels; arguments and result as in `reference`.
+    """Runs the Triton kernels; arguments and result y [..., out_features] as in `reference`.
 
     Args:
         config: sizes for the decode kernel, instead of those chosen for the shape.
@@ -213,7 +213,7 @@ def launch_arranged(
     down: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """As `launch`, of a weight in the form of `int_group_layout`.
+    """As `launch`, y [..., out_features], of a weight in the form of `int_group_layout`.
 
     Raises:
         ValueError: shapes or dtypes that the kernels' addresses do not allow.

@@ -76,10 +76,10 @@ def launch_shape(
         tight = three and (rank > 0 or kept > 0 or newer)
         return math.gcd(group, 32 if tight else 64), 1, 1 if three and rank > 0 and newer else 2
     if size == 128:
-        tight = three and (kept > 0 or (rank > 0 and capability != 90) or capability >= 120)
+        tight = three and (kept > 0 or (rank > 0 and capability != 90) or (k_bits == v_bits and capability >= 120))
         one = tight or k_bits + v_bits == 16 or (rank > 0 and (kept > 0 or newer))
         return math.gcd(group, 16 if tight else 32), 1, 1 if one else 2
-    tight = kept > 0 and newer
+    tight = kept > 0 and (three if capability >= 120 else newer and (three or k_bits == 2))
     return math.gcd(group, 16 if tight else 32), 2, 3 if tight and (k_bits, v_bits) == (3, 2) else 2
 
 

@@ -115,7 +115,7 @@ class _Counters:
         torch.cuda.synchronize(device)  # other streams will use them
 
     def take(self, count: int) -> Tensor:
-        """`count` zeros for a launch on the current stream."""
+        """int32 zeros [count] or more, for a launch on the current stream."""
         capturing = torch.cuda.is_current_stream_capturing()
         stream = current_stream(self._index)
         found, length = self._of_stream.get(stream, (None, 0))
@@ -150,7 +150,7 @@ def prepare(device: torch.device) -> None:
 
 
 def counters(device: torch.device, count: int) -> Tensor:
-    """`count` int32 zeros on a device."""
+    """int32 [count] zeros on a device."""
     prepared = _PREPARED.get(device)
     return torch.zeros(count, dtype=torch.int32, device=device) if prepared is None else prepared.take(count)
 

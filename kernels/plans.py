@@ -147,18 +147,18 @@ def _like(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Cal
 
 
 def result(shape: Sequence[int], x: Tensor) -> Tensor:
-    """An uninitialised result, in x's dtype and on its device."""
+    """An uninitialised result [shape], in x's dtype and on its device."""
     return _made(torch.empty(shape, dtype=x.dtype, device=x.device), _like(shape, x.dtype, x.device))
 
 
 def workspace(size: int, x: Tensor) -> Tensor:
-    """`size` uninitialised numbers of fp32 on x's device."""
+    """Uninitialised fp32 [size] on x's device."""
     tensor = torch.empty(size, dtype=torch.float32, device=x.device)
     return _made(tensor, _like((size,), torch.float32, x.device))
 
 
 def counters(x: Tensor, count: int) -> Tensor:
-    """`count` zeros on x's device, as `launching.counters`."""
+    """int32 zeros [count] on x's device, as `launching.counters`."""
     device = x.device
     return _made(launching.counters(device, count), lambda _: launching.counters(device, count))
 

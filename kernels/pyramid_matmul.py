@@ -65,7 +65,7 @@ def transcode(points: Tensor, factors: Tensor, bits: int, out_features: int) -> 
 
 
 def inverse_norms(largest_square: int, device: torch.device) -> Tensor:
-    """1 / |y| by |y|^2, fp32, for every square up to `largest_square` and some more."""
+    """1 / |y| by |y|^2, fp32 [squares], for every square up to `largest_square` and some more."""
     return _inverse_norms(largest_square.bit_length(), device)
 
 
@@ -281,7 +281,7 @@ def _write_out(weight, sizes, problem: Problem) -> Tensor:
 
 
 def launch(x, codes, factors, bits, dimension, bias=None, up=None, down=None, config: Config | None = None) -> Tensor:
-    """Runs the Triton kernels; arguments and result as in `reference`.
+    """Runs the Triton kernels; arguments and result y [..., out_features] as in `reference`.
 
     Raises:
         ValueError: shapes or dtypes that the kernels' addresses do not allow.
@@ -301,7 +301,7 @@ def launch(x, codes, factors, bits, dimension, bias=None, up=None, down=None, co
 def table_launch(
     x, codes, scales, gains, points, bits, out_features, bias=None, up=None, down=None, config: Config | None = None
 ) -> Tensor:
-    """Runs the Triton kernels; arguments and result as in `table_reference`.
+    """Runs the Triton kernels; arguments and result y [..., out_features] as in `table_reference`.
 
     Raises:
         ValueError: shapes or dtypes that the kernels' addresses do not allow.

@@ -43,7 +43,7 @@ def ring_length(out_features: int) -> int:
 
 
 def evaluate(states: Tensor) -> Tensor:
-    """fp32 values of states (integers), before scaling."""
+    """The values of states, integers [...] -> fp32 [...], before scaling."""
     words = ((states.long() * MULTIPLIER + INCREMENT) & MASK) ^ FLIP
     low = (words << 16).to(torch.int32)  # the upper half of an fp32 is a bf16
     high = (words & 0xFFFF0000).to(torch.int32)
@@ -72,7 +72,7 @@ def pack_rings(symbols: Tensor, bits: int) -> Tensor:
 
 
 def unpack_rings(codes: Tensor, bits: int) -> Tensor:
-    """The inverse of `pack_rings`."""
+    """The inverse of `pack_rings`: int32 [words, columns] -> uint8 [places, columns]."""
     words, columns = codes.shape
     stream = (codes.unsqueeze(1) >> torch.arange(32, device=codes.device).view(1, 32, 1)) & 1
     stream = stream.reshape(words * 32 // bits, bits, columns)
@@ -90,13 +90,13 @@ def states(codes: Tensor, bits: int, state_bits: int) -> Tensor:
 
 
 def step(codes: Tensor) -> Tensor:
-    """fp32 steps of codes uint8."""
+    """The steps of codes, uint8 [...] -> fp32 [...]."""
     codes = codes.int()
     return torch.ldexp(1 + (codes & 15) / 16, (codes >> 4) - 15)
 
 
 def nearest_step(wanted: Tensor) -> Tensor:
-    """uint8 codes of the steps that are nearest to fp32 numbers, in their ratio."""
+    """The codes, uint8 [...], of the steps that are nearest to fp32 numbers [...], in their ratio."""
     steps = step(torch.arange(256, device=wanted.device))
     return torch.bucketize(wanted, (steps[1:] * steps[:-1]).sqrt()).to(torch.uint8)
 

@@ -54,7 +54,7 @@ def dequantized(
 def unpacked(
     codes: Tensor, scales: Tensor, scale: Tensor, bits: int, state_bits: int, parts: Sequence[int], in_features: int
 ) -> Tensor:
-    """As `dequantized`, compiled on a CPU."""
+    """As `dequantized`, fp32 [out_features, in_features], compiled on a CPU."""
     weight = codes, scales, scale, bits, state_bits, parts
     return cpu.unpacked(COMPILED, dequantized, weight, sum(parts), in_features)
 
@@ -178,7 +178,7 @@ def launch(
     down: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """Runs the Triton kernels; arguments and result as in `reference`.
+    """Runs the Triton kernels; arguments and result y [..., sum of parts] as in `reference`.
 
     Args:
         config: sizes for the kernel of few rows, instead of those chosen for the shape; block_n is `BLOCK_N`.

@@ -92,6 +92,7 @@ _PLACES = {
 _PLACE = {name: f"quantkit.{module}" for module, found in _PLACES.items() for name in found}
 
 after_import("transformers.quantizers", "quantkit.io.registration")
+after_import("peft.tuners.lora.model", "quantkit.models.lora")
 
 
 if not TYPE_CHECKING:  # a type checker knows all names, and is to see those that are none

@@ -16,7 +16,7 @@ from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Quantizer
 from quantkit.io.checkpoint import stored_dtype
 from quantkit.io.hf import load, resolve_folder
-from quantkit.io.source import load_tokenizer
+from quantkit.io.source import load_tokenizer, refuse_adapters
 from quantkit.models.plan import Rules
 from quantkit.models.rotation import Rotation
 from quantkit.run.pipeline import Progress, quantize_checkpoint, quantize_model, silent
@@ -115,6 +115,9 @@ def quantize(
         if output is not None:
             raise QuantkitError("a model in memory is packed in place; leave out `output`, and save_pretrained it")
         return quantize_model(model, tokenizer, recipe, device, progress)
+    if isinstance(model, torch.nn.Module):  # peft's are no transformers models
+        refuse_adapters(type(model).__name__, (name for name, _ in model.named_modules()))
+        raise QuantkitError(f"{type(model).__name__} is no transformers model; give one, or a folder")
     if tokenizer is not None:
         raise QuantkitError("a model in a folder has its tokenizer beside it; leave `tokenizer` out")
     folder = resolve_folder(model)
@@ -245,7 +248,7 @@ def tune(
 
     Args:
         model: with packed layers, as `quantkit.load` or `quantkit.quantize` gives it; or its folder or hub id.
-        teacher: the full-precision model, likewise.
+        teacher: the full-precision model, likewise; a packed one is refused.
         tokenizer: of a model in memory.
         output: folder to make, of a model in a folder.
         calibration: the text; sequences for tuning and held-out ones are drawn from it. Give another seed than

@@ -167,13 +167,14 @@ class TestAfterImport:
 
 
 @pytest.mark.parametrize("module", ["typer", "torch"])
-def test_ctrl_c_during_imports_is_one_line(module, tmp_path):
+@pytest.mark.parametrize("stopping", ["SIGINT", "SIGTERM"])
+def test_a_stop_during_imports_is_one_line(module, stopping, tmp_path):
     """A stand-in for the module sends the signal while it is imported."""
     (tmp_path / f"{module}.py").write_text(
-        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)"
+        f"import os, signal, time\nos.kill(os.getpid(), signal.{stopping})\ntime.sleep(9)"
     )
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "from quantkit.cli.__main__ import main; main()"
     result = python(code, "inspect", str(tmp_path), path=[tmp_path])
     assert result.returncode == 128 + signal.SIGINT
-    assert result.stderr.splitlines() == ["error: stopped"]
+    assert result.stderr.splitlines() == ["error: stopped; nothing is kept"]

@@ -83,7 +83,7 @@ def test_an_installed_wheel_quantizes_and_evaluates_the_reference_model(archives
     assert where.startswith(str(target))
     assert _run([*quantkit, "--version"], tmp_path, **path).startswith("quantkit ")
     _run([*quantkit, "quantize", "reference", "--method=rtn", "--bits=8", "--output=out"], tmp_path, **path)
-    evaluation = ["eval", "out", "--baseline=reference", "--data=stdlib", "--seqlen=128", "--max-windows=2"]
+    evaluation = ["eval", "out", "--baseline=reference", "--data=stdlib", "--seqlen=128", "--num-samples=2"]
     assert "KL to baseline  0.000" in _run([*quantkit, *evaluation], tmp_path, **path)
 
 

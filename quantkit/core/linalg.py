@@ -5,12 +5,22 @@ of U. U is obtained without forming H^-1: a Cholesky factor of H taken from the 
 gives H = R R^T with R upper triangular, and then U = R^-1.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 
 class NotPositiveDefinite(ValueError):
     """The matrix does not factor, whatever damping was tried."""
+
+
+def inverse_power(value: float) -> float:
+    """The power of two that brings a positive number to between 1/2 and 1, as far as fp32 goes; 1 for 0, NaN and Inf.
+
+    To multiply by it rounds nothing, and keeps what is squared afterwards within the range of fp32.
+    """
+    return 2.0 ** -min(max(math.frexp(value)[1], -126), 126) if math.isfinite(value) else 1.0
 
 
 def inverse_factor(matrix: Tensor) -> Tensor | None:

@@ -19,6 +19,7 @@ _BUILT_IN = {
         "low_rank": "quantkit.formats.low_rank:LowRankWeight",
         "pyramid": "quantkit.formats.pyramid:PyramidWeight",
         "rotated": "quantkit.formats.rotated:RotatedWeight",
+        "scaled": "quantkit.formats.scaled:ScaledWeight",
         "tied": "quantkit.formats.tied:TiedWeight",
         "trellis": "quantkit.formats.trellis:TrellisWeight",
     },

@@ -51,7 +51,7 @@ class TensorSpec:
         return self.dtype if isinstance(self.dtype, tuple) else (self.dtype,)
 
     def empty(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Such a tensor on the meta device, of this dtype where the format leaves that choice."""
+        """Such a tensor [shape] on the meta device, of this dtype where the format leaves that choice."""
         return torch.empty(self.shape, dtype=dtype if dtype in self.dtypes else self.dtypes[0], device="meta")
 
     def fits(self, tensor: Tensor | None) -> bool:
@@ -82,7 +82,7 @@ def extent(tensor: Tensor, dimension: int) -> int:
 
 
 def unset(*sizes: int) -> Tensor:
-    """A tensor on the meta device that stands for one of these sizes until `QuantizedWeight.laid_out` replaces it."""
+    """A tensor [sizes] on the meta device that stands for such a one until `QuantizedWeight.laid_out` replaces it."""
     return torch.empty(sizes, device="meta")
 
 

@@ -36,7 +36,7 @@ class LayerStats:
     _changed: dict[Hashable, "LayerStats"] = field(default_factory=dict, repr=False)
 
     def changed(self, key: Hashable, change: Callable[[Tensor], Tensor]) -> "LayerStats":
-        """The statistics of inputs R x, computed once a key.
+        """The statistics [in, in] of inputs R x, computed once a key.
 
         Args:
             key: names R.

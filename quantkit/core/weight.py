@@ -197,7 +197,7 @@ class QuantizedWeight(ABC):
         return {k: v for k, v in self._fields().items() if isinstance(v, QuantizedWeight)}
 
     def state(self) -> dict[str, Tensor]:
-        """All tensors by dotted name: the checkpoint payload."""
+        """All tensors, each of the shape that `schema` gives, by dotted name: the checkpoint payload."""
         state = self.tensors()
         for name, weight in self.nested().items():
             state |= {f"{name}.{key}": tensor for key, tensor in weight.state().items()}

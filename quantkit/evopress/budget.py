@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Quantizer
 from quantkit.core.weight import QuantizedWeight
+from quantkit.formats.scaled import ScaledWeight
 from quantkit.io.files import parse_json
 from quantkit.models.plan import Plan
 from quantkit.models.structure import linear_weight
@@ -86,6 +87,7 @@ class Budget:
         rows, columns = weight.shape
         if self.kind == "latency":
             assert self.timings is not None
+            weight = weight.base if isinstance(weight, ScaledWeight) else weight  # whose kernel is the base's
             bits = weight.metadata().get("bits")
             name = weight.label if bits is None else f"{weight.label} {bits}"
             if (name, rows, columns) not in self.timings:

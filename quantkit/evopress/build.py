@@ -27,6 +27,7 @@ from quantkit.evopress.store import Database, Store, candidate_key, end_key
 from quantkit.io.source import open_folder
 from quantkit.models.plan import Plan, tied, with_own_weight
 from quantkit.models.structure import is_lookup
+from quantkit.quantizers.factor import quantized
 from quantkit.quantizers.target_shift import TargetShift
 from quantkit.run.recipe import Recipe
 from quantkit.run.sequential import Pack, Walker, relative_error
@@ -69,7 +70,7 @@ class _Candidates:
         assert stats is not None
         target = TargetShift(self.base, self.shift).target(weight, stats) if self.shift else weight
         for quantizer in self.missing[name]:
-            packed = quantizer.quantize(target if quantizer.needs == Needs.HESSIAN else weight, stats)
+            packed = quantized(quantizer, target if quantizer.needs == Needs.HESSIAN else weight, stats)
             error = relative_error(target, packed, stats)
             self.found[name][quantizer] = LayerResult(packed, error, stats.damping)
         if name not in self.stored:

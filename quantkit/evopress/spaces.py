@@ -171,7 +171,7 @@ class _Skipped(nn.Module):
                 setattr(self, name, getattr(block, name))
 
     def forward(self, hidden: Tensor, *_args: object, **_kwargs: object) -> Any:
-        """The input."""
+        """The input [batch, length, hidden]."""
         return self._wrap(hidden)
 
 

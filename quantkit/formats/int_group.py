@@ -247,7 +247,7 @@ class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
         return y
 
     def launch(self, x: Tensor, config: Config) -> Tensor:
-        """As `IntGroupWeight.launch`."""
+        """As `IntGroupWeight.launch`: x [..., in_features] -> [..., out_features]."""
         return launch_arranged(x, self.stream, *self._form, config=config)
 
     def problem(self, x: Tensor) -> Problem:

@@ -8,14 +8,16 @@ with a scale a rank: up[:, i] down[i, :] scales[i].
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from quantkit.core.errors import QuantkitError
 from quantkit.core.schema import TensorSpec, extent, unset
 from quantkit.core.weight import QuantizedWeight
+from quantkit.formats.scaled import ScaledWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,3 +120,38 @@ class LowRankWeight(QuantizedWeight, format="low_rank"):
     def _cast(self) -> dict[torch.dtype, tuple[Tensor, Tensor]]:
         """Factors in the types of activations that were seen."""
         return {}
+
+
+def plus(weight: QuantizedWeight, up: Tensor, down: Tensor) -> QuantizedWeight:
+    """W + up down: one more correction, beside those that a weight has; nothing of it is rounded but the new factors.
+
+    Args:
+        weight: of any format. Factors in fp16 that lie outermost get more columns, and a factor of the layer stays in
+            front.
+        up, down: fp32 or fp64 [out_features, rank] and [rank, in_features].
+
+    Raises:
+        QuantkitError: NaN or Inf among the factors, or numbers that fp16 does not hold.
+    """
+    if isinstance(weight, ScaledWeight) and float(weight.factor):
+        return replace(weight, base=plus(weight.base, up / weight.factor, down))
+    up, down = stored_factors(up, down)
+    if not all(bool(torch.isfinite(factor).all()) for factor in (up, down)):
+        raise QuantkitError("a correction's factors hold NaN or Inf, or numbers too large for fp16; is it damaged?")
+    if isinstance(weight, LowRankWeight) and weight.scales is None:
+        up, down = torch.cat([weight.up, up], dim=1), torch.cat([weight.down, down])
+        weight = weight.base
+    return LowRankWeight(weight, up, down)
+
+
+def stored_factors(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors in fp16, powers of two moved between them where one has larger numbers than the other.
+
+    Args:
+        up, down: fp32 or fp64 [out_features, rank] and [rank, in_features].
+    """
+    sizes = up.abs().amax(0), down.abs().amax(1)
+    both = (sizes[0] > 0) & (sizes[1] > 0)
+    shift = torch.where(both, (sizes[1] / sizes[0]).log2() / 2, 0.0).round()
+    up, down = up * shift.exp2(), down * (-shift).exp2().unsqueeze(1)
+    return up.half().contiguous(), down.half().contiguous()

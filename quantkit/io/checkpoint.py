@@ -39,6 +39,10 @@ from quantkit.io.shards import DTYPES, INDEX, Shards, checksum, header_checksum,
 
 logger = logging.getLogger(__name__)
 
+ADAPTER = "adapter_config.json"
+"""What a folder of peft's adapters holds."""
+MERGE = "merge it first: PeftModel.from_pretrained(model, adapter).merge_and_unload(), and give what comes of it"
+"""How a model with an adapter becomes one that can be quantized."""
 WRITTEN_ANEW = {"config.json", "README.md", MANIFEST, INDEX, "pytorch_model.bin.index.json"}
 """Files of a model's folder that a checkpoint has its own of."""
 
@@ -201,6 +205,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.exists():
+        if (folder / ADAPTER).is_file():
+            raise CheckpointError(f"{folder} is an adapter and no model; {MERGE}")
         raise CheckpointError(f"{folder} holds no config.json; it is not a transformers model")
     try:
         found = parse_json(path)

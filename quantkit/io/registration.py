@@ -98,6 +98,35 @@ class QuantkitHfQuantizer(HfQuantizer):
         if not torch.cuda.is_available():  # else `load` knows better where the model will run
             choose_unpacked(model, ASKED.get())
 
+    def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[None, dict[str, str]]:
+        """Called before a model is saved: its config gets the metadata that its layers have by now.
+
+        A layer that has become dense meanwhile, as a head does whose rows transformers adds to, is packed no more.
+
+        Raises:
+            QuantkitError: adapters sit on packed layers, whose tensors would be saved under names that nobody loads.
+        """
+        from torch import nn
+
+        from quantkit.core.errors import QuantkitError
+        from quantkit.models.linear import Packed
+
+        config, modules = model.config.quantization_config, dict(model.named_modules())
+        assert isinstance(config, QuantkitConfig) and config.layers is not None
+        if not getattr(model, "_hf_peft_config_loaded", False):  # else transformers saves the adapters alone
+            for name in config.layers:
+                if f"{name}.base_layer" in modules:
+                    raise QuantkitError(
+                        f"{name} has an adapter that is not merged; merge_and_unload() first, or save the adapter"
+                    )
+        for name in [*config.layers]:
+            module = modules.get(name)
+            if isinstance(module, Packed):
+                config.layers[name] = module.metadata
+            elif isinstance(module, nn.Linear | nn.Embedding):
+                del config.layers[name]
+        return None, {}
+
     def is_serializable(self) -> bool:
         """Packed layers save as they are."""
         return True

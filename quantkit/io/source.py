@@ -1,6 +1,7 @@
 """A full-precision model as runs need it: in memory, or on disk, its tensors read a block at a time."""
 
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from quantkit.core.errors import QuantkitError, first_line
-from quantkit.io.checkpoint import WRITTEN_ANEW, read_config
+from quantkit.io.checkpoint import ADAPTER, MERGE, WRITTEN_ANEW, read_config
 from quantkit.io.hf import load
 from quantkit.io.shards import Shards
 from quantkit.io.weights import LoadedWeights, ModelTensors, ShardedWeights, match_names
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index", ".lock"}
 """Files that hold a model's weights, in one form or another; all others go with a packed model."""
+_ADAPTER_PART = re.compile("base_layer|lora_[AB]|lora_embedding_[AB]")
+"""Of the names of what peft puts into a model."""
 _LARGEST = 2**28
 """Bytes of a file that is copied, at most: what is larger is weights under another name."""
 
@@ -56,6 +59,18 @@ def refuse_quantized(config: Any) -> None:
         raise QuantkitError(f"the model is quantized already (quant_method {method}); give the full-precision one")
 
 
+def refuse_adapters(model: str, names: Iterable[str]) -> None:
+    """Raises QuantkitError where adapters sit on a model's layers, by the names of its modules or tensors.
+
+    Args:
+        model: what to call it.
+        names: peft has the adapted layer as `<layer>.base_layer`, and most of what it adds as `lora_A`, `lora_B`.
+    """
+    for name in names:
+        if any(map(_ADAPTER_PART.fullmatch, name.split("."))):
+            raise QuantkitError(f"{model} has an adapter that is not merged ({name}); {MERGE}")
+
+
 class Source(ABC):
     """A full-precision model that is about to be quantized.
 
@@ -69,11 +84,12 @@ class Source(ABC):
         prefix, blocks: of its decoder blocks; see `models.structure.find_blocks`.
 
     Raises:
-        QuantkitError: it is quantized already, or has no decoder blocks.
+        QuantkitError: it is quantized already, has adapters, or no decoder blocks.
     """
 
     def __init__(self, model: PreTrainedModel, name: str, config: dict[str, Any]) -> None:
         refuse_quantized(config)
+        refuse_adapters(name, (module for module, _ in model.named_modules()))
         self.model, self.name, self.config = model, name, config
         self.prefix, self.blocks = find_blocks(model)
         self._ties = len(tied_names(model))
@@ -339,10 +355,13 @@ def open_folder(folder: Path, dtype: torch.dtype | None = None, structure_only: 
         some tensors in another form (fused experts, say), which transformers alone brings into the model's.
 
     Raises:
-        QuantkitError: not a loadable causal language model, quantized already, or damaged shards.
+        QuantkitError: not a loadable causal language model, quantized already, with adapters, or damaged shards.
     """
     refuse_quantized(read_config(folder))
     shards = Shards(folder)
+    refuse_adapters(folder.name, shards.specs)
+    if (folder / ADAPTER).is_file():  # transformers would put it on the model, and a run would leave it out
+        raise QuantkitError(f"{folder} holds an adapter beside the model; {MERGE}")
     model = _meta_model(folder, dtype)
     mapping = match_names(model, shards)
     if mapping:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.tied import TiedWeight
-from quantkit.models.linear import Packed, QuantizedLinear, new_linear
+from quantkit.models.linear import Packed, QuantizedLinear, new_linear, read_only
 from quantkit.models.structure import is_lookup
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ class QuantizedEmbedding(Packed):
         self._cast_scale = isinstance(scale, Tensor)  # Gemma's is rounded to the model's dtype first, BART's is a float
         self._scale = getattr(replaced, "scalar_embed_scale", scale)
         self._head = None if head is None else (head,)  # in a tuple, so that it is no child of this module
+        if head is not None:
+            head.looked_up = True
 
     @property
     def head(self) -> QuantizedLinear | None:
@@ -50,10 +52,8 @@ class QuantizedEmbedding(Packed):
 
     @property
     def weight(self) -> Tensor:
-        """The weight [rows, embedding_dim], for model code that looks at it; writing to it changes nothing."""
-        weight = self.packed.dequantize(self.dtype)
-        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not draw it anew
-        return weight
+        """The weight [rows, embedding_dim], for model code that looks at it; see `models.linear.read_only`."""
+        return read_only(self.packed.dequantize(self.dtype))
 
     def forward(self, index: Tensor) -> Tensor:
         """int [...] -> [..., embedding_dim]."""

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from quantkit.core.errors import QuantkitError
 from quantkit.core.weight import QuantizedWeight
 
 
@@ -22,7 +23,10 @@ class _Payload(nn.Module):
     """A quantized weight's tensors as buffers, nested weights as child modules of the same names."""
 
     def __init__(self, weight: QuantizedWeight) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # of subclasses that are nn.Linear too, not theirs, which would make a weight
+        self._fill(weight)
+
+    def _fill(self, weight: QuantizedWeight) -> None:
         for name, tensor in weight.tensors().items():
             self.register_buffer(name, tensor)
         for name, inner in weight.nested().items():
@@ -88,6 +92,19 @@ class Packed(_Payload):
         _replace(self, weight)
         self._cached, self._watched = None, []
 
+    def become(self, weight: QuantizedWeight) -> None:
+        """Takes another packed weight, of any format.
+
+        Args:
+            weight: of the same shape, on the same device.
+        """
+        self._forget()
+        self._buffers.clear()
+        self._modules.clear()
+        self._fill(weight)
+        self.metadata, self._prepared = weight.metadata(), None
+        self._cached, self._watched = None, []
+
     def _forget(self) -> None:
         if self._prepared:
             self._hold(self.packed)
@@ -113,8 +130,11 @@ class Packed(_Payload):
         return self.__dict__ | {"_cached": None, "_watched": []}
 
 
-class QuantizedLinear(Packed):
+class QuantizedLinear(Packed, nn.Linear):
     """y = x W^T + b with W in packed form.
+
+    It is an nn.Linear to those who ask, as libraries that put adapters on linear layers do (peft; `models.lora` merges
+    them). Its `weight` is a copy that refuses to be written to.
 
     Args:
         weight: the packed weight.
@@ -124,22 +144,35 @@ class QuantizedLinear(Packed):
         unpacked: whether the first product on a CPU unpacks the weight for all that follow; see `models.unpacking`.
     """
 
+    bias: nn.Parameter | None  # type: ignore[assignment]
+
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
         super().__init__(weight)
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._held: Tensor | None = None
+        self._is_hf_initialized = True  # transformers must not draw it anew, nor unpack it to find that out
         self.unpacked = False
         self._stamp: list[tuple[int, int]] = []  # of the tensors that an unpacked weight was made from
         self.shared: Outputs | None = None
         self._slot = 0
+        self.looked_up = False  # whether an embedding reads this weight's rows
 
     @property
-    def weight(self) -> Tensor:
-        """The weight, fp32 [out_features, in_features], for model code that looks at it; writes change nothing."""
-        weight = self.used.dequantize()
-        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not draw it anew
-        return weight
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight, fp32 [out_features, in_features], for model code that looks at it; see `read_only`."""
+        return read_only(self.used.dequantize())
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        """Takes what is there already, as libraries put back what they took out; see `read_only`."""
+        if not torch.equal(value, self.weight):
+            raise QuantkitError(REFUSED)
+
+    @property
+    def qweight(self) -> Tensor:
+        """One of the packed tensors: by this name libraries find out where such a layer is, without unpacking it."""
+        return next(self.buffers())
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x's dtype.
@@ -219,6 +252,48 @@ class QuantizedLinear(Packed):
         """Shape, format and measured bits per weight."""
         form = self.metadata["format"]
         return f"{self.in_features}, {self.out_features}, format={form}, bias={self.bias is not None}"
+
+
+class _Copy(Tensor):
+    """A tensor that raises QuantkitError where it would be changed in place, which nobody would see."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        written = isinstance(args[0], cls) if args else False
+        if (written and _writes(func)) or isinstance(kwargs.get("out"), cls):
+            raise QuantkitError(REFUSED)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        return result.as_subclass(cls) if func in _ALIASES and isinstance(result, Tensor) else result
+
+
+REFUSED = (
+    "a packed layer's weight is a copy, and a change of it would be lost; LoRA adapters of peft can be merged "
+    "(merge_and_unload), other adapters and inits that move the base weight cannot"
+)
+_DATA: Any = Tensor.data
+_ALIASES = {_DATA.__get__, Tensor.detach}
+_HARMLESS = {"requires_grad_", "retain_grad", "share_memory_"}
+
+
+def _writes(func: Any) -> bool:
+    """Whether a function of tensors changes its first argument."""
+    name: str = func.__name__
+    if name.startswith("__"):
+        return func == _DATA.__set__ or name == "__setitem__" or (name.startswith("__i") and name in _IN_PLACE)
+    return name.endswith("_") and name not in _HARMLESS
+
+
+_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
+
+
+def read_only(weight: Tensor) -> Tensor:
+    """A weight that was unpacked for code that looks at it; to write to it raises QuantkitError."""
+    if not torch.compiler.is_compiling():
+        weight = weight.as_subclass(_Copy)
+    weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not draw it anew
+    return weight
 
 
 def _replace(module: nn.Module, weight: QuantizedWeight) -> None:

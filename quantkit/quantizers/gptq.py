@@ -19,6 +19,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from quantkit.core.linalg import inverse_power
 from quantkit.core.protocols import Needs
 from quantkit.core.stats import LayerStats
 from quantkit.formats.int_group import IntGroupWeight
@@ -94,6 +95,7 @@ class _GroupGrids:
         self._settings, self._group = settings, width
         self._order = torch.arange(in_features, device=weight.device) if order is None else order
         self._sources = self._order.tolist()
+        importance = importance * inverse_power(float(importance.mean()))  # the fit of a grid squares its sums
         self._importance = importance.clamp_min(importance.mean() * 1e-4 + 1e-30)
         self._codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=weight.device)
         self._grids: dict[int, Grid] = {}

@@ -85,7 +85,7 @@ class _Fit:
         self._sum_ww = (self._weighted * weight).sum(-1, keepdim=True)
 
     def refit(self, grid: Grid) -> tuple[Grid, Tensor]:
-        """The best storable grid for the codes that `grid` gives, and its error with those codes."""
+        """The best storable grid for the codes that `grid` gives, and its error [groups] with those codes."""
         codes = grid.encode(self._weight)
         sum_cw = (codes * self._weighted).sum(-1, keepdim=True)
         weighted_codes = codes * self._importance

@@ -29,7 +29,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantkit.core.linalg import column_scales
+from quantkit.core.linalg import column_scales, inverse_power
 from quantkit.core.protocols import Needs
 from quantkit.core.stats import LayerStats
 from quantkit.formats.codebook import LARGEST_BITS, CodebookWeight
@@ -319,6 +319,7 @@ def _refit_codebooks(
     ones holds centroids that few vectors chose.
     """
     out_features, in_features = weight.shape
+    hessian = hessian * inverse_power(float(hessian.diagonal().mean()))  # residuals are squared
     owners = [(section, stage) for section in sections for stage in range(len(section.codebooks))]
     index = {id(section): code for section, code in zip(sections, codes, strict=True)}
 

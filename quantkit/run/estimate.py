@@ -1,19 +1,23 @@
-"""What a run would make and need, from shapes alone."""
+"""What a run would make and need: from shapes, from its text, and from a trial of its quantizers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
+from torch import Tensor
 
 from quantkit.core.device import compute_dtype, free_memory, pick_device
 from quantkit.core.protocols import Needs
 from quantkit.io.source import Loaded, Source, open_folder
-from quantkit.models.plan import plan_needs, tied
-from quantkit.models.structure import context_length, linear_weight
+from quantkit.models.plan import Tied, plan_needs, tied
+from quantkit.models.structure import block_linears, linear_weight
 from quantkit.run.ranks import with_ranks
-from quantkit.run.recipe import Recipe, sequence_length
+from quantkit.run.recipe import Recipe
 from quantkit.run.report import peak_memory_bytes
-from quantkit.run.sequential import REPLAY_FRACTION
+from quantkit.run.sequential import BATCH_TOKENS, REPLAY_FRACTION
+from quantkit.run.trial import pass_seconds, rounding_seconds
 
 
 @dataclass(frozen=True)
@@ -24,10 +28,11 @@ class Estimate:
         layers: linear layers that would be packed.
         packed_weights, all_weights: weights in them, and in the model.
         bits_per_weight: of the packed layers; exact, from the formats' layouts, but for ranks by budget, which may
-            spend less.
+            spend less, and 4 bytes of each layer whose weights are so small or large that it has a factor.
         bytes_before, bytes_after: of all tensors; as exact.
-        memory_bytes: peak of the process, roughly: torch itself, one block, the streams of activations and the
-            largest layer's statistics and working copies.
+        memory_bytes: peak of the process, roughly: what this one holds with the libraries, one block, the streams of
+            activations and the largest layer's statistics and working copies.
+        seconds: of the run, roughly, on this machine as it is now; without block-wise tuning.
         device: where the run would take place.
     """
 
@@ -38,21 +43,28 @@ class Estimate:
     bytes_before: int
     bytes_after: int
     memory_bytes: int
+    seconds: float
     device: str
 
 
 def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimate:
-    """Sizes of the packed model and memory of the run; reads no weights.
+    """Sizes of the packed model, memory and time of the run; reads its text, but no weights.
 
     Args:
         folder: the full-precision model.
         recipe: what would be done.
         device: where.
+
+    Raises:
+        QuantkitError: bad input; the message says what would work.
     """
     where = pick_device(device)
     source = open_folder(folder, compute_dtype(where), structure_only=True)
     model = source.model
     plan = recipe.plan(model)
+    tokens = None
+    if recipe.reads_text(plan):
+        tokens = recipe.calibration.sequences(source.tokenizer(), model)
     shapes = {name: tuple(linear_weight(model.get_submodule(name)).shape) for name in plan}
     packed_weights = sum(out * inner for name, (out, inner) in shapes.items() if name not in tied(plan))
     without = with_ranks(plan, dict.fromkeys(plan, 0)) if recipe.low_rank_bits else plan
@@ -63,6 +75,11 @@ def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimat
         source.rotate(recipe.rotation)
     source.untie(plan)
     dense_bytes = source.nbytes() - source.packed_nbytes(plan)
+    own = {name: (quantizer, shapes[name]) for name, quantizer in plan.items() if not isinstance(quantizer, Tied)}
+    working = _working_bytes(source, recipe, shapes, tokens, where)
+    seconds = rounding_seconds(own, where)
+    if tokens is not None:
+        seconds += pass_seconds(_multiplications(shapes, tokens.numel(), plan_needs(plan)), model.dtype, where)
     return Estimate(
         layers=len(plan),
         packed_weights=packed_weights,
@@ -70,30 +87,48 @@ def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimat
         bits_per_weight=8 * packed_bytes / packed_weights,
         bytes_before=before,
         bytes_after=dense_bytes + packed_bytes,
-        memory_bytes=peak_memory_bytes()
-        + (before if isinstance(source, Loaded) else 0)
-        + _working_bytes(source, recipe, max(shapes.values(), key=lambda s: s[0] * s[1]), where),
+        memory_bytes=max(peak_memory_bytes(), _resident_bytes() + working),
+        seconds=seconds,
         device=str(where),
     )
 
 
-def _working_bytes(source: Source, recipe: Recipe, largest: tuple[int, ...], device: torch.device) -> int:
+def _multiplications(shapes: Mapping[str, tuple[int, ...]], tokens: int, needs: Needs) -> float:
+    """Of the calibration: two passes of the quantized stream, one of the full one, and the statistics."""
+    streams = 1 if needs < Needs.CROSS else 2
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    inputs = sum(columns**2 for _, columns in shapes.values()) / 2  # layers side by side share their statistics
+    return tokens * (weights * (1 + streams) + inputs * streams)
+
+
+def _resident_bytes() -> int:
+    """Memory that this process holds now."""
+    return psutil.Process().memory_info().rss
+
+
+def _working_bytes(
+    source: Source, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], tokens: Tensor | None, device: torch.device
+) -> int:
     """Bytes of one block, of the streams, and of the largest layer while it is quantized."""
     model = source.model
     itemsize = torch.empty(0, dtype=model.dtype).element_size()
     needs = plan_needs(recipe.plan(model))
-    out_features, in_features = largest
+    out_features, in_features = max(shapes.values(), key=lambda shape: shape[0] * shape[1])
     layer = 6 * 4 * out_features * in_features
-    if not recipe.reads_text(recipe.plan(model)):
-        return source.block_nbytes(itemsize) + layer
-    tokens = recipe.calibration.num_samples * sequence_length(recipe.calibration.seqlen, context_length(model))
+    loaded = source.nbytes() if isinstance(source, Loaded) else 0
+    if tokens is None:
+        return loaded + source.block_nbytes(itemsize) + layer
     hidden = model.config.get_text_config().hidden_size
-    widest = max(linear_weight(module).shape[1] for module in source.linears())
-    replayed = tokens * (hidden + widest) * itemsize
+    inside = block_linears(model)
+    widest = max(shape[1] for shape in shapes.values())
+    replayed = tokens.numel() * (hidden + widest) * itemsize
     replayed = min(replayed, int(REPLAY_FRACTION * free_memory(device)))
-    stream = tokens * hidden * itemsize + replayed
+    stream = tokens.numel() * hidden * itemsize + replayed
     streams = stream * (2 if needs == Needs.CROSS or recipe.tuner else 1)
     if recipe.tuner:  # the weights, their targets, gradients and the optimizer's two moments, in fp32
         layer = max(layer, 6 * source.block_nbytes(4))
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", 1)
+    width = 5 * max(max(shape) for name, shape in shapes.items() if name in inside) + 8 * hidden  # of a block's pass
+    passing = min(tokens.numel(), BATCH_TOKENS) * (width + 2 * heads * tokens.shape[1]) * itemsize
     embedding = sum(p.numel() for p in model.get_input_embeddings().parameters()) * itemsize
-    return source.block_nbytes(itemsize) + layer + streams + max(embedding, 5 * 4 * widest**2)
+    return loaded + source.block_nbytes(itemsize) + layer + streams + passing + max(embedding, 5 * 4 * widest**2)

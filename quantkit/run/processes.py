@@ -15,4 +15,7 @@ def begin_processes(device: str | torch.device | None) -> tuple[PartialState, to
     """
     on_cpu = str(device) == "cpu" or not torch.cuda.is_available()
     processes = PartialState(cpu=on_cpu, timeout=timedelta(days=1))
-    return processes, processes.device if processes.num_processes > 1 else pick_device(device)
+    if processes.num_processes == 1:
+        return processes, pick_device(device)
+    # a parameter that moves from cpu to cpu:0, which accelerate says, is a parameter no more
+    return processes, torch.device("cpu") if processes.device.type == "cpu" else processes.device

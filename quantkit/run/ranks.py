@@ -23,6 +23,7 @@ from quantkit.core.protocols import Needs, Quantizer
 from quantkit.core.result import LayerResult
 from quantkit.core.stats import LayerStats
 from quantkit.models.plan import Plan, Tied
+from quantkit.quantizers.factor import relative
 from quantkit.quantizers.low_rank import LowRank, smaller_gram
 from quantkit.quantizers.target_shift import aimed
 from quantkit.run.sequential import Pack
@@ -91,9 +92,9 @@ class Survey:
             quantizer = self._pack.plan[name]
             assert not isinstance(quantizer, Tied)
             target = aimed(quantizer, weight, stats)[0]
-            error = (target - result.weight.dequantize().to(weight)).double()
-            hessian = stats.hessian.double()
-            size = max(proxy_loss(target.double(), hessian), 1e-30)
+            error, hessian = target - result.weight.dequantize().to(weight), stats.hessian.double()
+            target, error = (part.double() for part in relative(target, error))
+            size = max(proxy_loss(target, hessian), 1e-30)
             values = torch.linalg.eigvalsh(smaller_gram(error, hessian)[0]).flip(0).clamp_min(0) / size
             rank_bits = sum(weight.shape) * self._bits[name] + (32 if self._bits[name] == 8 else 0)
             self.spectra[name] = Spectrum(values.cpu(), (weight.shape[0], weight.shape[1]), rank_bits)

@@ -46,10 +46,13 @@ from quantkit.models.forward import (
 from quantkit.models.linear import QuantizedLinear
 from quantkit.models.plan import Plan, Tied, tied
 from quantkit.models.structure import find_blocks, is_lookup, linear_weight
+from quantkit.quantizers.factor import quantized, relative
 from quantkit.quantizers.target_shift import aimed
 
 logger = logging.getLogger(__name__)
 
+BATCH_TOKENS = 8192
+"""That run through a block together."""
 REPLAY_FRACTION = 1 / 8
 """Of the free memory in which each stream may keep what a block need not compute again."""
 
@@ -110,7 +113,7 @@ class Walker:
     true_sequential: bool = True
     tuner: Tuner | None = None
     lookups_first: bool = True
-    batch_tokens: int = 8192
+    batch_tokens: int = BATCH_TOKENS
     progress: Callable[[int, int, str], None] = lambda done, total, name: None
 
     def __post_init__(self) -> None:
@@ -367,19 +370,22 @@ class Pack:
         quantizer = self.plan[name]
         assert not isinstance(quantizer, Tied)
         target, quantizer = aimed(quantizer, weight, stats)
-        packed = quantizer.quantize(target, stats)
+        packed = quantized(quantizer, target, stats)
         return LayerResult(packed, relative_error(target, packed, stats), None if stats is None else stats.damping)
 
 
 def _packed(hook: LayerHook, module: nn.Module, stats: LayerStats | None, name: str) -> LayerResult:
     weight = linear_weight(module).detach().float()
     result = hook(name, weight, stats)
+    logger.debug(
+        "%s: %s, %.3f bits a weight, error %.2e",
+        *(name, result.weight.label, result.weight.bits_per_weight, result.relative_error),
+    )
     for key, tensor in result.weight.state().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise QuantkitError(
-                f"{name}: its packed {key} would hold NaN or Inf: its weights reach {float(weight.abs().max()):.3g}, "
-                "and these codes scale up to fp16's largest number; leave it dense (`ignore`), or take trellis, whose "
-                "scale is fp32"
+                f"{name}: its packed {key} would hold NaN or Inf, and its weights reach "
+                f"{float(weight.abs().max()):.3g}; leave it dense (`ignore`), or take another method"
             )
     if stats is not None and stats.raised_damping is not None:
         logger.warning("%s: the Hessian factored only with damping raised to %g", name, stats.raised_damping)
@@ -388,7 +394,7 @@ def _packed(hook: LayerHook, module: nn.Module, stats: LayerStats | None, name: 
 
 def relative_error(target: Tensor, packed: QuantizedWeight, stats: LayerStats | None) -> float:
     """E(Q) / E(0) with E the proxy loss of a target [out_features, in_features]; see `LayerResult`."""
-    error = target - packed.dequantize()
+    target, error = relative(target, target - packed.dequantize())
     if stats is None:
         return float(error.square().sum() / target.square().sum().clamp_min(1e-30))
     return proxy_loss(error, stats.hessian) / max(proxy_loss(target, stats.hessian), 1e-30)

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from quantkit.core.errors import QuantkitError
 from quantkit.core.weight import QuantizedWeight
-from quantkit.formats.low_rank import LowRankWeight
+from quantkit.formats.low_rank import LowRankWeight, stored_factors
 from quantkit.formats.rotated import RotatedWeight
+from quantkit.formats.scaled import ScaledWeight
 from quantkit.io.hf import attach
 from quantkit.kernels.hadamard import rotate
 from quantkit.models.embedding import QuantizedEmbedding
@@ -137,17 +138,14 @@ def finished(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def peft_config(config: Any) -> Any:
-    """Lets adapters of the peft library sit on packed layers.
+    """The config as it is: peft's own calls take packed layers by themselves (`quantkit.models.lora`).
 
     Args:
-        config: peft's LoraConfig, with `target_modules` by name; changed in place.
+        config: peft's LoraConfig.
 
     Returns:
-        The same config, for `get_peft_model` or `PeftModel.from_pretrained`.
+        The same.
     """
-    from peft.tuners import lora
-
-    config._register_custom_module({QuantizedLinear: lora.Linear})
     return config
 
 
@@ -155,8 +153,11 @@ def packed_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
     """The packed linear layers by name, each with tensors of its own; a head that is the embedding too stays as it is.
 
     Raises:
-        QuantkitError: there is none, or they are being trained already.
+        QuantkitError: there is none, they are being trained already, or peft's adapters sit on them.
     """
+    adapted = [name for name, _ in model.named_modules() if name.endswith(".base_layer")]
+    if adapted:
+        raise QuantkitError(f"{adapted[0].removesuffix('.base_layer')} has an adapter; merge_and_unload() first")
     if any(isinstance(module, AdaptedLinear) for module in model.modules()):
         raise QuantkitError("the model's corrections are being trained already; quantkit.finished(model) ends that")
     shared = [module.head for module in model.modules() if isinstance(module, QuantizedEmbedding)]
@@ -172,15 +173,21 @@ def packed_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 
 def correction_outside(weight: QuantizedWeight) -> QuantizedWeight:
-    """The same weight with its correction, if it has one inside a rotation, in front of the rotation.
+    """The same weight with its correction, if it has one inside a rotation or a factor, in front of them.
 
-    R_out^T (W' + U D) R_in = R_out^T W' R_in + (R_out^T U) (D R_in)
+    R_out^T (W' + U D) R_in = R_out^T W' R_in + (R_out^T U) (D R_in),    f (W' + U D) = f W' + (f U) D
     """
-    if not isinstance(weight, RotatedWeight) or not isinstance(weight.base, LowRankWeight):
+    if not isinstance(weight, RotatedWeight | ScaledWeight):
         return weight
-    up, down = weight.base.factors()
-    down = rotate(down, weight.in_signs, True)
-    return LowRankWeight(replace(weight, base=weight.base.base), weight.outputs_back(up.T).T.half(), down.half())
+    inner = correction_outside(weight.base)
+    if not isinstance(inner, LowRankWeight):
+        return weight
+    up, down = inner.factors()
+    if isinstance(weight, ScaledWeight):
+        up = up * weight.factor
+    else:
+        up, down = weight.outputs_back(up.T).T, rotate(down, weight.in_signs, True)
+    return LowRankWeight(replace(weight, base=inner.base), *stored_factors(up, down))
 
 
 def _with_correction(weight: QuantizedWeight, rank: int, generator: torch.Generator) -> LowRankWeight:

@@ -34,7 +34,7 @@ from quantkit.formats.low_rank import LowRankWeight
 from quantkit.io.run_folder import RunFolder
 from quantkit.io.shards import checksum_of
 from quantkit.models.forward import patched_forwards
-from quantkit.models.linear import QuantizedLinear
+from quantkit.models.linear import Packed, QuantizedLinear
 from quantkit.models.structure import check_vocabulary
 from quantkit.run.recipe import Calibration
 from quantkit.run.teacher import CachedTeacher, Teacher, predict
@@ -46,6 +46,7 @@ from quantkit.tuning.settings import TuningSettings
 logger = logging.getLogger(__name__)
 
 _STATE = "state.pt"
+PACKED_TEACHER = "a packed model, and its errors would be learnt too; give the full-precision model that was quantized"
 EMBEDDING_RATE = 0.1
 """Learning rate of embedding and head, beside that of scales."""
 
@@ -111,8 +112,11 @@ def tune(
         the first also the full one where the teacher was cached.
 
     Raises:
-        QuantkitError: no packed layers, a format that cannot be tuned, another vocabulary, or too little text.
+        QuantkitError: no packed layers, a packed teacher, a format that cannot be tuned, another vocabulary, or too
+            little text.
     """
+    if any(isinstance(module, Packed) for module in teacher.modules()):
+        raise QuantkitError(f"the teacher is {PACKED_TEACHER}")
     settings, watch = settings or TuningSettings(), watch or Watch()
     calibration = Calibration(calibration, 512, seed=1) if isinstance(calibration, str) else calibration
     for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):

@@ -43,7 +43,7 @@ class Tuned(Protocol):
         """Brings the gradients to where the optimizer looks for them."""
 
     def gradients(self) -> Iterator[Tensor]:
-        """What the passes of a step have added up, 0 where none came by; before `close`."""
+        """What the passes of a step have added up, [...] as the parameters, 0 where none came by; before `close`."""
 
     def continuous(self) -> Iterator[tuple[nn.Parameter, float]]:
         """What moves by gradient, each with the size that learning rates are relative to."""

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from quantkit.core.device import compute_dtype, parse_dtype
-from quantkit.io.checkpoint import read_config, sealed, stored_dtype
+from quantkit.core.errors import QuantkitError
+from quantkit.io.checkpoint import is_packed, read_config, sealed, stored_dtype
 from quantkit.io.hf import load
 from quantkit.io.run_folder import Output
 from quantkit.io.shards import Shards
 from quantkit.io.source import load_tokenizer
 from quantkit.run.processes import begin_processes
 from quantkit.run.recipe import Calibration
-from quantkit.tuning.end_to_end import Watch, tune
+from quantkit.tuning.end_to_end import PACKED_TEACHER, Watch, tune
 from quantkit.tuning.settings import TuningSettings
 
 RECORD = "quantkit_tuning.json"
@@ -68,6 +69,8 @@ def run(
     Raises:
         QuantkitError: bad input; the message says what would work.
     """
+    if is_packed(read_config(asked.teacher)):
+        raise QuantkitError(f"the teacher {asked.teacher} is {PACKED_TEACHER}")
     needed = [asked.folder, asked.teacher, *([] if asked.cache is None else [asked.cache])]
     output = Output(asked.output, *needed, resume=resume, overwrite=overwrite)
     processes, where = begin_processes(device)

@@ -18,7 +18,7 @@ def test_text_with_and_without_a_compressed_cache(reference):
 
 
 def test_what_a_compressed_prefix_costs(reference):
-    arguments = ["--data", "stdlib", "--seqlen", 256, "--max-windows", 3, "--baseline", reference, "--json"]
+    arguments = ["--data", "stdlib", "--seqlen", 256, "--num-samples", 3, "--baseline", reference, "--json"]
     found = []
     for bits in (2, 4):
         result = run("eval", reference, *arguments, "--kv-bits", bits)
@@ -30,7 +30,7 @@ def test_what_a_compressed_prefix_costs(reference):
 
 
 def test_retrieval_from_a_compressed_cache(reference):
-    arguments = ["--data", "stdlib", "--seqlen", 256, "--max-windows", 2, "--kv-bits", 4, "--kv-retrieval", 2]
+    arguments = ["--data", "stdlib", "--seqlen", 256, "--num-samples", 2, "--kv-bits", 4, "--kv-retrieval", 2]
     result = run("eval", reference, *arguments, "--json")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)

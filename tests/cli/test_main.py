@@ -24,9 +24,17 @@ def packed(model_folder, text_file, tmp_path_factory):
 
 def test_quantize_prints_and_writes_a_report(packed):
     output, result = packed
-    for word in ("model.layers.1.mlp.down_proj", "bits per weight", "size", "peak memory", "time", "quantkit.load"):
+    for word in (
+        "layer of model.layers",
+        "1.mlp.down_proj",
+        "bits per weight",
+        "size",
+        "peak memory",
+        "time",
+        "quantkit.load",
+    ):
         assert word in result.stdout
-    assert "2/2" in result.stderr, "a progress bar by block"
+    assert "blocks  2/2" in result.stderr, "a line a block"
     report = json.loads((output / "quantkit_report.json").read_text())
     assert len(report["layers"]) == 14
     assert all(0 < layer["relative_error"] < 1 for layer in report["layers"])
@@ -67,7 +75,7 @@ def test_inspect_and_eval(packed, model_folder, text_file):
         text_file,
         "--seqlen",
         128,
-        "--max-windows",
+        "--num-samples",
         3,
         "--baseline",
         model_folder("llama"),
@@ -79,10 +87,10 @@ def test_inspect_and_eval(packed, model_folder, text_file):
     assert figures["kl"] > 0
     assert 0 <= figures["flip_rate"] <= 1
     same = json.loads(
-        run("eval", model_folder("llama"), "--data", text_file, "--seqlen", 128, "--max-windows", 3, "--json").stdout
+        run("eval", model_folder("llama"), "--data", text_file, "--seqlen", 128, "--num-samples", 3, "--json").stdout
     )
     assert same["perplexity"] == pytest.approx(figures["baseline_perplexity"])
-    told = run("eval", output, "--data", text_file, "--seqlen", 128, "--stride", 64, "--max-windows", 2).stdout
+    told = run("eval", output, "--data", text_file, "--seqlen", 128, "--stride", 64, "--num-samples", 2).stdout
     assert f"{text_file.name}, sequences of 128 tokens every 64" in "".join(told.splitlines())
     assert re.search(r"over +2 of \d\d+ sequences, 191 tokens scored", told)
 
@@ -132,7 +140,7 @@ def test_head_and_embedding_at_their_own_bits(architecture, model_folder, text_f
     assert listing["bits_per_weight"] == pytest.approx(report["bits_per_weight"])
     assert len(listing["layers"]) == 16
     found = run(
-        "eval", output, "--data", text_file, "--seqlen", 128, "--max-windows", 2, "--baseline", folder, "--json"
+        "eval", output, "--data", text_file, "--seqlen", 128, "--num-samples", 2, "--baseline", folder, "--json"
     )
     assert 0 < json.loads(found.stdout)["kl"] < 0.1
     ignored = run("quantize", folder, *settings, "--ignore", "lm_head", "--ignore", "model.embed_tokens", "--dry-run")

@@ -1,7 +1,15 @@
+import math
+
 import pytest
 import torch
 
-from quantkit.core.linalg import NotPositiveDefinite, damped_inverse_factor, elimination_order, inverse_factor
+from quantkit.core.linalg import (
+    NotPositiveDefinite,
+    damped_inverse_factor,
+    elimination_order,
+    inverse_factor,
+    inverse_power,
+)
 
 
 def _hessian(n=24):
@@ -68,3 +76,11 @@ def test_elimination_order_lessens_what_feedback_pays():
     torch.testing.assert_close(found.log().sum(), natural.log().sum())
     assert found.sum() < 0.9 * natural.sum()
     assert found.sum() < unexplained(order.flip(0)).sum()
+
+
+def test_the_inverse_power_rounds_nothing_and_keeps_to_fp32():
+    for value in (1e-30, 0.3, 0.5, 1.0, 7e37):
+        assert 0.5 <= value * inverse_power(value) <= 1
+        assert math.frexp(inverse_power(value))[0] == 0.5
+    assert inverse_power(0.0) == inverse_power(math.inf) == inverse_power(math.nan) == 1
+    assert torch.isfinite(torch.tensor(1e-45) * inverse_power(1e-45))

@@ -52,7 +52,7 @@ def measured(model, held_out):
     def measure(*arguments):
         if arguments not in known:
             with quantized_activations(subject, activation_code(*arguments)) as observed:
-                quality = evaluate(subject, held_out, SEQLEN, baseline=model, max_windows=2)
+                quality = evaluate(subject, held_out, SEQLEN, baseline=model, num_samples=2)
             known[arguments] = quality, observed
         return known[arguments]
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import quantkit
 from quantkit.core.errors import CheckpointError, QuantkitError
 
-SHORT = {"data": "stdlib", "seqlen": 64, "max_windows": 2, "device": "cpu"}
+SHORT = {"data": "stdlib", "seqlen": 64, "num_samples": 2, "device": "cpu"}
 
 
 def test_a_folder_and_its_model_in_memory_are_measured_alike(reference):

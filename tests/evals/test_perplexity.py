@@ -85,13 +85,13 @@ def test_every_sequence_begins_with_the_bos_token_of_a_tokenizer_that_adds_one()
             return super().__call__(input_ids, **settings)
 
     text = EvaluationText(TOKENS, 4.0, bos=7)
-    quality = evaluate(Spy(torch.zeros(13, 13)), text, 101, max_windows=3)
+    quality = evaluate(Spy(torch.zeros(13, 13)), text, 101, num_samples=3)
     assert all(len(sequence) == 101 and sequence[0] == 7 for sequence in seen)
     assert torch.equal(torch.cat([sequence[1:] for sequence in seen]), TOKENS[:300]), (
         "no token is left out or read twice"
     )
     assert quality.tokens == 300, "each is predicted, the first of the text behind BOS too"
     seen.clear()
-    strided = evaluate(Spy(torch.zeros(13, 13)), text, 101, stride=40, max_windows=3)
+    strided = evaluate(Spy(torch.zeros(13, 13)), text, 101, stride=40, num_samples=3)
     assert strided.tokens == 100 + 2 * 40
     assert torch.equal(seen[1][1:], TOKENS[40:140])

@@ -45,7 +45,7 @@ def quality(model, reference, tokenizer, held_out):
             settings["rules"] = {LATER_BLOCKS: None}
         calibration = Calibration("stdlib", 32, SEQLEN)
         quantkit.quantize(subject, tokenizer, bits, method=method, calibration=calibration, **settings)
-        found = evaluate(subject, held_out, SEQLEN, baseline=model, max_windows=WINDOWS)
+        found = evaluate(subject, held_out, SEQLEN, baseline=model, num_samples=WINDOWS)
         return found, subject.quantkit_report
 
     return measure
@@ -53,7 +53,7 @@ def quality(model, reference, tokenizer, held_out):
 
 def test_the_model_has_learnt(model, tokenizer, held_out):
     train = evaluation_text(documents("stdlib", "calibration")[:200], tokenizer).tokens
-    found = evaluate(model, held_out, SEQLEN, max_windows=WINDOWS)
+    found = evaluate(model, held_out, SEQLEN, num_samples=WINDOWS)
     assert found.perplexity < unigram_perplexity(train, held_out.tokens) / 10
     assert recall_accuracy(model, tokenizer, rows=8) > 0.8
 

@@ -20,6 +20,7 @@ from quantkit.formats.rotated import RotatedWeight
 from quantkit.formats.tied import TiedWeight
 from quantkit.io.checkpoint import check_tensors
 from quantkit.kernels import int_group_layout
+from quantkit.quantizers.factor import quantized
 from quantkit.quantizers.sparse import Sparse
 
 SHAPE = 24, 32
@@ -50,6 +51,7 @@ WEIGHTS = {
     "low_rank": lambda: stored(made(LowRank(RTN(2, 16), 3, adapter_bits=8))),
     "pyramid": lambda: stored(made(Pyramid(2.0, 8))),
     "rotated": lambda: stored(made(Hadamard(LowRank(Pyramid(3.0, 16, axis="in"), 2)))),
+    "scaled": lambda: stored(quantized(Hadamard(RTN(3, 16)), torch.randn(SHAPE) * 1e-8, None)),
     "tied": lambda: (TiedWeight("lm_head", *SHAPE).metadata(), {}),
     "trellis": lambda: stored(made(Trellis(2, 10))),
 }

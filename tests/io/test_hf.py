@@ -94,3 +94,18 @@ def test_an_installation_without_it_says_where_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(hf, "REFERENCE", tmp_path / "nowhere")
     with pytest.raises(QuantkitError, match="nowhere; it is in quantkit's wheel and source tree"):
         resolve_folder("reference")
+
+
+def test_a_packed_head_that_gets_rows_is_saved_as_the_dense_one_that_it_became(model_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_folder("llama_small"), dtype=torch.float32).eval()
+    quantkit.quantize(model, method=quantkit.RTN(4, 32), rules={"lm_head": quantkit.RTN(4, 32)})
+    tokens = torch.randint(0, VOCABULARY, (1, 20))
+    with torch.no_grad():
+        before = model(tokens).logits
+        model.resize_token_embeddings(VOCABULARY + 10)
+        model.save_pretrained(tmp_path)
+        loaded = quantkit.load(tmp_path, dtype=torch.float32, unpack=False)
+        found = loaded(tokens).logits
+    assert found.shape[-1] == VOCABULARY + 10
+    torch.testing.assert_close(found[..., :VOCABULARY], before, rtol=1e-4, atol=1e-4)
+    assert isinstance(loaded.model.layers[0].mlp.up_proj, QuantizedLinear)

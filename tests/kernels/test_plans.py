@@ -135,7 +135,10 @@ def test_a_plan_repeats_the_launch_for_another_x(name, bias, dtype, launched):
     assert len(launched) == count, "no second time through Triton's launcher"
     assert all(len(compiled.runs) == 1 for compiled in launched)
     twin = QuantizedLinear(layer.packed.map(torch.clone), layer.bias)
-    assert torch.equal(y, twin(second))
+    if dense:  # a product of torch's rounds by where its operands begin in memory
+        torch.testing.assert_close(y, twin(second))
+    else:
+        assert torch.equal(y, twin(second))
 
 
 @torch.no_grad()

@@ -89,3 +89,14 @@ def test_a_damaged_cache_is_named(teacher, windows, tmp_path):
     path.unlink()
     filled().divergence(windows[numbers], numbers, found)
     assert path.read_bytes() == whole
+
+
+def test_a_packed_teacher_is_refused_before_anything_is_done(teacher, tokenizer, reference, tmp_path):
+    packed = quantkit.quantize(copy.deepcopy(teacher), method="rtn", bits=3)
+    with pytest.raises(QuantkitError, match=r"the teacher is a packed model.*give the full-precision model"):
+        quantkit.tune(packed, packed, tokenizer, calibration=TEXT)
+    packed.save_pretrained(tmp_path / "packed")
+    tokenizer.save_pretrained(tmp_path / "packed")
+    with pytest.raises(QuantkitError, match=r"the teacher .*packed is a packed model"):
+        quantkit.tune(tmp_path / "packed", tmp_path / "packed", output=tmp_path / "out", calibration=TEXT)
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]

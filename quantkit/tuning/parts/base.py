@@ -82,7 +82,7 @@ class Coded(Tunable):
 
     @abstractmethod
     def assign(self, index: Tensor, codes: Tensor) -> None:
-        """Gives units other codes, as `nearest` returns them."""
+        """Gives units `index` [n] other codes [n, ...], as `nearest` returns them."""
 
 
 class Scaled(nn.Module):
@@ -108,7 +108,7 @@ class Scaled(nn.Module):
         self.parameter = nn.Parameter(value / reference)
 
     def forward(self) -> Tensor:
-        """The tensor as it is now, fp32."""
+        """The tensor as it is now, fp32 of its own shape [...]."""
         return self.reference * self.parameter
 
 
@@ -142,7 +142,7 @@ class TunableFields(Tunable):
             yield from part.coded()
 
     def forward(self) -> Tensor:
-        """What the format dequantizes, with the parts as they are now.
+        """What the format dequantizes, fp32 [out_features, in_features], with the parts as they are now.
 
         Raises:
             QuantkitError: no gradient comes back from there.

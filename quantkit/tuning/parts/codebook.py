@@ -37,7 +37,7 @@ class TunableCodebook(Coded):
         self.register_buffer("place", order)
 
     def decode(self) -> Tensor:
-        """The sum of the stages' vectors, in its places and scaled."""
+        """The weight [out_features, in_features]: the sum of the stages' vectors, in its places and scaled."""
         weight = self._stored()[:, self.place]
         return weight if self.scales is None else weight * self.scales()
 
@@ -67,7 +67,7 @@ class TunableCodebook(Coded):
 
     @torch.no_grad()
     def nearest(self, index: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest centroid, a stage after the other."""
+        """The nearest centroid of targets [n, vector_length], a stage after the other."""
         codes = torch.empty(len(index), len(self.books), dtype=torch.int64, device=index.device)
         total = torch.zeros_like(target)
         column = index % self._columns

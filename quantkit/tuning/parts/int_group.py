@@ -29,16 +29,16 @@ class TunableIntegers(Coded):
         return (2**self._bits - 1) / 2 if self.zeros is None else self._wide(self.zeros)
 
     def decode(self) -> Tensor:
-        """(code - zero) * scale."""
+        """The weight [out_features, in_features]: (code - zero) * scale."""
         return (self.codes.float() - self._zero()) * self._wide(self.scales())
 
     def units(self, weight: Tensor) -> Tensor:
-        """Every weight by itself."""
+        """Every weight by itself: [weights, 1]."""
         return weight.reshape(-1, 1)
 
     @torch.no_grad()
     def nearest(self, index: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """round(target / scale + zero), within the grid."""
+        """round(target / scale + zero) of targets [n, 1], within the grid."""
         scale = self._wide(self.scales()).reshape(-1)[index]
         zero = self._zero()
         zero = zero.reshape(-1)[index] if isinstance(zero, Tensor) else torch.full_like(scale, zero)

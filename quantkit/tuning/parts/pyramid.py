@@ -28,7 +28,10 @@ class TunablePyramid(Coded):
         self.levels = Scaled(weight.levels, each=True)
 
     def decode(self) -> Tensor:
-        """factor * y with factor = scale * level / |y| rounded to fp16, through which gradients pass."""
+        """The weight [out_features, in_features]: factor * y.
+
+        factor = scale * level / |y| is rounded to fp16, through which gradients pass.
+        """
         factor = self.scales() * self.levels()[self.gains] / self.points.float().square().sum(-1).sqrt().clamp_min(1.0)
         with torch.no_grad():
             stored = factors(self.points, self.levels()[self.gains], self.scales()).float()
@@ -45,7 +48,7 @@ class TunablePyramid(Coded):
 
     @torch.no_grad()
     def nearest(self, index: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The point that is closest in angle, then the nearest level."""
+        """The point that is closest in angle to targets [n, dimension], then the nearest level."""
         scales = self.scales()[index % self.points.shape[1]]
         levels, order = self.levels().sort()
         points, amplitudes, _ = shape(target, self._weight.pulses)

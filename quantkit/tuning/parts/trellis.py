@@ -52,7 +52,7 @@ class TunableTrellis(Coded):
         return super().forward()
 
     def decode(self) -> Tensor:
-        """value * step * scale."""
+        """The weight [out_features, in_features]: value * step * scale."""
         out_features, in_features = self._weight.shape
         values = trellis.evaluate(self._states())
         width = self._weight.width
@@ -69,7 +69,7 @@ class TunableTrellis(Coded):
 
     @torch.no_grad()
     def nearest(self, index: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest path between the bits around the piece."""
+        """The nearest path to targets [n, size] between the bits around the piece."""
         w = self._weight
         values = trellis.table(w.state_bits, target.device)
         scales = self.units(self._steps().expand(w.shape))[index]

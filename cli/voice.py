@@ -1,0 +1,71 @@
+"""How much the program says: the options that all verbs have, and what they set."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from enum import IntEnum
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+
+class Voice(IntEnum):
+    """How much is said."""
+
+    QUIET = 0
+    NORMAL = 1
+    VERBOSE = 2
+
+
+_now = Voice.NORMAL
+
+
+def voice() -> Voice:
+    """How much is said now."""
+    return _now
+
+
+def speak(how: Voice) -> None:
+    """From now on so much is said: of quantkit's own log, and by the libraries below."""
+    global _now
+    _now = how
+    logging.getLogger("quantkit").setLevel((logging.ERROR, logging.INFO, logging.DEBUG)[how])
+    if how == Voice.QUIET or not sys.stderr.isatty():  # bars are for eyes
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for noisy in ("huggingface_hub", "datasets", "httpx", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.INFO if how == Voice.VERBOSE else logging.ERROR)
+
+
+def _option(how: Voice, short: str, text: str) -> Any:
+    def chosen(value: bool) -> None:
+        if value:
+            speak(how)
+
+    names = f"--{how.name.lower()}", short
+    return Annotated[bool, typer.Option(*names, callback=chosen, is_eager=True, help=text)]
+
+
+_COMMON = {
+    "quiet": _option(Voice.QUIET, "-q", "Say results and errors alone: no progress, no log, no tables."),
+    "verbose": _option(Voice.VERBOSE, "-v", "Say more: each layer as it is packed, and what libraries log."),
+}
+
+
+def verb(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options that all verbs have; they have taken effect when it is called."""
+
+    @wraps(command)
+    def called(*, quiet: bool = False, verbose: bool = False, **settings: Any) -> None:
+        command(**settings)
+
+    hints = get_type_hints(command, include_extras=True)
+    known = [entry.replace(annotation=hints[name]) for name, entry in signature(command).parameters.items()]
+    more = [Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=hint) for name, hint in _COMMON.items()]
+    called.__signature__ = Signature([*known, *more])  # type: ignore[attr-defined]
+    called.__annotations__ = hints | _COMMON
+    return called

@@ -1,0 +1,74 @@
+"""How long a run would take on this device, by packing two narrow layers with each of its quantizers.
+
+A quantizer's time on a layer [out, in] is taken for a(in) + b(in) * out: what is done once for the Hessian, and what is
+done for every row. Calibration is counted in multiplications, whose pace one product tells.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from quantkit.core.protocols import Needs, Quantizer
+from quantkit.core.stats import LayerStats
+from quantkit.run.sequential import Pack
+
+ROWS = (64, 256)
+"""Of the narrow layers."""
+WIDEST = 4096
+"""Columns of a trial; wider layers are taken to cost in^3 for the Hessian and in^2 a row."""
+
+
+def rounding_seconds(layers: Mapping[str, tuple[Quantizer, tuple[int, ...]]], device: torch.device) -> float:
+    """Seconds that all layers' rounding takes.
+
+    Args:
+        layers: name -> (quantizer, shape [out_features, in_features]).
+        device: where.
+    """
+    known: dict[tuple[Quantizer, int], tuple[float, float]] = {}
+    total = 0.0
+    for quantizer, (rows, columns) in layers.values():
+        tried = min(columns, WIDEST)
+        if (quantizer, tried) not in known:
+            known[quantizer, tried] = _tried(quantizer, tried, device)
+        once, a_row = known[quantizer, tried]
+        ratio = columns / tried
+        total += once * ratio**3 + a_row * ratio**2 * rows
+    return total
+
+
+def _tried(quantizer: Quantizer, columns: int, device: torch.device) -> tuple[float, float]:
+    """(seconds for the Hessian, seconds a row) of a layer with so many columns."""
+    taken = []
+    for rows in (ROWS[0], *ROWS):  # the first may compile
+        weight = torch.randn(rows, columns, device=device)
+        stats = _stats(columns, device) if quantizer.needs > Needs.NOTHING else None
+        taken.append(_seconds(partial(Pack({"layer": quantizer}), "layer", weight, stats), device))
+    few, many = taken[1:]
+    a_row = max(0.0, many - few) / (ROWS[1] - ROWS[0])
+    return max(0.0, few - a_row * ROWS[0]), a_row
+
+
+def _stats(columns: int, device: torch.device) -> LayerStats:
+    """Statistics of inputs [tokens, columns] of which a few directions are strong."""
+    strong = torch.randn(columns, 8, device=device)
+    hessian = torch.eye(columns, device=device) + strong @ strong.T / 8
+    return LayerStats(hessian, hessian, columns)
+
+
+def pass_seconds(multiplications: float, dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds for so many multiplications in products of many tokens."""
+    x, weight = (torch.randn(1024, 1024, dtype=dtype, device=device) for _ in range(2))
+    F.linear(x, weight)
+    return multiplications * _seconds(lambda: F.linear(x, weight), device) / 1024**3
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    start = time.monotonic()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic() - start
