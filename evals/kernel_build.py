@@ -79,7 +79,7 @@ class Figures:
 
 
 def builds(archs: list[int], quick: bool) -> Iterator[Build]:
-    """All builds, or a subset that has each kernel, width and GPU once at least."""
+    """All builds, or a subset that has each kernel on each GPU, and each width, once at least."""
     for family in FAMILIES:
         for arch in archs:
             yield from family(arch, quick)
@@ -215,7 +215,7 @@ def main() -> None:
     print(f"{'build':60} {'registers':>9} {'spills':>6} {'shared':>7} {heads}")
     every = builds(arguments.arch, arguments.quick)
     todo, rows, wrong = [build for build in every if re.search(arguments.only or "", build.name)], [], []
-    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
+    with multiprocessing.get_context("fork").Pool(arguments.jobs) as pool:  # all is imported, and nothing has run yet
         for build, found in zip(todo, pool.imap(attempt, todo), strict=True):
             if isinstance(found, str):
                 wrong.append(found)

@@ -1,11 +1,12 @@
 """What `kernel_build` compiles: the launches that each kernel's rules give, without a GPU and without tensors.
 
-A family is a function (compute capability, quick) -> builds; `quick` is a subset for continuous integration.
+A family is a function (compute capability, quick) -> builds; `quick` is a subset for continuous integration: each width
+once, on sm_90, which the bars are for, and each other GPU once, with one of the widths.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -76,6 +77,16 @@ class Build:
     grid: int = 0
 
 
+Form = TypeVar("Form")
+
+
+def _taken(forms: Sequence[Form], arch: int, quick: bool) -> Sequence[Form]:
+    """The widths that are built for a GPU: all; in a quick run all on sm_90, and one on each other GPU."""
+    if not quick or arch == 90:
+        return forms
+    return [forms[(80, 100, 120).index(arch) % len(forms)]]
+
+
 def int_group(arch: int, quick: bool) -> Iterator[Build]:
     """Builds of `int_group_matmul`."""
 
@@ -84,7 +95,7 @@ def int_group(arch: int, quick: bool) -> Iterator[Build]:
         problem = int_group_matmul.Problem(M, _SIZE, K, bits, group, dtype, arch, arranged=arranged)
         return _int_group(kernel, problem, zeros, rank)
 
-    for bits in (2, 3, 4, 8):
+    for bits in _taken((2, 3, 4, 8), arch, quick):
         for M in (8,) if quick else (8, 16, 32):
             for dtype in (BRAIN,) if quick else (HALF, BRAIN):
                 yield build("decode", M, bits, dtype)
@@ -138,7 +149,7 @@ def pyramid(arch: int, quick: bool) -> Iterator[Build]:
         return _pyramid(kernel, pyramid_matmul.Problem(M, _SIZE, K, *form, dtype, arch), rank)
 
     factored, table = (4, 32, 0), (16, 8, 15)
-    for form in (factored, table):
+    for form in _taken((factored, table), arch, quick):
         for M in (8,) if quick else (8, 16, 32):
             yield build("", M, form)
             if not quick:
@@ -189,7 +200,8 @@ def codebook(arch: int, quick: bool) -> Iterator[Build]:
         more = ranges if form[2] else 0
         return _codebook(kernel, codebook_rule.Problem(M, _SIZE, K, *form, ranges, more, dtype, arch), rank)
 
-    for form in ((2, 4, 0), (3, 6, 0), (4, 8, 0), (6, 12, 0), (8, 8, 8), (2, 6, 0), (4, 12, 0)):
+    forms = ((2, 4, 0), (3, 6, 0), (4, 8, 0), (6, 12, 0), (8, 8, 8), (2, 6, 0), (4, 12, 0))
+    for form in _taken(forms, arch, quick):
         for M in (8,) if quick else (8, 16, 32):
             yield build("decode", M, form)
         if not quick:
@@ -246,13 +258,13 @@ def trellis(arch: int, quick: bool) -> Iterator[Build]:
         return _trellis(kernel, trellis_matmul.Problem(M, _SIZE, K, *form), rank)
 
     for bits in (2,) if quick else range(1, 9):
-        for M in (8, 16) if quick else (8, 16, 32):
+        for M in _taken((8, 16), arch, quick) if quick else (8, 16, 32):
             yield build("multiply", M, bits)
             if not quick:
                 yield build("multiply", M, bits, HALF)
     if quick and arch != 90:
         return
-    for bits in (2, 3):
+    for bits in (3,) if quick else (2, 3):
         yield build("dequantize", 256, bits)
         yield build("multiply", 8, bits, HALF if quick else torch.float32)
         yield build("multiply", 8, bits, ends=(16, 24))
@@ -293,7 +305,7 @@ def _trellis(kernel: str, p: trellis_matmul.Problem, rank: int) -> Build:
 def rotation(arch: int, quick: bool) -> Iterator[Build]:
     """Builds of `rotate`: widths with and without a core, few rows and many."""
     widths = (4096, 14336) if quick else (64, 896, 4096, 5120, 11008, 14336, 18944, 28672)
-    for n in widths if not quick or arch == 90 else (4096,):
+    for n in _taken(widths, arch, quick):
         for rows in (1,) if quick else (1, 2048):
             for dtype in (BRAIN,) if quick else (BRAIN, torch.float32):
                 chosen = hadamard.sizes(rows, n, dtype)
@@ -318,7 +330,7 @@ def kv_cache(arch: int, quick: bool) -> Iterator[Build]:
             corrections = ((4, 2),) if quick else ((0, 0), (4, 0), (4, 2))
             for rank, kept in corrections if k_bits < 8 else ((0, 0),):
                 yield _kv_cache(arch, k_bits, v_bits, size, rank, kept)
-    for size in (128,) if quick else (64, 128, 256):
+    for size in (64, 128, 256) if not quick else (128,) if arch == 90 else ():
         types = dict.fromkeys(("acc_ptr", "max_ptr", "sum_ptr"), "*fp32") | {"output_ptr": "*bf16"}
         warps, constants = max(1, size // 64), {"D": size, "BLOCK": 16}
         name = f"kv attention merge D={size} sm_{arch}"
@@ -354,7 +366,7 @@ def viterbi(arch: int, quick: bool) -> Iterator[Build]:
     from quantkit.kernels import viterbi_triton
 
     forms = [(states, bits) for states in (16, 12, 8) for bits in range(1, 9) if 2 * bits <= states]
-    for state_bits, bits in ((16, 2), (16, 4)) if quick else forms:
+    for state_bits, bits in _taken(((16, 2), (16, 4)), arch, quick) if quick else forms:
         constants, options = viterbi_triton.sizes(bits, 1 << state_bits)
         types = dict.fromkeys(("x_ptr", "values_ptr", "cost_ptr"), "*fp32") | {"states_ptr": "*i32"}
         types |= dict.fromkeys(("first_ptr", "last_ptr"), "*i64") | {"choice_ptr": "*u8"}

@@ -40,6 +40,7 @@ _SMALL = _ODD | {"hidden_size": 64, "intermediate_size": 96, "num_attention_head
 CONFIGS = {
     "llama": LlamaConfig(**_ODD),
     "llama_small": LlamaConfig(**_SMALL),
+    "llama_even": LlamaConfig(**_ODD | {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}),
     "gpt2_small": GPT2Config(vocab_size=VOCABULARY, n_embd=80, n_inner=136, n_layer=2, n_head=4, n_positions=256),
     "llama_tied": LlamaConfig(**_ODD, tie_word_embeddings=True),
     "llama_tied_small": LlamaConfig(**_SMALL, tie_word_embeddings=True),
@@ -76,6 +77,15 @@ def _seed():
 @pytest.fixture(scope="session")
 def reference() -> Path:
     return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def short_reference(tmp_path_factory, tokenizer) -> Path:
+    """The reference model's first two blocks of six, with its head: what runs through all of it takes a third."""
+    folder = tmp_path_factory.mktemp("models") / "short"
+    AutoModelForCausalLM.from_pretrained(REFERENCE, num_hidden_layers=2).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

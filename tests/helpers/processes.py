@@ -1,7 +1,8 @@
-"""Runs a script in one process, or in several that share its work."""
+"""Runs a script in this process, or in several that share its work."""
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -11,7 +12,10 @@ from ..conftest import ROOT
 def run(script, processes, output, *arguments):
     """The records that each process wrote to `output`, after `python script ARGUMENTS... output`."""
     output.mkdir()
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    if processes == 1:  # this one
+        runpy.run_path(str(script))["main"](*map(str, arguments), str(output))
+        return [json.loads((output / "0.json").read_text())]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *launch, str(script), *map(str, arguments), str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

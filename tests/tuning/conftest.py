@@ -1,4 +1,4 @@
-"""The full-precision reference model, which these tests tune packed copies of."""
+"""A full-precision model, of which these tests tune packed copies."""
 
 import pytest
 import torch
@@ -6,5 +6,5 @@ from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(scope="package")
-def teacher(reference):
-    return AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
+def teacher(short_reference):
+    return AutoModelForCausalLM.from_pretrained(short_reference, dtype=torch.float32).eval()

@@ -44,28 +44,28 @@ def test_it_helps_at_the_same_size(method, teacher, tokenizer):
     assert distance(tuned, teacher, tokenizer) < distance(plain, teacher, tokenizer)
 
 
-def test_a_run_that_is_cut_and_resumed_gives_the_same_bytes(reference, tmp_path, monkeypatch):
+def test_a_run_that_is_cut_and_resumed_gives_the_same_bytes(short_reference, tmp_path, monkeypatch):
     recipe = Recipe(GPTQ(2), calibration=Calibration("stdlib", 4, 64), tuner=BlockTuning(2, batch_tokens=128))
-    report = quantize_checkpoint(reference, recipe, tmp_path / "whole")
+    report = quantize_checkpoint(short_reference, recipe, tmp_path / "whole")
     write = CheckpointWriter.write
 
     def dies(self, index, name, layers):
         write(self, index, name, layers)
-        if index == 2:
+        if index == 0:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(CheckpointWriter, "write", dies)
     with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(reference, recipe, tmp_path / "cut")
+        quantize_checkpoint(short_reference, recipe, tmp_path / "cut")
     monkeypatch.undo()
     seen = []
     resumed = quantize_checkpoint(
-        reference, recipe, tmp_path / "cut", resume=True, progress=lambda done, total, name: seen.append((done, name))
+        short_reference, recipe, tmp_path / "cut", resume=True, progress=lambda *told: seen.append(told[2])
     )
     assert files(tmp_path / "whole") == files(tmp_path / "cut")
     assert resumed.layers == report.layers
-    tuning = [name for done, name in seen if "tuning" in name]
-    assert tuning == [f"model.layers.{block}, tuning {step}/2" for block in (3, 4, 5) for step in (1, 2)]
+    tuning = [name for name in seen if "tuning" in name]
+    assert tuning == [f"model.layers.1, tuning {step}/2" for step in (1, 2)]
 
 
 def test_what_gains_nothing_changes_nothing(teacher, tokenizer):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import quantkit
 from quantkit import RTN
@@ -12,14 +12,13 @@ from quantkit import RTN
 from ..helpers.processes import run
 
 
-def test_two_processes_take_the_steps_of_one(reference, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(reference)
+def test_two_processes_take_the_steps_of_one(short_reference, tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(short_reference, dtype=torch.float32)
     quantkit.quantize(model, tokenizer, method=RTN(2))
     model.save_pretrained(tmp_path / "packed")
     script = Path(__file__).with_name("shared_run.py")
-    (alone,) = run(script, 1, tmp_path / "one", tmp_path / "packed", reference)
-    shared = run(script, 2, tmp_path / "two", tmp_path / "packed", reference)
+    (alone,) = run(script, 1, tmp_path / "one", tmp_path / "packed", short_reference)
+    shared = run(script, 2, tmp_path / "two", tmp_path / "packed", short_reference)
     assert [record["processes"] for record in shared] == [2, 2]
     assert shared[0] == shared[1], "both hold the same model"
     assert [entry["step"] for entry in alone["history"]] == [0, 2, 4]
