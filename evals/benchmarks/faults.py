@@ -394,12 +394,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = trials(Path(folder), {name: getattr(asked, name) for name in counts}, random.Random(asked.seed))
     if asked.json:
-        table = [{"kind": kind, "trials": sum(row.outcomes.values()), **asdict(row)} for kind, row in rows.items()]
-        asked.json.write_text(json.dumps({"seed": asked.seed, "rows": table}, indent=1) + "\n")
+        asked.json.write_text(json.dumps({"seed": asked.seed, "rows": table(rows)}, indent=1) + "\n")
     for row in rows.values():
         for fault in row.faults:
             print(fault)
     sys.exit(1 if any(row.faults for row in rows.values()) else 0)
+
+
+def table(rows: Mapping[str, Tally]) -> list[dict[str, Any]]:
+    """The counts as JSON, a record a kind."""
+    found = []
+    for kind, row in rows.items():
+        count, wrong = sum(row.outcomes.values()), row.outcomes["fault"]
+        found.append({"kind": kind, "trials": count, "sound": count - wrong, **asdict(row)})
+    return found
 
 
 def trials(home: Path, counts: Mapping[str, int], chance: random.Random) -> dict[str, Tally]:

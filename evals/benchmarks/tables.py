@@ -467,6 +467,21 @@ DAMAGE = Table(
     {door: [{"door": door}] for door in _DOORS.replace("\n", "; ").split("; ")}, "doors",
 )  # fmt: skip
 
+FAULTS = Table(
+    file="2026-11-29-faults.json",
+    at="rows",
+    head="what happens | trials | as it must be",
+    cells=("{trials:.0f}", "{sound:.0f}"),
+    rows={
+        "`quantize` is killed": [{"kind": "quantize"}],
+        "`search` is killed": [{"kind": "search"}],
+        "`tune` is killed": [{"kind": "tune"}],
+        "one or both of two processes that share a search are killed": [{"kind": "two"}],
+        "the disk becomes full": [{"kind": "full"}],
+        "two runs towards one folder": [{"kind": "races"}],
+    },
+)
+
 TABLES = {
     "integers": INTEGERS,
     "head-bits": HEAD_BITS,
@@ -495,5 +510,6 @@ TABLES = {
     "kernels-rotations": KERNELS_ROTATIONS,
     "kernels-attention": KERNELS_ATTENTION,
     "damage": DAMAGE,
+    "faults": FAULTS,
 }
 """By the name that stands in a document's mark."""
