@@ -112,6 +112,12 @@ def identity(columns, dtype, few=32):
     return pieces if dtype == torch.bfloat16 else pieces[:: max(1, len(pieces) - 1)]
 
 
+def in_dtypes(rows):
+    """(*row, dtype) of all rows: each in bf16, and in turn in fp16 and fp32, which change numbers and no places."""
+    others = torch.float16, torch.float32
+    return [(*row, dtype) for index, row in enumerate(rows) for dtype in (torch.bfloat16, others[index % 2])]
+
+
 @dataclass(frozen=True)
 class Product:
     """A family.

@@ -9,12 +9,13 @@ from quantkit.kernels import int_group_matmul as kernel
 from quantkit.kernels import launching
 from quantkit.kernels.tuning import Config
 
-from ..helpers.products import identity
+from ..helpers.products import identity, in_dtypes
 from ..helpers.products import int_group_arguments as arguments
 from ..helpers.products import int_group_weight as weight_of
 from .conftest import error
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 4e-3, torch.float32: 1e-5}
+HALF, BRAIN, SINGLE = TOLERANCE
 
 
 @pytest.fixture
@@ -43,8 +44,7 @@ def test_decode_against_fp64(bits, dtype, symmetric, launched):
     assert error(kernel.reference(x, *arguments(weight)), exact) < 1.5 * TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize(("bits", "dtype"), in_dtypes([(1,), (3,), (2,), (4,), (5,), (7,), (6,), (8,)]))
 @pytest.mark.parametrize(("rows", "in_features"), [(5, 320), (5, 96), (40, 256)], ids=["ragged", "short", "many rows"])
 def test_gemm_against_fp64(rows, in_features, bits, dtype, launched):
     if dtype == torch.float32:
@@ -73,9 +73,8 @@ def test_dense_against_the_reference(bits, in_features, dtype, launched):
     ("out_features", "in_features", "group_size"),
     [(1, 1, 8), (3, 33, 8), (64, 100, 48), (67, 257, 257), (2, 640, 96), (129, 128, 32), (65, 256, 64), (7, 384, 384)],
 )
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_identity_gives_the_dequantized_weight_exactly(dtype, bits, out_features, in_features, group_size):
+@pytest.mark.parametrize(("bits", "dtype"), [(2, BRAIN), (3, BRAIN), (4, BRAIN), (8, BRAIN), (3, HALF), (4, SINGLE)])
+def test_identity_gives_the_dequantized_weight_exactly(bits, dtype, out_features, in_features, group_size):
     weight = weight_of(bits, out_features, in_features, group_size, bits % 2 == 0)
     expected = weight.dequantize(dtype)
     for rows in identity(in_features, dtype):
@@ -85,9 +84,10 @@ def test_identity_gives_the_dequantized_weight_exactly(dtype, bits, out_features
     assert torch.equal(weight.matmul(everything).T, expected)
 
 
-@pytest.mark.parametrize("block_m", [8, 16, 32])
-@pytest.mark.parametrize("split_k", [1, 2, 8])
-@pytest.mark.parametrize("pairs", [2, 4])
+@pytest.mark.parametrize(
+    ("block_m", "split_k", "pairs"),
+    [(8, 1, 2), (8, 2, 4), (8, 8, 2), (16, 1, 4), (16, 2, 2), (16, 8, 4), (32, 1, 2), (32, 2, 4), (32, 8, 2)],
+)
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256, 1024])
 def test_every_configuration_agrees(group_size, pairs, split_k, block_m, monkeypatch):
     """Shares that get no tile, groups wider and narrower than a tile, both orders of columns."""

@@ -14,7 +14,7 @@ from quantkit.kernels import pyramid_matmul_triton as jit
 from quantkit.kernels.tuning import Config
 
 from ..helpers import ptx
-from ..helpers.products import PRODUCTS, identity, pyramid_weight
+from ..helpers.products import PRODUCTS, identity, in_dtypes, pyramid_weight
 from ..helpers.products import pyramid_product as factored
 from ..helpers.products import pyramid_table_product as table
 from .conftest import error
@@ -43,14 +43,13 @@ def test_columns_that_fill_no_tile(name, in_features, dtype):
         assert error(PRODUCTS[name].launch(x, *arguments), x.double() @ weight.T) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("out_features", "in_features", "dimension"),
-    [
-        *[(1, 1, 2), (3, 33, 3), (67, 128, 4), (41, 70, 7), (64, 100, 8), (70, 257, 16), (129, 128, 24)],
-        *[(130, 128, 32), (65, 256, 64), (300, 96, 100), (7, 128, 256)],
-    ],
-)
+SIZES = [
+    *[(1, 1, 2), (3, 33, 3), (67, 128, 4), (41, 70, 7), (64, 100, 8), (70, 257, 16), (129, 128, 24)],
+    *[(130, 128, 32), (65, 256, 64), (300, 96, 100), (7, 128, 256)],
+]
+
+
+@pytest.mark.parametrize(("out_features", "in_features", "dimension", "dtype"), in_dtypes(SIZES))
 def test_identity_gives_the_dequantized_weight_exactly(out_features, in_features, dimension, dtype):
     weight = pyramid_weight(out_features, in_features, dimension, 7 + dimension // 8, 1)
     points, factors = weight.expanded()
@@ -65,9 +64,9 @@ def test_identity_gives_the_dequantized_weight_exactly(out_features, in_features
     assert torch.equal(kernel.launch(many, *arguments)[:in_features].T, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("pulses", "gain_bits"), [(1, 0), (1, 3), (2, 1), (3, 2), (4, 0), (4, 3), (5, 0), (5, 2), (6, 0), (6, 1)]
+    ("pulses", "gain_bits", "dtype"),
+    in_dtypes([(1, 0), (1, 3), (2, 1), (3, 2), (4, 0), (4, 3), (5, 0), (5, 2), (6, 0), (6, 1)]),
 )
 def test_identity_through_the_table(pulses, gain_bits, dtype):
     for out_features, in_features in ((67, 128), (131, 200)):
@@ -81,8 +80,7 @@ def test_identity_through_the_table(pulses, gain_bits, dtype):
 
 
 @pytest.mark.parametrize("config", [(8, 128, 2), (16, 128, 2), (32, 128, 4), (16, 256, 4), (8, 64, 2), (16, 64, 8)])
-@pytest.mark.parametrize("split_k", [1, 2, 8])
-@pytest.mark.parametrize("pairs", [2, 4])
+@pytest.mark.parametrize(("split_k", "pairs"), [(1, 2), (2, 4), (8, 2), (8, 4)])
 @pytest.mark.parametrize("dimension", [8, 12, 5])
 def test_every_configuration_agrees(dimension, pairs, split_k, config, monkeypatch):
     """Shares that get no tile, both orders of columns, runs of rows of all lengths."""

@@ -12,17 +12,21 @@ from quantkit.kernels.tuning import Config
 from quantkit.models.linear import QuantizedLinear
 
 from ..helpers import ptx
-from ..helpers.products import identity
+from ..helpers.products import identity, in_dtypes
 from ..helpers.products import trellis_product as make
 from .conftest import error
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 4e-3, torch.float32: 1e-6}
 OPERATOR = torch.ops.quantkit.trellis_matmul
 FORMS = [(bits, state_bits) for bits in range(1, 9) for state_bits in (16, 12, 8)]
+SIZES = [
+    *[(1, 1, 2), (1, 33, 8), (7, 300, 1), (32, 16, 4), (33, 70, 2), (33, 144, 3), (129, 100, 5), (129, 128, 8)],
+    *[(128, 128, 7), (128, 40, 6), (270, 65, 2), (270, 80, 3), (128, 512, 2)],
+]
+"""(out_features, in_features, bits)."""
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("bits", "state_bits"), FORMS)
+@pytest.mark.parametrize(("bits", "state_bits", "dtype"), in_dtypes(FORMS))
 def test_against_fp64(bits, state_bits, dtype):
     arguments, weight = make(70, 160, bits, state_bits)
     for rows in (5, 40) if state_bits < 16 else (5, 14, 40):
@@ -33,14 +37,7 @@ def test_against_fp64(bits, state_bits, dtype):
     assert error(kernel.reference(x, *arguments), x.double() @ weight.T) < 1.5 * TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(
-    ("out_features", "in_features", "bits"),
-    [
-        *[(1, 1, 2), (1, 33, 8), (7, 300, 1), (32, 16, 4), (33, 70, 2), (33, 144, 3), (129, 100, 5), (129, 128, 8)],
-        *[(128, 128, 7), (128, 40, 6), (270, 65, 2), (270, 80, 3), (128, 512, 2)],
-    ],
-)
+@pytest.mark.parametrize(("out_features", "in_features", "bits", "dtype"), in_dtypes(SIZES))
 def test_identity_gives_the_dequantized_weight_exactly(out_features, in_features, bits, dtype):
     """Windows around the rings' ends among them; few rows of x and many, of all columns in bf16."""
     arguments, weight = make(out_features, in_features, bits)
