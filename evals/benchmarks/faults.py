@@ -33,6 +33,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from quantkit.evals.benchmarks.packed_bytes import digest, small_models
 
