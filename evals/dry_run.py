@@ -1,0 +1,93 @@
+"""What `--dry-run` says of memory and time, beside what the runs then take.
+
+    python -m quantkit.evals.dry_run [--only TEXT] [--json FILE]
+
+Five runs, each in a process of its own: by several methods on the reference model, and on an untrained one that is
+wider, in 4 blocks. Memory is the process's peak; time is of this machine, which should have nothing else to do.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaConfig
+
+from quantkit.evals.memory import REFERENCE, write_untrained_llama
+
+RUNS = {
+    "rtn": (False, "--method rtn --bits 3"),
+    "gptq": (False, "--bits 3"),
+    "gptq, few sequences": (False, "--bits 3 --num-samples 32"),
+    "trellis of 10 state bits": (False, "--method trellis --bits 2 --state-bits 10 --num-samples 24"),
+    "gptq, wide model": (True, "--bits 3 --num-samples 16 --seqlen 512"),
+}
+"""Name -> (whether on the wide model, options)."""
+_ESTIMATE = (
+    "import json, sys; from pathlib import Path; from quantkit.run.estimate import estimate; "
+    "from quantkit.run.recipe import Calibration, Recipe, make_quantizer; method, bits, settings, text, model = "
+    "json.loads(sys.argv[1]); found = estimate(Path(model), Recipe(make_quantizer(method, bits=bits, **settings), "
+    "calibration=Calibration('stdlib', **text)), device='cpu'); print(json.dumps([found.memory_bytes, found.seconds]))"
+)
+
+
+def wide_model(folder: Path) -> Path:
+    """An untrained Llama of 1,024 features and 4 blocks."""
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=16,
+        num_key_value_heads=4, max_position_embeddings=2048, dtype="bfloat16", architectures=["LlamaForCausalLM"],
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    write_untrained_llama(folder, config)
+    for file in REFERENCE.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def measure(model: Path, options: str, output: Path) -> dict[str, Any]:
+    """One run, after its estimate."""
+    words = dict(zip((word := options.split())[::2], word[1::2], strict=True))
+    text = {"num_samples": int(words.get("--num-samples", 128))}
+    text |= {"seqlen": int(words["--seqlen"])} if "--seqlen" in words else {}
+    settings = {"state_bits": int(words["--state-bits"])} if "--state-bits" in words else {}
+    asked = [words.get("--method", "gptq"), int(words["--bits"]), settings, text, str(model)]
+    told = subprocess.run([sys.executable, "-c", _ESTIMATE, json.dumps(asked)], check=True, capture_output=True)
+    memory, seconds = json.loads(told.stdout)
+    command = ["-m", "quantkit.cli", "quantize", str(model), *options.split(), "--calibration", "stdlib"]
+    command += ["--output", str(output), "--device", "cpu", "--quiet"]
+    subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+    report = json.loads((output / "quantkit_report.json").read_text())
+    taken = {"peak_bytes": report["peak_memory_bytes"], "seconds": report["seconds"]}
+    ratios = {"memory_ratio": memory / taken["peak_bytes"], "time_ratio": seconds / taken["seconds"]}
+    return {"told_bytes": memory, "told_seconds": seconds} | taken | ratios
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="runs whose name has this text")
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as home:
+        wide = wide_model(Path(home) / "wide")
+        for number, (name, (on_wide, options)) in enumerate(RUNS.items()):
+            if asked.only in name:
+                row = measure(wide if on_wide else REFERENCE, options, Path(home) / f"out-{number}")
+                rows.append({"run": name, "options": options, "wide": on_wide} | row)
+                print(
+                    f"{name:26} told {row['told_bytes'] / 2**20:6.0f} MiB {row['told_seconds']:6.0f} s, "
+                    f"took {row['peak_bytes'] / 2**20:6.0f} MiB {row['seconds']:6.0f} s: "
+                    f"{row['memory_ratio']:.2f} x memory, {row['time_ratio']:.2f} x time",
+                    flush=True,
+                )
+    if asked.json:
+        asked.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
