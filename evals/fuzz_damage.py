@@ -106,7 +106,7 @@ def _change(tree: Tree, path: tuple[Any, ...], draw: random.Random) -> str:
 
 
 def _other(draw: random.Random) -> Tree:
-    kinds: list[list[Tree]] = [[*ODD_TEXT], [*NUMBERS], [*OTHERS], [*DTYPES]]
+    kinds: list[list[Any]] = [ODD_TEXT, NUMBERS, OTHERS, DTYPES]
     return copy.deepcopy(draw.choice(draw.choice(kinds)))
 
 

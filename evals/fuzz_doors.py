@@ -21,8 +21,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-import quantkit
-from quantkit import Calibration, Recipe
+from quantkit.api import search, tune
 from quantkit.core import spec
 from quantkit.evals.evaluate import evaluate
 from quantkit.evopress.budget import read_timings
@@ -30,12 +29,13 @@ from quantkit.evopress.run import Watch
 from quantkit.evopress.settings import Evolution
 from quantkit.evopress.wanted import Wanted
 from quantkit.io.checkpoint import contents
+from quantkit.io.hf import load
 from quantkit.io.shards import Shards
 from quantkit.io.source import load_tokenizer, open_folder
 from quantkit.kvcache.cache import GearCache
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.run.pipeline import quantize_checkpoint
-from quantkit.run.recipe import read_plan
+from quantkit.run.recipe import Calibration, Recipe, read_plan
 from quantkit.tuning.settings import TuningSettings
 
 SAME, OTHER, TAKEN = "equal", "different", "taken"
@@ -99,7 +99,7 @@ def make_bases(root: Path) -> None:
     mixed = Recipe(None, {pattern: spec.read(text) for pattern, text in _EACH.items()}, calibration=text)
     quantize_checkpoint(dense, mixed, root / "mixed")
     quantize_checkpoint(tied, Recipe(spec.read("rtn(3, 16)"), head_bits=4), root / "tied")
-    packed = quantkit.load(root / "mixed")
+    packed = load(root / "mixed")
     packed.save_pretrained(root / "saved")
     quantize_checkpoint(dense, _PLAIN, root / "whole")
     _interrupted(root)
@@ -111,7 +111,7 @@ def make_bases(root: Path) -> None:
         packed(_tokens(), past_key_values=kept)
     kept.save(root / "prefix" / "prompt.safetensors")
     for name in ("mixed", "tied", "saved", "whole"):
-        torch.save(_logits(quantkit.load(root / name)), root / f"{name}.logits")
+        torch.save(_logits(load(root / name)), root / f"{name}.logits")
 
 
 def _write_model(folder: Path, **more: Any) -> Path:
@@ -181,7 +181,7 @@ def _searches(root: Path) -> None:
 
 def _search(root: Path, place: Path, output: Path, generations: int, watch: Any = None, resume: bool = False) -> None:
     text = Calibration(str(root / "texts" / "plain.txt"), 4, 32)
-    quantkit.search(
+    search(
         root / "dense", output, avg_bits=3.8, candidates="rtn(2, 16), rtn(4, 16)", base="rtn(2, 16)",
         calibration=text, search_samples=4, held_out=1, database=place / "candidates", device="cpu", resume=resume,
         evolution=Evolution(generations, 2, ((1, 32),)), watch=watch,
@@ -203,7 +203,7 @@ def _tunings(root: Path) -> None:
 def _tune(root: Path, place: Path, output: Path, **more: Any) -> None:
     settings = TuningSettings(steps=2, batch=1, micro_batch=1, held_out=1, evaluate_every=1, top=16)
     text = Calibration(str(root / "texts" / "plain.txt"), 3, 32, 1)
-    quantkit.tune(
+    tune(
         root / "whole", root / "dense", output=output, calibration=text, settings=settings, device="cpu",
         cache=place / "teacher", **more,
     )  # fmt: skip
@@ -232,7 +232,7 @@ def _compared(model: Any, root: Path, name: str) -> str:
 
 def _loads(name: str, verify: bool = False) -> Callable[[Path, Path], str]:
     def enter(folder: Path, root: Path) -> str:
-        return _compared(quantkit.load(folder, verify=verify), root, name)
+        return _compared(load(folder, verify=verify), root, name)
 
     return enter
 
@@ -272,7 +272,7 @@ def _evaluates(folder: Path, root: Path) -> str:
 
 @cache
 def _student(root: Path) -> Any:
-    return quantkit.load(root / "whole")
+    return load(root / "whole")
 
 
 def _plans(folder: Path, root: Path) -> str:
@@ -327,7 +327,7 @@ def _prompted(folder: Path, root: Path) -> str:
 
 @cache
 def _packed(root: Path) -> Any:
-    return quantkit.load(root / "mixed")
+    return load(root / "mixed")
 
 
 _CHECKPOINT = ("config.json", "*.safetensors", "*.index.json", "quantkit_*.json", "generation_config.json")
