@@ -51,9 +51,11 @@ CONFIGS = {
 }
 
 
-KERNEL, SLOW = {"kernels"}, {"cli", "evals", "tuning", "evopress"}
-"""Folders whose tests are marked so, for an edit loop: pytest -m "not slow and not kernel"."""
-FIRST = ("evals", "kernels", "tuning", "cli", "evopress", "test_methods.py")
+WHOLE = ("test_extending.py", "test_lazy.py", "test_packaging.py", "test_readme.py")
+"""Files beside the folders that run whole programs."""
+KERNEL, SLOW = {"kernels"}, {"cli", "evals", "tuning", "evopress", *WHOLE}
+"""Folders and files whose tests are marked so, for an edit loop: pytest -m "not slow and not kernel"."""
+FIRST = ("evals", "kernels", "tuning", "cli", "evopress", "test_methods.py", *WHOLE)
 """Where files take longest: begun first, so that the processes that share a run end together."""
 
 
