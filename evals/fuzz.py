@@ -16,7 +16,8 @@ What may come of it, and the rest is a fault:
 Faults are other exceptions (traceback), other results (wrong), errors of several lines or beyond print (garbled), 10 s
 of the processor without an answer (hang), a process that dies (crash), and memory that a file of some kilobytes asks
 for (memory). Processes are forks of one that has imported everything; one that hangs or dies is replaced, and what hung
-is tried once more before it counts. The exit code is 1 where there is a fault; `--only NUMBER` repeats one.
+is tried once more before it counts. Ctrl-C ends a run with the counts by then. The exit code is 1 where there is a
+fault; `--only NUMBER` repeats one.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -139,6 +141,8 @@ def _forget_peak() -> None:
 
 def _work(pipe: Connection, root: Path) -> None:
     """A worker: numbers come in, outcomes go out."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
     torch.set_num_threads(1)
     quiet()
     for name, door in DOORS.items():  # loads and compiles what all variants share
@@ -317,13 +321,14 @@ def run(numbers: list[int], processes: int, minutes: float = math.inf) -> tuple[
             raise SystemExit("the undamaged files could not be made")
         print(f"undamaged files made in {time.monotonic() - begun:.0f} s", file=sys.stderr)
         begun, faults = time.monotonic(), 0
-        for one in outcomes(numbers, root, processes, minutes):
-            found.append(one)
-            faults += one.kind in FAULTS
-            if sys.stderr.isatty() or len(found) % 100 == 0:
-                pace = (time.monotonic() - begun) / len(found)
-                left = pace * (len(numbers) - len(found)) / 60
-                print(f"{len(found):,} of {len(numbers):,}, {faults} faults, {left:.0f} min left", file=sys.stderr)
+        with suppress(KeyboardInterrupt):  # what was tried by then counts
+            for one in outcomes(numbers, root, processes, minutes):
+                found.append(one)
+                faults += one.kind in FAULTS
+                if sys.stderr.isatty() or len(found) % 100 == 0:
+                    pace = (time.monotonic() - begun) / len(found)
+                    left = pace * (len(numbers) - len(found)) / 60
+                    print(f"{len(found):,} of {len(numbers):,}, {faults} faults, {left:.0f} min left", file=sys.stderr)
         return sorted(found, key=lambda one: one.number), time.monotonic() - begun
 
 
@@ -345,6 +350,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write counts and faults there")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no more variants after so many")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     numbers = arguments.only or list(range(arguments.seed, arguments.seed + arguments.variants))
     found, seconds = run(numbers, arguments.processes, arguments.minutes)
     record = summary(found, seconds)
