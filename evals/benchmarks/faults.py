@@ -29,7 +29,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -407,7 +407,8 @@ def table(rows: Mapping[str, Tally]) -> list[dict[str, Any]]:
     found = []
     for kind, row in rows.items():
         count, wrong = sum(row.outcomes.values()), row.outcomes["fault"]
-        found.append({"kind": kind, "trials": count, "sound": count - wrong, **asdict(row)})
+        outcomes = {"outcomes": dict(row.outcomes), "faults": row.faults}
+        found.append({"kind": kind, "trials": count, "sound": count - wrong} | outcomes)
     return found
 
 

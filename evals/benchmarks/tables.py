@@ -68,16 +68,9 @@ INTEGERS = Table(
 )
 
 HEAD_BITS = Table(
-    file="2026-11-28-cpu-head-bits.json",
-    at="rows",
-    head="head and embedding | MiB of the weight files | KL x 1000",
-    cells=("{bytes:M.2f}", KL1),
-    rows={
-        "dense": [{"head_bits": 0}],
-        "`--head-bits 6`": [{"head_bits": 6}],
-        "`--head-bits 4`": [{"head_bits": 4}],
-    },
-)
+    "2026-11-28-cpu-head-bits.json", "head and embedding | MiB of the weight files | KL x 1000", ("{bytes:M.2f}", KL1),
+    {f"`--head-bits {bits}`" if bits else "dense": [{"head_bits": bits}] for bits in (0, 6, 4)}, "rows",
+)  # fmt: skip
 
 TARGET_SHIFT = Table(
     file="2026-11-21-cpu-target-shift-sweep.json",
@@ -148,12 +141,9 @@ TRELLIS_PARTS = Table(
 )
 
 TRELLIS_SHIFT = Table(
-    file="2026-11-22-cpu-trellis.json",
-    head="target shift | 0 | 0.5 | **0.7** (default) | 0.85 | 1",
-    cells=(KL1,),
-    where={"windows": 64},
-    rows={"KL": [{"target_shift": shift} for shift in (0, 0.5, 0.7, 0.85, 1)]},
-)
+    "2026-11-22-cpu-trellis.json", "target shift | 0 | 0.5 | **0.7** (default) | 0.85 | 1", (KL1,),
+    {"KL": [{"target_shift": shift} for shift in (0, 0.5, 0.7, 0.85, 1)]}, where={"windows": 64},
+)  # fmt: skip
 
 TRELLIS_CODES = Table(
     file="2026-11-22-cpu-trellis-codes.json",
@@ -467,20 +457,15 @@ DAMAGE = Table(
     {door: [{"door": door}] for door in _DOORS.replace("\n", "; ").split("; ")}, "doors",
 )  # fmt: skip
 
+_KINDS = {
+    "quantize": "`quantize` is killed", "search": "`search` is killed", "tune": "`tune` is killed",
+    "two": "one or both of two processes that share a search are killed", "full": "the disk becomes full",
+    "races": "two runs towards one folder",
+}  # fmt: skip
 FAULTS = Table(
-    file="2026-11-29-faults.json",
-    at="rows",
-    head="what happens | trials | as it must be",
-    cells=("{trials:.0f}", "{sound:.0f}"),
-    rows={
-        "`quantize` is killed": [{"kind": "quantize"}],
-        "`search` is killed": [{"kind": "search"}],
-        "`tune` is killed": [{"kind": "tune"}],
-        "one or both of two processes that share a search are killed": [{"kind": "two"}],
-        "the disk becomes full": [{"kind": "full"}],
-        "two runs towards one folder": [{"kind": "races"}],
-    },
-)
+    "2026-11-29-faults.json", "what happens | trials | as it must be", ("{trials:.0f}", "{sound:.0f}"),
+    {label: [{"kind": kind}] for kind, label in _KINDS.items()}, "rows",
+)  # fmt: skip
 
 TABLES = {
     "integers": INTEGERS,
