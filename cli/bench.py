@@ -38,7 +38,7 @@ def bench_command(
     tune: Annotated[
         bool, typer.Option("--autotune", help="First measure the kernels' sizes for this model and GPU, and keep them.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure time to first token, tokens a second and memory; --baseline puts the original beside it."""
     import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -18,7 +18,18 @@ from quantkit.core.units import size
 if TYPE_CHECKING:
     from quantkit.run.report import Report
 
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+class _Aside(Console):
+    """For what --quiet leaves out."""
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        """As any console's, or nothing."""
+        if voice() > Voice.QUIET:
+            super().print(*objects, **settings)
+
+
+_FORM: dict[str, Any] = {"highlight": False, "width": None if sys.stdout.isatty() else 120}
+console, aside = Console(**_FORM), _Aside(**_FORM)
 
 
 def made(output: Path) -> None:
@@ -42,8 +53,6 @@ def without_prefix(names: Sequence[str]) -> tuple[str, list[str]]:
 
 def report_table(report: Report) -> None:
     """Prints a quantization report; nothing with --quiet."""
-    if voice() == Voice.QUIET:
-        return
     before, names = without_prefix([layer.name for layer in report.layers])
     table = Table(title=escape(report.model), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(escape(f"layer of {before}" if before else "layer"), overflow="fold")
@@ -54,15 +63,15 @@ def report_table(report: Report) -> None:
         damping = "" if layer.damping is None else f"{layer.damping:g}"
         cells = [escape(name), layer.format, f"{layer.bits_per_weight:.3f}", f"{layer.relative_error:.2e}", damping]
         table.add_row(*cells, *(["{:.2e} -> {:.2e}".format(*layer.tuned)] if layer.tuned else []))
-    console.print(table)
+    aside.print(table)
     fraction = 100 * report.packed_weights / report.all_weights
-    console.print(
+    aside.print(
         f"bits per weight  {report.bits_per_weight:.3f} measured, in layers that hold {fraction:.1f}% of the weights"
     )
     ratio = report.bytes_before / report.bytes_after
-    console.print(f"size             {size(report.bytes_before)} -> {size(report.bytes_after)} ({ratio:.2f}x smaller)")
+    aside.print(f"size             {size(report.bytes_before)} -> {size(report.bytes_after)} ({ratio:.2f}x smaller)")
     gpu = f", {size(report.peak_device_bytes)} on the GPU" if report.peak_device_bytes else ""
-    console.print(f"peak memory      {size(report.peak_memory_bytes)}{gpu}")
-    console.print(f"time             {report.seconds:.1f} s")
+    aside.print(f"peak memory      {size(report.peak_memory_bytes)}{gpu}")
+    aside.print(f"time             {report.seconds:.1f} s")
     for note in report.notes:
-        console.print(f"note             {note}")
+        aside.print(f"note             {note}")

@@ -85,7 +85,7 @@ def evaluate_command(
     kv_bits: options.KvBits = None,
     kv_prefix: _KvPrefix = None,
     kv_retrieval: _KvRetrieval = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure perplexity on held-out text; with --baseline also KL, top-1 agreement and flips.
 

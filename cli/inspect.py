@@ -11,6 +11,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from quantkit.cli import options
 from quantkit.cli.display import console, without_prefix
 from quantkit.core.units import size
 
@@ -24,7 +25,7 @@ def inspect_command(
         bool,
         typer.Option("--verify", help="Hold tensors and files against their checksums; exit code 2 if one differs."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """List a packed checkpoint's layers: format, shape, measured bits per weight, size."""
     from quantkit.io.checkpoint import contents

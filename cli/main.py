@@ -124,6 +124,6 @@ def _as_options(text: str, arguments: list[str]) -> str:
 
 
 def _end(console: Console, error: QuantkitError) -> None:
-    text = " ".join(_as_options(str(error), sys.argv[1:]).split()).replace("[", r"\[")
+    text = _as_options(str(error), sys.argv[1:]).replace("[", r"\[")
     console.print(f"[bold red]error:[/] {text}", soft_wrap=True, highlight=False)
     sys.exit(error.exit_code)

@@ -40,6 +40,9 @@ KvBits = Annotated[
 ]
 
 
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
 def is_first_process() -> bool:
     """Whether this process prints, of those that torchrun or accelerate started."""
     return os.environ.get("RANK", "0") == "0"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -170,6 +172,7 @@ def quantize_command(
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
     dry_run: _DryRun = False,
+    as_json: options.Json = False,
 ) -> None:
     """Quantize a model: blocks are read, quantized and written one at a time.
 
@@ -197,7 +200,7 @@ def quantize_command(
     folder = resolve_folder(model)
     output = output or Path(f"{Path(model).resolve().name}-{words}")
     if dry_run:
-        _say_estimate(model, folder, recipe, output, device)
+        _say_estimate(model, folder, recipe, output, device, as_json)
         return
     try:
         with block_progress() as progress:
@@ -206,6 +209,9 @@ def quantize_command(
             )
     except KeyboardInterrupt:
         raise _interrupted(output) from None
+    if as_json:
+        print(json.dumps(report.to_json(), indent=2))
+        return
     report_table(report)
     made(output)
 
@@ -244,10 +250,13 @@ def _quantizer(
     return quantizer, words + ("" if bits is None else f"-{bits:g}bit")
 
 
-def _say_estimate(model: str, folder: Path, recipe: Recipe, output: Path, device: str) -> None:
+def _say_estimate(model: str, folder: Path, recipe: Recipe, output: Path, device: str, as_json: bool) -> None:
     from quantkit.run.estimate import estimate
 
     expected = estimate(folder, recipe, device=device)
+    if as_json:
+        print(json.dumps(asdict(expected), indent=2))
+        return
     console.print(f"[bold]{escape(model)}[/] -> {escape(str(output))}", soft_wrap=True)
     console.print(
         f"layers to pack     {expected.layers}, {expected.packed_weights:,} of {expected.all_weights:,} weights"

@@ -10,9 +10,8 @@ from rich import box
 from rich.table import Table
 
 from quantkit.cli import options
-from quantkit.cli.display import console, made, report_table
+from quantkit.cli.display import aside, made, report_table
 from quantkit.cli.progress import search_progress
-from quantkit.cli.voice import Voice, voice
 from quantkit.core.constants import TARGET_SHIFT
 from quantkit.core.errors import Interrupted
 from quantkit.evopress.settings import CANDIDATES, Evolution, parse_stages, stages_text
@@ -162,7 +161,7 @@ def search_command(
                 target_shift=target_shift, search_samples=search_samples, held_out=held_out, measure=measure,
                 evolution=Evolution(generations, offspring, parse_stages(stages)), start=start, top=top, device=device,
                 seed=seed, resume=resume, overwrite=overwrite,
-                watch=Watch(told, progress, _tell),
+                watch=Watch(told, progress, aside.print),
             )  # fmt: skip
     except KeyboardInterrupt:
         raise Interrupted("stopped; repeat the command with --resume to continue") from None
@@ -170,31 +169,22 @@ def search_command(
         _say(found, top, output)
 
 
-def _tell(text: str) -> None:
-    """What a search tells of between its parts."""
-    if voice() > Voice.QUIET:
-        console.print(text)
-
-
 def _say(found: Searched, top: int, output: Path) -> None:
-    if voice() == Voice.QUIET:
-        made(output)
-        return
     if found.report is None:
-        console.print(f"left out: {', '.join(found.left_out)}")
+        aside.print(f"left out: {', '.join(found.left_out)}")
     else:
         report_table(found.report)
         if not found.picture:
-            console.print("no picture: matplotlib is not installed (pip install matplotlib)")
+            aside.print("no picture: matplotlib is not installed (pip install matplotlib)")
     outcome = found.outcome
     table = Table(title="on held-out text", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("assignment")
     table.add_column("KL" if found.measure == "kl" else "log-likelihood", justify="right")
     for name, figure in outcome.held_out.items():
         table.add_row(name, f"{figure:.4f}")
-    console.print(table)
+    aside.print(table)
     if found.measure == "kl":
         seen = f"{100 * outcome.seen:.1f}% of the full KL (one held-out sequence)"
-        console.print(f"seen             {seen} in the top {top} tokens and the rest as one")
-    console.print(f"budget           {outcome.spent:,} of {outcome.budget:,} spent")
+        aside.print(f"seen             {seen} in the top {top} tokens and the rest as one")
+    aside.print(f"budget           {outcome.spent:,} of {outcome.budget:,} spent")
     made(output)

@@ -9,9 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from quantkit.cli import options
-from quantkit.cli.display import console, made
+from quantkit.cli.display import aside, made
 from quantkit.cli.progress import tuning_progress
-from quantkit.cli.voice import Voice, voice
 from quantkit.core.errors import Interrupted
 from quantkit.tuning.settings import PVSettings, TuningSettings
 
@@ -122,13 +121,10 @@ def tune_command(
 
 
 def _say(history: list[dict[str, Any]], output: Path) -> None:
-    if voice() == Voice.QUIET:
-        made(output)
-        return
     first, best = history[0], min(entry["kl"] for entry in history)
     if "full_kl" in first:
         missing = 100 * (1 - first["kl"] / first["full_kl"])
-        console.print(f"the cache understates KL by {missing:.1f}% ({first['full_kl']:.4f} in full before tuning)")
+        aside.print(f"the cache understates KL by {missing:.1f}% ({first['full_kl']:.4f} in full before tuning)")
     less = 100 * (1 - best / first["kl"])
-    console.print(f"held-out KL to the teacher  {first['kl']:.4f} -> {best:.4f} nats a token ({less:.0f}% less)")
+    aside.print(f"held-out KL to the teacher  {first['kl']:.4f} -> {best:.4f} nats a token ({less:.0f}% less)")
     made(output)

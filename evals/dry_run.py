@@ -8,7 +8,6 @@ wider, in 4 blocks. Memory is the process's peak; time is of this machine, which
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,12 +26,6 @@ RUNS = {
     "gptq, wide model": (True, "--bits 3 --num-samples 16 --seqlen 512"),
 }
 """Name -> (whether on the wide model, options)."""
-_ESTIMATE = (
-    "import json, sys; from pathlib import Path; from quantkit.run.estimate import estimate; "
-    "from quantkit.run.recipe import Calibration, Recipe, make_quantizer; method, bits, settings, text, model = "
-    "json.loads(sys.argv[1]); found = estimate(Path(model), Recipe(make_quantizer(method, bits=bits, **settings), "
-    "calibration=Calibration('stdlib', **text)), device='cpu'); print(json.dumps([found.memory_bytes, found.seconds]))"
-)
 
 
 def wide_model(folder: Path) -> Path:
@@ -43,24 +36,21 @@ def wide_model(folder: Path) -> Path:
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     write_untrained_llama(folder, config)
-    for file in REFERENCE.glob("tokenizer*"):
-        shutil.copy(file, folder)
     return folder
+
+
+def _said(command: list[str]) -> dict[str, Any]:
+    """The JSON object that a command prints."""
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return found
 
 
 def measure(model: Path, options: str, output: Path) -> dict[str, Any]:
     """One run, after its estimate."""
-    words = dict(zip((word := options.split())[::2], word[1::2], strict=True))
-    text = {"num_samples": int(words.get("--num-samples", 128))}
-    text |= {"seqlen": int(words["--seqlen"])} if "--seqlen" in words else {}
-    settings = {"state_bits": int(words["--state-bits"])} if "--state-bits" in words else {}
-    asked = [words.get("--method", "gptq"), int(words["--bits"]), settings, text, str(model)]
-    told = subprocess.run([sys.executable, "-c", _ESTIMATE, json.dumps(asked)], check=True, capture_output=True)
-    memory, seconds = json.loads(told.stdout)
-    command = ["-m", "quantkit.cli", "quantize", str(model), *options.split(), "--calibration", "stdlib"]
-    command += ["--output", str(output), "--device", "cpu", "--quiet"]
-    subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
-    report = json.loads((output / "quantkit_report.json").read_text())
+    command = [sys.executable, "-m", "quantkit.cli", "quantize", str(model), *options.split()]
+    command += ["--calibration", "stdlib", "--device", "cpu", "--output", str(output), "--quiet", "--json"]
+    told, report = (_said([*command, *more]) for more in (["--dry-run"], []))
+    memory, seconds = told["memory_bytes"], told["seconds"]
     taken = {"peak_bytes": report["peak_memory_bytes"], "seconds": report["seconds"]}
     ratios = {"memory_ratio": memory / taken["peak_bytes"], "time_ratio": seconds / taken["seconds"]}
     return {"told_bytes": memory, "told_seconds": seconds} | taken | ratios

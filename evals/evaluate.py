@@ -104,22 +104,10 @@ def evaluate(
         Stopped: on Ctrl-C, once a sequence is measured; its `measured` is an `Evaluation` of those that are.
     """
     where, kind = pick_device(device), parse_dtype(dtype)
-
-    def loaded(asked: PreTrainedModel | str | Path, **settings: Any) -> PreTrainedModel:
-        if isinstance(asked, PreTrainedModel):
-            return asked
-        found = load(resolve_folder(asked), dtype=kind or compute_dtype(where) or "auto", device=where, **settings)
-        return found.eval()
-
-    if not isinstance(model, PreTrainedModel):
-        folder = resolve_folder(model)
-        read_config(folder)  # the tokenizer reads it too, and blames itself
-        tokenizer = load_tokenizer(folder)
-    elif tokenizer is None:
-        raise QuantkitError("a model in memory is measured with its tokenizer; give `tokenizer`")
+    tokenizer = _tokenizer(model, tokenizer)
     text = evaluation_text(documents(data, "evaluation", tokenizer), tokenizer, bos)
-    subject = loaded(model, unpack=unpack)
-    reference = None if baseline is None else loaded(baseline)
+    subject = _loaded(model, where, kind, unpack=unpack)
+    reference = None if baseline is None else _loaded(baseline, where, kind)
     for one in (subject, reference):
         if one is not None:
             check_vocabulary(text.tokens, one)
@@ -147,6 +135,26 @@ def evaluate(
     if stopped:
         raise Stopped(found)
     return found
+
+
+def _tokenizer(model: PreTrainedModel | str | Path, given: Any) -> Any:
+    """The tokenizer beside a model in a folder, or the one given with a model in memory."""
+    if not isinstance(model, PreTrainedModel):
+        folder = resolve_folder(model)
+        read_config(folder)  # the tokenizer reads it too, and blames itself
+        return load_tokenizer(folder)
+    if given is None:
+        raise QuantkitError("a model in memory is measured with its tokenizer; give `tokenizer`")
+    return given
+
+
+def _loaded(
+    asked: PreTrainedModel | str | Path, device: torch.device, dtype: torch.dtype | None, **settings: Any
+) -> PreTrainedModel:
+    if isinstance(asked, PreTrainedModel):
+        return asked
+    kind = dtype or compute_dtype(device) or "auto"
+    return load(resolve_folder(asked), dtype=kind, device=device, **settings).eval()
 
 
 def _activations(code: ActivationCode | None, observed: Observed) -> dict[str, Any]:

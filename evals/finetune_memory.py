@@ -9,7 +9,6 @@ each process's peak resident memory above what it held before it loaded the mode
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from quantkit.evals.memory import REFERENCE, write_untrained_llama
+from quantkit.evals.memory import write_untrained_llama
 
 _STEPS = """
 import json, sys, torch, psutil, quantkit
@@ -73,8 +72,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as workspace:
         source, packed = Path(workspace) / "llama", Path(workspace) / "packed"
         write_untrained_llama(source, config)
-        for file in REFERENCE.glob("tokenizer*"):
-            shutil.copy(file, source)
         command = ["-m", "quantkit.cli", "quantize", str(source), "--method", "rtn", "--bits", str(arguments.bits)]
         subprocess.run([sys.executable, *command, "--output", str(packed)], check=True, stdout=subprocess.DEVNULL)
         full, adapters = (measure(source, 0, arguments.tokens), measure(packed, arguments.rank, arguments.tokens))

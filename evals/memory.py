@@ -29,7 +29,7 @@ REFERENCE = Path(__file__).resolve().parent / "reference" / "model"
 
 
 def write_untrained_llama(folder: Path, config: LlamaConfig, seed: int = 0) -> None:
-    """Writes a Llama checkpoint with random bf16 weights, one shard a block, without ever holding all of it."""
+    """Writes a Llama with random bf16 weights and a tokenizer, one shard a block, without ever holding all of it."""
     generator = torch.Generator().manual_seed(seed)
     hidden, inner = config.hidden_size, config.intermediate_size
     keys = (config.num_key_value_heads or config.num_attention_heads) * hidden // config.num_attention_heads
@@ -60,6 +60,8 @@ def write_untrained_llama(folder: Path, config: LlamaConfig, seed: int = 0) -> N
     write("ends.safetensors", ends | {"model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16)})
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config.save_pretrained(folder)
+    for file in REFERENCE.glob("tokenizer*"):
+        shutil.copy(file, folder)
 
 
 def measure(blocks: int, method: str, workspace: Path) -> dict[str, float | str]:
@@ -76,8 +78,6 @@ def measure(blocks: int, method: str, workspace: Path) -> dict[str, float | str]
     )
     source, output = workspace / f"llama-{blocks}", workspace / f"llama-{blocks}-3bit"
     write_untrained_llama(source, config)
-    for file in REFERENCE.glob("tokenizer*"):
-        shutil.copy(file, source)
     start = time.monotonic()
     command = ["-m", "quantkit.cli", "quantize", str(source), "--method", method, "--bits", "3"]
     command += ["--output", str(output), "--calibration", "stdlib", "--num-samples", "8", "--seqlen", "512"]

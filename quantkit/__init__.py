@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from quantkit.quantizers.vptq import VPTQ
     from quantkit.run.pipeline import quantize_checkpoint
     from quantkit.run.recipe import Calibration, Recipe
-    from quantkit.tuning.adapters import finetune, finished, peft_config
+    from quantkit.tuning.adapters import finetune, finished
     from quantkit.tuning.block import BlockTuning
     from quantkit.tuning.settings import PVSettings, TuningSettings
 
@@ -59,7 +59,6 @@ __all__ = [
     "finished",
     "fuse",
     "load",
-    "peft_config",
     "quantize",
     "quantize_checkpoint",
     "rotate_model",
@@ -85,7 +84,7 @@ _PLACES = {
     "quantizers.vptq": ("VPTQ",),
     "run.recipe": ("Calibration", "Recipe"),
     "models.rotation": ("Rotation", "rotate_model"),
-    "tuning.adapters": ("finetune", "finished", "peft_config"),
+    "tuning.adapters": ("finetune", "finished"),
     "tuning.block": ("BlockTuning",),
     "tuning.settings": ("PVSettings", "TuningSettings"),
 }

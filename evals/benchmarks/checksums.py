@@ -8,7 +8,6 @@ all its bytes once by themselves; prints medians and their ratios.
 
 import argparse
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from statistics import median
 from transformers import LlamaConfig
 
 import quantkit
-from quantkit.evals.memory import REFERENCE, write_untrained_llama
+from quantkit.evals.memory import write_untrained_llama
 from quantkit.io.checkpoint import verify
 
 
@@ -37,8 +36,6 @@ def measure(hidden: int, blocks: int, runs: int, home: Path) -> dict[str, float]
         architectures=["LlamaForCausalLM"], bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     write_untrained_llama(home / "model", config)
-    for file in REFERENCE.glob("tokenizer*"):
-        shutil.copy(file, home / "model")
     packed = home / "packed"
     quantkit.quantize(str(home / "model"), method="rtn", bits=3, output=packed, device="cpu")
     files = sorted(packed.glob("*.safetensors"))

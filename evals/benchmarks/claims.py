@@ -200,6 +200,19 @@ CLAIMS = [
     Claim(README, "{:,.0f} of {:,.0f} builds", (Count(BUILDS, "builds", {"spills": 0}), Count(BUILDS, "builds"))),
     Claim("docs/kernels.md", "({:,.0f} builds, Triton 3.7.1)", (Count(BUILDS, "builds"),)),
     Claim(
+        "docs/kernels.md",
+        "takes {:.2f} a number on sm_100, and at 3 bits and 128 channels {:.2f} on sm_120. Products of 3 bits with 16 "
+        "and 32 rows take 8 rows at a time on sm_100, at {:.2f} instructions a weight and 8 rows",
+        tuple(
+            Value(BUILDS, "instructions_per_weight", "builds", {"name": name})
+            for name in (
+                "kv attention int2/2 D=256 rank 4 sparse sm_100",
+                "kv attention int3/3 D=128 sm_120",
+                "decode int3 g128 M=16 bf16 sm_100",
+            )
+        ),
+    ),
+    Claim(
         "docs/results/integers.md",
         "Full precision: perplexity {:.3f}",
         (Value("2026-11-21-cpu-reference-quality.json", "baseline_perplexity", where={"method": "rtn", "bits": 2}),),

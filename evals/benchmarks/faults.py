@@ -19,7 +19,6 @@ import ctypes
 import json
 import os
 import random
-import runpy
 import shutil
 import signal
 import socket
@@ -33,8 +32,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from quantkit.evals.benchmarks.forks import become
 from quantkit.evals.benchmarks.packed_bytes import digest, small_models
 
 IMPORTED = [
@@ -141,25 +141,11 @@ class Process:
         return End(code, self._log.read_text(errors="replace"), self._began, time.monotonic())
 
 
-def _become(arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
-    """In a fork: the command, whose end is the process' end."""
-    code = 1
-    try:
-        os.setsid()
-        for descriptor in (1, 2):
-            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-        os.environ.update(environment)
-        sys.argv = ["quantkit", *arguments]
-        runpy.run_module("quantkit.cli", run_name="__main__", alter_sys=True)
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+def _become(arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> NoReturn:
+    """In a fork: the command, of a session of its own."""
+    os.setsid()
+    os.environ.update(environment)
+    become("quantkit.cli", arguments, log, log)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from quantkit.core.result import LayerResult
 from quantkit.core.schema import in_words
 from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.tied import TiedWeight
-from quantkit.io.files import parse_json, read_json
+from quantkit.io.files import parse_json
 from quantkit.io.run_folder import MANIFEST, Output, check_listed
 from quantkit.io.shards import DTYPES, INDEX, Shards, checksum, header_checksum, open_shard
 
@@ -250,9 +250,7 @@ def verify(folder: Path) -> int:
     Raises:
         CheckpointError: some differ, are missing, or the folder lists none.
     """
-    check_listed(folder)
-    record = read_json(folder / MANIFEST, "the checksums of a quantkit run (save_pretrained writes none)")
-    listed = record.get("tensors")
+    listed = check_listed(folder).get("tensors")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{folder / MANIFEST} lists no checksums; {folder.name} cannot be verified")
     found = Shards(folder).checksums()

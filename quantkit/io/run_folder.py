@@ -439,19 +439,21 @@ def _unlike_manifest(folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def check_listed(folder: Path) -> None:
-    """Holds a published folder's files, those of tensors apart, against their checksums.
+def check_listed(folder: Path) -> dict[str, Any]:
+    """Holds a published folder's files, those of tensors apart, against their checksums; what `MANIFEST` holds.
 
     Raises:
         CheckpointError: one differs or is missing, or the list is damaged.
     """
-    others = read_json(folder / MANIFEST, "the checksums of a quantkit run (save_pretrained writes none)").get("others")
+    manifest = read_json(folder / MANIFEST, "the checksums of a quantkit run (save_pretrained writes none)")
+    others = manifest.get("others")
     if not isinstance(others, dict):
         raise CheckpointError(f"{folder / MANIFEST} lists no checksums of files; {folder.name} cannot be verified")
     for name, wanted in others.items():
         path = folder / name
         if not leads_below(folder, name) or not path.is_file() or _checksum(path) != wanted:
             raise CheckpointError(f"{path} is not as it was written, or is gone; fetch it anew")
+    return manifest
 
 
 def _checksum(path: Path) -> str:

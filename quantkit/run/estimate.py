@@ -76,10 +76,11 @@ def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimat
     source.untie(plan)
     dense_bytes = source.nbytes() - source.packed_nbytes(plan)
     own = {name: (quantizer, shapes[name]) for name, quantizer in plan.items() if not isinstance(quantizer, Tied)}
-    working = _working_bytes(source, recipe, shapes, tokens, where)
+    needs = plan_needs(plan)
+    working = _working_bytes(source, shapes, tokens, needs, recipe.tuner is not None, where)
     seconds = rounding_seconds(own, where)
     if tokens is not None:
-        seconds += pass_seconds(_multiplications(shapes, tokens.numel(), plan_needs(plan)), model.dtype, where)
+        seconds += pass_seconds(_multiplications(shapes, tokens.numel(), needs), model.dtype, where)
     return Estimate(
         layers=len(plan),
         packed_weights=packed_weights,
@@ -107,12 +108,16 @@ def _resident_bytes() -> int:
 
 
 def _working_bytes(
-    source: Source, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], tokens: Tensor | None, device: torch.device
+    source: Source,
+    shapes: Mapping[str, tuple[int, ...]],
+    tokens: Tensor | None,
+    needs: Needs,
+    tuned: bool,
+    device: torch.device,
 ) -> int:
     """Bytes of one block, of the streams, and of the largest layer while it is quantized."""
     model = source.model
     itemsize = torch.empty(0, dtype=model.dtype).element_size()
-    needs = plan_needs(recipe.plan(model))
     out_features, in_features = max(shapes.values(), key=lambda shape: shape[0] * shape[1])
     layer = 6 * 4 * out_features * in_features
     loaded = source.nbytes() if isinstance(source, Loaded) else 0
@@ -124,8 +129,8 @@ def _working_bytes(
     replayed = tokens.numel() * (hidden + widest) * itemsize
     replayed = min(replayed, int(REPLAY_FRACTION * free_memory(device)))
     stream = tokens.numel() * hidden * itemsize + replayed
-    streams = stream * (2 if needs == Needs.CROSS or recipe.tuner else 1)
-    if recipe.tuner:  # the weights, their targets, gradients and the optimizer's two moments, in fp32
+    streams = stream * (2 if needs == Needs.CROSS or tuned else 1)
+    if tuned:  # the weights, their targets, gradients and the optimizer's two moments, in fp32
         layer = max(layer, 6 * source.block_nbytes(4))
     heads = getattr(model.config.get_text_config(), "num_attention_heads", 1)
     width = 5 * max(max(shape) for name, shape in shapes.items() if name in inside) + 8 * hidden  # of a block's pass

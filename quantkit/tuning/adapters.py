@@ -137,18 +137,6 @@ def finished(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def peft_config(config: Any) -> Any:
-    """The config as it is: peft's own calls take packed layers by themselves (`quantkit.models.lora`).
-
-    Args:
-        config: peft's LoraConfig.
-
-    Returns:
-        The same.
-    """
-    return config
-
-
 def packed_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
     """The packed linear layers by name, each with tensors of its own; a head that is the embedding too stays as it is.
 

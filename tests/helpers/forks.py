@@ -7,14 +7,14 @@ its own and forks that for each command. Programs whose imports are the point (t
 import atexit
 import json
 import os
-import runpy
 import subprocess
 import sys
 import tempfile
-import traceback
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+
+from quantkit.evals.benchmarks.forks import become
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTED = [
@@ -63,28 +63,11 @@ def server():
 
 
 def _become(module, arguments, folder, path, output, errors):
-    """In a fork: the command, whose end is the process' end."""
-    for descriptor, path in ((0, os.devnull), (1, output), (2, errors)):
-        os.dup2(os.open(path, os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT), descriptor)
-    sys.stdin = os.fdopen(0, closefd=False)
+    """In a fork: the command, in a folder of its own and with packages of its own."""
     os.chdir(folder)
     sys.path += path
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *path])
-    sys.argv = [module, *arguments]
-    code = 1
-    try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-        code = 0
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    become(module, arguments, output, errors)
 
 
 def _serve():

@@ -77,7 +77,6 @@ def test_peft_on_packed_layers(teacher, tokenizer, tmp_path):
     again = PeftModel.from_pretrained(quantized(teacher, tokenizer, RTN(3)), tmp_path / "adapter")
     torch.testing.assert_close(logits(again), trained)
     torch.testing.assert_close(logits(again.merge_and_unload()), trained, atol=5e-3, rtol=0)
-    assert quantkit.peft_config(again.peft_config) is again.peft_config
 
 
 @pytest.fixture(scope="module")
