@@ -97,9 +97,9 @@ def evaluate(
     body = text.body(seqlen)
     stride = body if stride is None else stride
     if num_samples is not None and num_samples < 1:
-        raise QuantkitError(f"num_samples={num_samples}: measure at least one sequence")
+        raise QuantkitError(f"`num_samples` {num_samples}: measure at least one sequence")
     if not 1 <= stride <= seqlen:
-        raise QuantkitError(f"stride={stride}: use 1 to seqlen={seqlen}")
+        raise QuantkitError(f"`stride` {stride}: use 1 to {seqlen}, the tokens of a sequence")
     stride = min(stride, body)
     if not 0 <= prefix < seqlen - 1:
         raise QuantkitError(f"a prefix of {prefix} leaves nothing to score of sequences of {seqlen} tokens")
@@ -107,7 +107,7 @@ def evaluate(
     starts = list(available)[:num_samples]
     if not starts:
         raise QuantkitError(
-            f"the text has {len(text.tokens)} tokens, one sequence takes seqlen={seqlen}; use a shorter --seqlen"
+            f"the text has {len(text.tokens)} tokens, one sequence takes {seqlen}; use a shorter `seqlen`"
         )
     rows: list[dict[str, float]] = []
     try:
@@ -135,7 +135,7 @@ def _quality(rows: list[dict[str, float]], text: EvaluationText, available: int)
     nll, nll_se = means["nll"]
     if not math.isfinite(nll):
         raise QuantkitError(
-            "the model predicts NaN; its weights are damaged, or its dtype overflows: try --dtype float32"
+            "the model predicts NaN; its weights are damaged, or its dtype overflows: try `dtype` float32"
         )
     compared: dict[str, float] = {}
     if "kl" in means:
