@@ -18,7 +18,7 @@ from quantkit.io.checkpoint import verify
 from quantkit.io.shards import INDEX, Shards
 from quantkit.run.pipeline import quantize_checkpoint
 
-from ..helpers.checkpoints import Stop, digest, interrupted
+from ..helpers.checkpoints import Stop, digest, interrupted, unseal
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +262,7 @@ def test_damaged_checkpoints_are_refused_before_use(model_folder, tmp_path):
         folder.mkdir()
         for path in (tmp_path / "good").iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
+        unseal(folder)  # what checksums would find first is found without them too
         change(folder / file)
         for load in (quantkit.load, AutoModelForCausalLM.from_pretrained):
             with pytest.raises((CheckpointError, QuantkitError), match=message):
@@ -390,6 +391,7 @@ def test_a_finished_block_that_was_damaged_is_made_anew(reference, tmp_path, cap
 def test_tensors_that_no_layer_declares_are_damage(reference, tmp_path):
     out = tmp_path / "out"
     quantize_checkpoint(reference, Recipe(RTN(4, symmetric=False)), out)
+    unseal(out)
     config = json.loads((out / "config.json").read_text())
     layer = config["quantization_config"]["layers"]["model.layers.0.mlp.up_proj"]
     del layer["tensors"]["zeros"]

@@ -26,7 +26,7 @@ from quantkit.run.estimate import estimate
 from quantkit.run.pipeline import quantize_checkpoint
 
 from ..conftest import VOCABULARY
-from ..helpers.checkpoints import digest, interrupted
+from ..helpers.checkpoints import digest, interrupted, unseal
 from ..helpers.methods import METHODS, layer, spy
 
 ARCHITECTURES = ["llama_small", "llama_tied_small", "gpt2_small"]
@@ -395,6 +395,7 @@ def test_damaged_checkpoints_are_refused(packed_folder, tmp_path):
         damaged.mkdir()
         for path in folder.iterdir():
             (damaged / path.name).write_bytes(path.read_bytes())
+        unseal(damaged)
         for path in damaged.glob("*.safetensors"):
             tensors = {name: tensor for name, tensor in load_file(path).items() if not name.startswith(without)}
             save_file(tensors, path, metadata={"format": "pt"})

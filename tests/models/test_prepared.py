@@ -55,7 +55,7 @@ def test_a_settled_layer_holds_one_form_and_saves_the_other(make):
     assert any(name.endswith("stream") for name in held)
     assert not any(name.endswith("codes") for name in held)
     assert sum(buffer.nbytes for buffer in held.values()) <= 1.4 * size  # 96 rows fill one block and a half
-    torch.testing.assert_close(layer(x), y)
+    torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=5e-5)  # of 28: sums in another order
     assert same(bytes_of(layer), before)
     assert layer.packed.metadata() == layer.metadata
     assert same(layer.packed.state(), {name: before[name] for name in layer.packed.state()})

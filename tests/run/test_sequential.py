@@ -232,8 +232,8 @@ def test_senseless_requests_are_refused(model_folder, tokenizer, texts):
 
 def test_every_config_of_the_zoo_is_used():
     here = {"llama", "llama_tied", "qwen2", "gpt2", "neox", "mixtral"}
-    small = {"llama_small", "gpt2_small", "llama_tied_small"}
-    assert set(CONFIGS) == here | small, "test_methods and test_embedding have the small ones"
+    elsewhere = {"llama_small", "gpt2_small", "llama_tied_small", "llama_even"}
+    assert set(CONFIGS) == here | elsewhere, "test_methods, test_embedding and test_search have the others"
 
 
 def odd_blocks(model, kind):
