@@ -98,6 +98,7 @@ def _bars() -> Iterator[Teller]:
         clocks = Clocks()
 
         def tell(kind: str, done: int, total: int | None, text: str = "") -> None:
+            """Moves the bar of a kind of work; the first call makes it."""
             clock = clocks.reached(kind, done)
             if kind not in tasks:
                 tasks[kind] = bar.add_task(kind, total=total, clock=clock)
@@ -112,6 +113,7 @@ def lines(write: Callable[[str], Any], every: float, now: Callable[[], float] = 
     told: dict[str, tuple[int, float]] = {}
 
     def tell(kind: str, done: int, total: int | None, text: str = "") -> None:
+        """Writes a line where the last of this kind is `every` seconds old, or the work is done."""
         clock = clocks.reached(kind, done)
         before, at = told.get(kind, (0, clock.begun))
         if done == before or (now() - at < every and done != total):

@@ -77,7 +77,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def extent(tensor: Tensor, dimension: int) -> int:
-    """A tensor's size along a dimension; 0 where it has no such dimension."""
+    """The size of a tensor [...] along a dimension; 0 where it has no such dimension."""
     return tensor.shape[dimension] if tensor.dim() > dimension else 0
 
 

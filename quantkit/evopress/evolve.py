@@ -74,7 +74,11 @@ class Space(Protocol):
     identity: Any
 
     def apply(self, assignment: Assignment) -> None:
-        """Makes the model that the assignment describes."""
+        """Makes the model that the assignment describes.
+
+        Args:
+            assignment: a level for each item.
+        """
 
 
 class Fitness(Protocol):

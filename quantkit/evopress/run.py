@@ -193,6 +193,7 @@ def _pack(
     measure, drawn = session.settings.measure, False
 
     def files(report: Report) -> dict[str, bytes]:
+        """The plan, the search's record and its picture, for the checkpoint."""
         nonlocal drawn
         texts = {PLAN: _json({"layers": plan}), SEARCH_RECORD: _record(session, outcome, plan)}
         bits = {layer.name: layer.bits_per_weight for layer in report.layers if layer.name not in shared}

@@ -77,7 +77,11 @@ class CandidateSpace:
         return {name: keys[level] for name, keys, level in zip(self.names, self.keys, assignment, strict=True)}
 
     def apply(self, assignment: Assignment) -> None:
-        """See `Space`."""
+        """See `Space`.
+
+        Raises:
+            CheckpointError: a candidate's file is damaged.
+        """
         for item, (name, key) in enumerate(self.chosen(assignment).items()):
             if self._present[item] != key:
                 self.model.set_submodule(name, self._linear(name, key))

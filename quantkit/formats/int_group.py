@@ -251,7 +251,7 @@ class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
         return launch_arranged(x, self.stream, *self._form, config=config)
 
     def problem(self, x: Tensor) -> Problem:
-        """As `IntGroupWeight.problem`."""
+        """As `IntGroupWeight.problem`: what launch sizes are chosen for, with x [..., in_features]."""
         return problem_of(x, self.out_features, self.bits, self.group_size, arranged=True)
 
     @property

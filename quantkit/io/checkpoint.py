@@ -218,7 +218,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:
-    """The dtype that a model folder's config.json gives its weights; None where it gives none."""
+    """The dtype that a model folder's config.json gives its weights; None where it gives none.
+
+    Raises:
+        QuantkitError: there is no config.json that can be read, or it names another type than fp32, bf16 or fp16.
+    """
     return parse_dtype(read_config(folder).get("dtype"))
 
 
