@@ -53,7 +53,11 @@ print(json.dumps(time.monotonic() - start))
 
 
 def timed(python: str, script: str, *arguments: str) -> float:
-    """Seconds that a script reports in its last line."""
+    """Seconds that a script reports in its last line.
+
+    Raises:
+        SystemExit: it failed; the message is the end of what it wrote.
+    """
     result = subprocess.run([python, "-c", script, *arguments], capture_output=True, text=True)
     if result.returncode:
         raise SystemExit(result.stderr[-3000:])

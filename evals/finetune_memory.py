@@ -42,7 +42,11 @@ print(json.dumps({"trained": sum(p.numel() for p in learning), "peak": peak_memo
 
 
 def measure(folder: Path, rank: int, tokens: int) -> dict[str, int]:
-    """{"trained": parameters, "peak": bytes} of two steps; rank 0 for full fine-tuning."""
+    """{"trained": parameters, "peak": bytes} of two steps; rank 0 for full fine-tuning.
+
+    Raises:
+        SystemExit: the process that takes them failed; the message is the end of what it wrote.
+    """
     command = [sys.executable, "-c", _STEPS, str(folder), str(rank), str(tokens)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

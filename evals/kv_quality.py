@@ -84,7 +84,16 @@ def inject_outliers(model: nn.Module, factor: float, share: float = 0.1) -> None
 
 @torch.no_grad()
 def compare(reader: PrefixReader, windows: Tensor, batch: int = 8) -> tuple[float, float, float]:
-    """(KL to the exact cache, its standard error over windows, top-1 agreement) on what comes after the prefix."""
+    """Compares predictions on what comes after the prefix with those of the exact cache.
+
+    Args:
+        reader: of prefixes.
+        windows: int64 [sequences, tokens].
+        batch: sequences at a time.
+
+    Returns:
+        (KL in nats a token, its standard error over sequences, top-1 agreement as a fraction).
+    """
     kl, same = [], []
     for part in windows.split(batch):
         ids, scored = part.to(reader.device), slice(reader.prefix, -1)
@@ -140,7 +149,11 @@ def retrieval(
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows; each is printed as it is done."""
+    """All rows; each is printed as it is done.
+
+    Raises:
+        QuantkitError: the text is too short for two sequences.
+    """
     folder, device = resolve_folder(arguments.model), pick_device(arguments.device)
     tokenizer = load_tokenizer(folder)
     model: Any = load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()

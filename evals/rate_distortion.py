@@ -200,7 +200,13 @@ def _stored(quantizer: RTN | Pyramid | VPTQ | Trellis) -> float:
 
 
 def pyramid_errors(rate: float, dimension: int, samples: Tensor) -> Tensor:
-    """Of vectors of 4096 weights with a scale each, as a column of a layer has."""
+    """Mean squared errors [vectors] of vectors of 4096 weights with a scale each, as a column of a layer has.
+
+    Args:
+        rate: bits a weight.
+        dimension: of the pyramid.
+        samples: fp32 [a multiple of 4096], of a unit Gaussian.
+    """
     code = Pyramid(rate, dimension).code
     levels = gain_levels(code, LAYER)
     groups = samples.view(-1, LAYER // dimension, dimension)
@@ -211,16 +217,21 @@ def pyramid_errors(rate: float, dimension: int, samples: Tensor) -> Tensor:
 
 
 def trellis_errors(quantizer: Trellis, samples: Tensor) -> Tensor:
-    """Of columns of 4096 weights, each a ring with a scale."""
+    """Mean squared errors [columns] of samples [a multiple of 4096] in columns of 4096, each a ring with a scale."""
     weight = samples.view(-1, LAYER).T
     inputs = LayerStats(torch.eye(weight.shape[1]))
     return (weight - quantizer.quantize(weight, inputs).dequantize()).square().mean(0)
 
 
 def book_errors(length: int, stages: tuple[int, ...], samples: Tensor) -> Tensor:
-    """Of vectors, with fp16 books that k-means trained on other samples, stage after stage.
+    """Mean squared errors [vectors] with fp16 codebooks that k-means trained on other samples, stage after stage.
 
-    Twelve steps for large books, which are the slow part: eighteen more gain 0.3%.
+    Twelve steps for large codebooks, which are the slow part: eighteen more gain 0.3%.
+
+    Args:
+        length: of a vector.
+        stages: bits of each stage's codebook.
+        samples: fp32 [weights], of a unit Gaussian; what fills no vector is left out.
     """
     count = min(max(kmeans.SAMPLES_PER_CENTROID << max(stages), 1 << 17), _MOST_TRAINED)
     left = gaussian(count * length, _TRAINING).view(count, length)
@@ -233,7 +244,7 @@ def book_errors(length: int, stages: tuple[int, ...], samples: Tensor) -> Tensor
 
 
 def scalar_error(levels: Tensor) -> tuple[float, Tensor]:
-    """(mean squared error of a unit Gaussian rounded to the nearest of ascending levels, centroids of the cells)."""
+    """(mean squared error of a unit Gaussian rounded to ascending levels [n], the centroids of their cells [n])."""
     bounds = torch.cat([levels.new_tensor([-math.inf]), (levels[1:] + levels[:-1]) / 2, levels.new_tensor([math.inf])])
     density = (-bounds.square() / 2).exp() / math.sqrt(2 * math.pi)
     probability = torch.special.ndtr(bounds).diff()

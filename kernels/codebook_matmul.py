@@ -192,7 +192,10 @@ def check(
     up: Tensor | None = None,
     down: Tensor | None = None,
 ) -> None:
-    """Raises ValueError unless every address that follows from the arguments lies inside the tensors."""
+    """Raises ValueError unless every address that follows from the arguments lies inside the tensors.
+
+    The module's docstring has the shapes and dtypes that are right, for x [..., K].
+    """
     if (residual_codes is None) != (residual_books is None):
         raise ValueError("a residual stage has both residual_codes and residual_books, or neither")
     v = books.shape[2] if books.dim() == 3 else 0

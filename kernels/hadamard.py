@@ -286,7 +286,10 @@ def launch(x: Tensor, signs: Tensor, inverse: bool = False, chosen: Sizes | None
 
 
 def check(x: Tensor, signs: Tensor) -> None:
-    """Raises ValueError unless every address that follows from the arguments lies inside the tensors."""
+    """Raises ValueError unless every address that follows from the arguments lies inside the tensors.
+
+    `reference` has the shapes and dtypes that are right, x [..., n] and signs [ceil(n / 8)].
+    """
     if x.dtype not in _DTYPES:
         raise ValueError(f"x is {x.dtype}; a rotation takes float16, bfloat16, float32 or float64")
     if x.dim() == 0 or x.shape[-1] == 0:

@@ -134,7 +134,14 @@ def _search(x: Tensor, values: Tensor, bits: int, first: Tensor, last: Tensor) -
 
 
 def reference(x: Tensor, values: Tensor, bits: int, first: Tensor, last: Tensor) -> Tensor:
-    """The specification of `search`, on any device: x [paths, steps] -> int32 states [paths, steps]."""
+    """The specification of `search`, on any device: x fp32 [paths, steps] -> int32 states [paths, steps].
+
+    Args:
+        x: the numbers.
+        values: fp32 [2^L].
+        bits: K.
+        first, last: int64 [paths], FREE for any.
+    """
     paths, steps = x.shape
     ways, count = 1 << bits, len(values) >> bits
     cost = torch.where(first < 0, 0.0, torch.inf).unsqueeze(1).repeat(1, count)
