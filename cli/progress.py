@@ -71,7 +71,7 @@ class Clocks:
 
 
 def duration(seconds: float) -> str:
-    """0:01:05."""
+    """Seconds as 0:01:05."""
     return str(timedelta(seconds=round(seconds)))
 
 
@@ -79,7 +79,7 @@ class Teller(Protocol):
     """Takes what is known of several kinds of steps."""
 
     def __call__(self, kind: str, done: int, total: int | None, text: str = "") -> None:
-        """Of this kind so many steps are done, of `total`; `text` says what is at hand."""
+        """Tells that so many steps of this kind are done, of `total`; `text` says what is at hand."""
 
 
 class _Left(ProgressColumn):

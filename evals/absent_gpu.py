@@ -49,7 +49,7 @@ class GPU:
 
 @dataclass(frozen=True)
 class Compiled:
-    """One binary.
+    """A compiled binary.
 
     Attributes:
         kernel: the function's name.

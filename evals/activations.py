@@ -75,7 +75,7 @@ class PyramidActivations:
         Pyramid(self.bits, self.dimension)  # raises ValueError where there is no such code
 
     def bits_per_activation(self, features: int) -> float:
-        """Fields of whole groups, and a scale."""
+        """Bits of whole groups' fields, and of a scale."""
         groups = -(-features // self.dimension)
         return (groups * Pyramid(self.bits, self.dimension).code.field_bits + SCALE_BITS) / features
 
@@ -107,7 +107,7 @@ class IntActivations:
             raise ValueError(f"bits={self.bits}: integers take 2 to 8 whole bits")
 
     def bits_per_activation(self, features: int) -> float:
-        """Codes and a scale."""
+        """Bits of codes and a scale."""
         return self.bits + SCALE_BITS / features
 
     def apply(self, x: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class RotatedActivations:
     seed: int = 0
 
     def bits_per_activation(self, features: int) -> float:
-        """The inner code's."""
+        """Bits of the inner code."""
         return self.inner.bits_per_activation(features)
 
     def apply(self, x: Tensor) -> Tensor:

@@ -3,10 +3,10 @@
     pip install auto-round                                        (in an environment of its own)
     python evals/compare_auto_round.py MODEL --peer-python OTHER/bin/python
 
-Both sides get the same calibration windows, bits and group size, symmetric grids, and leave the head dense. auto-round
-runs with its defaults and 200 iterations; quantkit quantizes by GPTQ with its defaults, once as it is and once with
-its blocks tuned. What auto-round has made is loaded with dense weights and judged by quantkit: held-out KL to the
-full-precision model.
+Both sides get the same calibration sequences, bits and group size, symmetric grids, and leave the head dense.
+auto-round runs with its defaults and 200 iterations; quantkit quantizes by GPTQ with its defaults, once as it is and
+once with its blocks tuned. What auto-round has made is loaded with dense weights and judged by quantkit: held-out KL to
+the full-precision model.
 """
 
 import argparse

@@ -4,7 +4,7 @@
     python evals/compare_llmcompressor.py MODEL --peer-python OTHER/bin/python
 
 Both sides run in processes of their own, in turn, and time only the quantization call: the model is loaded, the
-calibration windows are the same tokens, weights are symmetric 3-bit in groups of 128, the head stays dense.
+calibration sequences are the same tokens, weights are symmetric 3-bit in groups of 128, the head stays dense.
 llm-compressor runs with its defaults for GPTQ; quantkit runs with its defaults, and once with `--target-shift 0`,
 which is the same algorithm with one stream of activations.
 """

@@ -2,9 +2,9 @@
 
     python -m quantkit.evals.finetune_memory --blocks 8 --bits 2 --rank 16
 
-Writes an untrained Llama of TinyLlama's width, packs it, and takes two steps of AdamW on a window of text in processes
-of their own: all weights in bf16, and the corrections of the packed model with recomputed activations. Printed is
-each process's peak resident memory above what it held before it loaded the model.
+Writes an untrained Llama of TinyLlama's width, packs it, and takes two steps of AdamW on a sequence of text in
+processes of their own: all weights in bf16, and the corrections of the packed model with recomputed activations.
+Printed is each process's peak resident memory above what it held before it loaded the model.
 """
 
 import argparse

@@ -21,12 +21,12 @@ from quantkit.kernels.kv_attention_triton import merge_kernel, plain_share
 from quantkit.kvcache.codec import Grid, values
 
 TOLERANCE, LIMIT = 2e-3, 4e-3
-"""Of the relative error: in fp16, and in bf16."""
+"""Limits of the relative error: in fp16, and in bf16."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """What is packed.
+    """What a cache packs.
 
     Attributes:
         bits: of keys and of values.
@@ -40,7 +40,7 @@ class Form:
 
     @property
     def name(self) -> str:
-        """In a table."""
+        """Its name in a table."""
         return (
             f"{self.bits} bits" + f", rank {self.rank}" * (self.rank > 0) + f", {self.kept} outliers" * (self.kept > 0)
         )
@@ -87,7 +87,7 @@ def decoded(packed: Packed) -> Plain:
 
 
 def nbytes(packed: Packed) -> int:
-    """Of all its tensors."""
+    """Bytes of all tensors of a packed cache."""
     return sum(part.nbytes for part in packed if isinstance(part, Tensor))
 
 

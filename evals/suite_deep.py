@@ -11,7 +11,7 @@ from quantkit.evals.suite_groups import Group, Run, relative_error
 from quantkit.kernels import hadamard
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 4e-3}
-"""Of the relative error, one rounding."""
+"""Limits of the relative error, one rounding."""
 ROWS = (1, 3, 8, 16, 31, 64, 300)
 WIDTHS = (64, 896, 4096, 5120, 11008, 14336, 18944)
 _RANK = 24

@@ -25,7 +25,7 @@ from quantkit.kernels.timing import Replays, copies, copy_bandwidth, timed
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672))
 ROWS = (1, 16, 64, 300)
 LIMIT = 6e-3
-"""Of the relative error in bf16: one rounding of the result, and one of the weight or of x."""
+"""Limit of the relative error in bf16: one rounding of the result, and one of the weight or of x."""
 GROUP_SECONDS = 60
 """What a group has; one that takes longer hangs: its process ends itself, and another goes on behind it."""
 

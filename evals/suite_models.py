@@ -25,7 +25,7 @@ from quantkit.quantizers.rtn import RTN
 
 REFERENCE = Path(__file__).parent / "reference" / "model"
 MODEL_LIMIT = 6e-2
-"""Of the relative error of the logits in bf16, six layers deep; with random weights it is 3e-2 by the specification."""
+"""Limit of the logits' relative error in bf16, six layers deep; with random weights it is 3e-2 by the specification."""
 PROMPT, NEW = 16, 48
 
 

@@ -51,7 +51,7 @@ class Factors(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Features a block."""
+        """Features of a block."""
         return self.core * self.power
 
 
@@ -191,7 +191,7 @@ def reference(x: Tensor, signs: Tensor, inverse: bool = False) -> Tensor:
 
 
 class Sizes(NamedTuple):
-    """Of one launch.
+    """Sizes of one launch.
 
     Attributes:
         inner: columns of a block's result a program.

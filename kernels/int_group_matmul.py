@@ -165,7 +165,7 @@ def flags(problem: Problem, has_zeros: bool) -> dict[str, Any]:
 
 
 def shape_flags(problem: Problem) -> dict[str, Any]:
-    """Those that `gemm_kernel` and `dequantize_kernel` have besides."""
+    """Compile-time arguments that `gemm_kernel` and `dequantize_kernel` have besides."""
     return {"WHOLE_GROUPS": problem.whole_groups, "TAIL": problem.K % TILE}
 
 

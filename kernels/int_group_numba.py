@@ -257,7 +257,7 @@ def _rest(words, x, scales, chunks, stride, width, classes):
 
 @inlined
 def _address(array, offset):
-    """Of a number of 32 bits in an array."""
+    """The address of a number of 32 bits in an array."""
     return np.uint64(array.ctypes.data) + np.uint64(4 * offset)
 
 

@@ -159,7 +159,7 @@ def constants(problem: Problem, warps: int) -> dict[str, Any]:
 
 
 def tile_constants(problem: Problem, config: Config) -> dict[str, Any]:
-    """Those of the kernel of few rows that follow from its sizes."""
+    """Compile-time arguments of the kernel of few rows that follow from its sizes."""
     ahead = chunks(problem, config)
     ragged = problem.K % (16 * ahead * config.num_warps) != 0
     return {"CHUNKS": ahead, "RAGGED": ragged, "SPLIT_K": config.split_k, "BLOCK_M": config.block_m}

@@ -154,7 +154,7 @@ def machine() -> dict[str, str]:
 
 
 THREADS = 1
-"""Of torch: sums over several threads depend on how many there are."""
+"""Threads of torch: sums over several depend on how many there are."""
 
 
 def run(arguments: list[str]) -> None:

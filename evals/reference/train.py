@@ -9,7 +9,7 @@ BPE tokenizer with single-digit tokens, the bf16 checkpoint, `training_log.csv` 
 `held_out.json`.
 
 The hidden matrices are trained with Muon, all other parameters with AdamW; the learning rate is
-a function of the share of the time budget that is spent (short warm-up, flat, linear decay), so
+a function of the fraction of the time budget that is spent (short warm-up, flat, linear decay), so
 the same script fits an hour of two CPU cores and minutes of a GPU.
 """
 

@@ -47,7 +47,7 @@ class TensorSpec:
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """All that are allowed."""
+        """All dtypes that are allowed."""
         return self.dtype if isinstance(self.dtype, tuple) else (self.dtype,)
 
     def empty(self, dtype: torch.dtype | None = None) -> Tensor:

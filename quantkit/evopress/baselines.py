@@ -14,7 +14,7 @@ import torch
 from quantkit.evopress.evolve import Assignment, Fitness, Index
 
 Losses = Sequence[Sequence[float]]
-"""Of each item's levels, as `Index.costs`."""
+"""The loss of each item at each of its levels, as `Index.costs` has them."""
 CAPACITIES = 20_000
 """Most different sums that the knapsack tells apart; beyond, costs are rounded up to a grid of so many steps."""
 

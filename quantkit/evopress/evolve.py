@@ -32,7 +32,7 @@ ATTEMPTS = 20
 
 @dataclass(frozen=True)
 class Index:
-    """What can be chosen.
+    """Levels of each item that a search chooses among.
 
     Attributes:
         costs: of each item's levels, ascending; bytes, or any other unit that the budget has.

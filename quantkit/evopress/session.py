@@ -41,7 +41,7 @@ def _silent(_done: int, _total: int, _what: str) -> None:
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """A search.
+    """Settings of a search.
 
     Attributes:
         evolution: see there.

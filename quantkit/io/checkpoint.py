@@ -286,7 +286,7 @@ class Contents:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the packed layers, every stored byte counted; what is tied to another layer is counted there."""
+        """Bits per weight of the packed layers, every stored byte counted; what is tied to another counts there."""
         shapes = [weight.shape for weight in self.layers.values() if weight.state()]
         return 8 * self.packed_nbytes / sum(rows * columns for rows, columns in shapes)
 

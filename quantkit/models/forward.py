@@ -260,7 +260,7 @@ class Replay:
 
     @contextmanager
     def running(self, batch: int, settled: Container[str], keep: bool) -> Iterator[None]:
-        """A pass of one batch.
+        """Context of the pass of one batch through the block.
 
         Args:
             batch: index of the batch.

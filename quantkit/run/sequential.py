@@ -52,9 +52,9 @@ from quantkit.quantizers.target_shift import aimed
 logger = logging.getLogger(__name__)
 
 BATCH_TOKENS = 8192
-"""That run through a block together."""
+"""Tokens that run through a block together."""
 REPLAY_FRACTION = 1 / 8
-"""Of the free memory in which each stream may keep what a block need not compute again."""
+"""Fraction of the free memory in which a stream may keep what a block need not compute again."""
 
 
 class Tuner(Protocol):
