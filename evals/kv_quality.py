@@ -58,6 +58,11 @@ def modes(bits: int) -> dict[str, KVCacheConfig | PerToken]:
 def inject_outliers(model: nn.Module, factor: float, fraction: float = 0.1) -> None:
     """Multiplies some rotary pairs of all key heads, and divides the queries' pairs that meet them; for Llama's shape.
 
+    Args:
+        model: changed in place.
+        factor: for keys; queries are divided by it.
+        fraction: of the pairs, drawn for each head.
+
     Raises:
         QuantkitError: the model has no projections of its own for queries and keys, or norms behind them.
     """

@@ -159,10 +159,10 @@ def families(x: Tensor, quick: bool) -> Iterator[Row]:
     """The first table, of x, fp32 [paths, n]: codes by their values."""
     for state_bits in (12,) if quick else (16, 12):
         states = torch.arange(1 << state_bits)
-        for number, (name, values) in enumerate(FAMILIES.items()):
+        for family, (name, values) in enumerate(FAMILIES.items()):
             for bits in (2, 3, 4):
-                spread = tuple(SPREAD[bits] * share for share in (0.97, 1.0, 1.03))
-                cost = instructions(number) if bits == 2 and state_bits == (12 if quick else 16) else None
+                spread = tuple(SPREAD[bits] * factor for factor in (0.97, 1.0, 1.03))
+                cost = instructions(family) if bits == 2 and state_bits == (12 if quick else 16) else None
                 yield Row(name, state_bits, bits, error(x, values(states), bits, spread), cost)
 
 
