@@ -1,8 +1,8 @@
 """Random-sign Hadamard rotation of the last dimension: R x = B diag(signs) x, and its inverse.
 
 B is orthogonal: block-diagonal with equal blocks (C kron S) / sqrt(size), S a Sylvester matrix (a power of two) and C
-a Hadamard matrix of another order (12, 20, 28, ...) by one of Paley's constructions. For n = 2^a * m with m odd the
-largest block that a known C allows is taken:
+a Hadamard matrix of another order (12, 20, 28, ...) by one of Paley's constructions (On orthogonal matrices, 1933). For
+n = 2^a * m with m odd the largest block that a known C allows is taken:
 
     m = 1                                  one block, S of order n                      4096
     C of order 4m is known and 4 divides n one block, C of order 4m, S of order n / 4m  14336 = 28 * 512

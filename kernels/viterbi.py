@@ -1,8 +1,9 @@
 """The path through a bitshift trellis that is nearest to given numbers, found exactly; and rings of such paths.
 
 `search` minimises sum (x_i - values[s_i])^2 over all s with s_(i+1) = (s_i 2^K + symbol) mod 2^L, by Viterbi's
-algorithm: for each ending of L - K bits the cheapest path so far is kept. It costs 2^L sums a number, on a GPU in
-Triton, on a CPU in numba, and in torch's own operations where neither is installed.
+algorithm (IEEE Transactions on Information Theory, 1967): for each ending of L - K bits the cheapest path so far is
+kept. It costs 2^L sums a number, on a GPU in Triton, on a CPU in numba, and in torch's own operations where neither is
+installed.
 
 `encode` closes paths to rings (`trellis`). A ring is cut into pieces. What a path passes
 through at a cut is found first, by a free search over the numbers within `reach` of it; then each piece is searched
