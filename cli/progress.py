@@ -71,7 +71,7 @@ class Clocks:
 
 
 def duration(seconds: float) -> str:
-    """0:01:05."""
+    """Seconds as 0:01:05."""
     return str(timedelta(seconds=round(seconds)))
 
 
@@ -79,7 +79,7 @@ class Teller(Protocol):
     """Takes what is known of several kinds of steps."""
 
     def __call__(self, kind: str, done: int, total: int | None, text: str = "") -> None:
-        """Of this kind so many steps are done, of `total`; `text` says what is at hand."""
+        """Tells that so many steps of this kind are done, of `total`; `text` says what is at hand."""
 
 
 class _Left(ProgressColumn):
@@ -98,6 +98,7 @@ def _bars() -> Iterator[Teller]:
         clocks = Clocks()
 
         def tell(kind: str, done: int, total: int | None, text: str = "") -> None:
+            """Moves the bar of a kind of work; the first call makes it."""
             clock = clocks.reached(kind, done)
             if kind not in tasks:
                 tasks[kind] = bar.add_task(kind, total=total, clock=clock)
@@ -112,6 +113,7 @@ def lines(write: Callable[[str], Any], every: float, now: Callable[[], float] = 
     told: dict[str, tuple[int, float]] = {}
 
     def tell(kind: str, done: int, total: int | None, text: str = "") -> None:
+        """Writes a line where the last of this kind is `every` seconds old, or the work is done."""
         clock = clocks.reached(kind, done)
         before, at = told.get(kind, (0, clock.begun))
         if done == before or (now() - at < every and done != total):

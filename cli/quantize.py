@@ -28,7 +28,7 @@ SETTINGS = (
     *("group_size", "symmetric", "dimension", "axis", "state_bits", "vector_length", "residual_bits"),
     *("outliers", "outlier_bits", "ranges", "scale_inputs"),
 )
-"""Of methods, that have options of their own here."""
+"""Settings of methods that have options of their own here."""
 
 
 _GroupSize = Annotated[

@@ -15,7 +15,7 @@ import typer
 
 
 class Voice(IntEnum):
-    """How much is said."""
+    """Levels of how much a command says."""
 
     QUIET = 0
     NORMAL = 1
@@ -26,7 +26,7 @@ _now = Voice.NORMAL
 
 
 def voice() -> Voice:
-    """How much is said now."""
+    """The level at which this process speaks."""
     return _now
 
 

@@ -49,7 +49,7 @@ class GPU:
 
 @dataclass(frozen=True)
 class Compiled:
-    """One binary.
+    """A compiled binary.
 
     Attributes:
         kernel: the function's name.
@@ -180,6 +180,7 @@ def listener(told: Callable[[Compiled], None]) -> Callable[..., None]:
     """What Triton calls for each binary, to be set as `triton.knobs.compilation.listener`."""
 
     def compiled(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
+        """What Triton calls behind each compilation, in our words."""
         cubin = next((str(path) for name, path in metadata_group.items() if name.endswith(".cubin")), "")
         key = str(metadata["hash"])
         told(Compiled(metadata["name"], key, metadata["shared"], times.total / 1e6, cache_hit, cubin))

@@ -56,7 +56,7 @@ class ActivationCode(Protocol):
         """All that is stored of a token with so many features, over their number."""
 
     def apply(self, x: Tensor) -> Tensor:
-        """What the code keeps of fp32 x [tokens, features]."""
+        """What the code keeps of fp32 x [tokens, features], of that shape."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,12 @@ class PyramidActivations:
         Pyramid(self.bits, self.dimension)  # raises ValueError where there is no such code
 
     def bits_per_activation(self, features: int) -> float:
-        """Fields of whole groups, and a scale."""
+        """Bits of whole groups' fields, and of a scale."""
         groups = -(-features // self.dimension)
         return (groups * Pyramid(self.bits, self.dimension).code.field_bits + SCALE_BITS) / features
 
     def apply(self, x: Tensor) -> Tensor:
-        """Searches the points, fits each token's scale and gains."""
+        """fp32 [tokens, features] both ways: searches the points, fits each token's scale and gains."""
         code, features = Pyramid(self.bits, self.dimension).code, x.shape[1]
         padded = nn.functional.pad(x, (0, -features % self.dimension))
         levels = gain_levels(code, padded.shape[1]).to(x)
@@ -107,11 +107,11 @@ class IntActivations:
             raise ValueError(f"bits={self.bits}: integers take 2 to 8 whole bits")
 
     def bits_per_activation(self, features: int) -> float:
-        """Codes and a scale."""
+        """Bits of codes and a scale."""
         return self.bits + SCALE_BITS / features
 
     def apply(self, x: Tensor) -> Tensor:
-        """Rounds to the nearest code."""
+        """fp32 [tokens, features] both ways: rounds to the nearest code."""
         if self.fitted:
             grid = fit_grid(x, self.bits, symmetric=True, search=True)
             return grid.decode(grid.encode(x))
@@ -134,11 +134,11 @@ class RotatedActivations:
     seed: int = 0
 
     def bits_per_activation(self, features: int) -> float:
-        """The inner code's."""
+        """Bits of the inner code."""
         return self.inner.bits_per_activation(features)
 
     def apply(self, x: Tensor) -> Tensor:
-        """Rotates, codes, rotates back."""
+        """fp32 [tokens, features] both ways: rotates, codes, rotates back."""
         signs = random_signs(x.shape[1], self.seed).to(x.device)
         return rotate(self.inner.apply(rotate(x, signs)), signs, True)
 
@@ -250,6 +250,8 @@ def quantized_activations(model: nn.Module, code: ActivationCode) -> Iterator[Ob
     last: list[tuple[Tensor, int, Tensor]] = []
 
     def hook(name: str) -> Any:
+        """A hook that puts a layer's coded input in place; layers that share an input share its code."""
+
         def replace(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
             x = arguments[0]
             observed.reached.add(name)

@@ -27,6 +27,9 @@ def autotune(model: nn.Module, progress: Callable[[int, int, str], None] = lambd
 
     Returns:
         How many launches were measured.
+
+    Raises:
+        QuantkitError: no launch size of one of them runs on this GPU.
     """
     todo: dict[str, tuple[Integers, Problem]] = {}
     for weight in _weights(model):

@@ -3,10 +3,10 @@
     pip install auto-round                                        (in an environment of its own)
     python evals/compare_auto_round.py MODEL --peer-python OTHER/bin/python
 
-Both sides get the same calibration windows, bits and group size, symmetric grids, and leave the head dense. auto-round
-runs with its defaults and 200 iterations; quantkit quantizes by GPTQ with its defaults, once as it is and once with
-its blocks tuned. What auto-round has made is loaded with dense weights and judged by quantkit: held-out KL to the
-full-precision model.
+Both sides get the same calibration sequences, bits and group size, symmetric grids, and leave the head dense.
+auto-round runs with its defaults and 200 iterations; quantkit quantizes by GPTQ with its defaults, once as it is and
+once with its blocks tuned. What auto-round has made is loaded with dense weights and judged by quantkit: held-out KL to
+the full-precision model.
 """
 
 import argparse
@@ -39,7 +39,11 @@ print(seconds)
 
 
 def theirs(python: str, *arguments: Any) -> float:
-    """Seconds that auto-round took."""
+    """Seconds that auto-round took.
+
+    Raises:
+        SystemExit: it failed; the message is the end of what it wrote.
+    """
     done = subprocess.run([python, "-c", _THEIRS, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
@@ -81,6 +85,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
 
     def judge(name: str, bits: int, model: Any, seconds: float) -> None:
+        """Evaluates a model, keeps its row and prints it."""
         found = evaluate(model.eval(), judged, arguments.seqlen, baseline=baseline, num_samples=arguments.max_windows)
         rows.append({"name": name, "bits": bits, "seconds": seconds} | asdict(found))
         kl, error = 1000 * (found.kl or 0), 1000 * (found.kl_se or 0)

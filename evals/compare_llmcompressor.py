@@ -4,7 +4,7 @@
     python evals/compare_llmcompressor.py MODEL --peer-python OTHER/bin/python
 
 Both sides run in processes of their own, in turn, and time only the quantization call: the model is loaded, the
-calibration windows are the same tokens, weights are symmetric 3-bit in groups of 128, the head stays dense.
+calibration sequences are the same tokens, weights are symmetric 3-bit in groups of 128, the head stays dense.
 llm-compressor runs with its defaults for GPTQ; quantkit runs with its defaults, and once with `--target-shift 0`,
 which is the same algorithm with one stream of activations.
 """
@@ -53,7 +53,11 @@ print(json.dumps(time.monotonic() - start))
 
 
 def timed(python: str, script: str, *arguments: str) -> float:
-    """Seconds that a script reports in its last line."""
+    """Seconds that a script reports in its last line.
+
+    Raises:
+        SystemExit: it failed; the message is the end of what it wrote.
+    """
     result = subprocess.run([python, "-c", script, *arguments], capture_output=True, text=True)
     if result.returncode:
         raise SystemExit(result.stderr[-3000:])

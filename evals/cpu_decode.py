@@ -161,6 +161,7 @@ def models(baseline: Any, subjects: dict[str, Any], new_tokens: int = 64, repeat
     prompt, sequence = torch.randint(vocabulary, (1, 16)), torch.randint(vocabulary, (1, context))
 
     def generate(model: Any) -> None:
+        """Exactly `new_tokens` greedy tokens."""
         model.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=False, min_new_tokens=new_tokens,
             max_new_tokens=new_tokens, pad_token_id=0,
@@ -227,6 +228,7 @@ def main() -> None:
     print(f"{'what':36} {'case':26} {'dense ms':>9} {'packed ms':>9} {'ratio':>6} error")
 
     def show(timings: Iterator[Timing]) -> None:
+        """Keeps the timings and prints them, those that have a bar with it."""
         for row in timings:
             found.append(row)
             bar = BARS.get(row.what) if row.case.endswith(" 1 rows") else None

@@ -43,7 +43,7 @@ class CacheTest:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured.
+    """Results of an evaluation.
 
     Attributes:
         quality: perplexity, and with a baseline what differs from it.
@@ -58,7 +58,7 @@ class Evaluation:
     kv_cache: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """All of it in one JSON object."""
+        """All figures as one JSON object."""
         return {**self.settings, "activations": self.activations, "kv_cache": self.kv_cache, **asdict(self.quality)}
 
 

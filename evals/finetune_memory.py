@@ -2,9 +2,9 @@
 
     python -m quantkit.evals.finetune_memory --blocks 8 --bits 2 --rank 16
 
-Writes an untrained Llama of TinyLlama's width, packs it, and takes two steps of AdamW on a window of text in processes
-of their own: all weights in bf16, and the corrections of the packed model with recomputed activations. Printed is
-each process's peak resident memory above what it held before it loaded the model.
+Writes an untrained Llama of TinyLlama's width, packs it, and takes two steps of AdamW on a sequence of text in
+processes of their own: all weights in bf16, and the corrections of the packed model with recomputed activations.
+Printed is each process's peak resident memory above what it held before it loaded the model.
 """
 
 import argparse
@@ -42,7 +42,11 @@ print(json.dumps({"trained": sum(p.numel() for p in learning), "peak": peak_memo
 
 
 def measure(folder: Path, rank: int, tokens: int) -> dict[str, int]:
-    """{"trained": parameters, "peak": bytes} of two steps; rank 0 for full fine-tuning."""
+    """{"trained": parameters, "peak": bytes} of two steps; rank 0 for full fine-tuning.
+
+    Raises:
+        SystemExit: the process that takes them failed; the message is the end of what it wrote.
+    """
     command = [sys.executable, "-c", _STEPS, str(folder), str(rank), str(tokens)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -310,7 +310,11 @@ def table(record: dict[str, Any]) -> str:
 
 
 def run(numbers: list[int], processes: int, minutes: float = math.inf) -> tuple[list[Outcome], float]:
-    """(outcomes of variants by their numbers, seconds that they took)."""
+    """(outcomes of variants by their numbers, seconds that they took).
+
+    Raises:
+        SystemExit: the undamaged files could not be made.
+    """
     found: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="quantkit-fuzz-") as folder:
         root, begun = Path(folder) / "bases", time.monotonic()

@@ -45,6 +45,7 @@ def parts(names: Sequence[str], folder: Path, jobs: int | None = None) -> list[P
         return Part(name, (sys.executable, *command), seconds, expected, **more)
 
     def compiling(names: Sequence[str], title: str) -> Part:
+        """The part that compiles what these parts launch, in processes of its own."""
         jobs_now = jobs or os.cpu_count() or 1
         command = ["-m", "quantkit.evals.suite_builds", *names, "--results", results, "--jobs", str(jobs_now)]
         expected = STARTUP + BUILD * BUILDS_A_GROUP * sum(len(PARTS[name].groups()) for name in names) / jobs_now

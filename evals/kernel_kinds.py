@@ -75,6 +75,7 @@ def integers(bits: int, group_size: int = 128, zeros: bool = False, stored: bool
     """Integer weights; stored: see `of_weight`."""
 
     def make(N: int, K: int, device: torch.device) -> Layer:
+        """A layer of random codes, with scales that keep its weights about 1."""
         groups = -(-K // group_size)
         scales = (0.5 + torch.rand(groups, N, device=device)).half() / 2**bits
         offsets = (2**bits * torch.rand(groups, N, device=device)).half() if zeros else None
@@ -89,6 +90,7 @@ def codebooks(v: int, bits: int, residual_bits: int = 0, ranges: int = 1) -> Kin
     """Vector-quantized weights."""
 
     def make(N: int, K: int, device: torch.device) -> Layer:
+        """A layer of random codes and codebooks, of one stage or two."""
         parts: list[Any] = []
         for width in (bits, residual_bits):
             book = torch.randn(ranges, 1 << width, v, device=device).half() if width else None
@@ -103,6 +105,7 @@ def pyramids(bits: int, dimension: int) -> Kind:
     """Pyramid weights as `PyramidWeight.prepare` makes them of large groups: integers with a factor a group."""
 
     def make(N: int, K: int, device: torch.device) -> Layer:
+        """A layer of random codes, whose product with x [..., K] is the operator's."""
         factors = (0.5 + torch.rand(-(-N // dimension), K, device=device)).half() / 2**bits
         words = pack(factors.view(torch.int16).int() & 0xFFFF, 16)
         arguments = _words(N, row_words(K, bits), device), words, bits, dimension
@@ -121,6 +124,7 @@ def pyramid_table(pulses: int = 6, gain_bits: int = 1) -> Kind:
     """Pyramid weights of groups of 8, multiplied as a file has them."""
 
     def make(N: int, K: int, device: torch.device) -> Layer:
+        """A layer of random points and gains, and the tables that the kernel reads."""
         lines = -(-N // 8), K
         fields = torch.randint(0, count(8, pulses), lines, dtype=torch.int32, device=device)
         gain = torch.randint(0, 1 << gain_bits, lines, dtype=torch.int32, device=device)
@@ -142,6 +146,7 @@ def trellises(bits: int, state_bits: int = 16) -> Kind:
     """Trellis-coded weights."""
 
     def make(N: int, K: int, device: torch.device) -> Layer:
+        """A layer of random rings, each of one part."""
         codes = _words(ring_length(N) * bits // 32, K, device)
         steps = torch.randint(200, 256, (1, K), dtype=torch.uint8, device=device)
         scale = torch.full((1,), 0.5, device=device)
@@ -154,6 +159,7 @@ def rotated(kind: Kind) -> Kind:
     """Weights of another kind, given as a QuantizedLinear, with their inputs rotated."""
 
     def make(N: int, K: int, device: torch.device) -> Layer:
+        """A layer of that kind behind a rotation with random signs."""
         base = kind.make(N, K, device).linear
         assert isinstance(base, QuantizedLinear)
         signs = torch.randint(0, 256, (-(-K // 8),), dtype=torch.uint8, device=device)

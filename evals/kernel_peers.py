@@ -14,6 +14,7 @@ def groups(bits: Sequence[int], shapes: Sequence[tuple[int, int]], rows: Sequenc
     """Those whose library is there; one that refuses a width, a shape or this GPU says so in the results."""
 
     def group(name: str, width: int, N: int, K: int) -> Group:
+        """One library's product of one shape; it launches nothing ahead."""
         return Group(
             "product", f"{N} x {K}", f"{name} int{width}", lambda device: None,
             lambda run: _measure(run, f"{name} int{width}", _LIBRARIES[name], width, N, K, rows),

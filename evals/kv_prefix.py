@@ -1,4 +1,4 @@
-"""A model that reads the first tokens of every window from a compressed cache, for measuring what that costs.
+"""A model that reads the first tokens of every sequence from a compressed cache, for measuring what that costs.
 
 Beside GEAR's caches there is the baseline that it is compared with: scales per token, with and without a rotation of
 each head's channels, as fake quantization.
@@ -79,10 +79,10 @@ class PrefixReader:
     Args:
         model: in evaluation mode.
         config: of the cache.
-        prefix: tokens of every window that are compressed, as far as they fill whole buffers.
+        prefix: tokens of every sequence that are compressed, as far as they fill whole buffers.
 
     Attributes:
-        bits: per cached number, of the last window's prefix, every byte counted.
+        bits: per cached number, of the last sequence's prefix, every byte counted.
     """
 
     def __init__(self, model: PreTrainedModel, config: KVCacheConfig | PerToken, prefix: int) -> None:
@@ -90,14 +90,14 @@ class PrefixReader:
 
     @property
     def device(self) -> torch.device:
-        """The model's."""
+        """The model's device."""
         return self.model.device
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, use_cache: bool = False) -> Any:
-        """Logits of int64 [windows, tokens], all that come after the prefix with it compressed."""
+        """Logits of int64 [sequences, tokens], all that come after the prefix with it compressed."""
         if input_ids.shape[1] <= self.prefix:
-            raise QuantkitError(f"windows of {input_ids.shape[1]} tokens hold none after a prefix of {self.prefix}")
+            raise QuantkitError(f"sequences of {input_ids.shape[1]} tokens hold none after a prefix of {self.prefix}")
         cache = _cache(self.model, self.config)
         first = self.model(input_ids=input_ids[:, : self.prefix], past_key_values=cache, use_cache=True).logits
         cache.compress()

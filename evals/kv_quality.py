@@ -2,10 +2,11 @@
 
     python -m quantkit.evals.kv_quality MODEL --data stdlib --output kv.json --picture kv.png
 
-Windows are read in two parts: the first tokens fill a cache, which is compressed, and the others are predicted from it;
-KL is to the same model with an exact cache. Retrieval is measured on generated key-value documents whose definitions
-are compressed before they are asked for, by how deep in the cache they stand. `--inject 8` first multiplies some key
-channels by 8 and divides the queries' by as much: that changes nothing, but keys get the outliers of larger models.
+Sequences are read in two parts: the first tokens fill a cache, which is compressed, and the others are predicted from
+it; KL is to the same model with an exact cache. Retrieval is measured on generated key-value documents whose
+definitions are compressed before they are asked for, by how deep in the cache they stand. `--inject 8` first multiplies
+some key channels by 8 and divides the queries' by as much: that changes nothing, but keys get the outliers of larger
+models.
 """
 
 import argparse
@@ -54,8 +55,13 @@ def modes(bits: int) -> dict[str, KVCacheConfig | PerToken]:
 
 
 @torch.no_grad()
-def inject_outliers(model: nn.Module, factor: float, share: float = 0.1) -> None:
+def inject_outliers(model: nn.Module, factor: float, fraction: float = 0.1) -> None:
     """Multiplies some rotary pairs of all key heads, and divides the queries' pairs that meet them; for Llama's shape.
+
+    Args:
+        model: changed in place.
+        factor: for keys; queries are divided by it.
+        fraction: of the pairs, drawn for each head.
 
     Raises:
         QuantkitError: the model has no projections of its own for queries and keys, or norms behind them.
@@ -72,7 +78,7 @@ def inject_outliers(model: nn.Module, factor: float, share: float = 0.1) -> None
         size = module.head_dim
         heads, groups = key.out_features // size, query.out_features // key.out_features
         generator = torch.Generator().manual_seed(count)
-        chosen = torch.rand(heads, size // 2, generator=generator) < share
+        chosen = torch.rand(heads, size // 2, generator=generator) < fraction
         scales = torch.where(chosen, factor, 1.0).repeat(1, 2)  # channels i and i + D/2 turn together
         for layer, by in ((key, scales.flatten()), (query, 1 / scales.repeat_interleave(groups, 0).flatten())):
             layer.weight.mul_(by.to(layer.weight)[:, None])
@@ -84,7 +90,16 @@ def inject_outliers(model: nn.Module, factor: float, share: float = 0.1) -> None
 
 @torch.no_grad()
 def compare(reader: PrefixReader, windows: Tensor, batch: int = 8) -> tuple[float, float, float]:
-    """(KL to the exact cache, its standard error over windows, top-1 agreement) on what comes after the prefix."""
+    """Compares predictions on what comes after the prefix with those of the exact cache.
+
+    Args:
+        reader: of prefixes.
+        windows: int64 [sequences, tokens].
+        batch: sequences at a time.
+
+    Returns:
+        (KL in nats a token, its standard error over sequences, top-1 agreement as a fraction).
+    """
     kl, same = [], []
     for part in windows.split(batch):
         ids, scored = part.to(reader.device), slice(reader.prefix, -1)
@@ -140,7 +155,11 @@ def retrieval(
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows; each is printed as it is done."""
+    """All rows; each is printed as it is done.
+
+    Raises:
+        QuantkitError: the text is too short for two sequences.
+    """
     folder, device = resolve_folder(arguments.model), pick_device(arguments.device)
     tokenizer = load_tokenizer(folder)
     model: Any = load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
@@ -209,7 +228,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--inject", type=float, nargs="+", default=[1.0, 8.0], help="factors; 1 for none")
     parser.add_argument("--seqlen", type=int)
-    parser.add_argument("--prefix", type=int, help="tokens that are compressed; by default three quarters of a window")
+    parser.add_argument("--prefix", type=int, help="tokens that are compressed; by default 3/4 of a sequence")
     parser.add_argument("--max-windows", type=int, default=64)
     parser.add_argument("--rows", type=int, default=32, help="key-value documents; 0 for models that never saw them")
     parser.add_argument("--device", default="auto")

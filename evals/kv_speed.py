@@ -21,12 +21,12 @@ from quantkit.kernels.kv_attention_triton import merge_kernel, plain_share
 from quantkit.kvcache.codec import Grid, values
 
 TOLERANCE, LIMIT = 2e-3, 4e-3
-"""Of the relative error: in fp16, and in bf16."""
+"""Limits of the relative error: in fp16, and in bf16."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """What is packed.
+    """What a cache packs.
 
     Attributes:
         bits: of keys and of values.
@@ -40,7 +40,7 @@ class Form:
 
     @property
     def name(self) -> str:
-        """In a table."""
+        """Its name in a table."""
         return (
             f"{self.bits} bits" + f", rank {self.rank}" * (self.rank > 0) + f", {self.kept} outliers" * (self.kept > 0)
         )
@@ -87,7 +87,7 @@ def decoded(packed: Packed) -> Plain:
 
 
 def nbytes(packed: Packed) -> int:
-    """Of all its tensors."""
+    """Bytes of all tensors of a packed cache."""
     return sum(part.nbytes for part in packed if isinstance(part, Tensor))
 
 
@@ -100,6 +100,7 @@ def deep_groups(forms: Sequence[Form] = FORMS, cases: Sequence[tuple[int, int, i
 
     def group(form: Form, size: int, siblings: int, new: int, tokens: int) -> Group:
         def inputs(device: torch.device) -> tuple:
+            """The arguments of `packed_attention`: two sequences of two key heads, 37 tokens behind and 4 before."""
             torch.manual_seed(tokens)
             packed = random_packed(form, 2, 2, tokens, size, device)
             extra = [torch.randn(2, 2, count, size, device=device, dtype=torch.float16) for count in (37, 37, 4, 4)]
@@ -107,6 +108,7 @@ def deep_groups(forms: Sequence[Form] = FORMS, cases: Sequence[tuple[int, int, i
             return q, packed, size**-0.5, Plain(*extra[:2]), Plain(*extra[2:]), new
 
         def measure(run: Run) -> None:
+            """Compares the kernel with fp64."""
             q, packed, scaling, buffer, sink, _ = arguments = inputs(run.device)
             error = relative_error(packed_attention(*arguments), exact(q, packed, scaling, buffer, sink, new))
             run.report.check("fp16", f"relative error {error:.2e}", error <= TOLERANCE)
@@ -122,7 +124,18 @@ def deep_groups(forms: Sequence[Form] = FORMS, cases: Sequence[tuple[int, int, i
 def exact(
     q: Tensor, packed: Packed, scaling: float, buffer: Plain | None = None, sink: Plain | None = None, new: int = 1
 ) -> Tensor:
-    """The specification of `packed_attention`, fp64."""
+    """The specification of `packed_attention`.
+
+    Args:
+        q: [batch, key heads, queries of a key head * new, channels].
+        packed: the packed tokens.
+        scaling: of the scores.
+        buffer, sink: tokens [batch, key heads, tokens, channels] after and before them, or None.
+        new: tokens that are new, the last ones; query i is one of new token i % new, and sees none after that.
+
+    Returns:
+        fp64, of q's shape.
+    """
     parts = [part for part in (sink, decoded(packed), buffer) if part is not None]
     k, v = (torch.cat(tensors, 2).double() for tensors in zip(*parts, strict=True))
     last = torch.arange(q.shape[2], device=q.device) % new + k.shape[2] - new
@@ -147,7 +160,16 @@ def _plain_kernel(
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, block_n: int, num_warps: int) -> Tensor:
-    """What `packed_attention` is compared with: the same work on keys and values as they are."""
+    """What `packed_attention` is compared with: the same work on keys and values as they are.
+
+    Args:
+        q: [batch, key heads, queries of a key head, channels].
+        k, v: fp16 or bf16 [batch, key heads, tokens, channels].
+        block_n, num_warps: of the launch.
+
+    Returns:
+        Of q's shape and dtype.
+    """
     batch, heads, rows, size = q.shape
     tokens = k.shape[2]
     _, processors, _ = launching.properties(q.device)

@@ -36,8 +36,8 @@ class Quality:
         tokens, windows: tokens scored, sequences they came from.
         available: sequences that the whole text has.
         kl, kl_se: mean KL(baseline || model) in nats a token; None without a baseline, like all that follows.
-        top1_agreement: share of positions where both models' first choices are the same token.
-        flip_rate: share of positions where exactly one of the two has the true token as its first choice.
+        top1_agreement: fraction of positions where both models' first choices are the same token.
+        flip_rate: fraction of positions where exactly one of the two has the true token as its first choice.
         baseline_perplexity: of the baseline, on the same tokens.
     """
 
@@ -91,7 +91,7 @@ def evaluate(
         progress: called with (sequences done, sequences in all).
 
     Raises:
-        QuantkitError: the text is shorter than a window, or the stride makes no sense.
+        QuantkitError: the text is shorter than a sequence, or the stride makes no sense.
         Stopped: on Ctrl-C, once a sequence is measured; it holds the figures of those that are.
     """
     body = text.body(seqlen)
@@ -159,7 +159,7 @@ def _quality(rows: list[dict[str, float]], text: EvaluationText, available: int)
 
 
 def _mean_and_error(sums: list[float], counts: Tensor) -> tuple[float, float]:
-    """Mean over all tokens of per-window sums, and its standard error over windows (a ratio estimate's)."""
+    """Mean over all tokens of sequences' sums, and its standard error over sequences (a ratio estimate's)."""
     values = torch.tensor(sums, dtype=torch.float64)
     mean = float(values.sum() / counts.sum())
     if len(sums) < 2:
@@ -171,7 +171,7 @@ def _mean_and_error(sums: list[float], counts: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def _score_window(model: Any, baseline: Any, window: Tensor, first: int) -> dict[str, float]:
-    """Sums over the scored tokens (those from position `first` on) of one window."""
+    """Sums over the scored tokens (those from position `first` on) of one sequence."""
     logits = model(input_ids=window.unsqueeze(0).to(model.device), use_cache=False).logits[0]
     sums = {"nll": 0.0, "count": float(len(window) - first)}
     base = None

@@ -4,7 +4,7 @@
     python -m quantkit.evals.quality MODEL --methods rtn gptq pyramid vptq trellis --bits 2 3 4 --png rate-kl.png
     python -m quantkit.evals.quality MODEL --quantizers "hadamard(pyramid(2.5, 32))" "vptq(2, outliers=0.01)"
 
-A row per method and bit width, or per quantizer, and per target shift and number of calibration windows: measured
+A row per method and bit width, or per quantizer, and per target shift and number of calibration sequences: measured
 bits per weight, perplexity, KL to the full-precision model with its standard error, and the time that quantization
 took. `--output` also writes the rows as JSON, `--png` draws KL over bits per weight.
 """
@@ -68,7 +68,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     baseline = load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
     text = evaluation_text(documents(arguments.data, "evaluation"), tokenizer)
     length = sequence_length(arguments.seqlen, context_length(baseline))
-    print("| method | target shift | windows | bits/weight | perplexity | KL x 1000 | seconds |")
+    print("| method | target shift | sequences | bits/weight | perplexity | KL x 1000 | seconds |")
     print("|---|---|---|---|---|---|---|")
     results = []
     for row in rows:

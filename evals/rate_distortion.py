@@ -3,8 +3,9 @@
     python -m quantkit.evals.rate_distortion --png rate-distortion.png --json rate-distortion.json
 
 Weights behind a rotation are nearly Gaussian, so the mean squared error of a code on N(0, 1) is what it is worth before
-error feedback; no code of R bits a weight does better than D(R) = 2^-2R. Books are trained on other samples than the
-error is measured on. Bits a weight count every byte that a 4096 x 4096 layer stores: codes, scales, zeros and books.
+error feedback; no code of R bits a weight does better than D(R) = 2^-2R. Codebooks are trained on other samples than
+the error is measured on. Bits a weight count every byte that a 4096 x 4096 layer stores: codes, scales, zeros,
+codebooks.
 
 Figures with a bar end the run with exit code 1 where they are more than 2% above it.
 """
@@ -100,7 +101,7 @@ class Row:
 
     @property
     def deviation(self) -> float | None:
-        """How far above the reference the error is, as a share."""
+        """How far above the reference the error is, as a fraction of it."""
         return None if self.expected is None else self.mse / self.expected - 1
 
     @property
@@ -110,7 +111,7 @@ class Row:
 
     @property
     def cells(self) -> list[str]:
-        """Of a markdown table."""
+        """Cells of a markdown table."""
         error = f" ± {self.standard_error:.5f}" if self.standard_error else " (exact)"
         expected = "" if self.expected is None else f"{self.expected:.4g}"
         deviation = "" if self.deviation is None else f"{100 * self.deviation:+.1f}%"
@@ -118,7 +119,7 @@ class Row:
         return [self.family, self.detail, bits, f"{self.mse:.5f}{error}", ratio, expected, deviation]
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """The row as JSON."""
         derived = {"to_bound": self.to_bound, "expected": self.expected, "deviation": self.deviation}
         return asdict(self) | derived | {"bar": self.family in BARS and self.expected is not None}
 
@@ -141,7 +142,7 @@ def measure(bits: Sequence[int], quick: bool, report: Callable[[Row], None] = la
 
     Args:
         bits: whole rates; between the lowest and the highest, fractional ones are measured too unless `quick`.
-        quick: no books of more than 256 entries, and a quarter of the samples.
+        quick: no codebooks of more than 256 entries, and a quarter of the samples.
     """
     samples = gaussian(1 << (18 if quick else 20), _HELD_OUT)
     rates: list[float] = [float(b) for b in sorted(bits)]
@@ -200,7 +201,13 @@ def _stored(quantizer: RTN | Pyramid | VPTQ | Trellis) -> float:
 
 
 def pyramid_errors(rate: float, dimension: int, samples: Tensor) -> Tensor:
-    """Of vectors of 4096 weights with a scale each, as a column of a layer has."""
+    """Mean squared errors [vectors] of vectors of 4096 weights with a scale each, as a column of a layer has.
+
+    Args:
+        rate: bits a weight.
+        dimension: of the pyramid.
+        samples: fp32 [a multiple of 4096], of a unit Gaussian.
+    """
     code = Pyramid(rate, dimension).code
     levels = gain_levels(code, LAYER)
     groups = samples.view(-1, LAYER // dimension, dimension)
@@ -211,16 +218,21 @@ def pyramid_errors(rate: float, dimension: int, samples: Tensor) -> Tensor:
 
 
 def trellis_errors(quantizer: Trellis, samples: Tensor) -> Tensor:
-    """Of columns of 4096 weights, each a ring with a scale."""
+    """Mean squared errors [columns] of samples [a multiple of 4096] in columns of 4096, each a ring with a scale."""
     weight = samples.view(-1, LAYER).T
     inputs = LayerStats(torch.eye(weight.shape[1]))
     return (weight - quantizer.quantize(weight, inputs).dequantize()).square().mean(0)
 
 
 def book_errors(length: int, stages: tuple[int, ...], samples: Tensor) -> Tensor:
-    """Of vectors, with fp16 books that k-means trained on other samples, stage after stage.
+    """Mean squared errors [vectors] with fp16 codebooks that k-means trained on other samples, stage after stage.
 
-    Twelve steps for large books, which are the slow part: eighteen more gain 0.3%.
+    Twelve steps for large codebooks, which are the slow part: eighteen more gain 0.3%.
+
+    Args:
+        length: of a vector.
+        stages: bits of each stage's codebook.
+        samples: fp32 [weights], of a unit Gaussian; what fills no vector is left out.
     """
     count = min(max(kmeans.SAMPLES_PER_CENTROID << max(stages), 1 << 17), _MOST_TRAINED)
     left = gaussian(count * length, _TRAINING).view(count, length)
@@ -233,7 +245,7 @@ def book_errors(length: int, stages: tuple[int, ...], samples: Tensor) -> Tensor
 
 
 def scalar_error(levels: Tensor) -> tuple[float, Tensor]:
-    """(mean squared error of a unit Gaussian rounded to the nearest of ascending levels, centroids of the cells)."""
+    """(mean squared error of a unit Gaussian rounded to ascending levels [n], the centroids of their cells [n])."""
     bounds = torch.cat([levels.new_tensor([-math.inf]), (levels[1:] + levels[:-1]) / 2, levels.new_tensor([math.inf])])
     density = (-bounds.square() / 2).exp() / math.sqrt(2 * math.pi)
     probability = torch.special.ndtr(bounds).diff()
@@ -338,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bits", type=int, nargs="+", choices=range(1, 5), default=[1, 2, 3, 4])
     parser.add_argument("--png", type=Path, help="draw the picture there; needs matplotlib")
     parser.add_argument("--json", type=Path, help="write the rows there, those of fractional rates too")
-    parser.add_argument("--quick", action="store_true", help="no books of more than 256 entries, whole rates alone")
+    parser.add_argument("--quick", action="store_true", help="no codebooks of more than 256 entries, whole rates alone")
     chosen = parser.parse_args(arguments)
     if chosen.png:
         figure_class()  # so that a run of minutes does not end in an error

@@ -3,7 +3,8 @@
     python -m quantkit.evals.search MODEL --data stdlib
 
 One markdown row per budget, in measured bits per weight of the packed layers; every column keeps to the same bytes.
-Held-out windows are of the evaluation part of `--data`; fitness reads the calibration part. All rows use one database.
+Held-out sequences are of the evaluation part of `--data`; fitness reads the calibration part. All rows use one
+database.
 """
 
 import argparse
@@ -98,9 +99,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--candidates", default="gptq(2), gptq(3), gptq(4), gptq(5), gptq(6), gptq(8)")
     made.add_argument("--base", default="gptq(3)")
     made.add_argument("--database", type=Path, default=Path("search-candidates"))
-    made.add_argument("--num-samples", type=int, default=128, help="windows that candidates are calibrated on")
-    made.add_argument("--search-samples", type=int, default=256, help="windows that fitness is measured on")
-    made.add_argument("--max-windows", type=int, default=128, help="windows that decide in the end")
+    made.add_argument("--num-samples", type=int, default=128, help="sequences that candidates are calibrated on")
+    made.add_argument("--search-samples", type=int, default=256, help="sequences that fitness is measured on")
+    made.add_argument("--max-windows", type=int, default=128, help="sequences that decide in the end")
     made.add_argument("--seqlen", type=int, default=512)
     made.add_argument("--generations", type=int, default=Evolution.generations)
     made.add_argument("--offspring", type=int, default=Evolution.offspring)

@@ -71,6 +71,7 @@ def compile_job(job: Job) -> tuple[list[Built], list[str]]:
     failed, before = [], _processor_seconds()
 
     def told(one: Compiled) -> None:
+        """Keeps a kernel with the processor's seconds since the one before."""
         nonlocal before
         now = _processor_seconds()
         compiled.setdefault(one.key, (one, now - before))

@@ -11,7 +11,7 @@ from quantkit.evals.suite_groups import Group, Run, relative_error
 from quantkit.kernels import hadamard
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 4e-3}
-"""Of the relative error, one rounding."""
+"""Limits of the relative error, one rounding."""
 ROWS = (1, 3, 8, 16, 31, 64, 300)
 WIDTHS = (64, 896, 4096, 5120, 11008, 14336, 18944)
 _RANK = 24
@@ -26,6 +26,7 @@ def products(family: str) -> list[Group]:
 
 def _product(kind: Kind, N: int, K: int, dtype: torch.dtype) -> Group:
     def launch(device: torch.device) -> None:
+        """All launches that `measure` will make, so that they are compiled by then."""
         layer = kind.layer(N, K, device)
         bias, up, down = _extra(N, K, dtype, device)
         for M in (*ROWS, 32, K):
@@ -35,6 +36,7 @@ def _product(kind: Kind, N: int, K: int, dtype: torch.dtype) -> Group:
                 layer.matmul(x, bias, up, down)
 
     def measure(run: Run) -> None:
+        """Compares products with fp64, and those of unit vectors with the weight itself, bit for bit."""
         layer = kind.layer(N, K, run.device)
         weight = layer.dequantize()
         for M in ROWS:
@@ -91,6 +93,7 @@ def _rotation(n: int, dtype: torch.dtype) -> Group:
             hadamard.rotate(*inputs(rows, device), False)
 
     def measure(run: Run) -> None:
+        """Compares rotations of few and of many rows with fp64."""
         for rows in (1, 5, 700):
             x, signs = inputs(rows, run.device)
             error = relative_error(hadamard.rotate(x, signs, False), hadamard.reference(x.double(), signs, False))

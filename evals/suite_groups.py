@@ -25,7 +25,7 @@ from quantkit.kernels.timing import Replays, copies, copy_bandwidth, timed
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672))
 ROWS = (1, 16, 64, 300)
 LIMIT = 6e-3
-"""Of the relative error in bf16: one rounding of the result, and one of the weight or of x."""
+"""Limit of the relative error in bf16: one rounding of the result, and one of the weight or of x."""
 GROUP_SECONDS = 60
 """What a group has; one that takes longer hangs: its process ends itself, and another goes on behind it."""
 
@@ -101,7 +101,7 @@ class Run:
         self._known: dict[Any, Any] = {}
 
     def random(self, *shape: int) -> Tensor:
-        """bf16 of a normal distribution."""
+        """bf16 [*shape] of a normal distribution."""
         return torch.randn(*shape, device=self.device, dtype=torch.bfloat16)
 
     def distinct(self, nbytes: int, least: int = 8) -> int:
@@ -112,6 +112,7 @@ class Run:
         """Seconds of torch's bf16 product by M; measured once a process, and reported."""
 
         def measure() -> dict[int, float]:
+            """Times as many weights in turn as the caches do not hold."""
             weights = [self.random(N, K) for _ in range(self.distinct(2 * N * K))]
             found = {}
             for M in rows:
@@ -134,7 +135,7 @@ class Run:
         self.report.time(column, seconds, what=what, baseline=True, **more)
 
     def checked(self, column: str, calls: Sequence[Callable[[], Tensor]], exact: Tensor, limit: float = LIMIT) -> Any:
-        """The calls' graph, or None where a result is wrong; exact is what the first call should give."""
+        """The calls' graph, or None where a result is wrong; exact, fp64 [...], is what the first call should give."""
         eager = calls[0]().clone(), calls[-1]().clone()
         error = relative_error(eager[0], exact)
         wrong = [] if error <= limit else [f"more than {limit:.0e} allows"]
@@ -191,6 +192,8 @@ def products(kinds: Sequence[Kind], shapes: Sequence[tuple[int, int]], rows: Seq
     """Products with packed weights, every kind in every shape."""
 
     def group(kind: Kind, N: int, K: int) -> Group:
+        """A weight's products with all numbers of rows."""
+
         def launch(device: torch.device) -> None:
             layer = kind.layer(N, K, device)
             for M in rows:
@@ -310,7 +313,7 @@ def _search(run: Run, state_bits: int, bits: int, size: int) -> None:
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    """||found - exact|| / ||exact||, NaN where any number is."""
+    """||found - exact|| / ||exact|| of [...] and fp64 [...], NaN where any number is."""
     return float((found.double() - exact).norm() / exact.norm())
 
 

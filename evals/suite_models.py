@@ -25,7 +25,7 @@ from quantkit.quantizers.rtn import RTN
 
 REFERENCE = Path(__file__).parent / "reference" / "model"
 MODEL_LIMIT = 6e-2
-"""Of the relative error of the logits in bf16, six layers deep; with random weights it is 3e-2 by the specification."""
+"""Limit of the logits' relative error in bf16, six layers deep; with random weights it is 3e-2 by the specification."""
 PROMPT, NEW = 16, 48
 
 
@@ -40,6 +40,8 @@ def decoding() -> list[Group]:
     }
 
     def group(name: str, pack: Any, kind: Any) -> Group:
+        """A model whose linears are packed, decoding; `kind` is None where none of our kernels is launched."""
+
         def launch(device: torch.device) -> None:
             for N, K in _shapes() if kind else ():
                 layer = kind.layer(N, K, device)
@@ -96,7 +98,12 @@ def _decode(run: Run, name: str, pack: Callable[[Tensor], QuantizedWeight] | Non
 
 
 def replace_linears(model: Any, pack: Callable[[Tensor], QuantizedWeight]) -> Any:
-    """Packs the linears of a model's blocks, in place; returns a copy in fp32 with what they stand for."""
+    """Packs the linears of a model's blocks, in place; returns a copy in fp32 with what they stand for.
+
+    Args:
+        model: a causal language model with `model.layers`.
+        pack: fp32 [out_features, in_features] -> the packed weight.
+    """
     dense = copy.deepcopy(model).float()
     for name, module in list(model.model.layers.named_modules()):
         if isinstance(module, nn.Linear):
@@ -134,6 +141,7 @@ def _sweep(kind: Any, N: int, K: int, config: Config) -> Group:
         _launched(layer.linear.used, config)(torch.randn(1, K, device=device, dtype=torch.bfloat16))
 
     def measure(run: Run) -> None:
+        """Checks and times one launch size, beside torch's product."""
         base = run.dense(N, K, (1,))[1]
         layers = [kind.layer(N, K, run.device)]
         layers += [kind.layer(N, K, run.device, seed) for seed in range(1, run.distinct(layers[0].nbytes))]

@@ -40,7 +40,7 @@ FORMS = [form for form in kv_speed.FORMS if form.bits in (4, 2)] + [kv_speed.For
 
 @dataclass(frozen=True)
 class Contents:
-    """Of a part.
+    """Contents of a part.
 
     Attributes:
         groups: makes them.
@@ -84,7 +84,7 @@ PARTS = {
     "sweep int4": Contents(lambda: suite_models.sweep_integers(4, ENDS), seconds=0.5),
     **{f"deep {name}": Contents(groups, False, deep=True) for name, groups in suite_deep.FAMILIES.items()},
 }
-"""In the order of their worth."""
+"""The parts in the order of their worth."""
 
 
 def about(device: torch.device) -> dict[str, Any]:

@@ -146,7 +146,7 @@ class Row:
 
 
 def error(x: Tensor, values: Tensor, bits: int, spread: tuple[float, ...]) -> float:
-    """The least mean squared error over scales of the values."""
+    """The least mean squared error of x, fp32 [paths, n], over scales of the values, fp32 [2^L]."""
     unit = values / values.square().mean().sqrt()
     found = []
     for scale in spread:
@@ -156,18 +156,18 @@ def error(x: Tensor, values: Tensor, bits: int, spread: tuple[float, ...]) -> fl
 
 
 def families(x: Tensor, quick: bool) -> Iterator[Row]:
-    """The first table."""
+    """The first table, of x, fp32 [paths, n]: codes by their values."""
     for state_bits in (12,) if quick else (16, 12):
         states = torch.arange(1 << state_bits)
-        for number, (name, values) in enumerate(FAMILIES.items()):
+        for family, (name, values) in enumerate(FAMILIES.items()):
             for bits in (2, 3, 4):
-                spread = tuple(SPREAD[bits] * share for share in (0.97, 1.0, 1.03))
-                cost = instructions(number) if bits == 2 and state_bits == (12 if quick else 16) else None
+                spread = tuple(SPREAD[bits] * factor for factor in (0.97, 1.0, 1.03))
+                cost = instructions(family) if bits == 2 and state_bits == (12 if quick else 16) else None
                 yield Row(name, state_bits, bits, error(x, values(states), bits, spread), cost)
 
 
 def rings(x: Tensor, quick: bool) -> Iterator[Row]:
-    """The second table; the cost is in numbers searched a number."""
+    """The second table, of x, fp32 [paths, n], as rings; the cost is in numbers searched a number."""
     state_bits = 12 if quick else 16
     for bits in (1, 2, 3, 4):
         values = trellis.table(state_bits, x.device) / trellis.deviation(state_bits) * SPREAD[bits]
@@ -206,7 +206,7 @@ def beam(x: Tensor, values: Tensor, bits: int, kept_bits: int) -> Tensor:
 
 
 def searches(x: Tensor, quick: bool) -> Iterator[Row]:
-    """The third table; the cost is in sums a number."""
+    """The third table, of x, fp32 [paths, n]: ways to search; the cost is in sums a number."""
     for bits in (2, 3):
         for state_bits in (8, 10, 12) if quick else (8, 10, 12, 14, 16):
             values = trellis.table(state_bits, x.device) / trellis.deviation(state_bits) * SPREAD[bits]

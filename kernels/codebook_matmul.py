@@ -6,11 +6,11 @@ A vector is v rows of one column. `codes` int32 [ceil(N / v), words] are laid ou
 are fp16 [ranges, 2^bits, v], c(k) = k // range_width(K, ranges). A residual stage has bits and ranges of its own. U
 [N, r] and D [r, K] are an optional low-rank correction, bias is [N].
 
-Bytes moved: N * K * bits / (8 v) for codes, the books once a multiprocessor, 2 * M * K for x, 2 * M * N for y.
+Bytes moved: N * K * bits / (8 v) for codes, the codebooks once a multiprocessor, 2 * M * K for x, 2 * M * N for y.
 
 Two regimes by M, the rows of x:
 
-    decode    few rows. Vectors are looked up in registers of the tensor core's left operand. Books lie in shared
+    decode    few rows. Vectors are looked up in registers of the tensor core's left operand. Codebooks lie in shared
               memory, in several copies where there is room (`codebook_table`); larger ones are read through the caches,
               and so are all where K is not a multiple of 128.
     dense     many rows, or x in fp32: W is written out once and torch multiplies.
@@ -192,7 +192,10 @@ def check(
     up: Tensor | None = None,
     down: Tensor | None = None,
 ) -> None:
-    """Raises ValueError unless every address that follows from the arguments lies inside the tensors."""
+    """Raises ValueError unless every address that follows from the arguments lies inside the tensors.
+
+    The module's docstring has the shapes and dtypes that are right, for x [..., K].
+    """
     if (residual_codes is None) != (residual_books is None):
         raise ValueError("a residual stage has both residual_codes and residual_books, or neither")
     v = books.shape[2] if books.dim() == 3 else 0
@@ -203,7 +206,7 @@ def check(
 
 
 def _expected(prefix: str, codes: Tensor | None, books: Tensor, v: int, N: int, K: int) -> dict[str, tuple]:
-    """A stage for `operators.check`, with books that hold a vector for every code that their bits can spell."""
+    """A stage for `operators.check`, with codebooks that hold a vector for every code of their bits."""
     ranges, size = books.shape[:2] if books.dim() == 3 else (0, 0)
     bits = _bits(books) if size else 0
     if size != 1 << bits or bits not in range(1, 17) or v not in range(1, 17):

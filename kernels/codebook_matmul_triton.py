@@ -188,7 +188,7 @@ def _point(
     books_ptr, more_books_ptr, section, V: tl.constexpr, WIDE: tl.constexpr, COPIES: tl.constexpr,
     SECTIONS: tl.constexpr, BITS: tl.constexpr, MORE_BITS: tl.constexpr,
 ):  # fmt: skip
-    """What inline assembly looks up from now on belongs to a section's books."""
+    """What inline assembly looks up from now on belongs to a section's codebooks."""
     ONE: tl.constexpr = point_text(0, WIDE, COPIES, SECTIONS, BITS, MORE_BITS)
     MORE: tl.constexpr = point_text(1, WIDE, COPIES, SECTIONS, BITS, MORE_BITS)
     if COPIES > 0:
@@ -252,8 +252,8 @@ def decode_kernel(
     """Few rows of x: WINDOW entries of BLOCK_N vectors of W times BLOCK_M rows of x, over one of SPLIT_K shares of K.
 
     MORE_BITS > 0: a second code is added. SECTIONS: ranges of columns that a share may have a part in; inline assembly
-    takes them one after another, loads find the book of each tile. TWO: assembly looks two codes up at once, in a table
-    of all pairs of vectors. Shares leave fp32 partial sums; the last to arrive adds them in order.
+    takes them one after another, loads find the codebook of each tile. TWO: assembly looks two codes up at once, in a
+    table of all pairs of vectors. Shares leave fp32 partial sums; the last to arrive adds them in order.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     PLAIN: tl.constexpr = SOURCE == "plain"

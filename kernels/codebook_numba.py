@@ -3,7 +3,7 @@
     y[g v + j] = sum over k of books[c(k), codes[g, k], j] x[k]
 
 A row of codes is decoded into the order of columns; then each code loads its vector, and adds x[k] times its entries to
-sums in registers, four entries at a time. Books are read in fp32, their vectors padded to multiples of four.
+sums in registers, four entries at a time. Codebooks are read in fp32, their vectors padded to multiples of four.
 """
 
 from typing import Any
@@ -75,7 +75,7 @@ def _form(books: Tensor, in_features: int) -> tuple[int, int]:
 
 
 def _wide(books: Tensor) -> Any:
-    """fp32 [ranges, 2^bits * v'] with v' = v up to a multiple of 4; kept as long as the books are not written to."""
+    """fp32 [ranges, 2^bits * v'] with v' = v up to a multiple of 4; kept as long as `books` is not written to."""
     kept = _BOOKS.get(books)
     version = 0 if books.is_inference() else books._version
     if kept is None or kept[0] != version:

@@ -1,4 +1,4 @@
-"""What a launch of `codebook_matmul` looks like: sizes, where books are read from, and how fast that may be.
+"""What a launch of `codebook_matmul` looks like: sizes, where codebooks are read from, and how fast that may be.
 
 Pure functions of a problem's shape: nothing here asks a GPU.
 """
@@ -17,7 +17,7 @@ SHARED_MEMORY = {80: 166912, 87: 166912, 90: 232448, 100: 232448, 103: 232448}
 
 
 def range_width(columns: int, ranges: int) -> int:
-    """Columns of a range that has books of its own: all, or whole tiles."""
+    """Columns of a range that has codebooks of its own: all, or whole tiles."""
     return columns if ranges == 1 else -(-columns // (ranges * TILE)) * TILE
 
 
@@ -51,7 +51,7 @@ class Problem:
 
     @property
     def vectors(self) -> int:
-        """Rows of codes."""
+        """Vectors of a column: rows of codes."""
         return -(-self.N // self.v)
 
     @property
@@ -84,12 +84,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Lookup:
-    """How a program reads books.
+    """How a program reads codebooks.
 
     Attributes:
         source: "shared", "global" or "plain"; see `codebook_matmul_triton`.
         window: entries of each vector that a program multiplies by.
-        copies: of the books in shared memory.
+        copies: of the codebooks in shared memory.
         sections: ranges of columns that a program's share of K may have a part in.
         two: whether it holds all pairs of vectors instead, and two codes are looked up at once.
     """
@@ -111,7 +111,7 @@ class Lookup:
 
 @lru_cache(maxsize=4096)  # asked at every launch
 def lookup(problem: Problem, config: Config) -> Lookup:
-    """How a launch of these sizes reads books: from shared memory where they fit in, the widest window first."""
+    """How a launch of these sizes reads codebooks: from shared memory where they fit, the widest window first."""
     most = _most_entries(problem, config.block_m)
     if problem.plain:
         return Lookup("plain", _share(problem.v, most), 0)
@@ -217,12 +217,12 @@ def _block_m(rows: int) -> int:
 
 
 def book_bytes(v: int, bits: int, residual_bits: int = 0) -> int:
-    """Bytes of the fp16 books of one range of columns."""
+    """Bytes of the fp16 codebooks of one range of columns."""
     return 2 * v * ((1 << bits) + ((1 << residual_bits) if residual_bits else 0))
 
 
 def served_from(v: int, bits: int, residual_bits: int = 0, ranges: int = 1, capability: int = 90) -> str:
-    """Where books are read from while few rows are multiplied: "shared", "l1" or "l2"."""
+    """Where codebooks are read from while few rows are multiplied: "shared", "l1" or "l2"."""
     problem = Problem(1, 4096, 4096, v, bits, residual_bits, ranges, ranges, torch.bfloat16, capability)
     if lookup(problem, rule(problem)).source == "shared":
         return "shared"

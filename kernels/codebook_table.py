@@ -11,7 +11,7 @@ Triton has no indexed reads of shared memory before 3.7 (and then in Gluon alone
 PTX function that inline assembly declares, fills and reads, in every version: `setup_text` declares it, once in a
 kernel; `point_text` says which range of columns is read from then on; `gather_text` turns a word with two codes, each
 in the lowest bits of a half, into a word for each entry, with the two values. ptxas allows 48 KiB for such variables.
-Books that do not fit are read from global memory by the same texts, told so by copies = 0.
+Codebooks that do not fit are read from global memory by the same texts, told so by copies = 0.
 
 Stage 0 is the first code, stage 1 a second one that is added; its bits are 0 where there is none.
 """
@@ -51,7 +51,7 @@ class Piece(NamedTuple):
 
 @constexpr_function
 def pieces(stage: int, window: int, copies: int, ranges: int, bits: int, more_bits: int) -> list[Piece]:
-    """The pieces of a stage's books in shared memory."""
+    """The pieces of a stage's codebooks in shared memory."""
     sizes = (2,) if window <= 2 else (4,) if window <= 4 else (4, 2) if window <= 6 else (8,)
     found: list[Piece] = []
     offset = 0
@@ -88,7 +88,7 @@ def outputs(window: int) -> int:
 
 @constexpr_function
 def constraints(stage: int, window: int) -> str:
-    """Of the assembly of `gather_text`."""
+    """Constraints of the assembly of `gather_text`."""
     return ",".join(["=r"] * outputs(window) + ["r"] * (2 if stage == 2 else 1))
 
 
@@ -114,7 +114,7 @@ def setup_text(window: int, copies: int, ranges: int, bits: int, more_bits: int)
 
 @constexpr_function
 def point_text(stage: int, window: int, copies: int, ranges: int, bits: int, more_bits: int) -> str:
-    """$1 is the number of the range, or the address of its book in global memory."""
+    """PTX that points to a range: $1 is its index, or the address of its codebook in global memory."""
     if copies == 0:
         return f"mov.b64 qk_book{stage}, $1; mov.u32 $0, 0;"
     width = more_bits if stage else bits
@@ -203,7 +203,7 @@ def _global_loads(address: str, to: str, window: int, entries: int) -> str:
 
 @constexpr_function
 def _type(entries: int) -> str:
-    """Of a load or store of some entries."""
+    """PTX's type of a load or store of some entries."""
     return {2: "b32", 4: "v2.b32", 8: "v4.b32"}[entries]
 
 

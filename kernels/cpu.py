@@ -66,7 +66,7 @@ def unpacked(
 
 
 def takes(module: str, x: Tensor) -> bool:
-    """Whether a family's compiled part multiplies by x."""
+    """Whether a family's compiled part multiplies by x [..., K]: it is on a CPU, not empty, in fp32, bf16 or fp16."""
     return x.device.type == "cpu" and x.dtype in _DTYPES and x.numel() > 0 and compiled(module) is not None
 
 

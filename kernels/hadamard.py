@@ -1,8 +1,8 @@
 """Random-sign Hadamard rotation of the last dimension: R x = B diag(signs) x, and its inverse.
 
 B is orthogonal: block-diagonal with equal blocks (C kron S) / sqrt(size), S a Sylvester matrix (a power of two) and C
-a Hadamard matrix of another order (12, 20, 28, ...) by one of Paley's constructions. For n = 2^a * m with m odd the
-largest block that a known C allows is taken:
+a Hadamard matrix of another order (12, 20, 28, ...) by one of Paley's constructions (On orthogonal matrices, 1933). For
+n = 2^a * m with m odd the largest block that a known C allows is taken:
 
     m = 1                                  one block, S of order n                      4096
     C of order 4m is known and 4 divides n one block, C of order 4m, S of order n / 4m  14336 = 28 * 512
@@ -51,7 +51,7 @@ class Factors(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Features a block."""
+        """Features of a block."""
         return self.core * self.power
 
 
@@ -191,7 +191,7 @@ def reference(x: Tensor, signs: Tensor, inverse: bool = False) -> Tensor:
 
 
 class Sizes(NamedTuple):
-    """Of one launch.
+    """Sizes of one launch.
 
     Attributes:
         inner: columns of a block's result a program.
@@ -286,7 +286,10 @@ def launch(x: Tensor, signs: Tensor, inverse: bool = False, chosen: Sizes | None
 
 
 def check(x: Tensor, signs: Tensor) -> None:
-    """Raises ValueError unless every address that follows from the arguments lies inside the tensors."""
+    """Raises ValueError unless every address that follows from the arguments lies inside the tensors.
+
+    `reference` has the shapes and dtypes that are right, x [..., n] and signs [ceil(n / 8)].
+    """
     if x.dtype not in _DTYPES:
         raise ValueError(f"x is {x.dtype}; a rotation takes float16, bfloat16, float32 or float64")
     if x.dim() == 0 or x.shape[-1] == 0:

@@ -75,6 +75,7 @@ def reference(
     """The specification of the product, on any device: y [..., N] in x's dtype for x [..., K]."""
 
     def some(part: slice) -> Tensor:
+        """y [..., rows of the part]: the product with some rows of the weight."""
         own_zeros = None if zeros is None else zeros[:, part]
         weight = dequantized(codes[part], scales[:, part], own_zeros, bits, group_size, x.shape[-1])
         own_bias, own_up = (None if tensor is None else tensor[part] for tensor in (bias, up))
@@ -164,7 +165,7 @@ def flags(problem: Problem, has_zeros: bool) -> dict[str, Any]:
 
 
 def shape_flags(problem: Problem) -> dict[str, Any]:
-    """Those that `gemm_kernel` and `dequantize_kernel` have besides."""
+    """Compile-time arguments that `gemm_kernel` and `dequantize_kernel` have besides."""
     return {"WHOLE_GROUPS": problem.whole_groups, "TAIL": problem.K % TILE}
 
 
@@ -319,7 +320,10 @@ def check(
     up: Tensor | None = None,
     down: Tensor | None = None,
 ) -> None:
-    """Raises ValueError unless every address that follows from the arguments lies inside the tensors."""
+    """Raises ValueError unless every address that follows from the arguments lies inside the tensors.
+
+    The module's docstring has the shapes and dtypes that are right, for x [..., K].
+    """
     if bits not in range(1, 9) or group_size < 1 or codes.dim() != 2:
         raise ValueError(
             f"bits={bits}, group_size={group_size}, codes {tuple(codes.shape)}: codes [N, words] are of 1 to 8 bits, "
@@ -355,7 +359,15 @@ def dequantized_arranged(
 
 
 def reference_arranged(x, stream, bits, group_size, has_zeros, out_features, bias=None, up=None, down=None) -> Tensor:
-    """The specification of the product with an arranged weight, on any device; as `reference`."""
+    """The specification of the product with an arranged weight, on any device: y [..., N] in x's dtype for x [..., K].
+
+    Args:
+        stream: int32 [ceil(N / ROWS), K / 128, words], see `int_group_layout`.
+        bits, group_size: of the weight.
+        has_zeros: whether the stream holds zeros.
+        out_features: N.
+        x, bias, up, down: as in `reference`.
+    """
     codes, scales, zeros = restored(stream, bits, group_size, has_zeros, out_features)
     return reference(x, codes, scales, zeros, bits, group_size, bias, up, down)
 

@@ -181,6 +181,7 @@ def _summed(width: int, classes: int, span: int) -> Any:
         ]
 
     def scale_vector(builder: Any, scales: Any, index: Any, chunks: Any, c: int) -> Any:
+        """The scales of class c of chunk `index`, a lane a word: given as they are, or spread over the words."""
         if not span:
             return _load(
                 builder, scales, builder.mul(_I64(LANES), builder.add(index, builder.mul(chunks, _I64(c)))), _FLOATS
@@ -191,6 +192,8 @@ def _summed(width: int, classes: int, span: int) -> Any:
 
     @intrinsic
     def summed(_context, words, x, scales, chunks, stride):
+        """The function's type, and what emits its loop over chunks; `stride` is that of x', in numbers."""
+
         def emit(_context, builder, _signature, arguments):
             words, x, scales, chunks, stride = arguments
             total = cgutils.alloca_once_value(builder, ir.Constant(_FLOATS, [0.0] * LANES))
@@ -254,7 +257,7 @@ def _rest(words, x, scales, chunks, stride, width, classes):
 
 @inlined
 def _address(array, offset):
-    """Of a number of 32 bits in an array."""
+    """The address of a number of 32 bits in an array."""
     return np.uint64(array.ctypes.data) + np.uint64(4 * offset)
 
 

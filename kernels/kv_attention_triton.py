@@ -28,13 +28,13 @@ from quantkit.kernels.tiles import dot
 
 @triton.constexpr_function
 def _width(bits):
-    """Of the fields in the words of a code's low bits."""
+    """Width of the fields in the words of a code's low bits."""
     return 2 if bits == 3 else bits
 
 
 @triton.constexpr_function
 def _shift(bits, field):
-    """Of a field in the lower or the upper byte of its word."""
+    """Shift of a field in the lower or the upper byte of its word."""
     return _width(bits) * field % 8
 
 

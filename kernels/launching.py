@@ -22,7 +22,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def or_stand_in(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A pointer for an argument that the kernel was compiled not to read."""
+    """A tensor [...]; for None another, as the pointer that the kernel was compiled not to read."""
     return stand_in if tensor is None else tensor
 
 
@@ -35,7 +35,10 @@ def block_r(up: Tensor | None) -> int:
 
 
 def machine(tensor: Tensor) -> dict[str, bool]:
-    """Inline assembly is NVIDIA's; a tensor in the CPU's memory means Triton's interpreter, whose bf16 is wrong."""
+    """What a kernel's constants ASM and INTERPRETED are, where a tensor [...] is.
+
+    Inline assembly is NVIDIA's; a tensor in the CPU's memory means Triton's interpreter, whose bf16 is wrong.
+    """
     return {"ASM": tensor.is_cuda and torch.version.hip is None, "INTERPRETED": not tensor.is_cuda}
 
 
@@ -95,7 +98,10 @@ def overlapping() -> bool:
 
 
 def dependent(tensor: Tensor) -> dict[str, bool]:
-    """What a kernel that may overlap with the one before is launched with: its constant PDL, and Triton's option."""
+    """What a kernel that may overlap with the one before is launched with, where a tensor [...] is.
+
+    That is its constant PDL, and Triton's option.
+    """
     newer = tensor.is_cuda and torch.version.hip is None and properties(tensor.device)[0] >= 90
     return {"PDL": True, "launch_pdl": True} if _overlapping and newer else {"PDL": False}
 
@@ -156,7 +162,7 @@ def counters(device: torch.device, count: int) -> Tensor:
 
 
 def in_own_types(function: Any, x: Tensor, *arguments: Any) -> Tensor:
-    """Calls `function`, and keeps autocast, which knows torch's own products only, from changing types inside."""
+    """function(x [...], *arguments), out of reach of autocast, which knows torch's own products only."""
     if not torch.is_autocast_enabled(x.device.type):
         return function(x, *arguments)
     with torch.autocast(x.device.type, enabled=False):

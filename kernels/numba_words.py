@@ -78,7 +78,7 @@ def run(
 
 
 def words_of(tensor: torch.Tensor) -> Any:
-    """A tensor's numbers as a contiguous array of numpy's: int32 as uint32, fp16 as its bits in uint16."""
+    """The numbers of a tensor [...] as a contiguous array of its shape: int32 as uint32, fp16 as its bits in uint16."""
     array = tensor.detach().contiguous()
     if tensor.dtype == torch.float16:
         return array.view(torch.int16).numpy().view(np.uint16)
@@ -88,6 +88,8 @@ def words_of(tensor: torch.Tensor) -> Any:
 def _operation(name: str) -> Any:
     @intrinsic
     def operation(_context, left, right):
+        """LLVM's instruction `name` of two numbers of 32 bits."""
+
         def emit(_context, builder, _signature, arguments):
             return getattr(builder, name)(*arguments)
 

@@ -71,10 +71,13 @@ def register(
 ) -> Any:
     """Makes the operator quantkit::`name`(x, *weight, bias, up, down), differentiable but for the weight.
 
+    It gives y [..., out_features] in x's dtype for x [..., in_features]; bias is [out_features], up [out_features,
+    rank] and down [rank, in_features].
+
     Args:
         arguments: of the weight, as in a schema.
         rows: the weight's rows, from its arguments.
-        dequantized: the weight in fp32, from its arguments and in_features.
+        dequantized: the weight, fp32 [out_features, in_features], from its arguments and in_features.
         reference, launch: the product on other devices than NVIDIA's GPUs since sm_80, and on those: older ones lack
             the kernels' instructions and shared memory. Where a kernel errs (`self_check`) the reference runs too.
         compiled: the module of a CPU's compiled loops, see `cpu`; empty for none.
@@ -88,6 +91,7 @@ def register(
         return x.new_empty(*x.shape[:-1], rows(*others[: last - 1]))
 
     def elsewhere(x, *others):
+        """The product where no kernel runs: by compiled loops on a CPU, else by the reference."""
         weight, extra = others[: last - 1], others[last - 1 :]
         if not cpu.takes(compiled, x):
             return launching.in_own_types(reference, x, *others)
@@ -100,6 +104,7 @@ def register(
         return launching.in_own_types(launch if fit else reference, x, *others)
 
     def remember(ctx, inputs, output):
+        """Keeps what the gradients are made of; x only where a correction's are wanted."""
         x, weight, (bias, up, down) = inputs[0], inputs[1:last], inputs[last:]
         needed = x if up is not None and any(ctx.needs_input_grad[last + 1 :]) else None
         ctx.shape, ctx.bias_dtype = x.shape, None if bias is None else bias.dtype

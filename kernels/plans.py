@@ -39,7 +39,7 @@ MOST = 128
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether x is where plans are made: on a GPU by NVIDIA."""
+    """Whether x [...] is where plans are made: on a GPU by NVIDIA."""
     return x.is_cuda and _NVIDIA
 
 
@@ -47,8 +47,9 @@ def direct(x: Tensor, *others: Tensor | None) -> bool:
     """Whether a product with x may go past torch's dispatcher.
 
     Args:
-        x: the inputs.
-        others: what is added besides: a bias, a low-rank correction.
+        x: the inputs [..., in_features].
+        others: what is added besides: a bias [out_features], a low-rank correction [out_features, rank] and
+            [rank, in_features].
     """
     if is_compiling() or type(x) is not Tensor or not on_gpu(x):
         return False
@@ -292,7 +293,10 @@ class Planned:
     def through_torch(
         self, x: Tensor, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None
     ) -> Tensor:
-        """The same for any x, through torch's dispatcher."""
+        """The same for any x [..., in_features] and corrections as `operators.register` has them.
+
+        It goes through torch's dispatcher.
+        """
         others = (bias, up, down) if self._is_product else ()
         return self._operator(x, *self._weight, *others)
 

@@ -48,7 +48,7 @@ def padded(columns: int) -> int:
 
 
 def transcode(points: Tensor, factors: Tensor, bits: int, out_features: int) -> tuple[Tensor, Tensor]:
-    """The factored form.
+    """Integer codes and factors of the factored form.
 
     Args:
         points: integers [groups, in_features, dimension] in [-2^(bits-1), 2^(bits-1)).

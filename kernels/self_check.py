@@ -163,7 +163,7 @@ def driver() -> str:
 
 @lru_cache
 def _source_digest() -> str:
-    """Of all kernels, so that a changed one is checked anew whatever its version says."""
+    """Digest of all kernels' sources: a changed one is checked anew, whatever its version says."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())

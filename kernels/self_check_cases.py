@@ -122,7 +122,7 @@ def _trellis(device: torch.device) -> Iterator[Case]:
 
 
 def _codebook(device: torch.device) -> Iterator[Case]:
-    """Vectors of 4 from 256, which lie in several copies, and two books that are added."""
+    """Vectors of 4 from 256, which lie in several copies, and two codebooks that are added."""
     random = _Random(device)
     for problem, v, bits, more in (*((problem, 4, 8, 0) for problem in (*PROBLEMS, MANY)), (PROBLEMS[0], 8, 8, 8)):
         N, K = problem[0]

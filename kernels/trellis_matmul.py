@@ -159,7 +159,7 @@ def constants(problem: Problem, warps: int) -> dict[str, Any]:
 
 
 def tile_constants(problem: Problem, config: Config) -> dict[str, Any]:
-    """Those of the kernel of few rows that follow from its sizes."""
+    """Compile-time arguments of the kernel of few rows that follow from its sizes."""
     ahead = chunks(problem, config)
     ragged = problem.K % (16 * ahead * config.num_warps) != 0
     return {"CHUNKS": ahead, "RAGGED": ragged, "SPLIT_K": config.split_k, "BLOCK_M": config.block_m}
@@ -254,7 +254,10 @@ def check(
     up: Tensor | None = None,
     down: Tensor | None = None,
 ) -> None:
-    """Raises ValueError unless every address that follows from the arguments lies inside the tensors."""
+    """Raises ValueError unless every address that follows from the arguments lies inside the tensors.
+
+    The module's docstring has the shapes and dtypes that are right, for x [..., K].
+    """
     if bits not in range(1, 9) or state_bits not in range(STATE_BITS[0], STATE_BITS[1] + 1):
         raise ValueError(
             f"bits={bits}, state_bits={state_bits}: symbols have 1 to 8 bits, states {STATE_BITS[0]} to {STATE_BITS[1]}"

@@ -1,8 +1,9 @@
 """The path through a bitshift trellis that is nearest to given numbers, found exactly; and rings of such paths.
 
 `search` minimises sum (x_i - values[s_i])^2 over all s with s_(i+1) = (s_i 2^K + symbol) mod 2^L, by Viterbi's
-algorithm: for each ending of L - K bits the cheapest path so far is kept. It costs 2^L sums a number, on a GPU in
-Triton, on a CPU in numba, and in torch's own operations where neither is installed.
+algorithm (IEEE Transactions on Information Theory, 1967): for each ending of L - K bits the cheapest path so far is
+kept. It costs 2^L sums a number, on a GPU in Triton, on a CPU in numba, and in torch's own operations where neither is
+installed.
 
 `encode` closes paths to rings (`trellis`). A ring is cut into pieces. What a path passes
 through at a cut is found first, by a free search over the numbers within `reach` of it; then each piece is searched
@@ -134,7 +135,14 @@ def _search(x: Tensor, values: Tensor, bits: int, first: Tensor, last: Tensor) -
 
 
 def reference(x: Tensor, values: Tensor, bits: int, first: Tensor, last: Tensor) -> Tensor:
-    """The specification of `search`, on any device: x [paths, steps] -> int32 states [paths, steps]."""
+    """The specification of `search`, on any device: x fp32 [paths, steps] -> int32 states [paths, steps].
+
+    Args:
+        x: the numbers.
+        values: fp32 [2^L].
+        bits: K.
+        first, last: int64 [paths], FREE for any.
+    """
     paths, steps = x.shape
     ways, count = 1 << bits, len(values) >> bits
     cost = torch.where(first < 0, 0.0, torch.inf).unsqueeze(1).repeat(1, count)

@@ -25,7 +25,18 @@ _compiled = numba.njit(fastmath=True, nogil=True, boundscheck=False, error_model
 
 
 def search(x: Any, values: Any, bits: int, first: Any, last: Any, threads: int) -> Any:
-    """As `viterbi.search`, of numpy arrays."""
+    """As `viterbi.search`, of numpy arrays.
+
+    Args:
+        x: float32 [paths, steps].
+        values: float32 [2^L].
+        bits: K.
+        first, last: int64 [paths], negative for any.
+        threads: that search, a path each.
+
+    Returns:
+        int32 [paths, steps] states.
+    """
     states = np.empty(x.shape, dtype=np.int32)
     sequence = _sequence(bits, len(values) >> bits)
 
@@ -61,6 +72,7 @@ def _sequence(bits: int, count: int) -> Callable:
 
     @_compiled
     def sequence(x, values, first, last, states, spread, choice):
+        """Writes the nearest path's states of x [steps]; spread [2^L] and choice [steps, count] are scratch memory."""
         cost = np.empty(count, dtype=np.float32)
         cost[:] = _NEVER if first >= 0 else np.float32(0)
         if first >= 0:
@@ -84,6 +96,7 @@ def _few_ways(bits: int) -> Callable:
 
     @_compiled
     def step(cost, spread, values, double, choice, count):
+        """Replaces cost [count] by that of one number more, 2 x in `double`; choice [count]: the best way into each."""
         for u in range(count):
             for n in range(ways):
                 spread[u * ways + n] = cost[u]
@@ -107,6 +120,7 @@ def _many_ways(bits: int, count: int) -> Callable:
 
     @_compiled
     def step(cost, spread, values, double, choice, _count):
+        """As the step of few ways; costs before it are in a part of `spread`."""
         before = spread[:count]
         before[:] = cost
         best, chosen = np.empty(block, dtype=np.float32), np.empty(block, dtype=np.int32)

@@ -99,7 +99,16 @@ def sizes(bits: int, states: int) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def search(x: Tensor, values: Tensor, bits: int, first: Tensor, last: Tensor) -> Tensor:
-    """As `viterbi.reference`; contiguous tensors on one GPU, or on a CPU under Triton's interpreter."""
+    """As `viterbi.reference`: x fp32 [paths, steps] -> int32 states [paths, steps].
+
+    All tensors are contiguous, on one GPU or on a CPU under Triton's interpreter.
+
+    Args:
+        x: the numbers.
+        values: fp32 [2^L].
+        bits: K.
+        first, last: int64 [paths], or `viterbi.FREE` for any.
+    """
     paths, steps = x.shape
     constants, options = sizes(bits, len(values))
     states = torch.empty(paths, steps, dtype=torch.int32, device=x.device)

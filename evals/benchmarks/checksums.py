@@ -22,7 +22,7 @@ from quantkit.io.checkpoint import verify
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """That a call takes."""
+    """Seconds that a call takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

@@ -163,7 +163,7 @@ class Bench:
     chance: random.Random
 
     def arguments(self, command: str, work: Path) -> list[str]:
-        """Of a command that writes into a folder `out` of `work`."""
+        """Arguments of a command that writes into a folder `out` of `work`."""
         return command.format(model=self.home / "llama", home=self.home, work=work).split()
 
     def start(self, name: str, work: Path, *flags: str) -> list[Process]:

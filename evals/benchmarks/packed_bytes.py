@@ -124,6 +124,9 @@ def digest(folder: Path, packed: bool = False) -> str:
 
     Args:
         packed: those of packed layers alone, without biases, which have the type that a model in memory computes in.
+
+    Raises:
+        FileNotFoundError: there are no tensors.
     """
     layers = json.loads((folder / "config.json").read_text()).get("quantization_config", {}).get("layers", {})
     found = hashlib.sha256()
@@ -151,7 +154,7 @@ def machine() -> dict[str, str]:
 
 
 THREADS = 1
-"""Of torch: sums over several threads depend on how many there are."""
+"""Threads of torch: sums over several depend on how many there are."""
 
 
 def run(arguments: list[str]) -> None:
@@ -171,7 +174,12 @@ def run(arguments: list[str]) -> None:
 
 
 def interrupted(model: Path, output: Path) -> None:
-    """A run by a process that is killed after its first block, continued by another."""
+    """A run by a process that is killed after its first block, continued by another.
+
+    Raises:
+        RuntimeError: the run was over before it could be killed.
+        subprocess.CalledProcessError: the second run failed.
+    """
     arguments = [sys.executable, "-m", "quantkit.cli", "quantize", str(model), *METHODS["gptq"].split(), *TEXT.split()]
     arguments += ["--output", str(output)]
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

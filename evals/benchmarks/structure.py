@@ -131,6 +131,7 @@ def depths(found: dict[str, Module]) -> dict[str, list[str]]:
     chains: dict[str, list[str]] = {}
 
     def chain(name: str, path: tuple[str, ...]) -> list[str]:
+        """The longest chain from a module down; `path` is the way that led there."""
         if name in path:
             raise ValueError(f"a circle of imports: {' -> '.join([*path[path.index(name) :], name])}")
         if name not in chains:

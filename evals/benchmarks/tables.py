@@ -497,4 +497,4 @@ TABLES = {
     "damage": DAMAGE,
     "faults": FAULTS,
 }
-"""By the name that stands in a document's mark."""
+"""Tables by the name in a document's mark."""

@@ -9,7 +9,7 @@ BPE tokenizer with single-digit tokens, the bf16 checkpoint, `training_log.csv` 
 `held_out.json`.
 
 The hidden matrices are trained with Muon, all other parameters with AdamW; the learning rate is
-a function of the share of the time budget that is spent (short warm-up, flat, linear decay), so
+a function of the fraction of the time budget that is spent (short warm-up, flat, linear decay), so
 the same script fits an hour of two CPU cores and minutes of a GPU.
 """
 
@@ -80,7 +80,7 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Tensor:
-    """All documents as one int64 stream, an end-of-text token after each."""
+    """All documents as one stream, int64 [tokens], an end-of-text token after each."""
     ids: list[int] = []
     for encoded in tokenizer(documents, add_special_tokens=False)["input_ids"]:
         ids.extend(encoded)
@@ -109,7 +109,11 @@ def recall_rows(tokenizer: PreTrainedTokenizerFast, rng: random.Random, rows: in
 
 
 def training_batch(stream: torch.Tensor, tokenizer, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
-    """`TEXT_ROWS` random windows of the stream above `RECALL_ROWS` recall documents."""
+    """`TEXT_ROWS` random sequences of the stream, int64 [tokens], above `RECALL_ROWS` recall documents.
+
+    Returns:
+        (tokens, labels), int64 [rows, SEQUENCE] each.
+    """
     starts = [rng.randrange(len(stream) - SEQUENCE) for _ in range(TEXT_ROWS)]
     text = torch.stack([stream[start : start + SEQUENCE] for start in starts])
     tokens, labels = recall_rows(tokenizer, rng, RECALL_ROWS)
@@ -123,7 +127,7 @@ def learning_rate_share(progress: float) -> float:
 
 @torch.no_grad()
 def held_out_nll(model, stream: torch.Tensor, max_windows: int = 10_000) -> float:
-    """Mean nats per token over non-overlapping windows of the held-out stream."""
+    """Mean nats per token over non-overlapping sequences of the held-out stream, int64 [tokens]."""
     count = min(len(stream) // SEQUENCE, max_windows)
     windows = stream[: count * SEQUENCE].view(count, SEQUENCE)
     losses = [
@@ -143,7 +147,7 @@ def recall_accuracy(model, tokenizer, rows: int = 32) -> float:
 
 
 def unigram_perplexity(train: torch.Tensor, held_out: torch.Tensor) -> float:
-    """Perplexity of held-out tokens under add-one token frequencies of the training stream."""
+    """Perplexity of held-out tokens under add-one token frequencies of the training stream; both int64 [tokens]."""
     counts = collections.Counter(train.tolist())
     total = len(train) + VOCABULARY
     nll = -sum(math.log((counts[token] + 1) / total) for token in held_out.tolist())

@@ -1,10 +1,10 @@
 """Constants that are also read where torch and transformers must not be imported."""
 
 RELEASE = "0.1.0"
-"""Of quantkit."""
+"""Version of quantkit."""
 METHOD = "quantkit"
 """The quant_method of packed checkpoints."""
 VERSION = 2
-"""Of the checkpoint format. 1, of a pre-release, had scales [out_features, groups]; no reader of it is kept."""
+"""Version of the checkpoint format. 1, of a pre-release, had scales [out_features, groups]; no reader of it is kept."""
 TARGET_SHIFT = 0.7
 """How far a layer aims at the full-precision output, by default."""

@@ -1,8 +1,9 @@
 """The few matrix facts that second-order quantization rests on.
 
-With U upper triangular and H^-1 = U^T U, GPTQ's error feedback reads its multipliers off the rows
-of U. U is obtained without forming H^-1: a Cholesky factor of H taken from the last row upwards
-gives H = R R^T with R upper triangular, and then U = R^-1.
+With U upper triangular and H^-1 = U^T U, GPTQ's error feedback reads its multipliers off the rows of U. U is obtained
+without forming H^-1: a Cholesky factor of H taken from the last row upwards gives H = R R^T with R upper triangular,
+and then U = R^-1. That the multipliers are rows of a Cholesky factor is GPTQ's (arXiv 2210.17323, section 3, step 3),
+which factors the inverse.
 """
 
 import math

@@ -44,7 +44,11 @@ _BUILT_IN = {
 
 
 def names(group: str) -> list[str]:
-    """All names of a group ("quantkit.formats", "quantkit.quantizers" or "quantkit.tunables"), sorted."""
+    """All names of a group ("quantkit.formats", "quantkit.quantizers" or "quantkit.tunables"), sorted.
+
+    Raises:
+        ValueError: two packages claim one.
+    """
     return sorted(_table(group))
 
 

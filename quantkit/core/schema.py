@@ -47,7 +47,7 @@ class TensorSpec:
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """All that are allowed."""
+        """All dtypes that are allowed."""
         return self.dtype if isinstance(self.dtype, tuple) else (self.dtype,)
 
     def empty(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -77,7 +77,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def extent(tensor: Tensor, dimension: int) -> int:
-    """A tensor's size along a dimension; 0 where it has no such dimension."""
+    """The size of a tensor [...] along a dimension; 0 where it has no such dimension."""
     return tensor.shape[dimension] if tensor.dim() > dimension else 0
 
 

@@ -121,7 +121,7 @@ class StatsAccumulator:
         self._num_tokens += len(x_q)
 
     def finish(self, name: str) -> LayerStats:
-        """The means.
+        """The means over all tokens.
 
         Raises:
             CalibrationError: no token reached the layer, or an input was NaN or Inf.

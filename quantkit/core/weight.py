@@ -189,7 +189,7 @@ class QuantizedWeight(ABC):
         return ValueError(f"{name} is {in_words(found)}; {self.format} takes {wanted}")
 
     def tensors(self) -> dict[str, Tensor]:
-        """This level's tensor fields (a field that is None is left out)."""
+        """This level's tensor fields, of the shapes and dtypes of `schema` (a field that is None is left out)."""
         return {k: v for k, v in self._fields().items() if isinstance(v, Tensor)}
 
     def nested(self) -> dict[str, QuantizedWeight]:
@@ -256,7 +256,11 @@ class QuantizedWeight(ABC):
         return QuantizedWeight.from_state(metadata, _empty_state(metadata))
 
     def map(self: W, fn: Callable[[Tensor], Tensor]) -> W:
-        """The same weight with `fn` applied to every tensor, e.g. a move to another device."""
+        """The same weight with `fn` applied to every tensor, e.g. a move to another device.
+
+        Args:
+            fn: keeps a tensor's shape [...].
+        """
         changes: dict[str, Any] = {name: fn(tensor) for name, tensor in self.tensors().items()}
         changes |= {name: weight.map(fn) for name, weight in self.nested().items()}
         return self._changed(changes)

@@ -14,13 +14,17 @@ import torch
 from quantkit.evopress.evolve import Assignment, Fitness, Index
 
 Losses = Sequence[Sequence[float]]
-"""Of each item's levels, as `Index.costs`."""
+"""The loss of each item at each of its levels, as `Index.costs` has them."""
 CAPACITIES = 20_000
 """Most different sums that the knapsack tells apart; beyond, costs are rounded up to a grid of so many steps."""
 
 
 def uniform(index: Index, budget: int) -> Assignment:
-    """Every item at one fraction of its highest cost, as far as its levels allow, and what is left spread evenly."""
+    """Every item at one fraction of its highest cost, as far as its levels allow, and what is left spread evenly.
+
+    Raises:
+        QuantkitError: not even the lowest levels fit.
+    """
     index.check_budget(budget)
     levels = [0] * len(index.costs)
     for fraction in sorted({Fraction(cost, costs[-1]) for costs in index.costs for cost in costs}):
@@ -47,7 +51,11 @@ def _filled(index: Index, levels: list[int], budget: int) -> Assignment:
 
 
 def random_assignment(index: Index, budget: int, generator: torch.Generator) -> Assignment:
-    """Steps up at random items, from the lowest levels, until nothing fits."""
+    """Steps up at random items, from the lowest levels, until nothing fits.
+
+    Raises:
+        QuantkitError: not even the lowest levels fit.
+    """
     index.check_budget(budget)
     levels = [0] * len(index.costs)
     left = budget - index.cost(levels)
@@ -67,14 +75,22 @@ def random_assignment(index: Index, budget: int, generator: torch.Generator) -> 
 def best_of_random(
     index: Index, fitness: Fitness, budget: int, generator: torch.Generator, count: int = 32, tokens: int = 32768
 ) -> Assignment:
-    """The best of `count` random assignments, all measured on the same text."""
+    """The best of `count` random assignments, all measured on the same text.
+
+    Raises:
+        QuantkitError: not even the lowest levels fit.
+    """
     found = [random_assignment(index, budget, generator) for _ in range(count)]
     values = fitness(found, tokens, -1)
     return found[min(range(count), key=lambda i: values[i])]
 
 
 def greedy(index: Index, losses: Losses, budget: int) -> Assignment:
-    """Always the step, over one level or several, that lowers the losses most for its price, as long as one fits."""
+    """Always the step, over one level or several, that lowers the losses most for its price, as long as one fits.
+
+    Raises:
+        QuantkitError: not even the lowest levels fit.
+    """
     index.check_budget(budget)
     levels = [0] * len(index.costs)
     left = budget - index.cost(levels)
@@ -96,6 +112,9 @@ def knapsack(index: Index, losses: Losses, budget: int) -> Assignment:
     """The least sum of losses under the budget, by dynamic programming (SPDY, arXiv 2201.13096, section 3).
 
     Exact where the costs' greatest common divisor leaves at most `CAPACITIES` sums below the budget.
+
+    Raises:
+        QuantkitError: not even the lowest levels fit.
     """
     index.check_budget(budget)
     extra = [[cost - costs[0] for cost in costs] for costs in index.costs]

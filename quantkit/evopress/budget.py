@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from quantkit.io.source import Source
 
 HEADER_BYTES = 160
-"""Of a tensor's entry in a safetensors header, at most, and what the index says of it."""
+"""Bytes of a tensor's entry in a safetensors header, at most, and of what the index says of it."""
 TENSORS = 8
-"""Of a packed layer, at most."""
+"""Tensors of a packed layer, at most."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Budget:
         return weights / 8 if self.kind == "bits" else weights, 0
 
     def cost(self, weight: QuantizedWeight, quantizer: Quantizer) -> int:
-        """Of a packed layer: bytes, weights that are not zero, or nanoseconds.
+        """The cost of a packed layer: bytes, weights that are not zero, or nanoseconds.
 
         Args:
             weight: may be on the meta device.

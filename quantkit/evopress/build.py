@@ -64,7 +64,7 @@ class _Candidates:
         return max(least, *(quantizer.needs for quantizer in (self.base, *self.missing[name])))
 
     def __call__(self, name: str, weight: Tensor, stats: LayerStats | None) -> LayerResult:
-        """The base's result."""
+        """Packs a layer in all ways, and returns the base's result."""
         if name in self.fixed:
             return Pack(self.fixed)(name, weight, stats)
         assert stats is not None

@@ -32,7 +32,7 @@ ATTEMPTS = 20
 
 @dataclass(frozen=True)
 class Index:
-    """What can be chosen.
+    """Levels of each item that a search chooses among.
 
     Attributes:
         costs: of each item's levels, ascending; bytes, or any other unit that the budget has.
@@ -74,7 +74,11 @@ class Space(Protocol):
     identity: Any
 
     def apply(self, assignment: Assignment) -> None:
-        """Makes the model that the assignment describes."""
+        """Makes the model that the assignment describes.
+
+        Args:
+            assignment: a level for each item.
+        """
 
 
 class Fitness(Protocol):
@@ -175,8 +179,8 @@ def evolve(
         raise QuantkitError(f"the search's start costs {index.cost(state.parent):,}, more than the budget {budget:,}")
     if state.random:
         generator.set_state(torch.frombuffer(bytearray(state.random), dtype=torch.uint8))
-    for number in range(len(state.history), settings.generations):
-        state = _generation(index, fitness, budget, generator, settings, state, number)
+    for generation in range(len(state.history), settings.generations):
+        state = _generation(index, fitness, budget, generator, settings, state, generation)
         progress(state)
     return state
 
@@ -188,7 +192,7 @@ def _generation(
     generator: torch.Generator,
     settings: Evolution,
     state: State,
-    number: int,
+    generation: int,
 ) -> State:
     parent = state.parent
     found = [mutated(index, parent, budget, generator, settings) for _ in range(settings.offspring)]
@@ -199,7 +203,7 @@ def _generation(
         if last:
             pool.insert(0, parent)  # first: of equals, the parent stays
         if len(pool) > survivors or last:
-            values = fitness(pool, tokens, number * len(settings.stages) + stage)
+            values = fitness(pool, tokens, generation * len(settings.stages) + stage)
             values = [value if math.isfinite(value) else math.inf for value in values]
             ranked = sorted(range(len(pool)), key=lambda i: values[i])
             if last:

@@ -51,7 +51,7 @@ class Beside:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All bytes of it."""
         return self.cache + self.activations + self.reserve
 
 
@@ -120,7 +120,7 @@ def prompt_bytes(model: PreTrainedModel, context: int, batch: int) -> tuple[int,
 
 
 def kv_cache_bytes(config: Any, context: int, batch: int, bits: float = 16) -> int:
-    """Of keys and values at a full context; layers with a sliding window keep no more than it.
+    """Bytes of keys and values at a full context; layers with a sliding window keep no more than it.
 
     Args:
         config: the model's.
@@ -141,7 +141,7 @@ def _cached_tokens(config: Any, context: int) -> tuple[list[str], list[int]]:
 
 
 def activation_bytes(config: Any, context: int, batch: int, itemsize: int = 2) -> int:
-    """Of a pass over the whole context, at most: a block's widest moment, and the last token's logits in fp32.
+    """Bytes of a pass over the whole context, at most: a block's widest moment, and a token's logits in fp32.
 
     Residual, its normed copy, queries, keys, values and attention's output, or the MLP's two halves and their product.
     """

@@ -60,8 +60,8 @@ def draw(outcome: Outcome, bits: Mapping[str, float], measure: str) -> bytes:
                     )
     figure.colorbar(image, ax=left)
     right.plot([line.fitness for line in outcome.history], lw=0.8, color="tab:blue", alpha=0.5, label="fresh text")
-    steps = [number for number, line in enumerate(outcome.history) if line.switched]
-    right.plot(steps, [outcome.history[number].fitness for number in steps], "o", ms=4, label="new parent")
+    steps = [generation for generation, line in enumerate(outcome.history) if line.switched]
+    right.plot(steps, [outcome.history[generation].fitness for generation in steps], "o", ms=4, label="new parent")
     right.axhline(outcome.held_out["search"], color="tab:blue", label="found, held-out text")
     right.axhline(outcome.held_out["uniform"], color="tab:gray", ls="--", label="uniform, held-out text")
     right.set_xlabel("generation")

@@ -43,7 +43,7 @@ PICTURE = "quantkit_search.png"
 
 @dataclass(frozen=True)
 class SearchRun:
-    """All that a search is asked for.
+    """Settings of a search, with its model, folders and budget.
 
     Attributes:
         folder, name: of the full-precision model, and what reports call it.
@@ -69,7 +69,7 @@ class SearchRun:
 
 @dataclass(frozen=True)
 class Watch:
-    """What is told on the way.
+    """Functions that a search calls on its way.
 
     Attributes:
         progress: (done, in all, of what) of what comes before the generations.
@@ -84,7 +84,7 @@ class Watch:
 
 @dataclass(frozen=True)
 class Searched:
-    """What a search made.
+    """Results of a search.
 
     Attributes:
         outcome: what was found, and what it was measured against.
@@ -193,6 +193,7 @@ def _pack(
     measure, drawn = session.settings.measure, False
 
     def files(report: Report) -> dict[str, bytes]:
+        """The plan, the search's record and its picture, for the checkpoint."""
         nonlocal drawn
         texts = {PLAN: _json({"layers": plan}), SEARCH_RECORD: _record(session, outcome, plan)}
         bits = {layer.name: layer.bits_per_weight for layer in report.layers if layer.name not in shared}

@@ -41,7 +41,7 @@ def _silent(_done: int, _total: int, _what: str) -> None:
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """A search.
+    """Settings of a search.
 
     Attributes:
         evolution: see there.
@@ -193,6 +193,7 @@ class Session:
             starts, state = record
 
         def told(now: State) -> None:
+            """Keeps the state, so that a killed search goes on from there, and passes it on."""
             if folder is not None and keeps:
                 _write(folder, starts, now)
             progress(now)

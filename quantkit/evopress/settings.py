@@ -10,7 +10,7 @@ Rule = Literal["any", "size"]
 CANDIDATES = "gptq(2), gptq(3), gptq(4), gptq(5), gptq(6), gptq(8)"
 """Ways to pack a layer, unless others are given."""
 HEAD_BITS = 6
-"""Of head and embedding, where a budget is for all of the model."""
+"""Bits of head and embedding, where a budget is for all of the model."""
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,11 @@ class CandidateSpace:
         return {name: keys[level] for name, keys, level in zip(self.names, self.keys, assignment, strict=True)}
 
     def apply(self, assignment: Assignment) -> None:
-        """See `Space`."""
+        """See `Space`.
+
+        Raises:
+            CheckpointError: a candidate's file is damaged.
+        """
         for item, (name, key) in enumerate(self.chosen(assignment).items()):
             if self._present[item] != key:
                 self.model.set_submodule(name, self._linear(name, key))
@@ -139,24 +143,24 @@ class BlockSpace:
 
     def apply(self, assignment: Assignment) -> None:
         """See `Space`; a block that is left out hands its input on."""
-        for number, (block, level) in enumerate(zip(self._blocks, assignment, strict=True)):
-            self._list[number] = block if level else _Skipped(block, self._wrap)
+        for index, (block, level) in enumerate(zip(self._blocks, assignment, strict=True)):
+            self._list[index] = block if level else _Skipped(block, self._wrap)
 
     def pruned(self, assignment: Sequence[int]) -> PreTrainedModel:
         """The model without the blocks that are left out, as one that can be saved."""
-        kept = [number for number, level in enumerate(assignment) if level]
+        kept = [index for index, level in enumerate(assignment) if level]
         prefix = self.names[0].rsplit(".", 1)[0]
-        self.model.set_submodule(prefix, nn.ModuleList(self._blocks[number] for number in kept))
+        self.model.set_submodule(prefix, nn.ModuleList(self._blocks[index] for index in kept))
         config = self.model.config.get_text_config()
         count = len(self._blocks)
         for key, value in list(config.to_dict().items()):
             if isinstance(value, list) and len(value) == count:  # layer_types and their like
-                setattr(config, key, [value[number] for number in kept])
+                setattr(config, key, [value[index] for index in kept])
         config.num_hidden_layers = len(kept)
-        for place, number in enumerate(kept):
-            for module in self._blocks[number].modules():
+        for layer_idx, index in enumerate(kept):
+            for module in self._blocks[index].modules():
                 if isinstance(getattr(module, "layer_idx", None), int):
-                    module.layer_idx = place  # type: ignore[assignment]  # caches go by it
+                    module.layer_idx = layer_idx  # type: ignore[assignment]  # caches go by it
         return self.model
 
 

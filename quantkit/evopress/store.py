@@ -62,7 +62,7 @@ def candidate_key(quantizer: Quantizer) -> str:
 
 
 class Store:
-    """A database on disk.
+    """A database of candidates on disk.
 
     Args:
         folder: where it is, or will be.

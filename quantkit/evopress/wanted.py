@@ -19,7 +19,7 @@ from quantkit.models.structure import block_linears, ends
 from quantkit.run.recipe import fraction_of, with_bits
 
 SPARSITY_STEPS = (-0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3)
-"""Of the candidates around a sparsity that is asked for."""
+"""Steps from a wanted sparsity to those of the candidates."""
 
 
 @dataclass(frozen=True)

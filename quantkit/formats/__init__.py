@@ -1,0 +1,1 @@
+"""Storage formats: one layout of a packed weight a file."""

@@ -141,7 +141,7 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
 
     @property
     def cpu_slowdown(self) -> float:
-        """Of each stage, the decoding of codes and the sums of their vectors, four entries at a time."""
+        """Adds up, stage by stage, the decoding of codes and the sums of their vectors, four entries at a time."""
         if not has_numba():
             return super().cpu_slowdown
         v = self.books.shape[2]

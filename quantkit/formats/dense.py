@@ -11,7 +11,7 @@ from quantkit.core.weight import QuantizedWeight
 
 @dataclass(frozen=True, eq=False)
 class DenseWeight(QuantizedWeight, format="dense"):
-    """A weight as it is.
+    """A weight that is not packed.
 
     Attributes:
         weight: fp16, bf16, fp32 or fp64 [out_features, in_features].
@@ -34,7 +34,7 @@ class DenseWeight(QuantizedWeight, format="dense"):
 
     @property
     def by_rows(self) -> bool:
-        """Yes."""
+        """True: its rows are those of the tensor."""
         return True
 
     def _rows(self, index: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
 
     @property
     def cpu_slowdown(self) -> float:
-        """By the planes of a code, each of which is a pass over the row."""
+        """Adds up the planes of a code, each of which is a pass over the row."""
         if not has_numba():
             return super().cpu_slowdown
         regular = self.group_size in (32, 64) or self.group_size % 128 == 0 or self.group_size >= self.in_features
@@ -197,11 +197,11 @@ class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
 
     @property
     def label(self) -> str:
-        """The stored form's."""
+        """The label of the stored form."""
         return IntGroupWeight.format
 
     def schema(self) -> dict[str, TensorSpec]:
-        """The stream."""
+        """The stream of codes, scales and zeros."""
         tiles = -(-self.out_features // int_group_layout.ROWS), self.in_features // TILE
         words = int_group_layout.words_of_block(self.bits, self.group_size, self.has_zeros)
         return {"stream": TensorSpec(torch.int32, (*tiles, words))}
@@ -251,7 +251,7 @@ class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
         return launch_arranged(x, self.stream, *self._form, config=config)
 
     def problem(self, x: Tensor) -> Problem:
-        """As `IntGroupWeight.problem`."""
+        """As `IntGroupWeight.problem`: what launch sizes are chosen for, with x [..., in_features]."""
         return problem_of(x, self.out_features, self.bits, self.group_size, arranged=True)
 
     @property
@@ -263,7 +263,7 @@ class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
         return plans.Planned(int_group_arranged_matmul, launch_arranged, self.stream, *self._form)
 
     def divides(self, sizes: Sequence[int]) -> bool:
-        """Where parts are whole blocks of rows, but for the last."""
+        """True where parts are whole blocks of rows, but for the last."""
         return all(size % int_group_layout.ROWS == 0 for size in sizes[:-1])
 
     def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:

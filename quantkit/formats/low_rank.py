@@ -48,7 +48,7 @@ class LowRankWeight(QuantizedWeight, format="low_rank"):
 
     @property
     def rank(self) -> int:
-        """Of the correction."""
+        """Rank of the correction."""
         return extent(self.up, 1)
 
     @classmethod
@@ -83,7 +83,7 @@ class LowRankWeight(QuantizedWeight, format="low_rank"):
 
     @property
     def by_rows(self) -> bool:
-        """Where the base does."""
+        """True where the base reads single rows."""
         return self.base.by_rows
 
     def _rows(self, index: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class LowRankWeight(QuantizedWeight, format="low_rank"):
         return self.base.cpu_slowdown + self.rank * (out_features + in_features) / (out_features * in_features)
 
     def prepare(self) -> None:
-        """The base's."""
+        """Prepares the base."""
         self.base.prepare()
 
     def matmul(

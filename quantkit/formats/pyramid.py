@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 PIECE = 16
 LARGEST_DIMENSION, LARGEST_PULSES, LARGEST_GAIN = 256, 2**13, 8
-"""Of P(D, K), whose points are counted in a table of D x K integers of many words, and bits of a gain."""
+"""Limits of P(D, K), whose points are counted in a table of D x K integers of many words, and bits of a gain."""
 FIELDS_AT_ONCE = 2**22
 """Groups that are decoded together: a limit to the memory that it takes."""
 

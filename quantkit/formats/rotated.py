@@ -68,7 +68,7 @@ class RotatedWeight(QuantizedWeight, format="rotated"):
 
     @property
     def by_rows(self) -> bool:
-        """Where the base does, unless outputs are rotated too: then every row depends on all of the base's."""
+        """True where the base reads single rows, but not where outputs are rotated: a row then depends on all."""
         return self.out_signs is None and self.base.by_rows
 
     def _rows(self, index: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class RotatedWeight(QuantizedWeight, format="rotated"):
         return self.base.cpu_slowdown + 100 / out_features + (0 if self.out_signs is None else 100 / in_features)
 
     def prepare(self) -> None:
-        """The base's."""
+        """Prepares the base."""
         self.base.prepare()
 
     def matmul(

@@ -45,7 +45,7 @@ class ScaledWeight(QuantizedWeight, format="scaled"):
 
     @property
     def by_rows(self) -> bool:
-        """Where the base does."""
+        """True where the base reads single rows."""
         return self.base.by_rows
 
     def _rows(self, index: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class ScaledWeight(QuantizedWeight, format="scaled"):
         return self.base.cpu_slowdown
 
     def prepare(self) -> None:
-        """The base's."""
+        """Prepares the base."""
         self.base.prepare()
 
     def matmul(

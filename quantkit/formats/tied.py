@@ -29,7 +29,7 @@ class TiedWeight(QuantizedWeight, format="tied"):
 
     @property
     def label(self) -> str:
-        """Whose weight it is."""
+        """The layer whose weight it is."""
         return f"tied to {self.layer}"
 
     def schema(self) -> dict[str, TensorSpec]:
@@ -37,7 +37,7 @@ class TiedWeight(QuantizedWeight, format="tied"):
         return {}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> NoReturn:
-        """Nothing.
+        """Gives nothing.
 
         Raises:
             ValueError: always; the weight is elsewhere.

@@ -59,7 +59,7 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
 
     @property
     def label(self) -> str:
-        """The format, L and K."""
+        """The format's name, L and K."""
         return f"trellis L={self.state_bits} K={self.bits}{f' width {self.width}' if self.width > 1 else ''}"
 
     def schema(self) -> dict[str, TensorSpec]:

@@ -218,7 +218,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:
-    """The dtype that a model folder's config.json gives its weights; None where it gives none."""
+    """The dtype that a model folder's config.json gives its weights; None where it gives none.
+
+    Raises:
+        QuantkitError: there is no config.json that can be read, or it names another type than fp32, bf16 or fp16.
+    """
     return parse_dtype(read_config(folder).get("dtype"))
 
 
@@ -282,7 +286,7 @@ class Contents:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the packed layers, every stored byte counted; what is tied to another layer is counted there."""
+        """Bits per weight of the packed layers, every stored byte counted; what is tied to another counts there."""
         shapes = [weight.shape for weight in self.layers.values() if weight.state()]
         return 8 * self.packed_nbytes / sum(rows * columns for rows, columns in shapes)
 

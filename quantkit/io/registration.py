@@ -133,7 +133,7 @@ class QuantkitHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """With adapters: gradients pass through packed layers, and codes stay."""
+        """True, with adapters: gradients pass through packed layers, and codes stay."""
         return True
 
     @property

@@ -373,10 +373,10 @@ class Output(RunFolder):
         remove_below(self.folder, [name for name in self._written if name.startswith(f"{_MADE}/")])
 
     def take(self, write: Callable[[Path], Any]) -> None:
-        """Lets another library write files of the folder to come, which it names itself.
+        """Lets another library `write` files of the folder to come, which it names itself, into an empty folder.
 
-        Args:
-            write: writes them into the empty folder that it is given.
+        Raises:
+            QuantkitError: they cannot be written.
         """
         scratch = self.own(f"{_WRITING}{os.getpid()}")
         shutil.rmtree(scratch, ignore_errors=True)

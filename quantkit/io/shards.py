@@ -80,7 +80,7 @@ class Shards:
         )
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yields (name, tensor) as stored; every tensor is a copy, so no file stays mapped.
+        """Yields (name, tensor) in the shape and dtype of the file; each is a copy, so no file stays mapped.
 
         Raises:
             CheckpointError: a shard cannot be read.

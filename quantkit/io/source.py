@@ -100,7 +100,18 @@ class Source(ABC):
         return len(tied_names(self.model)) < self._ties
 
     def dense(self, index: int, packed: set[str]) -> dict[str, Tensor]:
-        """Tensors of a block (-1: of all else) as they will be stored, but for the weights of packed layers."""
+        """Tensors of a block as they will be stored, but for the weights of packed layers.
+
+        Args:
+            index: of the block; -1 for all that is outside the blocks.
+            packed: names of the packed layers.
+
+        Returns:
+            Tensors by the model's names, in its own shapes [...] and the stored dtypes.
+
+        Raises:
+            CheckpointError: a shard cannot be read.
+        """
         inside = f"{self.prefix}." if index < 0 else f"{self.prefix}.{index}."
         here = [name for name in self._stored() if name.startswith(inside) == (index >= 0)]
         return dict(self._read([name for name in here if not belongs(name, packed)]))
@@ -155,7 +166,10 @@ class Source(ABC):
 
     @abstractmethod
     def unpacked(self, plan: Plan) -> Callable[[], "Source"]:
-        """What gives the model back as it is now, to be called when a walk has packed the planned layers."""
+        """What gives the model back as it is now, to be called when a walk has packed the planned layers.
+
+        That may read the model's folder again, and raises QuantkitError as `open_folder` does.
+        """
 
     @abstractmethod
     def tokenizer(self) -> Any:
@@ -171,7 +185,11 @@ class Source(ABC):
 
     @abstractmethod
     def files(self) -> dict[str, bytes]:
-        """What lies beside a model's weights, by name."""
+        """What lies beside a model's weights, by name.
+
+        Raises:
+            QuantkitError: a file cannot be read.
+        """
 
     @contextmanager
     def walked(self) -> Iterator[None]:
@@ -244,7 +262,11 @@ class Loaded(Source):
 
     @contextmanager
     def walked(self) -> Iterator[None]:
-        """Puts the model into evaluation mode meanwhile, and says where a failure leaves it."""
+        """Puts the model into evaluation mode meanwhile.
+
+        Raises:
+            QuantkitError: what was raised meanwhile, with a word on where it leaves a user's model.
+        """
         was_training = self.model.training
         self.model.eval()
         try:

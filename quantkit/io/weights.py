@@ -61,7 +61,11 @@ class ModelTensors:
         self.change: Callable[[str, Tensor], Tensor] = lambda _name, tensor: tensor
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yields (name, tensor) in the dtype in which it is stored."""
+        """Yields (name, tensor) in the dtype in which it is stored, and the shape that the model has.
+
+        Raises:
+            CheckpointError: a shard cannot be read.
+        """
         wanted: dict[str, list[str]] = {}
         for name in names:
             wanted.setdefault(self.mapping[name], []).append(name)  # two for a head once tied

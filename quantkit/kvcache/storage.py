@@ -73,7 +73,11 @@ class Growing:
         self.length -= count
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replaces the contents, without what is reserved beyond them."""
+        """Replaces the contents, without what is reserved beyond them.
+
+        Args:
+            change: [batch, heads, length, ...] -> another tensor of that kind, whose batch and length may differ.
+        """
         if self._room is not None:
             self._room = change(self.data)
             self.length = self._room.shape[2]
@@ -262,7 +266,7 @@ class Side:
         return found
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Changes all tensors alike: another device, other rows of the batch."""
+        """Changes all tensors [batch, heads, ...] alike: another device, other rows of the batch."""
         for one in (self.sink, self.buffer, *self.grown.values()):
             one.map(change)
         self.fixed = {name: change(tensor) for name, tensor in self.fixed.items()}

@@ -87,6 +87,8 @@ def inputs_of(
     inputs: dict[str, Tensor] = {}
 
     def record(name: str) -> Callable:
+        """A hook that keeps the input of a layer, and ends the pass where the last of them has come."""
+
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             inputs[name] = args[0] if args else next(iter(kwargs.values()))
             if not to_the_end and len(inputs) == len(layers):
@@ -136,6 +138,8 @@ def execution_order(block: nn.Module, layers: Collection[str], batches: list[Bat
     outputs: dict[str, list[tuple[Any, list[object]]]] = {}  # of layers and of children, with the tensors' versions
 
     def enter(name: str) -> Callable:
+        """A hook that puts a layer beside those that have the same tensor for input, in the order of first calls."""
+
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             if any(name in group for _, group in groups):
@@ -256,7 +260,7 @@ class Replay:
 
     @contextmanager
     def running(self, batch: int, settled: Container[str], keep: bool) -> Iterator[None]:
-        """A pass of one batch.
+        """Context of the pass of one batch through the block.
 
         Args:
             batch: index of the batch.
@@ -326,6 +330,8 @@ def _stubs(blocks: nn.ModuleList, last: Callable[[Tensor], Any], calls: list, wr
     """Forwards that record their arguments and hand the hidden states on; the last one calls `last`."""
 
     def make(index: int) -> Callable:
+        """A stand-in for a block: notes what it is called with, and hands its input on."""
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             arguments = list(args)
             hidden = arguments.pop(0) if arguments else kwargs.pop("hidden_states")

@@ -165,13 +165,23 @@ class QuantizedLinear(Packed, nn.Linear):
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        """Takes what is there already, as libraries put back what they took out; see `read_only`."""
+        """Takes what is there already, as libraries put back what they took out; see `read_only`.
+
+        Args:
+            value: fp32 [out_features, in_features].
+
+        Raises:
+            QuantkitError: it differs from the weight.
+        """
         if not torch.equal(value, self.weight):
             raise QuantkitError(REFUSED)
 
     @property
     def qweight(self) -> Tensor:
-        """One of the packed tensors: by this name libraries find out where such a layer is, without unpacking it."""
+        """One of the packed tensors, of its format's shape and dtype.
+
+        By this name libraries find out where such a layer is, without unpacking it.
+        """
         return next(self.buffers())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -289,7 +299,7 @@ _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floord
 
 
 def read_only(weight: Tensor) -> Tensor:
-    """A weight that was unpacked for code that looks at it; to write to it raises QuantkitError."""
+    """A weight [out_features, in_features], unpacked for code that looks at it; to write to it raises QuantkitError."""
     if not torch.compiler.is_compiling():
         weight = weight.as_subclass(_Copy)
     weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not draw it anew

@@ -108,6 +108,7 @@ def _made_for_packed_layers() -> None:
 
     @wraps(make)
     def create(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        """peft's factory, which makes PackedLoraLinears for packed layers."""
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if isinstance(base, QuantizedLinear) and kwargs.get("parameter_name") is None:
             return PackedLoraLinear(target, adapter_name, config=lora_config, **kwargs)

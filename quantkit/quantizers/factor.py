@@ -55,7 +55,8 @@ def layer_factor(weight: Tensor) -> float:
 def relative(weight: Tensor, *others: Tensor) -> list[Tensor]:
     """A weight and others of its size, all divided by one power of two that makes its largest magnitude about 1.
 
-    For sums of squares, which leave fp32's range long before the weights do.
+    For sums of squares, which leave fp32's range long before the weights do. All are [out_features, in_features], and
+    keep their dtypes.
     """
     scale = inverse_power(float(weight.abs().max()))
     return [tensor * scale for tensor in (weight, *others)]

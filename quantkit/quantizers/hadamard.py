@@ -36,7 +36,7 @@ class Hadamard:
 
     @property
     def needs(self) -> Needs:
-        """The inner method's."""
+        """What the inner method needs."""
         return self.inner.needs
 
     def quantize(self, weight: Tensor, stats: LayerStats | None) -> RotatedWeight:

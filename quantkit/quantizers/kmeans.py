@@ -3,8 +3,9 @@
     minimise  sum_n  i_n |x_n - c_{a(n)}|^2        i_n the importance of sample n
 
 Start: the samples are halved k times over, each part at the weighted median of the coordinate in which it varies most
-(a k-d tree); the parts' means are the first centroids. Then Lloyd's steps until the error falls by less than
-`tolerance` or `iterations` are done; a centroid that lost all samples goes where the largest error is.
+(a k-d tree); the parts' means are the first centroids. Then Lloyd's steps (Least squares quantization in PCM, 1982,
+method I) until the error falls by less than `tolerance` or `iterations` are done; a centroid that lost all samples goes
+where the largest error is.
 """
 
 import torch

@@ -68,6 +68,9 @@ class LowRank:
             base: Q.
             error: E, fp32 or fp64 [out_features, in_features].
             hessian: H, [in_features, in_features], the metric in which the correction is the best.
+
+        Returns:
+            The weight [out_features, in_features], its factors in fp16 or int8 as `adapter_bits` says.
         """
         error = error.double()
         vectors = leading_vectors(error, hessian.double(), min(self.rank, *error.shape))

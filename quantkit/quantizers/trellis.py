@@ -82,7 +82,11 @@ class Trellis:
         return 1 if self.axis == "out" else TILE
 
     def layout(self, out_features: int, in_features: int) -> TrellisWeight:
-        """The packed weight's layout for a shape, on the meta device."""
+        """The packed weight's layout for a shape, on the meta device.
+
+        Raises:
+            ValueError: the bits are a fraction.
+        """
         return TrellisWeight.layout([out_features], in_features, self._whole(), self.state_bits, self.width)
 
     def quantize(self, weight: Tensor, stats: LayerStats | None) -> TrellisWeight:

@@ -114,7 +114,7 @@ class VPTQ:
     def code(self, out_features: int, in_features: int) -> VectorCode:
         """The code for a shape: the given vector length, or the best whose codebooks stay below their fraction.
 
-        That is also taken where the codebooks of the given length would cost more than fp16 weights (tiny layers).
+        The best is also taken where the codebooks of the given length would cost more than fp16 weights (tiny layers).
         """
         possible = _codes(self.bits, self.vector_length, self.residual_bits)
         weights = out_features * in_features / self.ranges
@@ -324,6 +324,7 @@ def _refit_codebooks(
     index = {id(section): code for section, code in zip(sections, codes, strict=True)}
 
     def spread(codebooks: list[Tensor]) -> Tensor:
+        """The weight [out_features, in_features] that the codes give with these codebooks."""
         result = torch.zeros_like(weight)
         for (section, stage), codebook in zip(owners, codebooks, strict=True):
             vectors = codebook[index[id(section)][stage]]  # [columns, vectors, v]
@@ -331,6 +332,7 @@ def _refit_codebooks(
         return result
 
     def collect(moment: Tensor) -> list[Tensor]:
+        """The adjoint of `spread`: [out_features, in_features] added up by the centroid that each vector has."""
         result = []
         for section, stage in owners:
             vectors = section.vectors(moment[:, section.start : section.stop].T).flatten(0, 1)
@@ -351,7 +353,16 @@ def _refit_codebooks(
 
 
 def conjugate_gradients(apply: Callable[[list[Tensor]], list[Tensor]], right: list[Tensor], steps: int) -> list[Tensor]:
-    """x with apply(x) ~ right for a symmetric positive definite linear map over lists of tensors [...]."""
+    """x with apply(x) ~ right, by Hestenes and Stiefel's method of conjugate gradients, from zeros.
+
+    Args:
+        apply: a symmetric positive definite linear map over lists of tensors, which keeps their shapes [...].
+        right: tensors of any shapes [...] in one floating-point dtype.
+        steps: at most; fewer where the residual is a millionth of what it was.
+
+    Returns:
+        Tensors of the shapes and the dtype of `right`.
+    """
 
     def inner(a: list[Tensor], b: list[Tensor]) -> float:
         return sum(float((p * q).sum()) for p, q in zip(a, b, strict=True))

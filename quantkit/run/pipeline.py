@@ -36,7 +36,11 @@ class Destination(Sink, Protocol):
     """Where the packed model goes: into memory, or into a folder."""
 
     def begin(self, identity: Callable[[], Mapping[str, Any]]) -> AbstractContextManager[Any]:
-        """The time in which the run with this identity, which may take a while to know, holds it."""
+        """The time in which the run with this identity, which may take a while to know, holds it.
+
+        Raises:
+            QuantkitError: another run holds it, or what is there is of other settings or may not be replaced.
+        """
 
     def results(self) -> dict[str, LayerResult]:
         """All packed layers, without their tensors."""
@@ -188,6 +192,9 @@ def quantize_model(
 
     Returns:
         The same model, with packed layers and its report as `model.quantkit_report`.
+
+    Raises:
+        QuantkitError: bad input; the message says what would work.
     """
     source = Loaded(model, tokenizer)
     model.quantkit_report = run(source, recipe, InMemory(model), device=device, progress=progress)  # type: ignore[assignment]
@@ -215,6 +222,9 @@ def quantize_checkpoint(
 
     Returns:
         The report, which is also written beside the checkpoint as quantkit_report.json.
+
+    Raises:
+        QuantkitError: bad input, or a folder that cannot be read or written; the message says what would work.
     """
     folder = Path(folder)
     target = Output(Path(output), folder, resume=resume, overwrite=overwrite)

@@ -70,6 +70,8 @@ class Survey:
         self._bits: dict[str, int] = {}
 
         def without(name: str) -> Callable[[LowRank], Quantizer]:
+            """Takes a layer's low-rank correction away, and notes the bits of its factors."""
+
             def inner(low: LowRank) -> Quantizer:
                 self._bits[name] = low.adapter_bits
                 return low.inner

@@ -58,7 +58,12 @@ class Calibration:
             raise QuantkitError(f"seqlen={self.seqlen}: a sequence has at least two tokens")
 
     def sequences(self, tokenizer: Any, model: nn.Module) -> Tensor:
-        """int64 [samples, seqlen]; see `run.text.calibration_sequences`."""
+        """int64 [samples, seqlen]; see `run.text.calibration_sequences`.
+
+        Raises:
+            QuantkitError: there is no such text, or it is too short for one sequence; a sequence exceeds the model's
+                context, or a token its vocabulary.
+        """
         texts = documents(self.source, "calibration", tokenizer)
         length = sequence_length(self.seqlen, context_length(model))
         sequences = calibration_sequences(texts, tokenizer, self.num_samples, length, self.seed)
@@ -120,7 +125,11 @@ def make_quantizer(
 
 
 def default_bits(method: str | Quantizer) -> float | None:
-    """Bits for a method that is named without any: 3, and None for one that has no such setting, or an object."""
+    """Bits for a method that is named without any: 3, and None for one that has no such setting, or an object.
+
+    Raises:
+        UnknownName: no installed package has the method.
+    """
     if not isinstance(method, str) or "(" in method:
         return None
     return 3 if "bits" in {entry.name for entry in dataclasses.fields(resolve(spec.GROUP, method))} else None
@@ -325,7 +334,12 @@ class Recipe:
         return TargetShift(quantizer, self.target_shift)
 
     def identity(self, plan: Plan, sequences: Tensor | None) -> dict[str, Any]:
-        """The `settings` by which a run is known again: a text is known by its tokens, wherever it lies."""
+        """The `settings` by which a run is known again: a text is known by its tokens, wherever it lies.
+
+        Args:
+            plan: quantizers by layer.
+            sequences: int64 [samples, seqlen], or None where no text is read.
+        """
         settings = self.settings(plan, sequences)
         if settings["calibration"] is not None:
             settings["calibration"] = {key: value for key, value in settings["calibration"].items() if key != "source"}

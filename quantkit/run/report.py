@@ -12,7 +12,7 @@ from quantkit.core.units import size
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One packed layer.
+    """A packed layer, its bits and its error.
 
     Attributes:
         name: full layer name.
@@ -36,7 +36,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole run.
+    """A run: its layers, bits, bytes, memory and time.
 
     Attributes:
         model: what was quantized.

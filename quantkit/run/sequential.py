@@ -52,9 +52,9 @@ from quantkit.quantizers.target_shift import aimed
 logger = logging.getLogger(__name__)
 
 BATCH_TOKENS = 8192
-"""That run through a block together."""
+"""Tokens that run through a block together."""
 REPLAY_FRACTION = 1 / 8
-"""Of the free memory in which each stream may keep what a block need not compute again."""
+"""Fraction of the free memory in which a stream may keep what a block need not compute again."""
 
 
 class Tuner(Protocol):
@@ -230,8 +230,8 @@ class Walker:
         if self.tuner is not None and results:
             quantized.replay.clear()  # its outputs are of layers that are about to change
             results = self._tuned(index, name, results)
-        for number, batch in enumerate(self._batches):
-            with quantized.replay.running(number, quantized.settled, keep=False):
+        for batch_index, batch in enumerate(self._batches):
+            with quantized.replay.running(batch_index, quantized.settled, keep=False):
                 batch.quantized = run_block(block, batch.quantized, batch.calls[index])
         return {layer: results[layer] for layer in layers}
 
@@ -267,19 +267,19 @@ class Walker:
         """
         probes = [name for name, need in needs.items() if need > Needs.NOTHING]
         accumulators: dict[str, StatsAccumulator] = {}
-        for number, batch in enumerate(self._batches):
+        for batch_index, batch in enumerate(self._batches):
             call = batch.calls[index]
             wanted: dict[str, Tensor] = {}
             if full is not None and (advance or any(need >= Needs.CROSS for need in needs.values())):
-                with full.replay.running(number, full.settled, keep=not advance):
+                with full.replay.running(batch_index, full.settled, keep=not advance):
                     wanted, output = inputs_of(full.block, probes, batch.full, call, to_the_end=advance)
-                full.replay.reached(number, wanted)
+                full.replay.reached(batch_index, wanted)
                 if output is not None:
                     batch.full = output
             if probes:
-                with quantized.replay.running(number, quantized.settled, keep=True):
+                with quantized.replay.running(batch_index, quantized.settled, keep=True):
                     inputs, _ = inputs_of(quantized.block, probes, batch.quantized, call, to_the_end=False)
-                quantized.replay.reached(number, inputs)
+                quantized.replay.reached(batch_index, inputs)
                 for name, x_q in inputs.items():
                     x = wanted.get(name) if needs[name] >= Needs.CROSS else None
                     if needs[name] >= Needs.CROSS and (x is None or x.shape != x_q.shape):

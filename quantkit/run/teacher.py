@@ -160,7 +160,11 @@ class CachedTeacher:
         return CachedTeacher(cache)
 
     def divergence(self, tokens: Tensor, indices: Tensor, found: Predictions) -> tuple[Tensor, Tensor | None]:
-        """See `Teacher`, for tokens [batch, length]; KL over the top-k tokens and the tail, and no hidden states."""
+        """See `Teacher`; KL over the top-k tokens and the tail, fp32 [sequences, length], and None for hidden states.
+
+        Raises:
+            CheckpointError: a file of the cache is not as it was written.
+        """
         rows = [self._sequence(int(index)) for index in indices]
         logs = torch.stack([row["logs"] for row in rows]).to(found.logits.device).float()
         kept = torch.stack([row["tokens"] for row in rows]).to(found.logits.device).long()

@@ -16,7 +16,7 @@ from quantkit.core.stats import LayerStats
 from quantkit.run.sequential import Pack
 
 ROWS = (64, 256)
-"""Of the narrow layers."""
+"""Rows of the narrow layers of a trial."""
 WIDEST = 4096
 """Columns of a trial; wider layers are taken to cost in^3 for the Hessian and in^2 a row."""
 

@@ -63,7 +63,7 @@ class AdaptedLinear(nn.Module):
         """See `Tuned`."""
 
     def gradients(self) -> Iterator[Tensor]:
-        """See `Tuned`."""
+        """See `Tuned`: fp32 [out_features, rank] and [rank, in_features]."""
         for factor in (self.up, self.down):
             if factor.grad is None:
                 factor.grad = torch.zeros_like(factor)

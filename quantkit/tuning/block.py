@@ -3,7 +3,8 @@
     loss = mean over tokens of |B_q(x_q) - B(x)|^2 / |B(x)|^2
 
 x_q comes from the packed blocks before and x from the full-precision ones. Tokens count by their relative error because
-the norms behind a block divide each by its size. No gradient leaves the block, so that memory is that of one block.
+the norms behind a block divide each by its size. No gradient leaves the block, so that memory is that of one block. The
+unit is that of BRECQ (arXiv 2102.05426), which learns roundings, weighted by Fisher information.
 """
 
 import logging

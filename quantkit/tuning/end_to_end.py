@@ -53,7 +53,7 @@ EMBEDDING_RATE = 0.1
 
 @dataclass
 class Progress:
-    """What is known after a step.
+    """Progress of a run after one of its steps.
 
     Attributes:
         step, steps: taken, and in all.
@@ -72,7 +72,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Watch:
-    """What is told on the way.
+    """Functions that a run of tuning calls on its way.
 
     Attributes:
         progress: called after each step.

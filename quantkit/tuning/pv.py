@@ -46,13 +46,13 @@ class Tuned(Protocol):
         """What the passes of a step have added up, [...] as the parameters, 0 where none came by; before `close`."""
 
     def continuous(self) -> Iterator[tuple[nn.Parameter, float]]:
-        """What moves by gradient, each with the size that learning rates are relative to."""
+        """What moves by gradient, fp32 [...] of any shapes, each with the size that learning rates are relative to."""
 
     def coded(self) -> Iterator[Coded]:
         """The parts whose codes move."""
 
     def state(self) -> Iterator[Tensor]:
-        """Everything that changes, in an order that does not."""
+        """Everything that changes, tensors [...] of any shapes, in an order that does not."""
 
 
 class TunedTensor:
@@ -78,7 +78,7 @@ class TunedTensor:
         self.parameter.grad = None
 
     def gradients(self) -> Iterator[Tensor]:
-        """See `Tuned`."""
+        """See `Tuned`: of the model's parameter, in its shape and dtype."""
         if self.parameter.grad is None:
             self.parameter.grad = torch.zeros_like(self.parameter)
         yield self.parameter.grad
@@ -124,7 +124,7 @@ class TunedLinear(nn.Module):
         self._made = None
 
     def gradients(self) -> Iterator[Tensor]:
-        """See `Tuned`."""
+        """See `Tuned`: of the dense copy, fp32 [out_features, in_features]."""
         if self.leaf.grad is None:
             self.leaf.grad = torch.zeros_like(self.leaf)
         yield self.leaf.grad

@@ -27,7 +27,7 @@ RECORD = "quantkit_tuning.json"
 
 @dataclass(frozen=True)
 class TuningRun:
-    """All that a run of tuning is asked for.
+    """Settings of a run of tuning, with its models and folders.
 
     Attributes:
         folder: of the packed checkpoint; teacher: of the full-precision model.

@@ -9,7 +9,7 @@ MODES = ("buffer", "linearized", "straight-through", "continuous")
 
 @dataclass(frozen=True)
 class PVSettings:
-    """How a step is taken.
+    """Settings of a step of PV-Tuning.
 
     Attributes:
         mode: see `quantkit.tuning.pv`.
@@ -43,7 +43,7 @@ class PVSettings:
 
 @dataclass(frozen=True)
 class TuningSettings:
-    """A run of tuning.
+    """Settings of end-to-end tuning.
 
     Attributes:
         steps: of the optimizer.

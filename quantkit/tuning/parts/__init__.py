@@ -1,0 +1,1 @@
+"""Packed weights taken apart for tuning: one storage format a file."""

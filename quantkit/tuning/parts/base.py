@@ -45,12 +45,12 @@ class Coded(Tunable):
 
     latest: Tensor
     bits: float
-    """Of a weight's code."""
+    """Bits of a weight's code."""
     pace: ClassVar[float] = 1.0
-    """Of its targets, as a fraction of `PVSettings.code_lr`."""
+    """Learning rate of its targets, as a fraction of `PVSettings.code_lr`."""
 
     def coded(self) -> Iterator["Coded"]:
-        """Itself."""
+        """The part itself."""
         yield self
 
     def forward(self) -> Tensor:
@@ -137,7 +137,7 @@ class TunableFields(Tunable):
         self.parts = nn.ModuleList([*self._inside.values(), *self._moving.values()])  # which a module must know of
 
     def coded(self) -> Iterator["Coded"]:
-        """Those of the weights inside."""
+        """The parts with codes of the weights inside."""
         for part in self._inside.values():
             yield from part.coded()
 

@@ -13,7 +13,7 @@ from quantkit.tuning.parts.base import Coded, Scaled, described
 
 
 class TunableCodebook(Coded):
-    """codebook: books and column scales are continuous, a unit is a vector with all its stages."""
+    """codebook: codebooks and column scales are continuous, a unit is a vector with all its stages."""
 
     codes: Tensor  # int64 [vectors, columns, stages]
     place: Tensor  # int64 [in_features], of each input feature in the stored order
