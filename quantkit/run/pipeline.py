@@ -17,6 +17,7 @@ from quantkit.io.checkpoint import CheckpointWriter
 from quantkit.io.hf import attach
 from quantkit.io.run_folder import Output
 from quantkit.io.source import Loaded, Source, open_folder
+from quantkit.models.linear import Packed
 from quantkit.models.plan import Plan
 from quantkit.models.unpacking import choose_unpacked
 from quantkit.run.ranks import Survey, allocate_ranks, summary, with_ranks
@@ -187,11 +188,43 @@ def quantize_model(
         recipe, device, progress: see `run`.
 
     Returns:
-        The same model, with packed layers and its report as `model.quantkit_report`.
+        The same model, with packed layers and its report as `model.quantkit_report`, in which layers have the formats
+        and sizes that they have when it is asked for.
     """
     source = Loaded(model, tokenizer)
     model.quantkit_report = run(source, recipe, InMemory(model), device=device, progress=progress)  # type: ignore[assignment]
     return model
+
+
+_REPORT = "quantkit_report"
+
+
+def _report_now(model: PreTrainedModel) -> Report:
+    """The model's report with its layers as they are: one with a merged adapter is larger than the run left it.
+
+    Raises:
+        AttributeError: no run has packed the model.
+    """
+    if _REPORT not in model.__dict__:
+        raise AttributeError(_REPORT)
+    report: Report = model.__dict__[_REPORT]
+    modules = dict(model.named_modules())
+    weights = {}
+    for name in (layer.name for layer in report.layers):
+        inside = name
+        while f"{inside}.base_layer" in modules:  # peft's layers around it, whose adapters may be merged into it
+            inside = f"{inside}.base_layer"
+        if isinstance(module := modules.get(inside), Packed):
+            weights[name] = QuantizedWeight.empty(module.metadata)
+    return report.remeasured(weights)
+
+
+def _keep_report(model: PreTrainedModel, report: Report) -> None:
+    model.__dict__[_REPORT] = report  # by its own name, so that copies and files of the model have it
+
+
+# Layers change by calls that know nothing of the model (peft's merges), so that only a look at them tells.
+PreTrainedModel.quantkit_report = property(_report_now, _keep_report)  # type: ignore[attr-defined]
 
 
 def quantize_checkpoint(
