@@ -40,6 +40,7 @@ KvBits = Annotated[
 ]
 
 
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what the run would make and need.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

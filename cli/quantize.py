@@ -134,7 +134,6 @@ _Plan = Annotated[
 _Ignore = Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave dense; may be repeated.")]
 _Output = Annotated[Path | None, typer.Option(help="Folder to make; by default NAME-METHOD-Nbit.")]
 _Seed = Annotated[int, typer.Option(help="Of the choice of calibration sequences; methods have fixed seeds.")]
-_DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what the run would make and need.")]
 
 
 def quantize_command(
@@ -171,7 +170,7 @@ def quantize_command(
     seed: _Seed = 0,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
-    dry_run: _DryRun = False,
+    dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
     """Quantize a model: blocks are read, quantized and written one at a time.

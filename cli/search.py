@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from quantkit.cli import options
-from quantkit.cli.display import aside, made, report_table
-from quantkit.cli.progress import search_progress
+from quantkit.cli.display import aside, console, made, report_table
+from quantkit.cli.progress import duration, search_progress
 from quantkit.core.constants import TARGET_SHIFT
 from quantkit.core.errors import Interrupted
+from quantkit.core.units import size
 from quantkit.evopress.settings import CANDIDATES, Evolution, parse_stages, stages_text
 
 if TYPE_CHECKING:
+    from quantkit.evopress.estimate import SearchEstimate
     from quantkit.evopress.run import Searched
 
 _BUDGET, _SEARCH, _CANDIDATES = "The budget", "The search", "Candidates"
@@ -140,6 +145,8 @@ def search_command(
     seed: Annotated[int, typer.Option(help="Of the search and of its text.")] = 0,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
 ) -> None:
     """Search the best bits for every layer: candidates are made once, then an evolution chooses among them.
 
@@ -147,10 +154,11 @@ def search_command(
     picture. An interrupted search continues with --resume. Several processes share the work under torchrun.
     """
     from quantkit.api import search
+    from quantkit.evopress.estimate import SearchEstimate
     from quantkit.evopress.run import Watch
 
     output = output or Path(f"{Path(model).resolve().name}-searched")
-    shown = options.is_first_process()
+    shown, notes = options.is_first_process(), list[str]()
     try:
         with search_progress(shown, generations) as (told, progress):
             found = search(
@@ -160,16 +168,49 @@ def search_command(
                 database=database, calibration=calibration, num_samples=num_samples, seqlen=seqlen,
                 target_shift=target_shift, search_samples=search_samples, held_out=held_out, measure=measure,
                 evolution=Evolution(generations, offspring, parse_stages(stages)), start=start, top=top, device=device,
-                seed=seed, resume=resume, overwrite=overwrite,
-                watch=Watch(told, progress, aside.print),
+                seed=seed, resume=resume, overwrite=overwrite, dry_run=dry_run,
+                watch=Watch(told, progress, notes.append if as_json else aside.print),
             )  # fmt: skip
     except KeyboardInterrupt:
         raise Interrupted("stopped; repeat the command with --resume to continue") from None
-    if found is not None:
-        _say(found, top, output)
+    if found is None or not shown:
+        return
+    if as_json:
+        record = asdict(found) if isinstance(found, SearchEstimate) else found.to_json() | {"notes": notes}
+        print(json.dumps(record, indent=2))
+    elif isinstance(found, SearchEstimate):
+        _say_estimate(found, model, output)
+    else:
+        _say(found, top)
 
 
-def _say(found: Searched, top: int, output: Path) -> None:
+def _say_estimate(expected: SearchEstimate, model: str, output: Path) -> None:
+    console.print(f"[bold]{escape(model)}[/] -> {escape(str(output))}", soft_wrap=True)
+    levels = f", each at one of {expected.levels} levels at most" if expected.database else ""
+    console.print(f"{'layers' if expected.database else 'blocks'} to search   {expected.items}{levels}")
+    if expected.database is not None:
+        there = expected.candidates - expected.missing
+        console.print(f"candidates         {expected.candidates:,}, {expected.missing:,} to make and {there:,} there")
+        console.print(
+            f"their database     {escape(expected.database)}: {size(expected.candidate_bytes)}, "
+            f"{size(expected.missing_bytes)} of them to make",
+            soft_wrap=True,
+        )
+    console.print(f"predictions        {size(expected.prediction_bytes)} of the full model's")
+    span = f"these take {expected.least:,} to {expected.most:,}"
+    console.print(f"budget             {expected.budget:,} {expected.unit}; {span}")
+    text = f"{expected.sequences:,} sequences of {expected.seqlen:,}"
+    about = f"{expected.generations:,} generations, their starts and the comparison at the end"
+    console.print(f"evaluations        at most {expected.evaluations:,}, of {about}")
+    console.print(f"tokens             at most {expected.tokens:,}, of {text}")
+    if expected.database is not None:
+        console.print(f"time of candidates about {duration(expected.candidate_seconds)}, on this machine as it is now")
+    console.print(f"time of the search not estimated, nor is its memory; on {expected.device}")
+    for note in expected.notes:
+        console.print(escape(note), soft_wrap=True)
+
+
+def _say(found: Searched, top: int) -> None:
     if found.report is None:
         aside.print(f"left out: {', '.join(found.left_out)}")
     else:
@@ -187,4 +228,4 @@ def _say(found: Searched, top: int, output: Path) -> None:
         seen = f"{100 * outcome.seen:.1f}% of the full KL (one held-out sequence)"
         aside.print(f"seen             {seen} in the top {top} tokens and the rest as one")
     aside.print(f"budget           {outcome.spent:,} of {outcome.budget:,} spent")
-    made(output)
+    made(found.output)

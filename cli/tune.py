@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from quantkit.cli import options
-from quantkit.cli.display import aside, made
+from quantkit.cli.display import aside, console, made
 from quantkit.cli.progress import tuning_progress
 from quantkit.core.errors import Interrupted
+from quantkit.core.units import size
 from quantkit.tuning.settings import PVSettings, TuningSettings
+
+if TYPE_CHECKING:
+    from quantkit.tuning.estimate import TuningEstimate
+    from quantkit.tuning.run import Tuned
 
 _STEP, _LOSS = "A step", "The loss"
 
@@ -92,14 +100,18 @@ def tune_command(
     seed: _Seed = 1,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
 ) -> None:
     """Tune a packed checkpoint end to end: scales, codebooks, norms and codes, by KL to the teacher's predictions.
 
     The size stays the same. An interrupted run continues with --resume and ends in the same model. Several processes
     share the work: accelerate launch -m quantkit.cli tune ..., or torchrun.
     """
-    from quantkit.api import tune
+    from quantkit.io.hf import resolve_folder
     from quantkit.run.recipe import Calibration
+    from quantkit.tuning.end_to_end import Watch
+    from quantkit.tuning.run import TuningRun, run
 
     output = output or Path(f"{Path(model).resolve().name}-tuned")
     settings = TuningSettings(
@@ -107,24 +119,59 @@ def tune_command(
         embeddings=embeddings, corrections=corrections, kl=kl, ce=ce, hidden=hidden, recompute=recompute, top=top,
         seed=seed, pv=PVSettings(mode, lr, code_lr, fraction, trust),
     )  # fmt: skip
+    text = Calibration(calibration, num_samples, seqlen, seed)
+    asked = TuningRun(resolve_folder(model), resolve_folder(teacher), output, text, settings, cache)
+    if dry_run:
+        from quantkit.tuning.estimate import estimate
+
+        expected = estimate(asked, device, dtype, resume=resume, overwrite=overwrite)
+        if options.is_first_process():
+            _say_estimate(expected, model, output, as_json)
+        return
     shown: AbstractContextManager[dict[str, Any]] = tuning_progress() if options.is_first_process() else nullcontext({})
     try:
         with shown as bars:
-            history = tune(
-                model, teacher, output=output, calibration=Calibration(calibration, num_samples, seqlen, seed),
-                settings=settings, cache=cache, device=device, dtype=dtype, resume=resume, overwrite=overwrite, **bars,
-            )  # fmt: skip
+            found = run(asked, device, dtype, resume=resume, overwrite=overwrite, watch=Watch(**bars))
     except KeyboardInterrupt:
         raise Interrupted("stopped; repeat the command with --resume to continue") from None
-    if history is not None:
-        _say(history, output)
+    if found is not None and as_json:
+        print(json.dumps(found.to_json(), indent=2))
+    elif found is not None:
+        _say(found)
 
 
-def _say(history: list[dict[str, Any]], output: Path) -> None:
-    first, best = history[0], min(entry["kl"] for entry in history)
+KINDS = {
+    "scales": "scales, codebooks and the like", "codes": "weights with codes", "corrections": "in corrections",
+    "norms": "in norms", "embeddings": "in embedding and head",
+}  # fmt: skip
+"""What `TuningEstimate.trainable` counts, in words."""
+
+
+def _say_estimate(expected: TuningEstimate, model: str, output: Path, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(expected), indent=2))
+        return
+    console.print(f"[bold]{escape(model)}[/] -> {escape(str(output))}", soft_wrap=True)
+    tokens = f"{expected.tokens:,} tokens, {expected.step_tokens:,} in each"
+    console.print(f"steps              {expected.steps:,}, on {tokens}; measured {expected.measurements:,} times")
+    text = f"{expected.sequences:,} sequences of {expected.seqlen:,} tokens, {expected.held_out:,} of them held out"
+    console.print(f"text               {text}")
+    console.print(f"layers to tune     {expected.layers}")
+    counts = [f"{count:,} {KINDS[name]}" for name, count in expected.trainable.items()]
+    console.print(f"trainable          {', '.join(counts)}", soft_wrap=True)
+    if expected.cache_bytes:
+        console.print(f"cache              {size(expected.cache_bytes)} of the teacher's predictions")
+    console.print(f"memory of the run  at least about {size(expected.memory_bytes)} on {expected.device}")
+    parts = [f"{name} {size(nbytes)}" for name, nbytes in expected.memory.items() if nbytes]
+    console.print(f"                   {', '.join(parts)}; activations are not estimated", soft_wrap=True)
+    console.print("time of the run    not estimated")
+
+
+def _say(found: Tuned) -> None:
+    first, (before, after) = found.history[0], found.kl
     if "full_kl" in first:
-        missing = 100 * (1 - first["kl"] / first["full_kl"])
+        missing = 100 * (1 - before / first["full_kl"])
         aside.print(f"the cache understates KL by {missing:.1f}% ({first['full_kl']:.4f} in full before tuning)")
-    less = 100 * (1 - best / first["kl"])
-    aside.print(f"held-out KL to the teacher  {first['kl']:.4f} -> {best:.4f} nats a token ({less:.0f}% less)")
-    made(output)
+    less = 100 * (1 - after / before)
+    aside.print(f"held-out KL to the teacher  {before:.4f} -> {after:.4f} nats a token ({less:.0f}% less)")
+    made(found.output)

@@ -105,11 +105,13 @@ def decode(numbers: Tensor, dimension: int, pulses: int) -> Tensor:
         numbers: int64 [..., limbs].
 
     Returns:
-        int16 [..., dimension].
+        int16 [..., dimension]; on the meta device, where numbers have no values, on the meta device.
 
     Raises:
         ValueError: a number is not below N(dimension, pulses).
     """
+    if numbers.is_meta:
+        return numbers.new_empty(*numbers.shape[:-1], dimension, dtype=torch.int16)
     counts, sums = _tables(dimension, pulses, numbers.device)
     rest = torch.nn.functional.pad(numbers, (0, 1))
     whole = [count(dimension, pulses) >> (LIMB * i) & (2**LIMB - 1) for i in range(rest.shape[-1])]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from quantkit.quantizers.target_shift import TargetShift
     from quantkit.quantizers.trellis import Trellis
     from quantkit.quantizers.vptq import VPTQ
-    from quantkit.run.pipeline import quantize_checkpoint
+    from quantkit.run.pipeline import quantize_checkpoint, report
     from quantkit.run.recipe import Calibration, Recipe
     from quantkit.tuning.adapters import finetune, finished
     from quantkit.tuning.block import BlockTuning
@@ -61,6 +61,7 @@ __all__ = [
     "load",
     "quantize",
     "quantize_checkpoint",
+    "report",
     "rotate_model",
     "search",
     "tune",
@@ -73,7 +74,7 @@ _PLACES = {
     "kvcache.config": ("KVCacheConfig",),
     "api": ("quantize", "search", "tune"),
     "evals.evaluate": ("CacheTest", "evaluate"),
-    "run.pipeline": ("quantize_checkpoint",),
+    "run.pipeline": ("quantize_checkpoint", "report"),
     "quantizers.gptq": ("GPTQ",),
     "quantizers.hadamard": ("Hadamard",),
     "quantizers.low_rank": ("LowRank",),

@@ -24,6 +24,7 @@ from quantkit.run.recipe import Calibration, Recipe, default_bits, make_quantize
 from quantkit.tuning.settings import TuningSettings
 
 if TYPE_CHECKING:  # each is imported by the function that needs it
+    from quantkit.evopress.estimate import SearchEstimate
     from quantkit.evopress.fitness import Measure
     from quantkit.evopress.run import Searched
     from quantkit.evopress.run import Watch as SearchWatch
@@ -166,8 +167,9 @@ def search(
     seed: int = 0,
     resume: bool = False,
     overwrite: bool = False,
+    dry_run: bool = False,
     watch: SearchWatch | None = None,
-) -> Searched | None:
+) -> Searched | SearchEstimate | None:
     """Searches the best bits for every layer of a model under one budget, and makes a packed checkpoint of them.
 
     Args:
@@ -191,10 +193,11 @@ def search(
         device: where the model runs; by default a GPU if there is one.
         seed: of the search and of its text.
         resume: go on with an unfinished search; overwrite: replace one, and the output.
+        dry_run: only say what would be made and measured; no file is written.
         watch: what is told on the way.
 
     Returns:
-        What was found and made; None in processes other than the first.
+        What was found and made, or with `dry_run` what would be; None in processes other than the first.
 
     Raises:
         QuantkitError: bad input; the message says what would work.
@@ -224,6 +227,10 @@ def search(
         text=replace(text, num_samples=search_samples, seed=1_000_003 + seed),
         settings=SearchSettings(evolution or Evolution(), measure, start, held_out, top, seed=seed),
     )
+    if dry_run:
+        from quantkit.evopress.estimate import estimate
+
+        return estimate(asked, device, resume=resume, overwrite=overwrite)
     return run(asked, device, resume=resume, overwrite=overwrite, watch=watch)
 
 
@@ -291,7 +298,8 @@ def tune(
     asked = TuningRun(
         resolve_folder(model), resolve_folder(teacher), Path(output), text, settings or TuningSettings(), kept
     )  # fmt: skip
-    return run(asked, device, dtype, resume=resume, overwrite=overwrite, watch=watch)
+    made = run(asked, device, dtype, resume=resume, overwrite=overwrite, watch=watch)
+    return None if made is None else made.history
 
 
 def _calibration(

@@ -107,6 +107,23 @@ class _Sink:
             self._store.write(index, end_key(layer, self._fixed[layer]), self._fixed[layer], {layer: layers[layer]})
 
 
+@dataclass(frozen=True)
+class Lacking:
+    """A database, and what of it is still to be made.
+
+    Attributes:
+        database: of which some candidates may not be there.
+        tokens: of the calibration, int64 [samples, seqlen].
+        missing: (block, key) of the files that are not there; see `Store`.
+        note: what is to be said of the budget, or nothing.
+    """
+
+    database: Database
+    tokens: Tensor
+    missing: tuple[tuple[int, str], ...]
+    note: str
+
+
 def build(
     folder: Path,
     recipe: Recipe,
@@ -132,10 +149,42 @@ def build(
     Raises:
         QuantkitError: bad input, an impossible budget, or a database of another model or calibration.
     """
+    where, base = pick_device(device), recipe.quantizer
+    assert base is not None
+    found = lacking(folder, recipe, candidates, database, budget=budget, device=where)
+    made = found.database
+    if not found.missing:
+        return made
+    made.source.check_finite()
+    again = made.source.unpacked({**dict.fromkeys(made.blocks, base), **made.fixed})
+    with made.store.begin():
+        _fill(made, recipe, found.tokens, where, progress)
+    return replace(made, source=again())
+
+
+def lacking(
+    folder: Path,
+    recipe: Recipe,
+    candidates: tuple[Quantizer, ...],
+    database: Path,
+    *,
+    budget: Budget | None,
+    device: torch.device,
+    structure_only: bool = False,
+) -> Lacking:
+    """What `build` would make; nothing is changed.
+
+    Args:
+        folder, recipe, candidates, database, budget: see `build`.
+        device: where blocks would run.
+        structure_only: read no weights; the database is not for a build then.
+
+    Raises:
+        QuantkitError: as `build`.
+    """
     base = recipe.quantizer
     assert base is not None
-    where = pick_device(device)
-    source = open_folder(folder, compute_dtype(where))
+    source = open_folder(folder, compute_dtype(device), structure_only)
     for quantizer in (base, *candidates):
         replace(recipe, quantizer=quantizer).plan(source.model)  # raises where a candidate does not fit the model
     plan, fixed = _divided(recipe, source.model)
@@ -148,25 +197,18 @@ def build(
         "target_shift": recipe.target_shift,
         "layers": sorted(plan),
         "model": source.fingerprint(),
-        "device": where.type,
+        "device": device.type,
         "dtype": str(source.model.dtype),
     }
     quantizers = {candidate_key(quantizer): quantizer for quantizer in (*candidates, base)}
-    if budget is not None:
-        budget.check(source, tuple(plan), quantizers.values(), fixed)
+    note = "" if budget is None else budget.check(source, tuple(plan), quantizers.values(), fixed)
     store = Store(database, identity, len(source.blocks))
     indices = {f"{source.prefix}.{index}.": index for index in range(len(source.blocks))}
     blocks = {name: next((i for prefix, i in indices.items() if name.startswith(prefix)), -1) for name in plan}
     wanted = [(index, key) for index in set(blocks.values()) for key in quantizers]
     wanted += [(-1, end_key(name, quantizer)) for name, quantizer in with_own_weight(fixed).items()]
     made = Database(store, quantizers, blocks, fixed, source, settings, before)
-    if all(store.has(*place) for place in wanted):
-        return made
-    source.check_finite()
-    again = source.unpacked(plan | fixed)
-    with store.begin():
-        _fill(made, recipe, tokens, where, progress)
-    return replace(made, source=again())
+    return Lacking(made, tokens, tuple(place for place in wanted if not store.has(*place)), note)
 
 
 def _divided(recipe: Recipe, model: nn.Module) -> tuple[Plan, Plan]:

@@ -16,6 +16,11 @@ from quantkit.run.teacher import CachedTeacher, Teacher, predict
 Measure = Literal["kl", "perplexity"]
 
 
+def sequences_for(tokens: int, drawn: int, seqlen: int) -> int:
+    """How many of the `drawn` sequences of `seqlen` tokens come nearest to `tokens` of text; one at least."""
+    return max(1, min(drawn, round(tokens / seqlen)))
+
+
 class ModelFitness:
     """Measures assignments on a model; several processes share them out.
 
@@ -29,6 +34,10 @@ class ModelFitness:
         measure: "kl", or "perplexity", the mean negative log-likelihood of the text.
         mixed: see `run.teacher.predict`.
         micro_batch: sequences that run through the model together.
+
+    Attributes:
+        evaluations: assignments that were measured so far, by all processes.
+        tokens: of text that they were measured on, all added up.
     """
 
     def __init__(
@@ -44,11 +53,12 @@ class ModelFitness:
         self.space, self.sequences, self._held_out = space, sequences, held_out
         self.teacher, self._measure, self.mixed, self._micro_batch = teacher, measure, mixed, micro_batch
         self._processes = PartialState()
+        self.evaluations = self.tokens = 0
 
     def __call__(self, assignments: Sequence[Assignment], tokens: int, draw: int) -> list[float]:
         """See `evolve.Fitness`."""
         drawn = len(self.sequences) - self._held_out
-        count = max(1, min(drawn, round(tokens / self.sequences.shape[1])))
+        count = sequences_for(tokens, drawn, self.sequences.shape[1])
         generator = torch.Generator().manual_seed(7_368_787 + draw)
         return self.on(assignments, self._held_out + torch.randperm(drawn, generator=generator)[:count])
 
@@ -56,6 +66,8 @@ class ModelFitness:
         """Each assignment's figure on the sequences with these indices, int64 [n]."""
         found = torch.zeros(len(assignments), dtype=torch.float64)
         processes = self._processes
+        self.evaluations += len(assignments)
+        self.tokens += len(assignments) * len(indices) * self.sequences.shape[1]
         for place in range(processes.process_index, len(assignments), processes.num_processes):
             found[place] = self.each(assignments[place], indices).mean()
         if processes.num_processes > 1:

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,18 +87,50 @@ class Searched:
     """Results of a search.
 
     Attributes:
+        output: the folder.
         outcome: what was found, and what it was measured against.
         measure: of the figures.
+        evaluations, tokens: assignments that this part of the search measured, and text that they were measured on,
+            all added up.
+        seconds: wall-clock time of this part of the search.
         report: of the packed checkpoint; None where blocks were left out.
+        plan: each packed layer's quantizer as text; empty where blocks were left out.
         left_out: those blocks.
         picture: whether it was drawn, for which matplotlib is needed.
     """
 
+    output: Path
     outcome: Outcome
     measure: str
+    evaluations: int
+    tokens: int
+    seconds: float = 0.0
     report: Report | None = None
+    plan: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     picture: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values: paths and figures; `fitness` is the last generation's, None where there was none."""
+        outcome = self.outcome
+        return {
+            "output": str(self.output),
+            "plan": str(self.output / PLAN) if self.plan else None,
+            "picture": str(self.output / PICTURE) if self.picture else None,
+            "layers": dict(self.plan),
+            "left_out": list(self.left_out),
+            "measure": self.measure,
+            "fitness": outcome.history[-1].fitness if outcome.history else None,
+            "held_out": outcome.held_out,
+            "seen": outcome.seen,
+            "budget": outcome.budget,
+            "spent": outcome.spent,
+            "generations": len(outcome.history),
+            "evaluations": self.evaluations,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "report": None if self.report is None else self.report.to_json(),
+        }
 
 
 def run(
@@ -140,10 +172,15 @@ def run(
             watch.generation(len(now.history), now.history[-1].fitness, now.history[-1].cost / allowed)
 
         outcome = session.search(allowed, output, show)
-        if main and made is None:
-            found = _prune(asked, session, outcome, output)
-        elif main and made is not None:
-            found = _pack(asked, session, made, outcome, output, where, begun)
+        if main:
+            measured = session.fitness
+            found = Searched(asked.output, outcome, asked.settings.measure, measured.evaluations, measured.tokens)
+            if made is None:
+                found = replace(found, left_out=_prune(asked, session, outcome, output))
+            else:
+                report, plan, drawn = _pack(asked, session, made, outcome, output, where, begun)
+                found = replace(found, report=report, plan=plan, picture=drawn)
+            found = replace(found, seconds=time.monotonic() - begun)
         processes.wait_for_everyone()
     return found
 
@@ -182,8 +219,12 @@ def _pack(
     output: Output,
     device: torch.device,
     begun: float,
-) -> Searched:
-    """Makes a checkpoint of candidates, with its plan, its record and its picture."""
+) -> tuple[Report, dict[str, str], bool]:
+    """Makes a checkpoint of candidates, with its plan, its record and its picture.
+
+    Returns:
+        (the report; each packed layer's quantizer as text; whether the picture was drawn).
+    """
     space = session.space
     assert isinstance(space, CandidateSpace)
     chosen = space.chosen(outcome.assignment)
@@ -206,11 +247,11 @@ def _pack(
         database, chosen, output, name=asked.name, files=files, device=device, start=begun,
         settings={"search": asdict(session.settings), "budget": outcome.budget},
     )  # fmt: skip
-    return Searched(outcome, measure, report, picture=drawn)
+    return report, plan, drawn
 
 
-def _prune(asked: SearchRun, session: Session, outcome: Outcome, output: Output) -> Searched:
-    """Makes a dense checkpoint of the blocks that stay."""
+def _prune(asked: SearchRun, session: Session, outcome: Outcome, output: Output) -> tuple[str, ...]:
+    """Makes a dense checkpoint of the blocks that stay; the others' names."""
     space = session.space
     assert isinstance(space, BlockSpace)
     kept = {name: bool(level) for name, level in zip(space.names, outcome.assignment, strict=True)}
@@ -222,8 +263,7 @@ def _prune(asked: SearchRun, session: Session, outcome: Outcome, output: Output)
     output.take(load_tokenizer(asked.folder).save_pretrained)
     output.write_bytes(output.made(SEARCH_RECORD), _record(session, outcome, kept))
     output.publish(Shards(output.path(output.made(""))).checksums())
-    left_out = tuple(name for name, stays in kept.items() if not stays)
-    return Searched(outcome, session.settings.measure, left_out=left_out)
+    return tuple(name for name, stays in kept.items() if not stays)
 
 
 def _record(session: Session, outcome: Outcome, layers: Mapping[str, Any]) -> bytes:

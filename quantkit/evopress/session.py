@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import quantkit.io.hf
@@ -75,6 +76,20 @@ def check_text(sequences: int, settings: SearchSettings) -> None:
         raise QuantkitError(f"{sequences} sequences of text, {settings.held_out} of them held out: give more of them")
 
 
+def search_text(text: Calibration, tokenizer: Any, model: PreTrainedModel, settings: SearchSettings) -> Tensor:
+    """What assignments are measured on, int64 [sequences, length]; warns where the last stage would draw more.
+
+    Raises:
+        QuantkitError: too little text.
+    """
+    sequences = text.sequences(tokenizer, model)
+    check_text(len(sequences), settings)
+    drawn = (len(sequences) - settings.held_out) * sequences.shape[1]
+    if drawn < max(tokens for _, tokens in settings.evolution.stages):
+        logger.warning("the search has %s tokens of text, less than its last stage would draw; give more", f"{drawn:,}")
+    return sequences
+
+
 class Session:
     """A model, what can be chosen for it, and a measure of assignments: one for any number of searches.
 
@@ -103,13 +118,7 @@ class Session:
     ) -> None:
         self.settings, self._told, self._processes = settings, told, PartialState()
         model = quantkit.io.hf.load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
-        sequences = text.sequences(load_tokenizer(folder), model)
-        check_text(len(sequences), settings)
-        drawn = (len(sequences) - settings.held_out) * sequences.shape[1]
-        if drawn < max(tokens for _, tokens in settings.evolution.stages):
-            logger.warning(
-                "the search has %s tokens of text, less than its last stage would draw; give more", f"{drawn:,}"
-            )
+        sequences = search_text(text, load_tokenizer(folder), model, settings)
         mixed = multiplies_bf16(device)
         self.text_digest = hashlib.sha256(f"{settings.top} ".encode() + sequences.numpy().tobytes()).hexdigest()[:12]
         with self._processes.main_process_first():

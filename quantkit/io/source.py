@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from quantkit.core.errors import QuantkitError, first_line
-from quantkit.io.checkpoint import ADAPTER, MERGE, WRITTEN_ANEW, read_config
+from quantkit.io.checkpoint import ADAPTER, MERGE, WRITTEN_ANEW, packed_layers, read_config
 from quantkit.io.hf import load
+from quantkit.io.registration import QuantkitConfig, QuantkitHfQuantizer
 from quantkit.io.shards import Shards
 from quantkit.io.weights import LoadedWeights, ModelTensors, ShardedWeights, match_names
 from quantkit.models.forward import WeightSource
@@ -384,12 +385,12 @@ def open_folder(folder: Path, dtype: torch.dtype | None = None, structure_only: 
     refuse_adapters(folder.name, shards.specs)
     if (folder / ADAPTER).is_file():  # transformers would put it on the model, and a run would leave it out
         raise QuantkitError(f"{folder} holds an adapter beside the model; {MERGE}")
-    model = _meta_model(folder, dtype)
+    model = meta_model(folder, dtype)
     mapping = match_names(model, shards)
     if mapping:
         return Sharded(folder, model, shards, mapping, structure_only)
     if structure_only:
-        return Loaded(_meta_model(folder, None), folder=folder)
+        return Loaded(meta_model(folder, None), folder=folder)
     logger.warning("%s stores tensors in another form than the model; loading all of it at once", folder)
     return Loaded(load(folder).eval(), folder=folder)
 
@@ -417,7 +418,32 @@ def _bytes(path: Path) -> bytes:
         ) from error
 
 
-def _meta_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+def packed_structure(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A packed checkpoint's model, its packed layers in place, on the meta device; reads no weights.
+
+    Args:
+        folder: of the checkpoint.
+        dtype: of the dense weights; None for the checkpoint's own.
+
+    Raises:
+        CheckpointError: no packed checkpoint, or a damaged one.
+    """
+    layers = packed_layers(folder)
+    model = meta_model(folder, dtype)
+    QuantkitHfQuantizer(QuantkitConfig(layers))._process_model_before_weight_loading(model)
+    return model
+
+
+def meta_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A model's structure on the meta device.
+
+    Args:
+        folder: holds config.json.
+        dtype: of the weights; None for the checkpoint's own.
+
+    Raises:
+        QuantkitError: transformers knows no such causal language model.
+    """
     try:
         config = AutoConfig.from_pretrained(folder)
         kept = dtype or getattr(config, "dtype", None) or torch.float32

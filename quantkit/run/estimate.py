@@ -80,7 +80,7 @@ def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimat
     working = _working_bytes(source, shapes, tokens, needs, recipe.tuner is not None, where)
     seconds = rounding_seconds(own, where)
     if tokens is not None:
-        seconds += pass_seconds(_multiplications(shapes, tokens.numel(), needs), model.dtype, where)
+        seconds += pass_seconds(multiplications(shapes, tokens.numel(), needs), model.dtype, where)
     return Estimate(
         layers=len(plan),
         packed_weights=packed_weights,
@@ -88,21 +88,27 @@ def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimat
         bits_per_weight=8 * packed_bytes / packed_weights,
         bytes_before=before,
         bytes_after=dense_bytes + packed_bytes,
-        memory_bytes=max(peak_memory_bytes(), _resident_bytes() + working),
+        memory_bytes=max(peak_memory_bytes(), resident_bytes() + working),
         seconds=seconds,
         device=str(where),
     )
 
 
-def _multiplications(shapes: Mapping[str, tuple[int, ...]], tokens: int, needs: Needs) -> float:
-    """Of the calibration: two passes of the quantized stream, one of the full one, and the statistics."""
+def multiplications(shapes: Mapping[str, tuple[int, ...]], tokens: int, needs: Needs) -> float:
+    """Of the calibration: two passes of the quantized stream, one of the full one, and the statistics.
+
+    Args:
+        shapes: of the layers, by name, [out_features, in_features].
+        tokens: of the text.
+        needs: the most that a quantizer reads.
+    """
     streams = 1 if needs < Needs.CROSS else 2
     weights = sum(rows * columns for rows, columns in shapes.values())
     inputs = sum(columns**2 for _, columns in shapes.values()) / 2  # layers side by side share their statistics
     return tokens * (weights * (1 + streams) + inputs * streams)
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
     """Memory that this process holds now."""
     return psutil.Process().memory_info().rss
 

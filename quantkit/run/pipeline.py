@@ -17,6 +17,7 @@ from quantkit.io.checkpoint import CheckpointWriter
 from quantkit.io.hf import attach
 from quantkit.io.run_folder import Output
 from quantkit.io.source import Loaded, Source, open_folder
+from quantkit.models.linear import Packed
 from quantkit.models.plan import Plan
 from quantkit.models.unpacking import choose_unpacked
 from quantkit.run.ranks import Survey, allocate_ranks, summary, with_ranks
@@ -191,7 +192,7 @@ def quantize_model(
         recipe, device, progress: see `run`.
 
     Returns:
-        The same model, with packed layers and its report as `model.quantkit_report`.
+        The same model, with packed layers and the run's report as `model.quantkit_report`.
 
     Raises:
         QuantkitError: bad input; the message says what would work.
@@ -199,6 +200,28 @@ def quantize_model(
     source = Loaded(model, tokenizer)
     model.quantkit_report = run(source, recipe, InMemory(model), device=device, progress=progress)  # type: ignore[assignment]
     return model
+
+
+def report(model: PreTrainedModel) -> Report:
+    """The report of a model that was quantized in memory, with its layers as they are now.
+
+    One with a merged adapter is larger than the run left it, and `model.quantkit_report` stays the run's.
+
+    Raises:
+        QuantkitError: no run has packed the model in memory.
+    """
+    made = getattr(model, "quantkit_report", None)
+    if not isinstance(made, Report):
+        raise QuantkitError("this model was not quantized in memory; `quantkit inspect` reports on a checkpoint")
+    modules = dict(model.named_modules())
+    weights = {}
+    for name in (layer.name for layer in made.layers):
+        inside = name
+        while f"{inside}.base_layer" in modules:  # peft's layers around it, whose adapters may be merged into it
+            inside = f"{inside}.base_layer"
+        if isinstance(module := modules.get(inside), Packed):
+            weights[name] = QuantizedWeight.empty(module.metadata)
+    return made.remeasured(weights)
 
 
 def quantize_checkpoint(

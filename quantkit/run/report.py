@@ -2,12 +2,14 @@
 
 import resource
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from quantkit.core.units import size
+from quantkit.core.weight import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,25 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values."""
         return asdict(self)
+
+    def remeasured(self, weights: Mapping[str, QuantizedWeight]) -> "Report":
+        """The record with the formats and sizes that layers have by now, as after a merge of an adapter.
+
+        Errors are those of the run: what has changed a layer since had another aim.
+
+        Args:
+            weights: of layers, by name, of the shapes that they had; on the meta device they do.
+        """
+        layers, more = [], 0
+        for layer in self.layers:
+            if layer.name in weights:
+                weight = weights[layer.name]
+                rows, columns = weight.shape
+                more += weight.nbytes - round(layer.bits_per_weight * rows * columns / 8)
+                layer = replace(layer, format=weight.label, bits_per_weight=weight.bits_per_weight)
+            layers.append(layer)
+        bits = self.bits_per_weight + 8 * more / self.packed_weights
+        return replace(self, layers=tuple(layers), bits_per_weight=bits, bytes_after=self.bytes_after + more)
 
 
 def peak_memory_bytes() -> int:

@@ -115,24 +115,9 @@ def tune(
         QuantkitError: no packed layers, a packed teacher, a format that cannot be tuned, another vocabulary, or too
             little text.
     """
-    if any(isinstance(module, Packed) for module in teacher.modules()):
-        raise QuantkitError(f"the teacher is {PACKED_TEACHER}")
     settings, watch = settings or TuningSettings(), watch or Watch()
     calibration = Calibration(calibration, 512, seed=1) if isinstance(calibration, str) else calibration
-    for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
-        theirs, ours = (getattr(one.config.get_text_config(), name, None) for one in (teacher, model))
-        if theirs != ours:
-            raise QuantkitError(
-                f"the teacher's {name} is {theirs} and the model's {ours}; give the model that was quantized"
-            )
-    if cache is not None and settings.hidden:
-        raise QuantkitError("a cached teacher has no hidden states; leave out the cache, or the loss on them")
-    sequences = calibration.sequences(tokenizer, model)
-    check_vocabulary(sequences, teacher)
-    if len(sequences) <= settings.held_out:
-        raise QuantkitError(
-            f"{len(sequences)} sequences of text, {settings.held_out} of them held out: give more text or `num_samples`"
-        )
+    sequences = checked_text(model, teacher, tokenizer, calibration, settings, cached=cache is not None)
     was_training, teacher_was_training = model.training, teacher.training
     mixed = multiplies_bf16(model.device) if settings.mixed is None else settings.mixed
     wanted: Teacher | CachedTeacher = Teacher(teacher.eval(), mixed)
@@ -165,6 +150,42 @@ def tune(
     return model
 
 
+def checked_text(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: Any,
+    calibration: Calibration,
+    settings: TuningSettings,
+    cached: bool,
+) -> Tensor:
+    """The sequences of a run, int64 [sequences, length], the held-out ones first.
+
+    Args:
+        model, teacher, tokenizer, calibration, settings: see `tune`; models may be on the meta device.
+        cached: whether the teacher's predictions come from a cache.
+
+    Raises:
+        QuantkitError: a packed teacher, models that do not belong together, another vocabulary, or too little text.
+    """
+    if any(isinstance(module, Packed) for module in teacher.modules()):
+        raise QuantkitError(f"the teacher is {PACKED_TEACHER}")
+    for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
+        theirs, ours = (getattr(one.config.get_text_config(), name, None) for one in (teacher, model))
+        if theirs != ours:
+            raise QuantkitError(
+                f"the teacher's {name} is {theirs} and the model's {ours}; give the model that was quantized"
+            )
+    if cached and settings.hidden:
+        raise QuantkitError("a cached teacher has no hidden states; leave out the cache, or the loss on them")
+    sequences = calibration.sequences(tokenizer, model)
+    check_vocabulary(sequences, teacher)
+    if len(sequences) <= settings.held_out:
+        raise QuantkitError(
+            f"{len(sequences)} sequences of text, {settings.held_out} of them held out: give more text or `num_samples`"
+        )
+    return sequences
+
+
 class _Run:
     """A run between two steps."""
 
@@ -178,11 +199,11 @@ class _Run:
     ) -> None:
         self.model, self.teacher, self.sequences, self.settings = model, teacher, sequences, settings
         self._mixed, self._processes = mixed, PartialState()
-        self.layers = _layers(model, settings.corrections)  # raises before anything changed
+        self.layers = tuned_layers(model, settings.corrections)  # raises before anything changed
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
-        self._dense = [] if settings.corrections else _dense(model, settings)
+        self._dense = [tensor for kind in tuned_dense(model, settings).values() for tensor in kind]
         for tensor in self._dense:
             tensor.parameter.requires_grad_(True)
         for name, layer in self.layers.items():
@@ -398,20 +419,21 @@ def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256("\n".join([checksum_of(tensors), *sorted(rest)]).encode()).hexdigest()
 
 
-def _dense(model: PreTrainedModel, settings: TuningSettings) -> list[TunedTensor]:
-    """The dense parameters that are tuned. Rows of an embedding move less than scales, which many weights share."""
+def tuned_dense(model: PreTrainedModel, settings: TuningSettings) -> dict[str, list[TunedTensor]]:
+    """The dense parameters that are tuned, by kind. Rows of an embedding move less than scales, which weights share."""
     norms = [
         TunedTensor(parameter, 1.0)
         for module in model.modules()
-        if settings.norms and "norm" in type(module).__name__.lower()
+        if settings.norms and not settings.corrections and "norm" in type(module).__name__.lower()
         for parameter in module.parameters(recurse=False)
     ]
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()] if settings.embeddings else []
+    wanted = settings.embeddings and not settings.corrections
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()] if wanted else []
     tables = {id(p): p for module in ends if not isinstance(module, QuantizedLinear) for p in module.parameters()}
-    return norms + [TunedTensor(table, EMBEDDING_RATE) for table in tables.values()]
+    return {"norms": norms, "embeddings": [TunedTensor(table, EMBEDDING_RATE) for table in tables.values()]}
 
 
-def _layers(model: PreTrainedModel, corrections: bool) -> dict[str, Any]:
+def tuned_layers(model: PreTrainedModel, corrections: bool) -> dict[str, Any]:
     """The packed layers as they will be tuned."""
     packed = packed_linears(model)
     if not corrections:

@@ -3,6 +3,7 @@
 It works in `<output>.partial`, where its state lies after every measurement.
 """
 
+import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from quantkit.io.shards import Shards
 from quantkit.io.source import load_tokenizer
 from quantkit.run.processes import begin_processes
 from quantkit.run.recipe import Calibration
+from quantkit.run.record import begin
+from quantkit.run.report import peak_device_bytes, peak_memory_bytes
 from quantkit.tuning.end_to_end import PACKED_TEACHER, Watch, tune
 from quantkit.tuning.settings import TuningSettings
 
@@ -45,6 +48,57 @@ class TuningRun:
     cache: Path | None = None
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """What a run of tuning made.
+
+    Attributes:
+        output: the folder.
+        record: JSON that lies there as quantkit_tuning.json: the teacher, the settings, and the held-out KL at each
+            measurement, see `tune`.
+        bytes_after: of all the folder's tensors.
+        seconds: wall-clock time of this process's part of the run.
+        peak_memory_bytes: resident memory of the process, at most.
+        peak_device_bytes: memory allocated on the GPU, at most; 0 without one.
+    """
+
+    output: Path
+    record: dict[str, Any]
+    bytes_after: int
+    seconds: float
+    peak_memory_bytes: int
+    peak_device_bytes: int
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The measurements."""
+        found: list[dict[str, Any]] = self.record["history"]
+        return found
+
+    @property
+    def kl(self) -> tuple[float, float]:
+        """Held-out KL to the teacher before tuning and of what was made, in nats a token."""
+        return self.history[0]["kl"], min(entry["kl"] for entry in self.history)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values: the record, and the figures of the run."""
+        before, after = self.kl
+        figures = {name: value for name, value in asdict(self).items() if name not in ("output", "record")}
+        return {"output": str(self.output), "kl_before": before, "kl_after": after} | figures | self.record
+
+
+def output_of(asked: TuningRun, resume: bool, overwrite: bool) -> Output:
+    """The folder to make, of which nothing is made yet.
+
+    Raises:
+        QuantkitError: it may not be made, or the teacher is packed.
+    """
+    if is_packed(read_config(asked.teacher)):
+        raise QuantkitError(f"the teacher {asked.teacher} is {PACKED_TEACHER}")
+    needed = [asked.folder, asked.teacher, *([] if asked.cache is None else [asked.cache])]
+    return Output(asked.output, *needed, resume=resume, overwrite=overwrite)
+
+
 def run(
     asked: TuningRun,
     device: str | torch.device | None = None,
@@ -53,7 +107,7 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     watch: Watch | None = None,
-) -> list[dict[str, Any]] | None:
+) -> Tuned | None:
     """Tunes a checkpoint, and makes another of it.
 
     Args:
@@ -64,22 +118,20 @@ def run(
         watch: what is told on the way.
 
     Returns:
-        The held-out KL at each measurement, see `tune`; None in processes other than the first.
+        What was made; None in processes other than the first.
 
     Raises:
         QuantkitError: bad input; the message says what would work.
     """
-    if is_packed(read_config(asked.teacher)):
-        raise QuantkitError(f"the teacher {asked.teacher} is {PACKED_TEACHER}")
-    needed = [asked.folder, asked.teacher, *([] if asked.cache is None else [asked.cache])]
-    output = Output(asked.output, *needed, resume=resume, overwrite=overwrite)
+    output = output_of(asked, resume, overwrite)
     processes, where = begin_processes(device)
+    _, begun = begin(where)
     kind = parse_dtype(dtype) or compute_dtype(where) or "auto"
     tokenizer = load_tokenizer(asked.folder)
     student: Any = load(asked.folder, dtype=kind, device=where)
     teacher = load(asked.teacher, dtype=kind, device=where)
     processes.wait_for_everyone()  # all have looked at what is there
-    main = processes.is_main_process
+    main, made = processes.is_main_process, None
     identity = {"run": "tune", "model": Shards(asked.folder).fingerprint()}
     with output.begin(identity) if main else nullcontext():
         tune(
@@ -91,10 +143,15 @@ def run(
             output.empty()
             output.take((student if stored is None else student.to(stored)).save_pretrained)
             output.take(tokenizer.save_pretrained)
-            made = output.path(output.made(""))
-            output.write_json(output.made("config.json"), sealed(read_config(made), sorted(made.glob("*.safetensors"))))
+            folder = output.path(output.made(""))
+            config = sealed(read_config(folder), sorted(folder.glob("*.safetensors")))
+            output.write_json(output.made("config.json"), config)
             record = {"teacher": str(asked.teacher), "settings": asdict(asked.settings)}
-            output.write_json(output.made(RECORD), record | {"history": student.quantkit_tuning})
-            output.publish(Shards(made).checksums())
+            record |= {"history": student.quantkit_tuning}
+            output.write_json(output.made(RECORD), record)
+            shards = Shards(folder)
+            output.publish(shards.checksums())
+            taken = time.monotonic() - begun
+            made = Tuned(asked.output, record, shards.nbytes(), taken, peak_memory_bytes(), peak_device_bytes(where))
         processes.wait_for_everyone()
-    return student.quantkit_tuning if main else None
+    return made

@@ -53,6 +53,85 @@ def test_a_checkpoint_a_plan_and_a_picture(searched, short, model_folder):
     assert bits == pytest.approx(report["bits_per_weight"])
 
 
+def test_one_json_object_is_all_of_standard_output(searched, short, model_folder, tmp_path):
+    place, _ = searched
+    arguments = [*short, "--database", place / "candidates", "--generations", 1, "--output", tmp_path / "found"]
+    told = json.loads(
+        run("search", model_folder("llama_even"), "--avg-bits", 9, *arguments, "--dry-run", "--json").stdout
+    )
+    assert not list(tmp_path.iterdir())
+    done = run("search", model_folder("llama_even"), "--avg-bits", 9, *arguments, "--json")
+    found = json.loads(done.stdout)
+    assert "generations  1/1" in done.stderr, "progress stays there"
+    assert found["plan"] == str(tmp_path / "found" / "quantkit_plan.json")
+    assert found["layers"] == json.loads((tmp_path / "found" / "quantkit_plan.json").read_text())["layers"]
+    record = json.loads((tmp_path / "found" / "quantkit_search.json").read_text())
+    assert {name: found[name] for name in ("held_out", "seen", "budget", "spent", "measure")} == {
+        name: record[name] for name in ("held_out", "seen", "budget", "spent", "measure")
+    }
+    assert found["fitness"] == record["history"][-1]["fitness"] and found["generations"] == 1
+    assert found["report"] == json.loads((tmp_path / "found" / "quantkit_report.json").read_text())
+    assert 0 < found["report"]["seconds"] <= found["seconds"]
+    assert (tmp_path / "found" / "quantkit_search.png").samefile(found["picture"])
+    assert found["notes"] == told["notes"] and "nothing to search" in found["notes"][0]
+    assert told["budget"] == found["budget"] and told["least"] < found["spent"] <= told["most"]
+    assert told["evaluations"] >= found["evaluations"] >= 1 + 14 + 5 + 6, "sensitivities, starts, the comparison"
+    assert told["tokens"] >= found["tokens"] > 0
+
+
+def test_a_dry_run_tells_what_the_search_makes_and_makes_nothing(searched, short, model_folder, tmp_path):
+    place, _ = searched
+    arguments = [
+        "search",
+        model_folder("llama_even"),
+        "--avg-bits",
+        3.2,
+        *short,
+        "--output",
+        tmp_path / "out",
+        "--dry-run",
+    ]
+    new = json.loads(run(*arguments, "--database", tmp_path / "candidates", "--json").stdout)
+    assert not list(tmp_path.iterdir())
+    assert (new["items"], new["levels"], new["candidates"], new["missing"]) == (14, 3, 42, 42)
+    sidecars = [json.loads(path.read_text()) for path in (place / "candidates").glob("block-*/gptq*.json")]
+    made = sum(layer["nbytes"] for sidecar in sidecars for layer in sidecar["layers"].values())
+    assert new["candidate_bytes"] == new["missing_bytes"] == made
+    (kept,) = (place / "candidates").glob("teacher-*")
+    predictions = sum(path.stat().st_size for path in kept.glob("*.safetensors"))
+    assert new["prediction_bytes"] == pytest.approx(predictions, rel=0.01)
+    assert 0 < new["candidate_seconds"] < 60
+    assert new["search_seconds"] is new["memory_bytes"] is None
+    assert new["least"] < new["budget"] < new["most"]
+    there = run(*arguments, "--database", place / "candidates")
+    lines = {" ".join(line[:19].split()): line[19:] for line in there.stdout.splitlines()}
+    assert lines["candidates"] == "42, 0 to make and 42 there"
+    assert lines["time of candidates"].startswith("about 0:00:00")
+    assert lines["time of the search"].startswith("not estimated")
+    more = run(*arguments, "--database", place / "candidates", "--candidates", "gptq(2), gptq(3), gptq(4), rtn(4)")
+    assert "56, 14 to make and 42 there" in more.stdout
+    blocks = [word for word in arguments if word not in ("--avg-bits", 3.2)]
+    pruned = json.loads(run(*blocks, "--drop-blocks", 1, "--json").stdout)
+    assert (pruned["items"], pruned["budget"], pruned["unit"], pruned["database"]) == (2, 1, "blocks", None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_refuses_what_the_search_would(searched, short, model_folder, tmp_path, complaint):
+    place, _ = searched
+    arguments = ["search", model_folder("llama_even"), *short, "--dry-run", "--database", place / "candidates"]
+    for more, message in (
+        (["--avg-bits", 1.5, "--output", tmp_path / "out"], "1.5 bits per weight is impossible with these candidates"),
+        (["--avg-bits", 3, "--output", place / "found"], "already exists; give another --output, or --overwrite"),
+        (["--avg-bits", 3, "--num-samples", 5, "--output", tmp_path / "out"], "holds candidates of another run"),
+        (["--avg-bits", 3, "--held-out", 12, "--output", tmp_path / "out"], "12 of them held out"),
+        (["--avg-bits", 3, "--calibration", tmp_path / "no.txt", "--output", tmp_path / "out"], "no file"),
+        (["--avg-bits", 3, "--candidates", "gptq(3, group_size=1000)", "--output", tmp_path / "out"], "exceeds"),
+    ):
+        code, said = complaint(*arguments, *more)
+        assert code == 2 and message in said, said
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_killed_search_goes_on(searched, short, model_folder):
     place, _ = searched
     arguments = ["search", model_folder("llama_even"), "--size", "530KB", *short, "--database", place / "candidates"]

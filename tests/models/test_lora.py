@@ -17,6 +17,7 @@ from quantkit import GPTQ, RTN, Calibration, Hadamard, LowRank, Recipe
 from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.formats.low_rank import LowRankWeight, plus
 from quantkit.formats.scaled import ScaledWeight
+from quantkit.io.checkpoint import contents
 from quantkit.io.source import open_folder
 from quantkit.models.linear import QuantizedLinear
 from quantkit.models.lora import PackedLoraLinear
@@ -126,6 +127,42 @@ def _codes(weight):
 def _moved(key, layer):
     state = layer.packed.state()
     return key if key in state else f"base.{key}"
+
+
+@pytest.mark.parametrize("architecture", ["llama_small", "llama_tied_small"])
+def test_a_models_report_counts_merged_adapters(architecture, model_folder, tmp_path):
+    """As it is when it is asked for: of the merged model what a checkpoint of it holds, else what the run found."""
+    model = quantkit.quantize(dense(model_folder(architecture)), method=RTN(4, 32), head_bits=4)
+    before = quantkit.report(model)
+    peft = adapted(model, target_modules=["q_proj", "down_proj"])
+    assert quantkit.report(model) == before == model.quantkit_report, "an adapter beside a layer is no part of it"
+    peft.merge_adapter()
+    inside = quantkit.report(model)
+    merged = peft.merge_and_unload()
+    report = quantkit.report(merged)
+    assert report == inside == quantkit.report(copy.deepcopy(merged))
+    merged.save_pretrained(tmp_path)
+    found = contents(tmp_path)
+    assert report.bits_per_weight == pytest.approx(found.bits_per_weight, rel=1e-12)
+    assert report.bits_per_weight > before.bits_per_weight + 0.05
+    assert report.bytes_after - before.bytes_after == sum(
+        2 * 3 * sum(found.layers[layer.name].shape) for layer in report.layers if "rank 3" in layer.format
+    )
+    assert {layer.name: layer.bits_per_weight for layer in report.layers} == {
+        name: weight.bits_per_weight for name, weight in found.layers.items()
+    }
+    changed = {layer.name.rsplit(".")[-1] for layer in report.layers if layer not in before.layers}
+    assert changed == {"q_proj", "down_proj"}
+    again = adapted(merged, target_modules=["q_proj"])
+    again.merge_adapter()
+    assert quantkit.report(merged).bytes_after > report.bytes_after
+    again.unmerge_adapter()
+    assert quantkit.report(merged) == report
+
+
+def test_models_that_no_run_has_packed_have_no_report(model_folder):
+    with pytest.raises(QuantkitError, match="not quantized in memory"):
+        quantkit.report(dense(model_folder("llama_small")))
 
 
 def test_ranks_of_several_merges_add_up(packed):

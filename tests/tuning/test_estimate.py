@@ -1,0 +1,101 @@
+"""What a run of tuning would hold is what the run then holds, and no weight is read to know it."""
+
+import pytest
+import torch
+
+import quantkit
+from quantkit import RTN, Calibration, Hadamard, LowRank, PVSettings, TuningSettings
+from quantkit.core.errors import QuantkitError
+from quantkit.core.weight import QuantizedWeight
+from quantkit.run.teacher import Teacher
+from quantkit.tuning.end_to_end import _Run
+from quantkit.tuning.estimate import estimate
+from quantkit.tuning.parts.base import tunable
+from quantkit.tuning.run import TuningRun
+
+from ..helpers.methods import METHODS, layer
+
+TEXT = Calibration("stdlib", 8, 32, seed=1)
+TUNABLE = {name: method for name, method in METHODS.items() if name != "sparse"}  # stored dense
+
+
+@pytest.mark.parametrize("method", TUNABLE.values(), ids=TUNABLE.keys())
+def test_a_weight_without_tensors_is_taken_apart_like_one_with(method):
+    weight, stats = layer(64, 128)
+    packed = method.quantize(weight, stats)
+    real, described = tunable(packed), tunable(QuantizedWeight.empty(packed.metadata()))
+    both = [parts.state_dict() for parts in (real, described)]
+    assert len({tuple((name, tensor.shape, tensor.dtype) for name, tensor in state.items()) for state in both}) == 1
+    assert all(tensor.is_meta for tensor in described.state_dict().values() if tensor.dim())
+    assert len([*real.coded()]) == len([*described.coded()])
+
+
+@pytest.fixture(scope="module")
+def folders(model_folder, tokenizer, tmp_path_factory):
+    """(packed checkpoint, its teacher)."""
+    teacher, packed = model_folder("llama_small"), tmp_path_factory.mktemp("tuning") / "packed"
+    quantkit.quantize(teacher, method=Hadamard(LowRank(RTN(3, 32), 2)), calibration=TEXT, output=packed)
+    return packed, teacher
+
+
+SETTINGS = {
+    "all": TuningSettings(3, 2, 2, held_out=2, evaluate_every=2, embeddings=True),
+    "codes stay": TuningSettings(3, 2, 2, held_out=2, norms=False, pv=PVSettings("continuous")),
+    "corrections": TuningSettings(3, 2, 2, held_out=2, corrections=True),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_what_is_told_is_what_a_run_holds(settings, folders, tokenizer, tmp_path, monkeypatch):
+    packed, teacher = folders
+    models = [quantkit.load(folder, dtype=torch.float32) for folder in folders]
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("weights are read")
+
+    with monkeypatch.context() as patched:
+        for place in ("quantkit.tuning.run.load", "quantkit.io.shards.Shards.read"):
+            patched.setattr(place, refuse)
+        told = estimate(TuningRun(packed, teacher, tmp_path / "out", TEXT, settings), "cpu")
+    assert not list(tmp_path.iterdir())
+    sequences = TEXT.sequences(tokenizer, models[0])
+    run = _Run(models[0].eval(), Teacher(models[1].eval()), sequences, settings)
+    run.begin()
+    run.advance()
+    adam = run.optimizer.adam
+    moved = [parameter for group in adam.param_groups for parameter in group["params"]]
+    assert sum(told.trainable.values()) == sum(parameter.numel() for parameter in moved)
+    assert told.trainable.get("codes", 0) == sum(target.numel() for target in run.optimizer.targets)
+    assert told.memory["targets"] == sum(target.nbytes for target in run.optimizer.targets)
+    moments = [state[name] for state in adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert told.memory["optimizer"] == sum(moment.nbytes for moment in moments)
+    assert told.memory["best"] == sum(tensor.nbytes for tensor in run.best)
+    gradients = [parameter.grad for parameter in moved]
+    gradients += [layer.leaf.grad for layer in run.layers.values() if hasattr(layer, "leaf")]
+    assert told.memory["gradients"] == sum(gradient.nbytes for gradient in gradients if gradient is not None)
+    assert told.memory["teacher"] == sum(p.nbytes for p in models[1].parameters())
+    assert (told.layers, told.tokens, told.seqlen) == (len(run.layers), 3 * 2 * 32, 32)
+    assert told.seconds is told.activation_bytes is None
+    run.finish()
+
+
+def test_what_a_run_would_refuse_is_refused(folders, model_folder, tmp_path):
+    packed, teacher = folders
+    asked = {
+        "is a packed model": TuningRun(packed, packed, tmp_path / "out", TEXT, SETTINGS["all"]),
+        "is not a quantkit checkpoint": TuningRun(teacher, teacher, tmp_path / "out", TEXT, SETTINGS["all"]),
+        "the teacher's model_type is gpt2": TuningRun(
+            packed, model_folder("gpt2_small"), tmp_path / "out", TEXT, SETTINGS["all"]
+        ),
+        "8 sequences of text, 9 of them held out": TuningRun(
+            packed, teacher, tmp_path / "out", TEXT, TuningSettings(held_out=9)
+        ),
+        "has no hidden states": TuningRun(
+            packed, teacher, tmp_path / "out", TEXT, TuningSettings(held_out=2, hidden=1), tmp_path / "cache"
+        ),
+        "would replace": TuningRun(packed, teacher, packed, TEXT, SETTINGS["all"]),
+    }
+    for message, run in asked.items():
+        with pytest.raises(QuantkitError, match=message):
+            estimate(run, "cpu")
+    assert not list(tmp_path.iterdir())
