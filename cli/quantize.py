@@ -180,6 +180,7 @@ def quantize_command(
     """
     quantizer, words = _quantizer(context, plan, bits, method, hadamard, low_rank, low_rank_bits)
     from quantkit.io.hf import resolve_folder
+    from quantkit.io.run_folder import Output
     from quantkit.models.rotation import Rotation
     from quantkit.run.pipeline import quantize_checkpoint
     from quantkit.run.recipe import Calibration, Recipe, read_plan
@@ -199,6 +200,7 @@ def quantize_command(
     folder = resolve_folder(model)
     output = output or Path(f"{Path(model).resolve().name}-{words}")
     if dry_run:
+        Output(output, folder, resume=resume, overwrite=overwrite)  # refused where the run would be
         _say_estimate(model, folder, recipe, output, device, as_json)
         return
     try:

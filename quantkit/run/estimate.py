@@ -19,6 +19,9 @@ from quantkit.run.report import peak_memory_bytes
 from quantkit.run.sequential import BATCH_TOKENS, REPLAY_FRACTION
 from quantkit.run.trial import pass_seconds, rounding_seconds
 
+HEAP = 1.28
+"""Resident bytes for each byte of tensors: freed ones leave holes between those that are kept (evals.dry_run)."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -138,8 +141,10 @@ def _working_bytes(
     streams = stream * (2 if needs == Needs.CROSS or tuned else 1)
     if tuned:  # the weights, their targets, gradients and the optimizer's two moments, in fp32
         layer = max(layer, 6 * source.block_nbytes(4))
-    heads = getattr(model.config.get_text_config(), "num_attention_heads", 1)
-    width = 5 * max(max(shape) for name, shape in shapes.items() if name in inside) + 8 * hidden  # of a block's pass
-    passing = min(tokens.numel(), BATCH_TOKENS) * (width + 2 * heads * tokens.shape[1]) * itemsize
+    width = 3 * max(max(shape) for name, shape in shapes.items() if name in inside) + 3 * hidden  # of a block's pass
+    if model.config._attn_implementation == "eager":  # writes out its scores, and their softmax
+        width += 2 * model.config.get_text_config().num_attention_heads * tokens.shape[1]
+    passing = min(tokens.numel(), BATCH_TOKENS) * width * itemsize
     embedding = sum(p.numel() for p in model.get_input_embeddings().parameters()) * itemsize
-    return loaded + source.block_nbytes(itemsize) + layer + streams + passing + max(embedding, 5 * 4 * widest**2)
+    rounding = layer + 5 * 4 * widest**2
+    return loaded + int(HEAP * (source.block_nbytes(itemsize) + streams + max(passing, rounding, embedding)))

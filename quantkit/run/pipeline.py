@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantkit.core.device import compute_dtype, pick_device
+from quantkit.core.errors import QuantkitError
 from quantkit.core.result import LayerResult
 from quantkit.core.weight import QuantizedWeight
 from quantkit.io.checkpoint import CheckpointWriter

@@ -112,6 +112,9 @@ def test_dry_run_predicts_the_sizes_and_touches_nothing(packed, model_folder, te
     assert f"{report['bytes_after'] / 2**10:.2f} KiB" in result.stdout
     assert "memory of the run" in result.stdout
     assert not list(tmp_path.glob("no*"))
+    refused = run("quantize", folder, "--bits", 3, "--method", "rtn", "--output", output, "--dry-run")
+    assert refused.returncode == 2
+    assert "--overwrite" in refused.stderr
 
 
 @pytest.mark.parametrize("architecture", ["llama_small", "llama_tied_small"])
@@ -135,6 +138,7 @@ def test_head_and_embedding_at_their_own_bits(architecture, model_folder, text_f
         "eval", output, "--data", text_file, "--seqlen", 128, "--num-samples", 2, "--baseline", folder, "--json"
     )
     assert 0 < json.loads(found.stdout)["kl"] < 0.1
+    settings[-1] = tmp_path / "other"
     ignored = run("quantize", folder, *settings, "--ignore", "lm_head", "--ignore", "model.embed_tokens", "--dry-run")
     assert "layers to pack     14" in ignored.stdout
 
