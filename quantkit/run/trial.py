@@ -17,6 +17,8 @@ from quantkit.run.sequential import Pack
 
 ROWS = (64, 256)
 """Rows of the narrow layers of a trial."""
+PACE = 0.5
+"""Of a large product's multiplications a second that a block reaches, with attention and norms between products."""
 WIDEST = 4096
 """Columns of a trial; wider layers are taken to cost in^3 for the Hessian and in^2 a row."""
 
@@ -63,7 +65,7 @@ def pass_seconds(multiplications: float, dtype: torch.dtype, device: torch.devic
     """Seconds for so many multiplications in products of many tokens."""
     x, weight = (torch.randn(1024, 1024, dtype=dtype, device=device) for _ in range(2))
     F.linear(x, weight)
-    return multiplications * _seconds(lambda: F.linear(x, weight), device) / 1024**3
+    return multiplications * _seconds(lambda: F.linear(x, weight), device) / 1024**3 / PACE
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
