@@ -112,6 +112,12 @@ def identity(columns, dtype, few=32):
     return pieces if dtype == torch.bfloat16 else pieces[:: max(1, len(pieces) - 1)]
 
 
+def in_turn(rows, *columns):
+    """(*row, a value of each column) of all rows, the values in turn: each is met, without the product of all."""
+    rows = [row if isinstance(row, tuple) else (row,) for row in rows]
+    return [(*row, *(column[index % len(column)] for column in columns)) for index, row in enumerate(rows)]
+
+
 def in_dtypes(rows):
     """(*row, dtype) of all rows: each in bf16, and in turn in fp16 and fp32, which change numbers and no places."""
     others = torch.float16, torch.float32

@@ -1,6 +1,7 @@
 """The codebook's Triton kernels through the interpreter, with and without their assembly, against fp64."""
 
 import logging
+from itertools import product
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from quantkit.kernels.tuning import Config
 from ..helpers import ptx
 from ..helpers.products import codebook_arguments as arguments_of
 from ..helpers.products import codebook_weight as weight_of
-from ..helpers.products import in_dtypes
+from ..helpers.products import in_turn
 from .conftest import error
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 4e-3, torch.float32: 1e-5}
@@ -48,12 +49,13 @@ def test_dequantized_is_the_equation():
         assert kernel.dequantized(*arguments_of(weight), 300)[n, k] == expected
 
 
-@pytest.mark.parametrize("assembly", [False, True])
 @pytest.mark.parametrize(
-    ("v", "dtype"),
+    ("v", "dtype", "assembly"),
     [
-        *[(v, torch.bfloat16) for v in range(1, 17)],
-        *[*[(v, torch.float16) for v in (1, 3, 6, 16)], *[(v, torch.float32) for v in (2, 4, 8)]],
+        *[(v, torch.bfloat16, True) for v in range(1, 17)],
+        *[(v, torch.bfloat16, False) for v in (1, 2, 3, 4, 5, 6, 8, 11, 16)],
+        *in_turn(product((1, 3, 6, 16), [torch.float16]), [False, True]),
+        *in_turn(product((2, 4, 8), [torch.float32]), [True, False]),
     ],
 )
 def test_every_vector_length(v, assembly, dtype, request):
@@ -87,7 +89,10 @@ SIZES = [
 
 
 @pytest.mark.parametrize("assembly", [False, True])
-@pytest.mark.parametrize(("N", "K", "v", "bits", "residual_bits", "ranges", "dtype"), in_dtypes(SIZES))
+@pytest.mark.parametrize(
+    ("N", "K", "v", "bits", "residual_bits", "ranges", "dtype"),
+    in_turn(SIZES, [torch.bfloat16, torch.float16, torch.bfloat16, torch.float32]),
+)
 def test_identity_gives_the_dequantized_weight_exactly(N, K, v, bits, residual_bits, ranges, assembly, dtype, request):
     if assembly:
         request.getfixturevalue("machine")
@@ -108,13 +113,17 @@ def test_any_number_of_rows(rows, machine):
 
 
 @pytest.mark.parametrize(
-    ("block_m", "split_k", "pairs"), [(8, 1, 2), (8, 8, 4), (16, 2, 2), (16, 2, 4), (32, 1, 4), (32, 8, 2)]
+    ("v", "bits", "residual_bits", "ranges", "block_m", "split_k", "pairs"),
+    in_turn(
+        [(4, 8, 0, 1), (6, 12, 0, 2), (8, 8, 8, 1), (8, 16, 0, 1), (2, 4, 0, 3), (3, 6, 5, 2)] * 3,
+        [8, 16, 32, 16, 32],
+        [1, 8, 2, 8],
+        [2, 4, 4, 2, 2, 4, 2],
+    ),
 )
-@pytest.mark.parametrize("form", [(4, 8, 0, 1), (6, 12, 0, 2), (8, 8, 8, 1), (8, 16, 0, 1), (2, 4, 0, 3), (3, 6, 5, 2)])
-def test_every_configuration_agrees(form, block_m, split_k, pairs, machine, monkeypatch):
+def test_every_configuration_agrees(v, bits, residual_bits, ranges, block_m, split_k, pairs, machine, monkeypatch):
     """Shares that get no tile or parts of several ranges, both orders of columns, books in shared and global memory."""
     monkeypatch.setattr(launching, "pairs", lambda capability, block_m: pairs)
-    v, bits, residual_bits, ranges = form
     weight = weight_of(37, 384, v, bits, residual_bits, ranges)
     x = torch.randn(11, 384).half()
     config = Config(block_m, 64, split_k, num_warps=4, num_stages=3)

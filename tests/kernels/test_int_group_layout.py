@@ -12,6 +12,7 @@ from quantkit.kernels import launching
 from quantkit.kernels.tuning import Config
 
 from ..helpers.products import arranged_arguments as arranged
+from ..helpers.products import in_turn
 from ..helpers.products import int_group_weight as weight_of
 from .conftest import error
 
@@ -53,8 +54,10 @@ def test_decode_against_fp64(bits, dtype, symmetric):
     assert error(kernel.launch_arranged(x, *arranged(weight)), exact) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("group_size", [32, 64, 128, 256, 1024])
-@pytest.mark.parametrize(("bits", "pairs", "split_k", "block_m"), [(3, 2, 1, 8), (3, 4, 2, 16), (4, 2, 8, 32)])
+@pytest.mark.parametrize(
+    ("bits", "pairs", "split_k", "block_m", "group_size"),
+    in_turn([(3, 2, 1, 8), (3, 4, 2, 16), (4, 2, 8, 32)] * 2, [32, 64, 128, 256, 1024]),
+)
 def test_configurations_agree(group_size, bits, pairs, split_k, block_m, monkeypatch):
     monkeypatch.setattr(launching, "pairs", lambda capability, block_m: pairs)
     weight = weight_of(bits, 150, 384 if group_size != 256 else 512, group_size, False)

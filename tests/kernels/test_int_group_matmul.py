@@ -9,7 +9,7 @@ from quantkit.kernels import int_group_matmul as kernel
 from quantkit.kernels import launching
 from quantkit.kernels.tuning import Config
 
-from ..helpers.products import identity, in_dtypes
+from ..helpers.products import identity, in_dtypes, in_turn
 from ..helpers.products import int_group_arguments as arguments
 from ..helpers.products import int_group_weight as weight_of
 from .conftest import error
@@ -44,8 +44,10 @@ def test_decode_against_fp64(bits, dtype, symmetric, launched):
     assert error(kernel.reference(x, *arguments(weight)), exact) < 1.5 * TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(("bits", "dtype"), in_dtypes([(1,), (3,), (2,), (4,), (5,), (7,), (6,), (8,)]))
-@pytest.mark.parametrize(("rows", "in_features"), [(5, 320), (5, 96), (40, 256)], ids=["ragged", "short", "many rows"])
+@pytest.mark.parametrize(
+    ("bits", "dtype", "rows", "in_features"),
+    in_turn(in_dtypes([(1,), (3,), (2,), (4,), (5,), (7,), (6,), (8,)]), [5, 5, 40], [320, 96, 256]),
+)
 def test_gemm_against_fp64(rows, in_features, bits, dtype, launched):
     if dtype == torch.float32:
         rows = 5  # more rows of fp32 are a dense product
@@ -70,11 +72,18 @@ def test_dense_against_the_reference(bits, in_features, dtype, launched):
 
 
 @pytest.mark.parametrize(
-    ("out_features", "in_features", "group_size"),
-    [(1, 1, 8), (3, 33, 8), (64, 100, 48), (67, 257, 257), (2, 640, 96), (129, 128, 32), (65, 256, 64), (7, 384, 384)],
+    ("out_features", "in_features", "group_size", "bits", "dtype"),
+    in_turn(
+        [
+            *[(1, 1, 8), (3, 33, 8), (64, 100, 48), (67, 257, 257), (2, 640, 96), (129, 128, 32)],
+            *[(65, 256, 64), (7, 384, 384)],
+        ]
+        * 3,
+        [2, 3, 4, 8, 3, 4],
+        [BRAIN, BRAIN, BRAIN, BRAIN, HALF, SINGLE],
+    ),
 )
-@pytest.mark.parametrize(("bits", "dtype"), [(2, BRAIN), (3, BRAIN), (4, BRAIN), (8, BRAIN), (3, HALF), (4, SINGLE)])
-def test_identity_gives_the_dequantized_weight_exactly(bits, dtype, out_features, in_features, group_size):
+def test_identity_gives_the_dequantized_weight_exactly(out_features, in_features, group_size, bits, dtype):
     weight = weight_of(bits, out_features, in_features, group_size, bits % 2 == 0)
     expected = weight.dequantize(dtype)
     for rows in identity(in_features, dtype):
@@ -85,10 +94,12 @@ def test_identity_gives_the_dequantized_weight_exactly(bits, dtype, out_features
 
 
 @pytest.mark.parametrize(
-    ("block_m", "split_k", "pairs"),
-    [(8, 1, 2), (8, 2, 4), (8, 8, 2), (16, 1, 4), (16, 2, 2), (16, 8, 4), (32, 1, 2), (32, 2, 4), (32, 8, 2)],
+    ("block_m", "split_k", "pairs", "group_size"),
+    in_turn(
+        [(8, 1, 2), (8, 2, 4), (8, 8, 2), (16, 1, 4), (16, 2, 2), (16, 8, 4), (32, 1, 2), (32, 2, 4), (32, 8, 2)] * 2,
+        [32, 64, 128, 256, 1024],
+    ),
 )
-@pytest.mark.parametrize("group_size", [32, 64, 128, 256, 1024])
 def test_every_configuration_agrees(group_size, pairs, split_k, block_m, monkeypatch):
     """Shares that get no tile, groups wider and narrower than a tile, both orders of columns."""
     monkeypatch.setattr(launching, "pairs", lambda capability, block_m: pairs)

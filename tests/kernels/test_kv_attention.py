@@ -62,8 +62,9 @@ def test_the_kernel_reads_what_the_cache_holds(bits, rank, outliers, siblings, s
     assert_near(found, exact(query, layer, causal(2, 1, 150), size**-0.5))
 
 
-@pytest.mark.parametrize("tokens", [32, 33, 64, 97, 131])
-@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("tokens", "splits"), [(32, 1), (32, 2), (33, 3), (64, 2), (64, 3), (97, 1), (131, 2), (131, 3)]
+)
 def test_any_length_and_any_split(tokens, splits):
     layer = layer_of(KVCacheConfig(3, 3, group_size=32, buffer=32), tokens=tokens)
     form, query = packed_form(layer), torch.randn(2, 2, 4, 64)
@@ -73,8 +74,7 @@ def test_any_length_and_any_split(tokens, splits):
     assert_near(found, (query @ k.mT * 0.125).double().softmax(-1) @ v.double())
 
 
-@pytest.mark.parametrize("new", [1, 5])
-@pytest.mark.parametrize("sink", [0, 4])
+@pytest.mark.parametrize(("new", "sink"), [(1, 0), (5, 4)])
 def test_masks_several_queries_and_sinks(new, sink):
     config = KVCacheConfig(4, 4, group_size=32, buffer=32, rank=2, targets=("k",), sink=sink, factor_bits=16)
     layer = layer_of(config, tokens=100)
@@ -86,8 +86,9 @@ def test_masks_several_queries_and_sinks(new, sink):
     assert_near(on_packed(query, layer, packed_form(layer), 0.125, mask), exact(query, layer, mask, 0.125))
 
 
-@pytest.mark.parametrize(("k_bits", "v_bits"), [(2, 2), (3, 3), (4, 4), (8, 8), (4, 3)])
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(
+    ("k_bits", "v_bits", "size"), [(2, 2, 64), (3, 3, 128), (4, 4, 64), (8, 8, 64), (8, 8, 128), (4, 3, 128)]
+)
 def test_the_assembly_that_a_gpu_runs(k_bits, v_bits, size, monkeypatch):
     ptx.Machine().install(monkeypatch)
     layer = layer_of(KVCacheConfig(k_bits, v_bits, group_size=size, buffer=size), batch=1, tokens=200, size=size)

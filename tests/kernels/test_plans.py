@@ -5,6 +5,7 @@ import ctypes
 import gc
 import io
 import weakref
+from itertools import product
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from quantkit.formats.trellis import TrellisWeight
 from quantkit.kernels import hadamard, launching, operators, plans, pyramid
 from quantkit.models.linear import QuantizedLinear
 from quantkit.quantizers.rtn import RTN
+
+from ..helpers.products import in_turn
 
 OUT, IN = 48, 256
 
@@ -119,9 +122,10 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("name", "bias", "dtype"),
+    in_turn(product(WEIGHTS, [False, True]), [torch.float16, torch.float32, torch.float32, torch.float16]),
+)
 @torch.no_grad()
 def test_a_plan_repeats_the_launch_for_another_x(name, bias, dtype, launched):
     layer = QuantizedLinear(WEIGHTS[name](), torch.randn(OUT).half() if bias else None)

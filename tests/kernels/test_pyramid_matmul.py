@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from itertools import product
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from quantkit.kernels import pyramid_matmul_triton as jit
 from quantkit.kernels.tuning import Config
 
 from ..helpers import ptx
-from ..helpers.products import PRODUCTS, identity, in_dtypes, pyramid_weight
+from ..helpers.products import PRODUCTS, identity, in_turn, pyramid_weight
 from ..helpers.products import pyramid_product as factored
 from ..helpers.products import pyramid_table_product as table
 from .conftest import error
@@ -49,7 +50,10 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize(("out_features", "in_features", "dimension", "dtype"), in_dtypes(SIZES))
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "dimension", "dtype"),
+    in_turn(SIZES, [torch.bfloat16, torch.float16, torch.bfloat16, torch.float32]),
+)
 def test_identity_gives_the_dequantized_weight_exactly(out_features, in_features, dimension, dtype):
     weight = pyramid_weight(out_features, in_features, dimension, 7 + dimension // 8, 1)
     points, factors = weight.expanded()
@@ -66,7 +70,10 @@ def test_identity_gives_the_dequantized_weight_exactly(out_features, in_features
 
 @pytest.mark.parametrize(
     ("pulses", "gain_bits", "dtype"),
-    in_dtypes([(1, 0), (1, 3), (2, 1), (3, 2), (4, 0), (4, 3), (5, 0), (5, 2), (6, 0), (6, 1)]),
+    in_turn(
+        [(1, 0), (1, 3), (2, 1), (3, 2), (4, 0), (4, 3), (5, 0), (5, 2), (6, 0), (6, 1)],
+        [torch.bfloat16, torch.float16, torch.float32],
+    ),
 )
 def test_identity_through_the_table(pulses, gain_bits, dtype):
     for out_features, in_features in ((67, 128), (131, 200)):
@@ -79,11 +86,19 @@ def test_identity_through_the_table(pulses, gain_bits, dtype):
         assert torch.equal(weight.matmul(everything).T, expected)
 
 
-@pytest.mark.parametrize("config", [(8, 128, 2), (16, 128, 2), (32, 128, 4), (16, 256, 4), (8, 64, 2), (16, 64, 8)])
-@pytest.mark.parametrize(("split_k", "pairs"), [(1, 2), (2, 4), (8, 2), (8, 4)])
-@pytest.mark.parametrize("dimension", [8, 12, 5])
-def test_every_configuration_agrees(dimension, pairs, split_k, config, monkeypatch):
+@pytest.mark.parametrize(
+    ("config", "shares", "dimension"),
+    in_turn(
+        product(
+            [(8, 128, 2), (16, 128, 2), (32, 128, 4), (16, 256, 4), (8, 64, 2), (16, 64, 8)],
+            [(1, 2), (2, 4), (8, 2), (8, 4)],
+        ),
+        [8, 12, 5],
+    ),
+)
+def test_every_configuration_agrees(config, shares, dimension, monkeypatch):
     """Shares that get no tile, both orders of columns, runs of rows of all lengths."""
+    split_k, pairs = shares
     monkeypatch.setattr(kernel, "pairs", lambda problem, config: pairs)
     arguments, weight = factored(3, 70, 384, dimension)
     x = torch.randn(9, 384).half()

@@ -1,5 +1,7 @@
 """The trellis' Triton kernels, through the interpreter, and their assembly, against the dequantized weight."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -12,11 +14,12 @@ from quantkit.kernels.tuning import Config
 from quantkit.models.linear import QuantizedLinear
 
 from ..helpers import ptx
-from ..helpers.products import identity, in_dtypes
+from ..helpers.products import identity, in_turn
 from ..helpers.products import trellis_product as make
 from .conftest import error
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 4e-3, torch.float32: 1e-6}
+DTYPES = torch.bfloat16, torch.float16, torch.bfloat16, torch.float32
 OPERATOR = torch.ops.quantkit.trellis_matmul
 FORMS = [(bits, state_bits) for bits in range(1, 9) for state_bits in (16, 12, 8)]
 SIZES = [
@@ -26,7 +29,7 @@ SIZES = [
 """(out_features, in_features, bits)."""
 
 
-@pytest.mark.parametrize(("bits", "state_bits", "dtype"), in_dtypes(FORMS))
+@pytest.mark.parametrize(("bits", "state_bits", "dtype"), in_turn(FORMS, DTYPES))
 def test_against_fp64(bits, state_bits, dtype):
     arguments, weight = make(70, 160, bits, state_bits)
     for rows in (5, 40) if state_bits < 16 else (5, 14, 40):
@@ -37,7 +40,7 @@ def test_against_fp64(bits, state_bits, dtype):
     assert error(kernel.reference(x, *arguments), x.double() @ weight.T) < 1.5 * TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(("out_features", "in_features", "bits", "dtype"), in_dtypes(SIZES))
+@pytest.mark.parametrize(("out_features", "in_features", "bits", "dtype"), in_turn(SIZES, DTYPES))
 def test_identity_gives_the_dequantized_weight_exactly(out_features, in_features, bits, dtype):
     """Windows around the rings' ends among them; few rows of x and many, of all columns in bf16."""
     arguments, weight = make(out_features, in_features, bits)
@@ -49,9 +52,10 @@ def test_identity_gives_the_dequantized_weight_exactly(out_features, in_features
         assert torch.equal(many[: len(rows)].T, expected[:, rows.argmax(1)])
 
 
-@pytest.mark.parametrize("config", [(8, 1), (8, 4), (16, 2), (16, 8), (32, 4)])
-@pytest.mark.parametrize("split_k", [1, 5])
-@pytest.mark.parametrize(("bits", "in_features"), [(2, 384), (3, 290)])
+@pytest.mark.parametrize(
+    ("split_k", "config", "bits", "in_features"),
+    in_turn(product([1, 5], [(8, 1), (8, 4), (16, 2), (16, 8), (32, 4)]), [2, 3], [384, 290]),
+)
 def test_every_configuration_agrees(bits, in_features, split_k, config):
     """Shares of unequal length and those that get no tile."""
     arguments, weight = make(100, in_features, bits)
@@ -61,8 +65,9 @@ def test_every_configuration_agrees(bits, in_features, split_k, config):
     assert error(y, x.double() @ weight.T) < 4e-3
 
 
-@pytest.mark.parametrize(("bits", "rows"), [(1, 1), (2, 8), (3, 2), (4, 5), (2, 9), (5, 3)])
-@pytest.mark.parametrize("split_k", [1, 2, 3, 7])
+@pytest.mark.parametrize(
+    ("bits", "rows", "split_k"), in_turn(2 * [(1, 1), (2, 8), (3, 2), (4, 5), (2, 9), (5, 3)], [1, 2, 3, 7])
+)
 def test_chunks_read_ahead(bits, rows, split_k):
     """Shares of many tiles, of one, and of none; every column's product is exactly that of the column alone."""
     arguments, weight = make(128, 768, bits)
@@ -77,8 +82,7 @@ def test_chunks_read_ahead(bits, rows, split_k):
     assert torch.equal(kernel.launch(one, *arguments, config=config).T, weight[:, columns].bfloat16())
 
 
-@pytest.mark.parametrize("parts", [[128, 256, 70], [256, 128], [384, 1]])
-@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize(("parts", "bits"), [([128, 256, 70], 3), ([256, 128], 2), ([384, 1], 3)])
 def test_weights_side_by_side(parts, bits):
     """Each keeps its rings, steps and scale: exactly the outputs that it has alone, whichever kernel runs."""
     arguments, weight = make(parts, 96, bits)
@@ -209,8 +213,10 @@ def test_parts_of_x_are_exact(dtype, parts):
     assert torch.equal(sum(half.double() for half in halves), values.double())
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("bits", "state_bits"), [(1, 16), (2, 16), (3, 16), (7, 16), (8, 16), (3, 12), (4, 8)])
+@pytest.mark.parametrize(
+    ("bits", "state_bits", "dtype"),
+    in_turn([(1, 16), (2, 16), (3, 16), (7, 16), (8, 16), (3, 12), (4, 8), (2, 16), (3, 12)], [*TOLERANCE]),
+)
 def test_kernels_with_their_assembly_give_the_same(bits, state_bits, dtype, monkeypatch):
     arguments, _ = make(150, 160, bits, state_bits)
     few, many = torch.randn(5, 160).to(dtype), torch.randn(40, 160).to(dtype)
