@@ -42,6 +42,7 @@ def generate_command(
     from quantkit.io.hf import resolve_folder
     from quantkit.io.source import load_tokenizer
     from quantkit.kvcache.attention import compressed_kv
+    from quantkit.kvcache.cache import cache_argument
     from quantkit.models.structure import context_length
 
     where, folder = pick_device(device), resolve_folder(model)
@@ -69,7 +70,8 @@ def generate_command(
         with caching as make_cache:
             cache: Any = make_cache()
             begun = time.monotonic()
-            found = subject.generate(**inputs, past_key_values=cache, streamer=streamer, pad_token_id=0, **settings)
+            settings[cache_argument(subject)] = cache
+            found = subject.generate(**inputs, streamer=streamer, pad_token_id=0, **settings)
             seconds = time.monotonic() - begun
     except KeyboardInterrupt:
         raise Interrupted("stopped") from None

@@ -111,7 +111,8 @@ def tune_command(
     from quantkit.io.hf import resolve_folder
     from quantkit.run.recipe import Calibration
     from quantkit.tuning.end_to_end import Watch
-    from quantkit.tuning.run import TuningRun, run
+    from quantkit.tuning.request import TuningRun
+    from quantkit.tuning.run import run
 
     output = output or Path(f"{Path(model).resolve().name}-tuned")
     settings = TuningSettings(

@@ -18,7 +18,7 @@ from transformers import DynamicCache, StaticCache
 
 from quantkit.core.errors import QuantkitError
 from quantkit.kernels.timing import copy_bandwidth, timed
-from quantkit.kvcache.cache import GearCache
+from quantkit.kvcache.cache import GearCache, cache_argument
 from quantkit.models.embedding import QuantizedEmbedding
 from quantkit.models.structure import context_length, tensor_bytes
 
@@ -82,11 +82,12 @@ def measure(
         torch.cuda.reset_peak_memory_stats(device)
     model(prompt[:, :1], use_cache=False)  # compiles, and allocates what is allocated once
     cache, other = (make_cache() if make_cache else _cache(model, prompt_tokens + more) for more in (new_tokens + 8, 8))
-    model(prompt, past_key_values=other, use_cache=True, logits_to_keep=1)
-    first, token = timed(device, lambda: _next(model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)))
+    name = cache_argument(model)
+    model(prompt, **{name: other}, use_cache=True, logits_to_keep=1)
+    first, token = timed(device, lambda: _next(model(prompt, **{name: cache}, use_cache=True, logits_to_keep=1)))
 
     def step() -> None:
-        token.copy_(_next(model(token, past_key_values=cache, use_cache=True)))
+        token.copy_(_next(model(token, **{name: cache}, use_cache=True)))
 
     # A sliding window's static cache counts its tokens on the host, where a graph would not see them grow.
     fixed = (

@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--json", type=Path, help="write both figures")
     arguments = parser.parse_args()
     config = LlamaConfig(
         vocab_size=32000,
@@ -82,6 +83,10 @@ def main() -> None:
     for name, found in (("full fine-tuning", full), (f"corrections of rank {arguments.rank}", adapters)):
         print(f"{name:28s} {found['trained']:>13,} parameters trained   peak {found['peak'] / 2**30:6.2f} GiB")
     print(f"ratio {full['peak'] / adapters['peak']:.2f}")
+    if arguments.json:
+        named = (("full fine-tuning", full), (f"corrections of rank {arguments.rank}", adapters))
+        rows = [{"what": name, "trained": found["trained"], "peak_gib": found["peak"] / 2**30} for name, found in named]
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from quantkit.io.checkpoint import contents
 from quantkit.io.hf import load
 from quantkit.io.shards import Shards
 from quantkit.io.source import load_tokenizer, open_folder
-from quantkit.kvcache.cache import GearCache
+from quantkit.kvcache.cache import GearCache, cache_argument
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.run.pipeline import quantize_checkpoint
 from quantkit.run.recipe import Calibration, Recipe, read_plan
@@ -108,7 +108,7 @@ def make_bases(root: Path) -> None:
     (root / "prefix").mkdir()
     kept = GearCache(packed, KVCacheConfig.gear(2))
     with torch.no_grad():
-        packed(_tokens(), past_key_values=kept)
+        packed(_tokens(), **{cache_argument(packed): kept})
     kept.save(root / "prefix" / "prompt.safetensors")
     for name in ("mixed", "tied", "saved", "whole"):
         torch.save(_logits(load(root / name)), root / f"{name}.logits")

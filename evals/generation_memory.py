@@ -68,23 +68,31 @@ def live_bytes(folder: Path, context: int, batch: int, device: torch.device, kv_
 
 
 def main() -> None:
-    """Parses the command line and prints a JSON line."""
+    """Parses the command line and prints a JSON line for each cache."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--context", type=int, required=True)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--kv-bits", type=int, help="compress the KV cache")
+    parser.add_argument("--kv-bits", type=int, nargs="*", help="compress the KV cache; 16 is a plain one")
     parser.add_argument("--fit", help="as given to quantkit search")
     parser.add_argument("--live", action="store_true", help="count tensors instead")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, help="write the list")
     arguments = parser.parse_args()
     device = pick_device(arguments.device)
     measured = live_bytes if arguments.live else peak_bytes
-    peak = measured(arguments.folder, arguments.context, arguments.batch, device, arguments.kv_bits)
     stored = sum(path.stat().st_size for path in arguments.folder.glob("*.safetensors"))
-    fits = None if arguments.fit is None else peak <= parse_size(arguments.fit)
-    print(json.dumps({"peak_bytes": peak, "checkpoint_bytes": stored, "fits": fits}))
-    sys.exit(0 if fits in (None, True) else 1)
+    rows: list[dict[str, Any]] = []
+    for bits in arguments.kv_bits or [16]:
+        peak = measured(arguments.folder, arguments.context, arguments.batch, device, None if bits == 16 else bits)
+        fits = None if arguments.fit is None else peak <= parse_size(arguments.fit)
+        rows.append(
+            {"kv_bits": bits, "peak_bytes": peak, "peak_mb": peak / 1e6, "checkpoint_bytes": stored, "fits": fits}
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    sys.exit(0 if all(row["fits"] in (None, True) for row in rows) else 1)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from quantkit.core.errors import QuantkitError
 from quantkit.kernels.hadamard import rotate
 from quantkit.kvcache import codec
 from quantkit.kvcache.attention import reading_packed
-from quantkit.kvcache.cache import GearCache
+from quantkit.kvcache.cache import GearCache, cache_argument
 from quantkit.kvcache.config import KVCacheConfig
 
 
@@ -99,10 +99,11 @@ class PrefixReader:
         if input_ids.shape[1] <= self.prefix:
             raise QuantkitError(f"sequences of {input_ids.shape[1]} tokens hold none after a prefix of {self.prefix}")
         cache = _cache(self.model, self.config)
-        first = self.model(input_ids=input_ids[:, : self.prefix], past_key_values=cache, use_cache=True).logits
+        settings = {cache_argument(self.model): cache, "use_cache": True}
+        first = self.model(input_ids=input_ids[:, : self.prefix], **settings).logits
         cache.compress()
         self.bits = cache.bits_per_element
-        rest = self.model(input_ids=input_ids[:, self.prefix :], past_key_values=cache, use_cache=True).logits
+        rest = self.model(input_ids=input_ids[:, self.prefix :], **settings).logits
         return SimpleNamespace(logits=torch.cat([first, rest], 1))
 
 

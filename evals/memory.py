@@ -1,6 +1,6 @@
 """Peak memory of quantizing a large checkpoint from disk, and its independence of depth.
 
-    python -m quantkit.evals.memory --blocks 22 44
+    python -m quantkit.evals.memory --json FILE
     python -m quantkit.evals.memory --blocks 2 4 --method vptq
 
 Writes an untrained Llama of TinyLlama's shape (1.1 B parameters at 22 blocks) shard by shard, runs `quantkit quantize`
@@ -94,15 +94,24 @@ def measure(blocks: int, method: str, workspace: Path) -> dict[str, float | str]
     }
 
 
+RUNS = (("rtn", 22), ("rtn", 44), ("gptq", 2), ("gptq", 4), ("pyramid", 2))
+"""(method, blocks) of a run without options."""
+
+
 def main() -> None:
     """Parses the command line and prints one JSON line a model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[22, 44])
+    parser.add_argument("--blocks", type=int, nargs="+", help="of one method's runs; without it those of the documents")
     parser.add_argument("--method", default="rtn")
-    arguments = parser.parse_args()
-    for blocks in arguments.blocks:
+    parser.add_argument("--json", type=Path, help="write the list")
+    asked = parser.parse_args()
+    rows = []
+    for method, blocks in [(asked.method, blocks) for blocks in asked.blocks] if asked.blocks else RUNS:
         with tempfile.TemporaryDirectory() as workspace:
-            print(json.dumps(measure(blocks, arguments.method, Path(workspace))), flush=True)
+            rows.append(measure(blocks, method, Path(workspace)))
+        print(json.dumps(rows[-1]), flush=True)
+    if asked.json:
+        asked.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -202,8 +202,8 @@ def search(
     Raises:
         QuantkitError: bad input; the message says what would work.
     """
-    from quantkit.evopress.run import SearchRun, run
-    from quantkit.evopress.session import SearchSettings
+    from quantkit.evopress.run import run
+    from quantkit.evopress.session import SearchRun, SearchSettings
     from quantkit.evopress.settings import Evolution
     from quantkit.evopress.wanted import Wanted, candidates_of, head_bits_of
 
@@ -277,7 +277,8 @@ def tune(
         QuantkitError: no packed layers, a format that cannot be tuned, another vocabulary, or too little text.
     """
     from quantkit.tuning import end_to_end
-    from quantkit.tuning.run import TuningRun, run
+    from quantkit.tuning.request import TuningRun
+    from quantkit.tuning.run import run
 
     text = _calibration(calibration, 512, None, 1)
     watch, kept = end_to_end.Watch(progress, caching), None if cache is None else Path(cache)

@@ -9,6 +9,7 @@ from quantkit.evals.benchmarks.structure import LAYERS, Module, depths, modules,
 from .conftest import ROOT
 
 DEPTH = 13
+LIBRARY_DEPTH = 9
 """Of the longest chain of imports; less is better."""
 
 
@@ -25,6 +26,8 @@ def test_imports_run_downward(found):
 def test_no_circles_and_no_long_chains(found):
     chains = depths(found)
     assert len(max(chains.values(), key=len)) <= DEPTH
+    library = [chain for name, chain in chains.items() if not name.startswith(("evals", "cli"))]
+    assert len(max(library, key=len)) <= LIBRARY_DEPTH
 
 
 def test_every_folder_has_its_line(found):

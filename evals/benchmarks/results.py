@@ -23,7 +23,8 @@ from statistics import median
 from typing import Any
 
 from quantkit.evals.benchmarks.claims import CLAIMS, Claim, Count, Figure, Less, Median, More, Ratio, Value
-from quantkit.evals.benchmarks.tables import TABLES, Pick, Table
+from quantkit.evals.benchmarks.table import Pick, Table
+from quantkit.evals.benchmarks.tables import TABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)

@@ -1,51 +1,7 @@
-"""The documents' tables, as data: which records of which file of evals/results make which row.
+"""The documents' tables, as data; what a table is says `table`."""
 
-A cell is a format of Python's over one record; a number's format may begin with k (x 1000), c (x 100), K (/ 2^10) or
-M (/ 2^20). Texts of a `where` are patterns as a shell's.
-"""
-
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
-Where = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Pick:
-    """A record that is shown otherwise than a table's others.
-
-    Attributes:
-        where: field -> value of the one record.
-        cells: formats; None for the table's.
-        at: of the records; None for the table's.
-    """
-
-    where: Where
-    cells: tuple[str, ...] | None = None
-    at: str | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of a document.
-
-    Attributes:
-        file: in evals/results.
-        head: of the columns, with | between them.
-        cells: formats of the cells that a record gives.
-        rows: label (with | between the cells of several columns) -> records side by side; a text is a cell as it is.
-        at: key of the list of records in the file; "" where the file is the list.
-        where: what all its records have in common.
-    """
-
-    file: str
-    head: str
-    cells: tuple[str, ...]
-    rows: Mapping[str, Sequence[Where | Pick | str]]
-    at: str = ""
-    where: Where = field(default_factory=dict)
-
+from quantkit.evals.benchmarks.table import Pick, Table
+from quantkit.evals.benchmarks.tables_runs import CHECKSUMS, DAMAGE, DRY_RUN, FAULTS, FINETUNE_MEMORY, KV_MEMORY, MEMORY
 
 KL = "{kl:k.2f} +- {kl_se:k.2f}"
 KL1 = "{kl:k.1f} +- {kl_se:k.1f}"
@@ -447,26 +403,6 @@ KERNELS_ATTENTION = Table(
     },
 )
 
-_COUNTS = ("variants", "refused", "equal", "taken", "different", "unrecorded", "faults")
-_DOORS = """load; load, config alone; load, tied head; load, saved by transformers; load verify=True; inspect --verify
-quantize MODEL; quantize --resume; quantize --overwrite; quantize --plan; search --timings; search --resume, --database
-tune --resume, --cache; eval --data; generate, prompt cache; calibration txt; calibration jsonl; calibration json
-calibration csv; calibration parquet; calibration jsonl.gz; all"""
-DAMAGE = Table(
-    "2026-11-29-fuzz.json", " | ".join(("met by", *_COUNTS)), tuple(f"{{{kind}:,.0f}}" for kind in _COUNTS),
-    {door: [{"door": door}] for door in _DOORS.replace("\n", "; ").split("; ")}, "doors",
-)  # fmt: skip
-
-_KINDS = {
-    "quantize": "`quantize` is killed", "search": "`search` is killed", "tune": "`tune` is killed",
-    "two": "one or both of two processes that share a search are killed", "full": "the disk becomes full",
-    "races": "two runs towards one folder",
-}  # fmt: skip
-FAULTS = Table(
-    "2026-11-29-faults.json", "what happens | trials | as it must be", ("{trials:.0f}", "{sound:.0f}"),
-    {label: [{"kind": kind}] for kind, label in _KINDS.items()}, "rows",
-)  # fmt: skip
-
 TABLES = {
     "integers": INTEGERS,
     "head-bits": HEAD_BITS,
@@ -496,5 +432,10 @@ TABLES = {
     "kernels-attention": KERNELS_ATTENTION,
     "damage": DAMAGE,
     "faults": FAULTS,
+    "dry-run": DRY_RUN,
+    "memory": MEMORY,
+    "finetune-memory": FINETUNE_MEMORY,
+    "kv-memory": KV_MEMORY,
+    "checksums": CHECKSUMS,
 }
 """Tables by the name in a document's mark."""

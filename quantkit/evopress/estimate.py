@@ -11,8 +11,7 @@ from quantkit.core.device import compute_dtype, pick_device
 from quantkit.core.protocols import Needs, Quantizer
 from quantkit.evopress.build import Lacking, lacking
 from quantkit.evopress.fitness import sequences_for
-from quantkit.evopress.run import SearchRun
-from quantkit.evopress.session import SearchSettings, check_text, search_text
+from quantkit.evopress.session import SearchRun, SearchSettings, check_text, search_text
 from quantkit.evopress.store import end_key
 from quantkit.io.run_folder import Output
 from quantkit.io.source import Source, open_folder

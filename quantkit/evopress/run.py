@@ -16,16 +16,14 @@ from typing import Any
 import torch
 
 from quantkit.core import spec
-from quantkit.core.protocols import Quantizer
 from quantkit.evopress.assemble import assemble
 from quantkit.evopress.budget import Budget
 from quantkit.evopress.build import build
 from quantkit.evopress.evolve import Outcome, Space, State
 from quantkit.evopress.picture import draw
-from quantkit.evopress.session import SearchSettings, Session, check_text
+from quantkit.evopress.session import SearchRun, Session, check_text
 from quantkit.evopress.spaces import BlockSpace, CandidateSpace
 from quantkit.evopress.store import Database
-from quantkit.evopress.wanted import Wanted
 from quantkit.io.checkpoint import stored_dtype
 from quantkit.io.run_folder import Output
 from quantkit.io.shards import Shards
@@ -33,38 +31,11 @@ from quantkit.io.source import load_tokenizer
 from quantkit.models.plan import tied, with_own_weight
 from quantkit.quantizers.target_shift import unshifted
 from quantkit.run.processes import begin_processes
-from quantkit.run.recipe import Calibration, Recipe
 from quantkit.run.report import Report
 
 SEARCH_RECORD = "quantkit_search.json"
 PLAN = "quantkit_plan.json"
 PICTURE = "quantkit_search.png"
-
-
-@dataclass(frozen=True)
-class SearchRun:
-    """Settings of a search, with its model, folders and budget.
-
-    Attributes:
-        folder, name: of the full-precision model, and what reports call it.
-        output: the folder to make.
-        database: the folder of the candidates; made where there is none.
-        wanted: the budget.
-        candidates: ways to pack a layer; `recipe`'s quantizer is one of them.
-        recipe: how layers in front are packed, which are left out, and the calibration.
-        text: that assignments are measured on.
-        settings: of the search.
-    """
-
-    folder: Path
-    name: str
-    output: Path
-    database: Path
-    wanted: Wanted
-    candidates: tuple[Quantizer, ...]
-    recipe: Recipe
-    text: Calibration
-    settings: SearchSettings
 
 
 @dataclass(frozen=True)

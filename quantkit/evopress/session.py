@@ -1,12 +1,14 @@
 """A whole search: candidates, the full model's predictions, starts, evolution, and the checkpoint that comes of it."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -17,14 +19,18 @@ import quantkit.io.hf
 from quantkit.core.device import compute_dtype, multiplies_bf16
 from quantkit.core.errors import QuantkitError
 from quantkit.core.metrics import token_kl
+from quantkit.core.protocols import Quantizer
 from quantkit.evopress.baselines import greedy, knapsack, uniform
 from quantkit.evopress.evolve import Assignment, Generation, Outcome, Space, State, evolve
 from quantkit.evopress.fitness import Measure, ModelFitness
 from quantkit.evopress.settings import Evolution
 from quantkit.io.run_folder import RunFolder
 from quantkit.io.source import load_tokenizer
-from quantkit.run.recipe import Calibration
+from quantkit.run.recipe import Calibration, Recipe
 from quantkit.run.teacher import CachedTeacher, predict
+
+if TYPE_CHECKING:
+    from quantkit.evopress.wanted import Wanted
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +74,32 @@ class SearchSettings:
                 raise QuantkitError(f"{name}={getattr(self, name)}: give at least 1")
         if self.top < 512:
             raise QuantkitError(f"top={self.top}: fewer than 512 tokens hide too much of the KL")
+
+
+@dataclass(frozen=True)
+class SearchRun:
+    """Settings of a search, with its model, folders and budget.
+
+    Attributes:
+        folder, name: of the full-precision model, and what reports call it.
+        output: the folder to make.
+        database: the folder of the candidates; made where there is none.
+        wanted: the budget.
+        candidates: ways to pack a layer; `recipe`'s quantizer is one of them.
+        recipe: how layers in front are packed, which are left out, and the calibration.
+        text: that assignments are measured on.
+        settings: of the search.
+    """
+
+    folder: Path
+    name: str
+    output: Path
+    database: Path
+    wanted: Wanted
+    candidates: tuple[Quantizer, ...]
+    recipe: Recipe
+    text: Calibration
+    settings: SearchSettings
 
 
 def check_text(sequences: int, settings: SearchSettings) -> None:

@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from quantkit.core.errors import QuantkitError
 from quantkit.kernels import kv_attention, self_check
-from quantkit.kvcache.cache import GearCache, GearLayer, LazyKV
+from quantkit.kvcache.cache import GearCache, GearLayer, LazyKV, cache_argument
 from quantkit.kvcache.config import KVCacheConfig
 
 logger = logging.getLogger(__name__)
@@ -193,8 +193,9 @@ def compressed_kv(
         if given is not None and given.cache_implementation is not None:  # a model's habit, nobody's wish
             kwargs["generation_config"] = copy.copy(given)
             kwargs["generation_config"].cache_implementation = None
-        if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
-            kwargs["past_key_values"] = GearCache(model, chosen)
+        own = next((kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None), None)
+        if own is None and kwargs.get("use_cache") is not False:
+            kwargs[cache_argument(model)] = GearCache(model, chosen)
         habit, habits.cache_implementation = habits.cache_implementation, None
         try:
             return generate(*args, **kwargs)

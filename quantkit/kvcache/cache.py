@@ -10,6 +10,7 @@ numbers; the attention function of `kvcache.attention` knows it for what it is.
 
 import json
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ from quantkit.io.files import write_durably
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.kvcache.storage import Growing, Side
 from quantkit.models.structure import key_heads
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name by which the model's `generate` and `forward` take a cache; transformers had another before 5.24."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 class LazyKV(Tensor):

@@ -41,12 +41,12 @@ from quantkit.run.teacher import CachedTeacher, Teacher, predict
 from quantkit.tuning.adapters import AdaptedLinear, correction_outside, packed_linears
 from quantkit.tuning.parts.base import tunable
 from quantkit.tuning.pv import PVOptimizer, TunedLinear, TunedTensor, rate
+from quantkit.tuning.request import PACKED_TEACHER
 from quantkit.tuning.settings import TuningSettings
 
 logger = logging.getLogger(__name__)
 
 _STATE = "state.pt"
-PACKED_TEACHER = "a packed model, and its errors would be learnt too; give the full-precision model that was quantized"
 EMBEDDING_RATE = 0.1
 """Learning rate of embedding and head, beside that of scales."""
 

@@ -14,7 +14,7 @@ from quantkit.models.structure import tensor_bytes
 from quantkit.run.estimate import resident_bytes
 from quantkit.tuning.end_to_end import checked_text, tuned_dense, tuned_layers
 from quantkit.tuning.pv import TunedLinear
-from quantkit.tuning.run import TuningRun, output_of
+from quantkit.tuning.request import TuningRun
 
 FLOAT = torch.float32.itemsize
 """Bytes of a number that is tuned, and of each that an optimizer keeps of it."""
@@ -77,7 +77,7 @@ def estimate(
     Raises:
         QuantkitError: bad input, as far as the run would refuse it before it measures anything.
     """
-    output_of(asked, resume, overwrite)  # which may refuse them
+    asked.destination(resume, overwrite)  # which may refuse them
     if asked.cache is not None:
         RunFolder(asked.cache, "a teacher's predictions")
     where, settings = pick_device(device), asked.settings

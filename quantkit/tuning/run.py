@@ -12,40 +12,17 @@ from typing import Any
 import torch
 
 from quantkit.core.device import compute_dtype, parse_dtype
-from quantkit.core.errors import QuantkitError
-from quantkit.io.checkpoint import is_packed, read_config, sealed, stored_dtype
+from quantkit.io.checkpoint import read_config, sealed, stored_dtype
 from quantkit.io.hf import load
-from quantkit.io.run_folder import Output
 from quantkit.io.shards import Shards
 from quantkit.io.source import load_tokenizer
 from quantkit.run.processes import begin_processes
-from quantkit.run.recipe import Calibration
 from quantkit.run.record import begin
 from quantkit.run.report import peak_device_bytes, peak_memory_bytes
-from quantkit.tuning.end_to_end import PACKED_TEACHER, Watch, tune
-from quantkit.tuning.settings import TuningSettings
+from quantkit.tuning.end_to_end import Watch, tune
+from quantkit.tuning.request import TuningRun
 
 RECORD = "quantkit_tuning.json"
-
-
-@dataclass(frozen=True)
-class TuningRun:
-    """Settings of a run of tuning, with its models and folders.
-
-    Attributes:
-        folder: of the packed checkpoint; teacher: of the full-precision model.
-        output: the folder to make.
-        calibration: the text, for tuning and for measurements.
-        settings: of the run.
-        cache: a folder to keep the teacher's predictions in, or None.
-    """
-
-    folder: Path
-    teacher: Path
-    output: Path
-    calibration: Calibration
-    settings: TuningSettings
-    cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -87,18 +64,6 @@ class Tuned:
         return {"output": str(self.output), "kl_before": before, "kl_after": after} | figures | self.record
 
 
-def output_of(asked: TuningRun, resume: bool, overwrite: bool) -> Output:
-    """The folder to make, of which nothing is made yet.
-
-    Raises:
-        QuantkitError: it may not be made, or the teacher is packed.
-    """
-    if is_packed(read_config(asked.teacher)):
-        raise QuantkitError(f"the teacher {asked.teacher} is {PACKED_TEACHER}")
-    needed = [asked.folder, asked.teacher, *([] if asked.cache is None else [asked.cache])]
-    return Output(asked.output, *needed, resume=resume, overwrite=overwrite)
-
-
 def run(
     asked: TuningRun,
     device: str | torch.device | None = None,
@@ -123,7 +88,7 @@ def run(
     Raises:
         QuantkitError: bad input; the message says what would work.
     """
-    output = output_of(asked, resume, overwrite)
+    output = asked.destination(resume, overwrite)
     processes, where = begin_processes(device)
     _, begun = begin(where)
     kind = parse_dtype(dtype) or compute_dtype(where) or "auto"

@@ -9,7 +9,8 @@ from safetensors import safe_open
 
 from quantkit.evals.benchmarks.claims import CLAIMS, Less, More, Ratio, Value
 from quantkit.evals.benchmarks.results import PLACE, Number, documents, figure, filled, problems, record, render
-from quantkit.evals.benchmarks.tables import TABLES, Table
+from quantkit.evals.benchmarks.table import Table
+from quantkit.evals.benchmarks.tables import TABLES
 
 from ..conftest import REFERENCE, ROOT
 

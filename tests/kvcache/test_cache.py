@@ -10,7 +10,7 @@ from quantkit.evals.kv_prefix import PerToken, compressed_prefix
 from quantkit.evals.kv_quality import inject_outliers
 from quantkit.kvcache import attention
 from quantkit.kvcache.attention import compressed_kv
-from quantkit.kvcache.cache import GearCache, GearLayer
+from quantkit.kvcache.cache import GearCache, GearLayer, cache_argument
 from quantkit.kvcache.config import KVCacheConfig
 
 SMALL = KVCacheConfig(2, 2, group_size=8, buffer=8, rank=2, targets=("k",), weighted=True)
@@ -226,6 +226,17 @@ def test_layers_of_other_kinds_keep_their_own():
         assert torch.equal(model.generate(ids, attention_mask=mask, **TOKENS), wanted)
     with pytest.raises(QuantkitError, match="layers all compress"):
         cache.save("never")
+
+
+def test_a_callers_own_cache_is_kept_under_either_name(reference, prompts, recwarn):
+    model = quantkit.load(reference).eval()
+    with compressed_kv(model, bits=4) as make:
+        model.generate(prompts, **TOKENS)
+        assert not [warning for warning in recwarn if "deprecated" in str(warning.message)]
+        for name in {cache_argument(model), "past_key_values"}:
+            cache = make()
+            model.generate(prompts, **{name: cache}, **TOKENS)
+            assert cache.get_seq_length() > prompts.shape[1]
 
 
 def test_half_precision_counts_less_than_sixteen_bits(reference, prompts):

@@ -11,7 +11,7 @@ from quantkit.run.teacher import Teacher
 from quantkit.tuning.end_to_end import _Run
 from quantkit.tuning.estimate import estimate
 from quantkit.tuning.parts.base import tunable
-from quantkit.tuning.run import TuningRun
+from quantkit.tuning.request import TuningRun
 
 from ..helpers.methods import METHODS, layer
 

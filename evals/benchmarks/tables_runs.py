@@ -1,0 +1,73 @@
+"""The documents' tables about runs: what they survive, need and cost."""
+
+from quantkit.evals.benchmarks.table import Table
+
+_COUNTS = ("variants", "refused", "equal", "taken", "different", "unrecorded", "faults")
+_DOORS = """load; load, config alone; load, tied head; load, saved by transformers; load verify=True; inspect --verify
+quantize MODEL; quantize --resume; quantize --overwrite; quantize --plan; search --timings; search --resume, --database
+tune --resume, --cache; eval --data; generate, prompt cache; calibration txt; calibration jsonl; calibration json
+calibration csv; calibration parquet; calibration jsonl.gz; all"""
+DAMAGE = Table(
+    "2026-11-29-fuzz.json", " | ".join(("met by", *_COUNTS)), tuple(f"{{{kind}:,.0f}}" for kind in _COUNTS),
+    {door: [{"door": door}] for door in _DOORS.replace("\n", "; ").split("; ")}, "doors",
+)  # fmt: skip
+
+_KINDS = {
+    "quantize": "`quantize` is killed", "search": "`search` is killed", "tune": "`tune` is killed",
+    "two": "one or both of two processes that share a search are killed", "full": "the disk becomes full",
+    "races": "two runs towards one folder",
+}  # fmt: skip
+FAULTS = Table(
+    "2026-11-29-faults.json", "what happens | trials | as it must be", ("{trials:.0f}", "{sound:.0f}"),
+    {label: [{"kind": kind}] for kind, label in _KINDS.items()}, "rows",
+)  # fmt: skip
+
+DRY_RUN = Table(
+    "2026-11-29-dry-run.json", "run | memory told, MiB | taken | told / taken | time told, s | taken",
+    ("{told_bytes:M.0f}", "{peak_bytes:M.0f}", "{memory_ratio:.2f}", "{told_seconds:.0f}", "{seconds:.0f}"),
+    {
+        "reference model, `--method rtn --bits 3`": [{"run": "rtn"}],
+        "`--bits 3`": [{"run": "gptq"}],
+        "`--bits 3 --num-samples 32`": [{"run": "gptq, few sequences"}],
+        "`--method trellis --bits 2 --state-bits 10 --num-samples 24`": [{"run": "trellis of 10 state bits"}],
+        "untrained, 1,024 wide, `--bits 3 --num-samples 16`": [{"run": "gptq, wide model"}],
+    },
+)  # fmt: skip
+
+MEMORY = Table(
+    "2026-11-29-memory.json", "method | blocks | weights | checkpoint, GiB | peak, GiB",
+    ("{parameters:,.0f}", "{checkpoint_gib:.2f}", "{peak_rss_gib:.2f}"),
+    {
+        f"{label} | {blocks}": [{"method": label, "blocks": blocks}]
+        for label, blocks in (("rtn", 22), ("rtn", 44), ("gptq", 2), ("gptq", 4), ("pyramid", 2))
+    },
+)  # fmt: skip
+
+FINETUNE_MEMORY = Table(
+    "2026-11-29-finetune-memory.json", "trained | numbers trained | peak, GiB",
+    ("{trained:,.0f}", "{peak_gib:.2f}"),
+    {
+        "all weights, bf16": [{"what": "full fine-tuning"}],
+        "corrections of rank 16 of the packed model": [{"what": "corrections of rank 16"}],
+    },
+)  # fmt: skip
+
+KV_MEMORY = Table(
+    "2026-11-29-kv-memory.json", "cache | peak of tensors, MB", ("{peak_mb:.1f}",),
+    {
+        "transformers'": [{"kv_bits": 16}],
+        "`--kv-bits 4`": [{"kv_bits": 4}],
+        "`--kv-bits 2`": [{"kv_bits": 2}],
+    },
+)  # fmt: skip
+
+CHECKSUMS = Table(
+    "2026-11-29-checksums.json", "what | x the time of a load",
+    ("{ratio:.2f}",),
+    {
+        "load": [{"what": "load"}],
+        "load, `verify=True`": [{"what": "load_verify"}],
+        "`inspect --verify`": [{"what": "inspect_verify"}],
+        "reading all bytes": [{"what": "read"}],
+    },
+)  # fmt: skip
