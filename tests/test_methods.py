@@ -122,7 +122,7 @@ def test_reads_the_shifted_target(method):
     )
 
 
-DENSE = {"llama_small": ("*.o_proj", "*.gate_proj", "*.up_proj"), "gpt2_small": ("*.c_attn", "*.c_fc")}
+DENSE = {"llama_small": ("*.[qko]_proj", "*.gate_proj", "*.up_proj"), "gpt2_small": ("*.c_attn", "*.c_fc")}
 """Layers that most methods leave out below; those that stay are of all widths."""
 
 

@@ -100,6 +100,7 @@ def test_a_missing_matplotlib_is_said_in_one_line_before_the_run(monkeypatch, tm
 def test_a_missed_bar_ends_in_exit_code_1(monkeypatch, capsys, factor, code):
     error = 0.0979 * factor
     monkeypatch.setattr(rate_distortion, "pyramid_errors", lambda rate, dimension, samples: torch.full((4,), error))
+    monkeypatch.setattr(rate_distortion, "trellis_errors", lambda *_: torch.full((4,), 0.01))
     monkeypatch.setattr(rate_distortion, "BOOKS", ())
     monkeypatch.setattr(rate_distortion, "PYRAMIDS", (64,))
     assert rate_distortion.main(["--quick", "--bits", "2"]) == code
