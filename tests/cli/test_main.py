@@ -212,7 +212,7 @@ def test_ctrl_c_keeps_what_is_done(short_reference, text_file, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == 130, stderr
     assert "--resume" in stderr
     assert "Traceback" not in stderr
     assert not output.exists()

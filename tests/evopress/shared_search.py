@@ -1,4 +1,4 @@
-"""A search for several processes: python -m torch.distributed.run ... shared_search.py MODEL DATABASE OUTPUT."""
+"""A search that several processes share: shared_search.py MODEL DATABASE OUTPUT."""
 
 import json
 import sys
