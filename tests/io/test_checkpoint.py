@@ -78,7 +78,7 @@ def test_killed_at_random_moments_and_resumed(model_folder, text_file, tmp_path)
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama_small", "gpt2_small"])
 def test_resuming_repeats_no_finished_block(architecture, model_folder, recipe, tmp_path):
     folder = model_folder(architecture)
     quantize_checkpoint(folder, recipe, tmp_path / "whole")
@@ -94,7 +94,7 @@ def test_resuming_repeats_no_finished_block(architecture, model_folder, recipe, 
 
 
 def test_what_is_in_the_way_is_not_lost(model_folder, recipe, tmp_path):
-    folder, output = model_folder("llama"), tmp_path / "out"
+    folder, output = model_folder("llama_small"), tmp_path / "out"
     interrupted(folder, recipe, output, after=1)
     with pytest.raises(QuantkitError, match="`resume` continues it"):
         quantize_checkpoint(folder, recipe, output)
@@ -197,7 +197,7 @@ def test_no_block_stays_in_memory(model_folder, recipe, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(model_folder, recipe, tmp_path, monkeypatch):
-    folder, output = model_folder("llama"), tmp_path / "out"
+    folder, output = model_folder("llama_small"), tmp_path / "out"
     import quantkit.io.checkpoint as checkpoint
 
     calls = []
