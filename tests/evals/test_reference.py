@@ -44,8 +44,8 @@ def quality(model, reference, tokenizer, held_out):
         begin = settings.pop("begin", False)
         if begin:
             settings["rules"] = {LATER_BLOCKS: None}
-        few = begin or bits > 2  # where there is much between those that are compared
-        calibration = Calibration("stdlib", 8 if few else 32, SEQLEN)
+        samples = 8 if begin else 4 if bits > 2 else 32  # few where there is much between those that are compared
+        calibration = Calibration("stdlib", samples, SEQLEN)
         quantkit.quantize(subject, tokenizer, bits, method=method, calibration=calibration, **settings)
         found = evaluate(subject, held_out, SEQLEN, baseline=model, num_samples=WINDOWS)
         return found, subject.quantkit_report
