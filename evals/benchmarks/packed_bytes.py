@@ -183,7 +183,8 @@ def interrupted(model: Path, output: Path) -> None:
         RuntimeError: the run was over before it could be killed, or the second failed.
     """
     arguments = ["quantize", str(model), *METHODS["gptq"].split(), *TEXT.split(), "--output", str(output)]
-    first, status = _forked(arguments), None
+    first = _forked(arguments)
+    status: int | None = None
     partial = output.with_name(output.name + ".partial")
     while status is None and not list(partial.rglob("model-*.safetensors")):
         time.sleep(0.01)
