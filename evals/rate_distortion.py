@@ -171,7 +171,7 @@ def _rows(rate: float, samples: Tensor, quick: bool) -> Iterator[Row]:
             yield _row(family, "", rate, _stored(quantizer), errors)
         for state_bits in (12, 16):
             coded = Trellis(bits, state_bits)
-            few = samples[: 1 << (17 if quick or state_bits == 16 else 18)]
+            few = samples[: 1 << (16 if quick else 17 if state_bits == 16 else 18)]
             yield _row(f"trellis L={state_bits}", "", rate, _stored(coded), trellis_errors(coded, few))
     for dimension in PYRAMIDS:
         code = Pyramid(rate, dimension).code

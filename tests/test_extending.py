@@ -95,7 +95,7 @@ def test_its_checkpoints_are_read_and_checked(installed):
         load(damaged)
 
 
-def test_it_stands_in_plans_searches_and_errors(installed):
+def test_it_stands_in_plans_searches_and_errors(installed, short_reference):
     (installed / "plan.json").write_text('{"layers": {"model.layers.0.mlp.up_proj": "ternary(0.6)"}}')
     quantize = ["quantkit.cli", "quantize", "evals/reference/model", "--dry-run"]
     assert "1," in run(installed, *quantize, "--plan", "plan.json")
@@ -107,5 +107,5 @@ def test_it_stands_in_plans_searches_and_errors(installed):
         "--num-samples 2 --seqlen 64 --search-samples 6 --held-out 2 --generations 1 --offspring 2 --calibration stdlib"
     )
     candidates = ["--candidates", "ternary(0.6), gptq(3)", "--avg-bits", "2.9", "--output", "out/found", *text.split()]
-    run(installed, "quantkit.cli", "search", "evals/reference/model", *candidates)
+    run(installed, "quantkit.cli", "search", short_reference, *candidates)
     assert "ternary(0.6)" in (installed / "out" / "found" / "quantkit_plan.json").read_text()

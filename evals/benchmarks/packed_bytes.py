@@ -16,20 +16,22 @@ import hashlib
 import io
 import json
 import logging
+import os
 import platform
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+
+from quantkit.evals.benchmarks.forks import become
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "model"
 TEXT = "--calibration stdlib --num-samples 4 --seqlen 128 --device cpu"
@@ -86,8 +88,8 @@ EQUAL = [("interrupted", "gptq"), ("loaded", "gptq")]
 """Cases that write the same bytes on any machine; of each model."""
 
 
-def small_models(folder: Path) -> dict[str, Path]:
-    """Small untrained models with odd widths, in bf16, made in a folder: name -> folder."""
+def small_models(folder: Path, only: Sequence[str] = ()) -> dict[str, Path]:
+    """Small untrained models with odd widths, in bf16, made in a folder: name -> folder; all, or some."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, GPT2Config, LlamaConfig, Qwen3Config
 
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
@@ -111,6 +113,7 @@ def small_models(folder: Path) -> dict[str, Path]:
         "gemma3": Gemma3TextConfig(**shape, sliding_window=64),
         "gpt2": GPT2Config(**gpt2),
     }
+    configs = {name: config for name, config in configs.items() if not only or name in only}
     for name, config in configs.items():
         if not (folder / name).exists():
             torch.manual_seed(0)
@@ -174,22 +177,34 @@ def run(arguments: list[str]) -> None:
 
 
 def interrupted(model: Path, output: Path) -> None:
-    """A run by a process that is killed after its first block, continued by another.
+    """A run by a fork that is killed after its first block, continued by another.
 
     Raises:
-        RuntimeError: the run was over before it could be killed.
-        subprocess.CalledProcessError: the second run failed.
+        RuntimeError: the run was over before it could be killed, or the second failed.
     """
-    arguments = [sys.executable, "-m", "quantkit.cli", "quantize", str(model), *METHODS["gptq"].split(), *TEXT.split()]
-    arguments += ["--output", str(output)]
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = ["quantize", str(model), *METHODS["gptq"].split(), *TEXT.split(), "--output", str(output)]
+    first = _forked(arguments)
+    status: int | None = None
     partial = output.with_name(output.name + ".partial")
-    while process.poll() is None and not list(partial.rglob("model-*.safetensors")):
+    while status is None and not list(partial.rglob("model-*.safetensors")):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    if process.wait() == 0:
+        ended, code = os.waitpid(first, os.WNOHANG)
+        status = code if ended else None
+    if status is None:
+        os.kill(first, signal.SIGKILL)
+        status = os.waitpid(first, 0)[1]
+    if status == 0:
         raise RuntimeError(f"{output} was there before its run could be killed")
-    subprocess.run([*arguments, "--resume"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if os.waitpid(_forked([*arguments, "--resume"]), 0)[1] != 0:
+        raise RuntimeError(f"{output} could not be resumed")
+
+
+def _forked(arguments: list[str]) -> int:
+    """A silent command in a fork; its id."""
+    child = os.fork()
+    if not child:
+        become("quantkit.cli", arguments, os.devnull, os.devnull)
+    return child
 
 
 def loaded(model: Path, output: Path) -> None:
@@ -227,8 +242,7 @@ def cases(model: str, folder: Path, work: Path, quick: bool) -> Iterator[tuple[s
 
 def record(folder: Path, quick: bool, only: str) -> dict[str, list[str]]:
     """Runs the cases in a folder: (model, case) -> hashes of all tensors and of the packed ones alone."""
-    models = small_models(folder)
-    models = {"llama": models["llama"]} if quick else models | {"reference": REFERENCE}
+    models = small_models(folder, ["llama"]) if quick else small_models(folder) | {"reference": REFERENCE}
     found = {}
     for model, source in models.items():
         work = folder / f"{model}-work"

@@ -6,7 +6,9 @@ draws from that same part, and `--data stdlib` evaluates on the held-out part, w
 or calibration step ever reads.
 """
 
+import os
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 HELD_OUT_MODULES = (
@@ -54,11 +56,8 @@ def standard_library(part: str) -> list[str]:
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     documents = []
-    for path in sorted(root.rglob("*.py")):
-        folders = path.relative_to(root).parts
-        if _SKIPPED_FOLDERS.intersection(folders) or folders[0].startswith("config-"):
-            continue
-        is_held_out = folders[0].removesuffix(".py") in HELD_OUT_MODULES
+    for path in sorted(_sources(root)):
+        is_held_out = path.relative_to(root).parts[0].removesuffix(".py") in HELD_OUT_MODULES
         if is_held_out == (part == "held_out"):
             text = path.read_text(encoding="utf-8", errors="ignore").strip()
             if text:
@@ -66,3 +65,14 @@ def standard_library(part: str) -> list[str]:
     if not documents:
         raise FileNotFoundError(f"no Python source below {root}; give a text file instead")
     return documents
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    """The library's modules; installed packages, which are most of the folders there, are not looked through."""
+    for folder, inside, names in os.walk(root):
+        inside[:] = [
+            name
+            for name in inside
+            if name not in _SKIPPED_FOLDERS and not (folder == str(root) and name.startswith("config-"))
+        ]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))

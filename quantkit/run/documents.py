@@ -17,6 +17,7 @@ import gzip
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -42,6 +43,7 @@ _NAMES = ("c4", "stdlib", "wikitext2")
 _MOST_HUB_ROWS = 20_000
 LARGEST_TOKEN = 2**31
 """Above all token ids of any tokenizer."""
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _ROWS = "a row has a 'text' field, 'messages' or 'input_ids'"
 
 
@@ -119,7 +121,7 @@ def _document(row: Any, column: str | None, tokenizer: Any, where: str) -> Docum
     if hasattr(value, "tolist"):  # a tensor or an array
         value = value.tolist()
     if isinstance(value, str):
-        if any("\ud800" <= letter <= "\udfff" for letter in value):
+        if not value.isascii() and _HALF_PAIR.search(value):
             raise QuantkitError(f"{where}: the text holds half a surrogate pair, which is no character; mend the file")
         return value
     if isinstance(value, list | tuple) and value:

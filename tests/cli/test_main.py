@@ -36,7 +36,7 @@ def test_quantize_prints_and_writes_a_report(packed):
     assert card.index("Load this checkpoint with quantkit") < card.index("measured bits")
 
 
-def test_bench_measures_beside_the_original(packed, model_folder):
+def test_bench_measures_beside_the_original(packed, model_folder, complaint):
     output, _ = packed
     arguments = ["bench", output, "--prompt-tokens", 8, "--new-tokens", 4, "--device", "cpu"]
     result = run(*arguments, "--baseline", model_folder("llama_small"))
@@ -46,11 +46,13 @@ def test_bench_measures_beside_the_original(packed, model_folder):
     found = json.loads(run(*arguments, "--json", "--no-fuse").stdout)
     assert found["device"] == "CPU"
     assert found["model"]["new_tokens"] == 4
-    assert "the model itself" in run(*arguments, "--baseline", output).stderr
-    refused = run(*arguments, "--autotune")
-    assert refused.returncode == 2
-    assert "there is no GPU here" in refused.stderr
-    assert "unknown dtype" in run(*arguments, "--dtype", "float8").stderr
+    for more, message in (
+        (["--baseline", output], "the model itself"),
+        (["--autotune"], "there is no GPU here"),
+        (["--dtype", "float8"], "unknown dtype"),
+    ):
+        code, said = complaint(*arguments, *more)
+        assert code == 2 and message in said, said
 
 
 def test_inspect_and_eval(packed, model_folder, text_file):
@@ -134,13 +136,12 @@ def test_head_and_embedding_at_their_own_bits(architecture, model_folder, text_f
     listing = json.loads(run("inspect", output, "--json").stdout)
     assert listing["bits_per_weight"] == pytest.approx(report["bits_per_weight"])
     assert len(listing["layers"]) == 16
-    found = run(
-        "eval", output, "--data", text_file, "--seqlen", 128, "--num-samples", 2, "--baseline", folder, "--json"
-    )
-    assert 0 < json.loads(found.stdout)["kl"] < 0.1
-    settings[-1] = tmp_path / "other"
-    ignored = run("quantize", folder, *settings, "--ignore", "lm_head", "--ignore", "model.embed_tokens", "--dry-run")
-    assert "layers to pack     14" in ignored.stdout
+    if architecture == "llama_tied_small":
+        evaluation = ["--data", text_file, "--seqlen", 128, "--num-samples", 2, "--baseline", folder, "--json"]
+        assert 0 < json.loads(run("eval", output, *evaluation).stdout)["kl"] < 0.1
+    else:
+        ignored = [*settings[:-1], tmp_path / "other", "--ignore", "lm_head", "--ignore", "model.embed_tokens"]
+        assert "layers to pack     14" in run("quantize", folder, *ignored, "--dry-run").stdout
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def test_ctrl_c_keeps_what_is_done(short_reference, text_file, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == 130, stderr
     assert "--resume" in stderr
     assert "Traceback" not in stderr
     assert not output.exists()

@@ -15,9 +15,9 @@ def call(monkeypatch, *arguments):
 
 def test_rows_json_and_picture(model_folder, text_file, tmp_path, monkeypatch, capsys):
     call(
-        monkeypatch, model_folder("llama"), "--data", text_file, "--calibration", "stdlib", "--methods", "rtn", "gptq",
-        "--bits", 3, "--group-size", 32, "--quantizers", "hadamard(trellis(2, 8))", "--num-samples", 2,
-        "--seqlen", 64, "--target-shift", 0.7, "--max-windows", 3, "--device", "cpu",
+        monkeypatch, model_folder("llama_small"), "--data", text_file, "--calibration", "stdlib",
+        "--methods", "rtn", "gptq", "--bits", 3, "--group-size", 32, "--quantizers", "hadamard(trellis(2, 8))",
+        "--num-samples", 2, "--seqlen", 64, "--target-shift", 0.7, "--max-windows", 3, "--device", "cpu",
         "--output", tmp_path / "rows.json", "--png", tmp_path / "rows.png",
     )  # fmt: skip
     rows = json.loads((tmp_path / "rows.json").read_text())

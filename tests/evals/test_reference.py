@@ -41,9 +41,11 @@ def quality(model, reference, tokenizer, held_out):
     @cache
     def measure(method, bits, **settings):
         subject = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
-        if settings.pop("begin", False):
+        begin = settings.pop("begin", False)
+        if begin:
             settings["rules"] = {LATER_BLOCKS: None}
-        calibration = Calibration("stdlib", 32 if bits == 2 else 8, SEQLEN)  # at more bits there is much between them
+        samples = 8 if begin else 4 if bits > 2 else 32  # few where there is much between those that are compared
+        calibration = Calibration("stdlib", samples, SEQLEN)
         quantkit.quantize(subject, tokenizer, bits, method=method, calibration=calibration, **settings)
         found = evaluate(subject, held_out, SEQLEN, baseline=model, num_samples=WINDOWS)
         return found, subject.quantkit_report
@@ -52,7 +54,7 @@ def quality(model, reference, tokenizer, held_out):
 
 
 def test_the_model_has_learnt(model, tokenizer, held_out):
-    train = evaluation_text(documents("stdlib", "calibration")[:200], tokenizer).tokens
+    train = evaluation_text(documents("stdlib", "calibration")[:60], tokenizer).tokens
     found = evaluate(model, held_out, SEQLEN, num_samples=WINDOWS)
     assert found.perplexity < unigram_perplexity(train, held_out.tokens) / 10
     assert recall_accuracy(model, tokenizer, rows=8) > 0.8
@@ -106,7 +108,7 @@ def test_gptq_beats_rtn_on_every_layer(reference, tokenizer):
             return packed
 
     subject = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
-    windows = Calibration("stdlib", 16, SEQLEN).sequences(tokenizer, subject)
+    windows = Calibration("stdlib", 8, SEQLEN).sequences(tokenizer, subject)
 
     class Sink:
         def finished(self, index):

@@ -1,4 +1,4 @@
-"""A search for several processes: python -m torch.distributed.run ... shared_search.py MODEL DATABASE OUTPUT."""
+"""A search that several processes share: shared_search.py MODEL DATABASE OUTPUT."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ def main(model, place, output):
     text = Calibration("stdlib", 12, 128, seed=2)
     make_space = partial(CandidateSpace, database=database)
     session = Session(Path(model), make_space, Path(place), text, settings, torch.device("cpu"))
-    outcome = session.search(session.space.index.cost((1,) * 42))
+    outcome = session.search(session.space.index.cost((1,) * len(session.space.names)))
     record = {"assignment": outcome.assignment, "history": [line.fitness for line in outcome.history]}
     record |= {"held_out": outcome.held_out, "processes": processes.num_processes}
     Path(output, f"{processes.process_index}.json").write_text(json.dumps(record))

@@ -1,8 +1,6 @@
 """Budgets: what they leave for the layers, what generation needs beside the weights, what is refused."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from quantkit.kvcache.config import KVCacheConfig
 from quantkit.quantizers.hadamard import Hadamard
 from quantkit.quantizers.sparse import Sparse
 
+from ..helpers.forks import server
 from ..helpers.garbage import changed, few, refused
 
 
@@ -97,12 +96,11 @@ def test_a_packed_head_is_dequantized_on_a_cpu_and_for_many_sequences(reference)
 
 def test_generation_stays_below_what_was_reserved(reference):
     """In its own process: the peak beyond the libraries, with the weights in full precision."""
-    context, batch = 500, 8
+    context, batch = 500, 4
     need = beside_weights(empty(reference), [], context, batch, None, torch.device("cpu"))
     asked = need.total + sum(path.stat().st_size for path in reference.glob("*.safetensors"))
-    command = [sys.executable, "-m", "quantkit.evals.generation_memory", reference, "--context", context]
-    command = [*map(str, [*command, "--batch", batch, "--fit", asked, "--device", "cpu"])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    arguments = [reference, "--context", context, "--batch", batch, "--fit", asked, "--device", "cpu"]
+    done = server().run("quantkit.evals.generation_memory", *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     assert need.cache < json.loads(done.stdout)["peak_bytes"] <= asked
 

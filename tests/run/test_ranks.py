@@ -83,21 +83,21 @@ def test_plans_get_their_ranks_wherever_the_correction_is():
         Survey({"c": RTN(2)})
 
 
-def test_a_model_gets_the_budget_in_memory_and_from_disk(reference, tmp_path):
-    teacher = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(reference)
+def test_a_model_gets_the_budget_in_memory_and_from_disk(short_reference, tmp_path):
+    teacher = AutoModelForCausalLM.from_pretrained(short_reference, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(short_reference)
     text = Calibration("stdlib", 4, 64)
     plain = quantkit.quantize(copy.deepcopy(teacher), tokenizer, 2, method="rtn")
     model = quantkit.quantize(copy.deepcopy(teacher), tokenizer, 2, method="rtn", low_rank_bits=0.5, calibration=text)
     report = model.quantkit_report
     assert plain.quantkit_report.bits_per_weight < report.bits_per_weight <= plain.quantkit_report.bits_per_weight + 0.5
-    assert any("of 0.5 extra bits a weight are spent" in note and "of 42 layers" in note for note in report.notes)
+    assert any("of 0.5 extra bits a weight are spent" in note and "of 14 layers" in note for note in report.notes)
     recipe = Recipe(LowRank(RTN(2), 1), calibration=text, low_rank_bits=0.5)
-    expected = estimate(reference, recipe).bits_per_weight
+    expected = estimate(short_reference, recipe).bits_per_weight
     assert expected == pytest.approx(plain.quantkit_report.bits_per_weight + 0.5)
     seen = []
     other = quantize_checkpoint(
-        reference, recipe, tmp_path / "packed", progress=lambda done, total, name: seen.append(name)
+        short_reference, recipe, tmp_path / "packed", progress=lambda done, total, name: seen.append(name)
     )
     assert [(layer.name, layer.format) for layer in other.layers] == [(x.name, x.format) for x in report.layers]
     assert "ranks: model.layers.0" in seen

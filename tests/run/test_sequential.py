@@ -36,7 +36,7 @@ class Collector:
 def test_disk_and_memory_paths_agree_to_the_bit(architecture, model_folder, text_file, tmp_path):
     """The shards path and the in-memory path quantize alike, and what is loaded gives the same logits."""
     folder = model_folder(architecture)
-    calibration = Calibration(str(text_file), num_samples=6, seqlen=256)
+    calibration = Calibration(str(text_file), num_samples=3, seqlen=128)
     report = quantize_checkpoint(folder, Recipe(GPTQ(3, 64), calibration=calibration), tmp_path / "packed")
     model = quantkit.quantize(
         load(folder), AutoTokenizer.from_pretrained(folder), 3, group_size=64, calibration=calibration

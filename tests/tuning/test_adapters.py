@@ -85,13 +85,18 @@ def whole_teacher(reference):
     return AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("loss", [{"kl": 1.0}, {"kl": 0.5, "hidden": 0.5}, {"kl": 0.0, "ce": 1.0, "hidden": 1.0}])
-def test_corrections_learn_from_the_teacher(loss, whole_teacher, tokenizer):
+@pytest.fixture(scope="module")
+def corrected(whole_teacher, tokenizer):
+    return quantized(whole_teacher, tokenizer, LowRank(RTN(2), 4))
+
+
+@pytest.mark.parametrize("loss", [{"kl": 1.0}, {"kl": 0.0, "ce": 1.0, "hidden": 1.0}], ids=["kl", "others"])
+def test_corrections_learn_from_the_teacher(loss, corrected, whole_teacher, tokenizer):
     text = Calibration("stdlib", 40, 64, seed=1)
-    model = quantized(whole_teacher, tokenizer, LowRank(RTN(2), 4))
+    model = copy.deepcopy(corrected)
     frozen = {n: t.clone() for n, t in model.state_dict().items() if not n.endswith((".up", ".down"))}
     settings = TuningSettings(
-        12, batch=8, micro_batch=8, evaluate_every=6, held_out=8, corrections=True, pv=PVSettings(lr=2e-2), **loss
+        6, batch=8, micro_batch=8, evaluate_every=3, held_out=8, corrections=True, pv=PVSettings(lr=2e-2), **loss
     )
     quantkit.tune(model, whole_teacher, tokenizer, calibration=text, settings=settings)
     history = model.quantkit_tuning

@@ -14,6 +14,8 @@ from quantkit.run.pipeline import quantize_checkpoint
 
 SHORT = BlockTuning(12, batch_tokens=512, pv=PVSettings(lr=5e-3))
 TEXT = Calibration("stdlib", 32, 64)
+FIRST = {"model.layers.1.*": None}
+"""Of two blocks."""
 
 
 def quantized(teacher, tokenizer, method, tune_blocks=0, **settings):
@@ -31,10 +33,14 @@ def distance(model, teacher, tokenizer):
     return float(quantkit.core.metrics.token_kl(teacher(windows).logits, model(windows).logits).mean())
 
 
-@pytest.mark.parametrize("method", [GPTQ(2), RTN(3), Hadamard(LowRank(RTN(2), 4))], ids=["gptq", "rtn", "wrapped"])
-def test_it_helps_at_the_same_size(method, teacher, tokenizer):
-    plain = quantized(teacher, tokenizer, method)
-    tuned = quantized(teacher, tokenizer, method, SHORT)
+@pytest.mark.parametrize(
+    ("method", "rules"),
+    [(GPTQ(2), {}), (RTN(3), FIRST), (Hadamard(LowRank(RTN(2), 4)), FIRST)],
+    ids=["gptq", "rtn", "wrapped"],
+)
+def test_it_helps_at_the_same_size(method, rules, teacher, tokenizer):
+    plain = quantized(teacher, tokenizer, method, rules=rules)
+    tuned = quantized(teacher, tokenizer, method, SHORT, rules=rules)
     reports = plain.quantkit_report, tuned.quantkit_report
     assert reports[0].bits_per_weight == reports[1].bits_per_weight
     assert all(layer.tuned is None for layer in reports[0].layers)

@@ -18,7 +18,7 @@ def test_two_processes_take_the_steps_of_one(short_reference, tokenizer, tmp_pat
     model.save_pretrained(tmp_path / "packed")
     script = Path(__file__).with_name("shared_run.py")
     (alone,) = run(script, 1, tmp_path / "one", tmp_path / "packed", short_reference)
-    shared = run(script, 2, tmp_path / "two", tmp_path / "packed", short_reference)
+    shared = run(script, 2, tmp_path / "two", tmp_path / "packed", short_reference, launched=True)
     assert [record["processes"] for record in shared] == [2, 2]
     assert shared[0] == shared[1], "both hold the same model"
     assert [entry["step"] for entry in alone["history"]] == [0, 2, 4]

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+from functools import cache
 
 import pytest
 import torch
@@ -41,6 +42,17 @@ def problem(rows=72, columns=132, seed=0):
     return weight, hessian / hessian.diagonal().mean()
 
 
+@cache
+def _packed(method):
+    weight, hessian = problem()
+    return method.quantize(weight, LayerStats(hessian))
+
+
+def packed_by(method):
+    """The problem's weight, packed once for all tests: a copy of its own."""
+    return copy.deepcopy(_packed(method))
+
+
 @each
 def test_taken_apart_and_put_together_is_the_same(method):
     weight, hessian = problem(70, 130)
@@ -55,8 +67,7 @@ def test_taken_apart_and_put_together_is_the_same(method):
 
 @each
 def test_the_nearest_codes_of_a_weight_are_its_own(method):
-    weight, hessian = problem()
-    parts = tunable(method.quantize(weight, LayerStats(hessian)))
+    parts = tunable(packed_by(method))
     parts()
     for part in parts.coded():
         units = part.units(part.latest.detach())
@@ -69,8 +80,7 @@ def test_the_nearest_codes_of_a_weight_are_its_own(method):
 @each
 def test_nearest_codes_are_assigned(method):
     """What `nearest` promises is what the weight becomes."""
-    weight, hessian = problem()
-    parts = tunable(method.quantize(weight, LayerStats(hessian)))
+    parts = tunable(packed_by(method))
     parts()
     for part in parts.coded():
         wanted = part.units(part.latest.detach() + 0.5 * torch.randn(part.latest.shape))
@@ -111,7 +121,7 @@ def step(layer, optimizer, weight, hessian):
 @pytest.mark.parametrize("mode", MODES)
 def test_no_rate_and_no_share_change_nothing(method, mode):
     weight, hessian = problem()
-    packed = method.quantize(weight, LayerStats(hessian))
+    packed = packed_by(method)
     layer = TunedLinear(tunable(packed), None)
     settings = PVSettings(mode, lr=0, code_lr=0, fraction=0)
     optimizer = PVOptimizer([layer], settings)
@@ -124,7 +134,7 @@ def test_no_rate_and_no_share_change_nothing(method, mode):
 @each
 def test_codes_change_within_share_and_trust(method):
     weight, hessian = problem()
-    layer = TunedLinear(tunable(method.quantize(weight, LayerStats(hessian))), None)
+    layer = TunedLinear(tunable(packed_by(method)), None)
     optimizer = PVOptimizer([layer], PVSettings(lr=0, code_lr=0.2, fraction=0.02, trust=0.05))
     (part,) = layer.parts.coded()
     counts = []
@@ -146,8 +156,7 @@ def test_codes_change_within_share_and_trust(method):
 
 @each
 def test_a_step_of_codes_never_leaves_the_target_farther(method):
-    weight, hessian = problem()
-    layer = TunedLinear(tunable(method.quantize(weight, LayerStats(hessian))), None)
+    layer = TunedLinear(tunable(packed_by(method)), None)
     optimizer = PVOptimizer([layer], PVSettings(lr=0, code_lr=0.3, fraction=0.5, trust=1.0))
     (part,) = layer.parts.coded()
     target = optimizer.targets[0]
@@ -166,7 +175,7 @@ def test_the_projected_step_descends_on_a_quadratic(method):
     """The oracle: y = argmin |y - (x - grad / L)| over codes, all of them, never raises phi, whose curvature is L."""
     weight, hessian = problem()
     lipschitz = 2 * float(torch.linalg.eigvalsh(hessian).max())
-    layer = TunedLinear(tunable(method.quantize(weight, LayerStats(hessian))), None)
+    layer = TunedLinear(tunable(packed_by(method)), None)
     settings = PVSettings("linearized", lr=0, code_lr=0, fraction=1.0, trust=1.0)
     optimizer = PVOptimizer([layer], settings)
     (part,) = layer.parts.coded()
@@ -187,7 +196,7 @@ def test_the_projected_step_descends_on_a_quadratic(method):
 @each
 def test_continuous_parts_descend(method):
     weight, hessian = problem()
-    layer = TunedLinear(tunable(method.quantize(weight, LayerStats(hessian))), None)
+    layer = TunedLinear(tunable(packed_by(method)), None)
     codes = [copy.deepcopy(dict(part.named_buffers())) for part in layer.parts.coded()]
     with torch.no_grad():
         for parameter in layer.parts.parameters():
