@@ -10,7 +10,7 @@ Weights that the file packs in blocks become numbers again. They are stored in t
 
     bf16    every number is one of bf16, as in files of BF16, and of F32 made from it
     fp16    no tensor loses more than 2^-11 of its norm, which is fp16's own step: Q4_1, say, is an fp16 scale times a
-            whole number plus an fp16 offset, of which fp16 keeps 2 parts in 10,000 and bf16 only 14
+            whole number plus an fp16 offset; SmolLM2's worst tensor loses 0.0002 so, and 0.0014 in bf16
     fp32    all else: numbers beyond fp16's range, matrices stored in fp32, and Gemma's models, whose activations
             leave fp16's range where weights in fp16 would have them computed in it
 """
