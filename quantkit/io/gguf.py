@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from xxhash import xxh3_128
@@ -83,7 +84,7 @@ def gguf_folder(file: Path) -> Path:
             if not folder.is_dir():  # else another process has made it meanwhile
                 logger.info("converting %s, once, to %s", file, folder)
                 _make(file, header, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise QuantkitError(
             f"{file} cannot be converted in {root} ({first_line(error)}); HF_HOME says where that is"
         ) from error
@@ -325,11 +326,12 @@ def _store(file: Path, header: Header, model: Any, folder: Path) -> dict[str, An
         clean.generation_config.eos_token_id = ends
     with _quietly():
         clean.save_pretrained(folder)
-    logger.info("%s is stored as %s; relative errors: %s", file.name, str(dtype).removeprefix("torch."), error)
+    named = str(dtype).removeprefix("torch.")
+    logger.info("stored as %s, which loses %.1g of a tensor's norm at most", named, error.get(named, 0))
     return {
         "file": file.name,
         "bytes": header.nbytes,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": named,
         "relative_error": error,
         "transformers": transformers.__version__,
     }

@@ -75,11 +75,16 @@ def resolve_folder(model: str | Path) -> Path:
 
     try:
         patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-        return Path(snapshot_download(text, allow_patterns=patterns))
+        folder = Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:  # huggingface_hub raises its own, requests' and OS errors
         raise QuantkitError(
             f"{text!r} is neither a folder here nor a model that the hub delivers ({first_line(error)})"
         ) from error
+    if not (folder / "config.json").is_file():
+        raise QuantkitError(
+            f"{text} has no config.json on the hub; where it holds GGUF files, give one: {text}/FILE{GGUF}"
+        )
+    return folder
 
 
 def _fetched(name: str) -> Path:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import quantkit
@@ -225,6 +226,25 @@ def test_a_cache_that_cannot_be_written(written, cache):
     cache.touch()
     with pytest.raises(QuantkitError, match="HF_HOME says where"):
         gguf_folder(file)
+
+
+def test_a_full_disk(written, cache, monkeypatch):
+    def full(model, folder, **_how):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    file, _ = written()
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
+    with pytest.raises(QuantkitError, match=r"cannot be converted in .*No space left"):
+        gguf_folder(file)
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+def test_a_hub_id_of_gguf_files_asks_which(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_how: str(tmp_path))
+    with pytest.raises(QuantkitError, match=r"give one: owner/name/FILE\.gguf"):
+        resolve_folder("owner/name")
+    (tmp_path / "config.json").touch()
+    assert resolve_folder("owner/name") == tmp_path
 
 
 def test_names_of_files(written, monkeypatch):
