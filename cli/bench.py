@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def bench_command(
-    model: Annotated[str, typer.Argument(help="Folder or hub id: a packed checkpoint or any causal language model.")],
+    model: options.Subject,
     baseline: Annotated[str | None, typer.Option(help="Model to compare with, as a rule the unquantized one.")] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,

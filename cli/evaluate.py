@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 _ACTIVATIONS, _CACHE = "Quantized activations", "KV cache"
 
-_Model = Annotated[str, typer.Argument(help="Folder or hub id: a packed checkpoint or any causal language model.")]
 _Data = Annotated[str, typer.Option(help="wikitext2, c4, stdlib (offline), a .txt or .jsonl file, or a hub id.")]
 _ActivationBits = Annotated[
     float | None,
@@ -62,7 +61,7 @@ _KvRetrieval = Annotated[
 
 
 def evaluate_command(
-    model: _Model,
+    model: options.Subject,
     data: _Data = "wikitext2",
     seqlen: options.Seqlen = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between sequences; by default seqlen.")] = None,

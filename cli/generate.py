@@ -15,7 +15,7 @@ from quantkit.core.units import size
 
 
 def generate_command(
-    model: Annotated[str, typer.Argument(help="Folder or hub id: a packed checkpoint or any causal language model.")],
+    model: options.Subject,
     prompt: Annotated[
         str | None, typer.Option(help="Text to go on from; by default what comes on standard input.")
     ] = None,

@@ -16,7 +16,10 @@ from quantkit.core.errors import QuantkitError
 
 TEXTS = "wikitext2, c4, stdlib (offline), a .txt or .jsonl file, or a hub dataset id."
 
-Model = Annotated[str, typer.Argument(help="Folder of a transformers model, or its id on the hub.")]
+Model = Annotated[str, typer.Argument(help="Folder of a transformers model, its id on the hub, or a GGUF file.")]
+Subject = Annotated[
+    str, typer.Argument(help="Folder, hub id or GGUF file: a packed checkpoint or any causal language model.")
+]
 Text = Annotated[str, typer.Option(help=TEXTS)]
 NumSamples = Annotated[int, typer.Option(help="Calibration sequences.")]
 Seqlen = Annotated[int | None, typer.Option(help="Tokens a sequence; by default 2048 or the model's context.")]

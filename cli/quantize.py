@@ -1,4 +1,4 @@
-"""`quantkit quantize`: a model folder or hub id in, a packed checkpoint out."""
+"""`quantkit quantize`: a model folder, hub id or GGUF file in, a packed checkpoint out."""
 
 from __future__ import annotations
 

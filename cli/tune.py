@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _STEP, _LOSS = "A step", "The loss"
 
 _Model = Annotated[str, typer.Argument(help="Folder or hub id of a packed checkpoint.")]
-_Teacher = Annotated[str, typer.Option(help="Folder or hub id of the full-precision model.")]
+_Teacher = Annotated[str, typer.Option(help="Folder, hub id or GGUF file of the full-precision model.")]
 _Output = Annotated[Path | None, typer.Option(help="Folder to make; by default NAME-tuned.")]
 _NumSamples = Annotated[int, typer.Option(help="Sequences of text, held-out ones included.")]
 _HeldOut = Annotated[int, typer.Option(help="Sequences that are measured, and not tuned on.")]
@@ -121,7 +121,7 @@ def tune_command(
         seed=seed, pv=PVSettings(mode, lr, code_lr, fraction, trust),
     )  # fmt: skip
     text = Calibration(calibration, num_samples, seqlen, seed)
-    asked = TuningRun(resolve_folder(model), resolve_folder(teacher), output, text, settings, cache)
+    asked = TuningRun(resolve_folder(model), resolve_folder(teacher), output, text, settings, cache, teacher)
     if dry_run:
         from quantkit.tuning.estimate import estimate
 

@@ -40,6 +40,7 @@ OPTIONAL = {
     "datasets": ("hub", "wikitext2, c4 and other text from the hub"),
     "matplotlib": ("plots", "pictures of searches"),
     "peft": ("peft", "adapters on packed models"),
+    "gguf": ("gguf", "models in GGUF files"),
 }
 """By package: the extra that brings it, and what it is for."""
 OLDEST = 80

@@ -63,7 +63,7 @@ def quantize(
     """Quantizes a model: one in memory in place, one in a folder block by block into another folder.
 
     Args:
-        model: a decoder-only transformers model; or its folder or hub id.
+        model: a decoder-only transformers model; or its folder, hub id or GGUF file.
         tokenizer: of a model in memory; methods that read no statistics do without.
         bits: per weight, for a method given by name, 3 by default; vector formats take any fraction, and use no more.
         method: "gptq", "rtn", "pyramid", "vptq", another registered name; or a quantizer object, or its text, which
@@ -173,7 +173,7 @@ def search(
     """Searches the best bits for every layer of a model under one budget, and makes a packed checkpoint of them.
 
     Args:
-        model: folder or hub id of a full-precision model.
+        model: folder, hub id or GGUF file of a full-precision model.
         output: folder to make; its plan can be packed again with `quantkit quantize --plan`.
         avg_bits, size, fit, latency_ms, sparsity, drop_blocks: the budget, one of them; see `evopress.wanted.Wanted`.
         context, batch, kv_bits: of the generation that is to `fit`; timings: measured kernels, for `latency_ms`.
@@ -297,7 +297,8 @@ def tune(
     if tokenizer is not None or state is not None:
         raise QuantkitError("models in folders have their tokenizer there, and their run's state beside the `output`")
     asked = TuningRun(
-        resolve_folder(model), resolve_folder(teacher), Path(output), text, settings or TuningSettings(), kept
+        resolve_folder(model), resolve_folder(teacher), Path(output), text, settings or TuningSettings(), kept,
+        str(teacher),
     )  # fmt: skip
     made = run(asked, device, dtype, resume=resume, overwrite=overwrite, watch=watch)
     return None if made is None else made.history

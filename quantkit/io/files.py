@@ -38,7 +38,7 @@ def write_durably(path: Path, write: Callable[[Path], Any], needed: int) -> None
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
+        temporary.chmod(0o666 & ~umask())  # safetensors makes files that only their owner can read
         temporary.replace(path)
         sync(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: what torch.save makes of a full disk
@@ -175,7 +175,8 @@ def _disk_full(path: Path, needed: int, free: int) -> str:
     )
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's mask of permissions."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

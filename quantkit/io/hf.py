@@ -14,12 +14,16 @@ from quantkit.core.constants import METHOD
 from quantkit.core.errors import CheckpointError, QuantkitError, first_line
 from quantkit.io.checkpoint import is_packed, packed_layers, read_config
 from quantkit.io.checkpoint import verify as verify_folder
+from quantkit.io.gguf import gguf_folder
+from quantkit.io.gguf_header import is_gguf
 from quantkit.io.registration import QuantkitConfig, QuantkitHfQuantizer
 from quantkit.io.shards import Shards
 from quantkit.models.unpacking import ASKED, choose_unpacked
 
 REFERENCE = Path(__file__).resolve().parents[1] / "evals" / "reference" / "model"
 """The reference model, which is installed with the library and called `reference`."""
+GGUF = ".gguf"
+"""How GGUF files end."""
 
 
 def attach(model: PreTrainedModel, layers: dict[str, Any], trainable: bool = False) -> None:
@@ -44,29 +48,61 @@ def attach(model: PreTrainedModel, layers: dict[str, Any], trainable: bool = Fal
 
 
 def resolve_folder(model: str | Path) -> Path:
-    """The folder of a model given as a folder, as an id on the hub (which is then fetched), or as `reference`.
+    """The folder of a model, which may be given in other ways.
+
+    Args:
+        model: a folder; a GGUF file; an id on the hub, or `owner/name/file.gguf` there, which is then fetched; or
+            `reference`. A GGUF file becomes a folder in the cache, see `quantkit.io.gguf`.
 
     Raises:
-        QuantkitError: no such folder, or the hub cannot deliver.
+        QuantkitError: no such folder or file, the hub cannot deliver, or the GGUF file cannot be read.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if path.is_file() and (path.suffix.lower() == GGUF or is_gguf(path)):
+        return gguf_folder(path)
     text = str(model)
     if text == "reference":
         if not REFERENCE.is_dir():
             raise QuantkitError(f"the reference model is not at {REFERENCE}; it is in quantkit's wheel and source tree")
         return REFERENCE
+    if path.suffix.lower() == GGUF:
+        return gguf_folder(_fetched(text))
     if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise QuantkitError(f"{text} is not a folder; give a model folder or a hub id such as Qwen/Qwen2-0.5B")
     from huggingface_hub import snapshot_download
 
     try:
         patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-        return Path(snapshot_download(text, allow_patterns=patterns))
+        folder = Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:  # huggingface_hub raises its own, requests' and OS errors
         raise QuantkitError(
             f"{text!r} is neither a folder here nor a model that the hub delivers ({first_line(error)})"
+        ) from error
+    if not (folder / "config.json").is_file():
+        raise QuantkitError(
+            f"{text} has no config.json on the hub; where it holds GGUF files, give one: {text}/FILE{GGUF}"
+        )
+    return folder
+
+
+def _fetched(name: str) -> Path:
+    """A GGUF file on the hub, given as owner/name/file.gguf.
+
+    Raises:
+        QuantkitError: it is no such name, or the hub cannot deliver.
+    """
+    parts = name.split("/", 2)
+    if len(parts) < 3 or not all(parts) or name.startswith((".", "~")):
+        raise QuantkitError(f"{name} is not there; a GGUF file on the hub is given as OWNER/NAME/FILE.gguf")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download("/".join(parts[:2]), parts[2]))
+    except Exception as error:  # huggingface_hub raises its own, requests' and OS errors
+        raise QuantkitError(
+            f"{name!r} is neither a file here nor one that the hub delivers ({first_line(error)})"
         ) from error
 
 

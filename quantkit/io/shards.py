@@ -74,6 +74,8 @@ class Shards:
             p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors")
         )
         found = f"found {', '.join(others[:4])}" if others else "found no weights at all"
+        if ggufs := [name for name in others if name.endswith(".gguf")]:
+            raise CheckpointError(f"{self.folder} holds GGUF files; give the one that is meant: {', '.join(ggufs[:4])}")
         raise CheckpointError(
             f"{self.folder} holds neither {SINGLE} nor {INDEX}; {found}: load the model with transformers and "
             "save_pretrained it to get safetensors"

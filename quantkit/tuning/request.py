@@ -22,6 +22,7 @@ class TuningRun:
         calibration: the text, for tuning and for measurements.
         settings: of the run.
         cache: a folder to keep the teacher's predictions in, or None.
+        teacher_name: of the teacher, for reports; by default its folder.
     """
 
     folder: Path
@@ -30,6 +31,7 @@ class TuningRun:
     calibration: Calibration
     settings: TuningSettings
     cache: Path | None = None
+    teacher_name: str = ""
 
     def destination(self, resume: bool, overwrite: bool) -> Output:
         """The folder to make, of which nothing is made yet.

@@ -111,7 +111,7 @@ def run(
             folder = output.path(output.made(""))
             config = sealed(read_config(folder), sorted(folder.glob("*.safetensors")))
             output.write_json(output.made("config.json"), config)
-            record = {"teacher": str(asked.teacher), "settings": asdict(asked.settings)}
+            record = {"teacher": asked.teacher_name or str(asked.teacher), "settings": asdict(asked.settings)}
             record |= {"history": student.quantkit_tuning}
             output.write_json(output.made(RECORD), record)
             shards = Shards(folder)

@@ -30,7 +30,7 @@ def test_a_sound_machine_without_a_gpu():
     found = json.loads(result.stdout)
     assert found["faults"] == [] and found["families"] == []
     assert found["versions"]["torch"] == torch.__version__
-    assert set(found["optional"]) == {"numba", "datasets", "matplotlib", "peft"}
+    assert set(found["optional"]) == {"numba", "datasets", "matplotlib", "peft", "gguf"}
     assert found["memory"]["ram"]["total"] > found["memory"]["ram"]["free"] > 0
     assert {product["name"] for product in found["products"]} == {*doctor._WEIGHTS, "search for trellis codes"}
     for product in found["products"]:
