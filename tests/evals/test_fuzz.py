@@ -123,7 +123,8 @@ def doors(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", _KINDS)
 def test_what_comes_of_a_variant_is_counted(kind, doors, monkeypatch):
-    monkeypatch.setattr(fuzz, "LIMIT", 0.5)
+    if kind == "hang":  # memory takes a slow machine its time, too
+        monkeypatch.setattr(fuzz, "LIMIT", 0.5)
     found = list(fuzz.outcomes([5, 6, 7] if kind != "hang" else [5], doors(_KINDS[kind]), 1))
     assert [one.kind for one in found] == [kind] * len(found)
     assert len(found) == (1 if kind == "hang" else 3)
