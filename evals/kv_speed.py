@@ -99,6 +99,8 @@ def deep_groups(forms: Sequence[Form] = FORMS, cases: Sequence[tuple[int, int, i
     """All forms in all cases, among them tokens before and behind the packed ones, to be compared with fp64."""
 
     def group(form: Form, size: int, siblings: int, new: int, tokens: int) -> Group:
+        """One form in one case, in fp16."""
+
         def inputs(device: torch.device) -> tuple:
             """The arguments of `packed_attention`: two sequences of two key heads, 37 tokens behind and 4 before."""
             torch.manual_seed(tokens)

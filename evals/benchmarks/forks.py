@@ -4,7 +4,7 @@ import os
 import runpy
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,9 +22,14 @@ def become(module: str, arguments: Sequence[str], output: Path | str, errors: Pa
         os.dup2(os.open(path, way, 0o644), descriptor)
     sys.stdin = os.fdopen(0, closefd=False)
     sys.argv = [module, *arguments]
+    leave(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True))
+
+
+def leave(work: Callable[[], object]) -> NoReturn:
+    """In a fork: does its work, and ends the process as a program of that alone would end."""
     code = 1
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        work()
         code = 0
     except SystemExit as end:
         if isinstance(end.code, str):

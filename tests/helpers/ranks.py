@@ -8,7 +8,8 @@ import runpy
 import signal
 import socket
 import sys
-import traceback
+
+from quantkit.evals.benchmarks.forks import leave
 
 
 def main(script, processes, *arguments):
@@ -33,16 +34,7 @@ def _started(script, rank, arguments):
     if child:
         return child
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    code = 1
-    try:
-        runpy.run_path(script)["main"](*arguments)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    return leave(lambda: runpy.run_path(script)["main"](*arguments))
 
 
 if __name__ == "__main__":
