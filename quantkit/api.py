@@ -49,6 +49,7 @@ def quantize(
     tune_blocks: int | BlockTuning = 0,
     rules: Rules | None = None,
     head_bits: int | None = None,
+    fisher: bool | None = None,
     target_shift: float = TARGET_SHIFT,
     calibration: str | Path | Sequence[Any] | Calibration = "wikitext2",
     num_samples: int = 128,
@@ -80,6 +81,8 @@ def quantize(
             {"*.down_proj": GPTQ(bits=4), "model.layers.0.*": GPTQ(bits=8), "lm_head": None}. An embedding is only
             reached by its full name, and by quantizers that read no statistics.
         head_bits: pack the head and the input embedding too, at 1 to 8 bits (see `Recipe`); rules go before it.
+        fisher: weigh tokens and outputs by how much predictions feel them (see `quantkit.run.fisher`), for a pass back
+            through the model; None where the method wants it, as trellis codes do.
         target_shift: 0 (off) to 1; see `quantizers.target_shift`.
         calibration: a dataset name, file, hub id, list of documents, or a `Calibration`.
         num_samples, seqlen, seed: the calibration's sequences, where `calibration` is not a `Calibration`.
@@ -108,7 +111,7 @@ def quantize(
 
         tuner = BlockTuning(tuner)
     recipe = Recipe(
-        quantizer, rules or {}, target_shift, text, true_sequential, rotation, low_rank_bits, tuner, head_bits
+        quantizer, rules or {}, target_shift, text, true_sequential, rotation, low_rank_bits, tuner, head_bits, fisher
     )  # fmt: skip
     if output is None and (resume or overwrite):
         raise QuantkitError("`resume` and `overwrite` are about an `output`; give one, or leave them out")

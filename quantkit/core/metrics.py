@@ -15,6 +15,18 @@ def proxy_loss(error: Tensor, hessian: Tensor) -> float:
     return float((error @ hessian * error).sum())
 
 
+def predicted_kl(error: Tensor, hessian: Tensor, outputs: Tensor) -> float:
+    """1/2 tr(H_O E H_I E^T): the KL that a small error of one layer costs, in nats a token (`quantkit.run.fisher`).
+
+    Args:
+        error: E, [out, in], original weight less quantized weight.
+        hessian: H_I, [in, in], over tokens weighted by what predictions feel of them.
+        outputs: H_O, [out, out].
+    """
+    error = error.to(hessian.dtype)
+    return float((outputs.to(hessian.dtype) @ error @ hessian * error).sum()) / 2
+
+
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood of each target, in nats, fp32 [...].
 

@@ -19,9 +19,12 @@ class LayerResult:
             target; with H = I where no statistics were gathered.
         damping: the damping with which the Hessian factored, or None.
         tuned: loss of the layer's block before and after it was tuned, or None; the other figures are from before.
+        predicted_kl: what the layer alone is expected to cost, in nats a token, by the curvature of the model's
+            predictions (`core.metrics.predicted_kl`), or None where that was not measured.
     """
 
     weight: QuantizedWeight
     relative_error: float
     damping: float | None
     tuned: tuple[float, float] | None = None
+    predicted_kl: float | None = None

@@ -7,13 +7,16 @@ convention everywhere: a mean, in fp32, without a factor 2.
 """
 
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from quantkit.core.errors import CalibrationError
 from quantkit.core.linalg import NotPositiveDefinite, damped_inverse_factor, elimination_order
+
+OUTPUTS_DAMP = 0.05
+"""Added to diag(H_O), as a fraction of its mean: gradients are few and heavy-tailed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +28,14 @@ class LayerStats:
         cross: C, like hessian, or None where only one stream was run.
         num_tokens: tokens behind the means.
         name: the layer's name, for messages.
+        outputs: H_O, fp32 [out_features, out_features], of one layer (`quantkit.run.fisher`); None where it is not known.
     """
 
     hessian: Tensor
     cross: Tensor | None = None
     num_tokens: int = 0
     name: str = "layer"
+    outputs: Tensor | None = None
     _factors: dict[tuple[float, bytes | None], tuple[Tensor, float]] = field(default_factory=dict, repr=False)
     _orders: dict[float, Tensor] = field(default_factory=dict, repr=False)
     _changed: dict[Hashable, "LayerStats"] = field(default_factory=dict, repr=False)
@@ -46,13 +51,35 @@ class LayerStats:
             hessian = change(change(self.hessian).T)
             cross = None if self.cross is None else change(change(self.cross).T).T
             self._changed[key] = LayerStats((hessian + hessian.T) / 2, cross, self.num_tokens, self.name)
-        return self._changed[key]
+        return replace(self._changed[key], outputs=self.outputs)
+
+    def of_layer(self, name: str, outputs: Tensor | None) -> "LayerStats":
+        """The same statistics for one of the layers that share them, with its own H_O."""
+        return replace(self, name=name, outputs=outputs)
+
+    def outputs_factor(self) -> Tensor | None:
+        """Upper-triangular U [out, out] with (H_O + damping)^-1 = U^T U; None where H_O is not known.
+
+        Raises:
+            CalibrationError: H_O does not factor.
+        """
+        if self.outputs is None:
+            return None
+        try:
+            return damped_inverse_factor(self.outputs, OUTPUTS_DAMP)[0]
+        except NotPositiveDefinite as error:
+            raise CalibrationError(f"{self.name}: at its outputs {error}; leave out `fisher`") from error
+
+    def changed_outputs(self, change: Callable[[Tensor], Tensor]) -> "LayerStats":
+        """The statistics of a layer whose outputs are R y, for R applied over the last dimension."""
+        return self if self.outputs is None else replace(self, outputs=change(change(self.outputs).T))
 
     def scaled(self, scales: Tensor) -> "LayerStats":
         """The statistics of inputs S x, for a diagonal S given as fp32 [in_features]; not remembered."""
         scales = scales.to(self.hessian)
         cross = None if self.cross is None else scales[:, None] * self.cross * scales
-        return LayerStats(scales[:, None] * self.hessian * scales, cross, self.num_tokens, self.name)
+        hessian = scales[:, None] * self.hessian * scales
+        return LayerStats(hessian, cross, self.num_tokens, self.name, self.outputs)
 
     def inverse_factor(self, damp: float, order: Tensor | None = None) -> Tensor:
         """Upper-triangular U [n, n] with (H + damping)^-1 = U^T U, columns in `order`; computed once a (damp, order).
@@ -104,21 +131,27 @@ class StatsAccumulator:
     def __init__(self, in_features: int, with_cross: bool, device: torch.device) -> None:
         self._hessian = torch.zeros(in_features, in_features, device=device)
         self._cross = torch.zeros_like(self._hessian) if with_cross else None
-        self._num_tokens = 0
+        self._num_tokens, self._weight = 0, 0.0
 
-    def add(self, x_q: Tensor, x: Tensor | None = None) -> None:
+    def add(self, x_q: Tensor, x: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Adds inputs [..., in_features]; `x`, of their shape, are the same tokens in the full-precision stream.
+
+        Args:
+            x_q, x: the inputs.
+            weights: fp32 [...] of the tokens; None where all count alike.
 
         Raises:
             ValueError: C is gathered, and `x` is not given.
         """
         x_q = x_q.reshape(-1, x_q.shape[-1]).float()
-        self._hessian.addmm_(x_q.T, x_q)
+        weighted = x_q if weights is None else x_q * weights.to(x_q).reshape(-1, 1)
+        self._hessian.addmm_(weighted.T, x_q)
         if self._cross is not None:
             if x is None:
                 raise ValueError("this accumulator gathers C and needs the full-precision inputs too")
-            self._cross.addmm_(x.reshape(-1, x.shape[-1]).float().T, x_q)
+            self._cross.addmm_(x.reshape(-1, x.shape[-1]).float().T, weighted)
         self._num_tokens += len(x_q)
+        self._weight += len(x_q) if weights is None else float(weights.sum())
 
     def finish(self, name: str) -> LayerStats:
         """The means over all tokens.
@@ -128,8 +161,8 @@ class StatsAccumulator:
         """
         if not self._num_tokens:
             raise CalibrationError(f"{name}: no calibration token reached this layer; leave it out or use RTN")
-        hessian = self._hessian / self._num_tokens
-        cross = None if self._cross is None else self._cross / self._num_tokens
+        hessian = self._hessian / self._weight
+        cross = None if self._cross is None else self._cross / self._weight
         for matrix in (hessian, cross):
             if matrix is not None and not bool(torch.isfinite(matrix).all()):
                 raise CalibrationError(

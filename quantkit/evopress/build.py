@@ -30,7 +30,7 @@ from quantkit.models.structure import is_lookup
 from quantkit.quantizers.factor import quantized
 from quantkit.quantizers.target_shift import TargetShift
 from quantkit.run.recipe import Recipe
-from quantkit.run.sequential import Pack, Walker, relative_error
+from quantkit.run.sequential import Pack, Walker, expected_kl, relative_error
 
 Found = dict[str, dict[Quantizer, LayerResult]]
 """What was made of each layer."""
@@ -72,7 +72,8 @@ class _Candidates:
         for quantizer in self.missing[name]:
             packed = quantized(quantizer, target if quantizer.needs == Needs.HESSIAN else weight, stats)
             error = relative_error(target, packed, stats)
-            self.found[name][quantizer] = LayerResult(packed, error, stats.damping)
+            kl = expected_kl(weight, packed, stats)
+            self.found[name][quantizer] = LayerResult(packed, error, stats.damping, predicted_kl=kl)
         if name not in self.stored:
             return self.found[name][self.base]
         again = self.stored[name]().map(lambda tensor: tensor.to(weight.device))

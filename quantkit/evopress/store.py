@@ -45,6 +45,7 @@ class Candidate:
         nbytes: of its tensors.
         relative_error: proxy loss over that of an empty weight.
         damping: with which the Hessian factored, or None.
+        predicted_kl: what it is expected to cost, in nats a token; None where the database was made without `fisher`.
         metadata: see `QuantizedWeight.metadata`.
     """
 
@@ -52,6 +53,7 @@ class Candidate:
     relative_error: float
     damping: float | None
     metadata: dict[str, Any]
+    predicted_kl: float | None = None
 
 
 def candidate_key(quantizer: Quantizer) -> str:
@@ -104,6 +106,7 @@ class Store:
                 "nbytes": result.weight.nbytes,
                 "relative_error": result.relative_error,
                 "damping": result.damping,
+                "predicted_kl": result.predicted_kl,
                 "metadata": result.weight.metadata(),
             }
             for layer, result in layers.items()

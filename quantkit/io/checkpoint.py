@@ -15,7 +15,7 @@ tensors and of all other files are in the folder's list of files, for `verify`.
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,11 @@ class CheckpointWriter:
         """The time in which the checkpoint is written; see `RunFolder.begin`."""
         return self._output.begin(identity())
 
+    @contextmanager
+    def scratch(self, name: str) -> Iterator[Path]:
+        """A folder for what the run finds on its way, which an interrupted run finds again."""
+        yield self._output.own(name)
+
     def _names(self, index: int) -> tuple[str, str]:
         """(shard, sidecar) of a block; index -1 is the last shard."""
         count = self._num_blocks + 1
@@ -150,6 +155,7 @@ class CheckpointWriter:
                 "relative_error": result.relative_error,
                 "damping": result.damping,
                 "tuned": result.tuned,
+                "predicted_kl": result.predicted_kl,
             }
         checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
         self._output.write_record(sidecar, {"layers": entries, "checksums": checksums})
@@ -168,8 +174,9 @@ class CheckpointWriter:
             for layer, entry in self._record(index)["layers"].items():
                 weight, tuned = QuantizedWeight.empty(entry["metadata"]), entry.get("tuned")
                 results[layer] = LayerResult(
-                    weight, entry["relative_error"], entry["damping"], tuple(tuned) if tuned else None
-                )
+                    weight, entry["relative_error"], entry["damping"], tuple(tuned) if tuned else None,
+                    entry.get("predicted_kl"),
+                )  # fmt: skip
         return results
 
     def finish(self, config: Mapping[str, Any], files: Callable[[], Mapping[str, bytes]]) -> None:

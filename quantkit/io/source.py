@@ -162,8 +162,8 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def weights(self, plan: Plan) -> WeightSource:
-        """The walker's source of weights."""
+    def weights(self, plan: Plan, head: bool = False) -> WeightSource:
+        """The walker's source of weights; with those of the head, be it packed or not, if asked for."""
 
     @abstractmethod
     def unpacked(self, plan: Plan) -> Callable[[], "Source"]:
@@ -232,7 +232,7 @@ class Loaded(Source):
         else:
             rotate_model(self.model, rotation.seed)
 
-    def weights(self, plan: Plan) -> WeightSource:
+    def weights(self, plan: Plan, head: bool = False) -> WeightSource:
         """See `Source`."""
         return LoadedWeights(self.model)
 
@@ -328,10 +328,11 @@ class Sharded(Source):
             gains = structure.gains(self._tensors.read)
             self._tensors.change = lambda name, tensor: structure.rotated(name, tensor, gains)
 
-    def weights(self, plan: Plan) -> WeightSource:
+    def weights(self, plan: Plan, head: bool = False) -> WeightSource:
         """See `Source`."""
-        head = self.model.get_output_embeddings()  # other layers outside the blocks may run in front of them
-        unused = {name for name, layer in outer_linears(self.model).items() if layer is head and name not in plan}
+        last = self.model.get_output_embeddings()  # other layers outside the blocks may run in front of them
+        outer = () if head else outer_linears(self.model).items()
+        unused = {name for name, layer in outer if layer is last and name not in plan}
         return ShardedWeights(self.model, self._tensors, self.model.dtype, unused)
 
     def unpacked(self, plan: Plan) -> Callable[[], Source]:

@@ -444,6 +444,21 @@ def outer_input(
         handle.remove()
 
 
+def head_logits(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor, wrap: Wrap) -> Tensor:
+    """The model's logits [sequences, tokens, vocabulary] behind given hidden states.
+
+    Args:
+        model: any decoder.
+        blocks: of the model; they do not run.
+        tokens: int64 [sequences, tokens].
+        hidden: the last block's output, [sequences, tokens, hidden_size].
+        wrap: the form in which blocks return it.
+    """
+    with patched_forwards(blocks, _stubs(blocks, lambda _: wrap(hidden), [], wrap)):
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+        return logits
+
+
 def _same(left: Any, right: Any) -> bool:
     """Equality of nested arguments; tensors by value."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):

@@ -25,6 +25,7 @@ from quantkit.core.stats import LayerStats
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.quantizers.feedback import check_feedback, error_feedback, required
 from quantkit.quantizers.grid import Grid, GridSettings, fit_grid
+from quantkit.quantizers.row_feedback import RowFeedback
 
 Order = Literal["none", "group", "act"]
 
@@ -66,7 +67,8 @@ class GPTQ(GridSettings):
         width = self.width(weight.shape[1])
         order = _column_order(stats.hessian.diagonal(), width, self.order)
         factor = stats.inverse_factor(self.damp, order).to(weight.dtype)
-        rounding = _GroupGrids(self, weight, stats.hessian.diagonal().to(weight.dtype), order, width)
+        rows = RowFeedback(len(weight), stats.outputs_factor())
+        rounding = _GroupGrids(self, weight, stats.hessian.diagonal().to(weight.dtype), order, width, rows)
         error_feedback(weight if order is None else weight[:, order], factor, rounding, self.block_size)
         return rounding.packed()
 
@@ -90,15 +92,24 @@ class _GroupGrids:
 
     width = 1
 
-    def __init__(self, settings: GPTQ, weight: Tensor, importance: Tensor, order: Tensor | None, width: int) -> None:
+    def __init__(
+        self,
+        settings: GPTQ,
+        weight: Tensor,
+        importance: Tensor,
+        order: Tensor | None,
+        width: int,
+        rows: RowFeedback,
+    ) -> None:
         out_features, in_features = weight.shape
-        self._settings, self._group = settings, width
+        self._settings, self._group, self._rows = settings, width, rows
         self._order = torch.arange(in_features, device=weight.device) if order is None else order
         self._sources = self._order.tolist()
         importance = importance * inverse_power(float(importance.mean()))  # the fit of a grid squares its sums
         self._importance = importance.clamp_min(importance.mean() * 1e-4 + 1e-30)
         self._codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=weight.device)
         self._grids: dict[int, Grid] = {}
+        self._in_parts: dict[int, dict[int, Grid]] = {}
         self._static = settings.order == "act"
         if self._static:
             for start in range(0, in_features, width):
@@ -114,10 +125,14 @@ class _GroupGrids:
 
     def round(self, index: int, column: Tensor) -> Tensor:
         source = self._sources[index]
-        grid = self._grids[source // self._group]
-        codes = grid.encode(column)
-        self._codes[source] = codes
-        return grid.decode(codes)
+        grids = self._in_parts[source // self._group]
+
+        def rounded(rows: Tensor, start: int, stop: int) -> Tensor:
+            codes = grids[start].encode(rows[start:stop])
+            self._codes[source, start:stop] = codes
+            return grids[start].decode(codes)
+
+        return self._rows.round(column, rounded)
 
     def packed(self) -> IntGroupWeight:
         grids = [self._grids[group] for group in range(len(self._grids))]
@@ -128,4 +143,8 @@ class _GroupGrids:
     def _fit(self, group: int, columns: Tensor, importance: Tensor) -> None:
         settings = self._settings
         grid = fit_grid(columns, settings.bits, settings.symmetric, settings.search, importance)
-        self._grids[group] = Grid(grid.scale.squeeze(1), grid.zero.squeeze(1), settings.bits)
+        scale, zero = grid.scale.squeeze(1), grid.zero.squeeze(1)
+        self._grids[group] = Grid(scale, zero, settings.bits)
+        self._in_parts[group] = {
+            start: Grid(scale[start:stop], zero[start:stop], settings.bits) for start, stop in self._rows.parts
+        }

@@ -50,6 +50,8 @@ class Hadamard:
             rotated = rotate(rotated.T.contiguous(), out_signs).T.contiguous()
         if stats is not None:
             stats = stats.changed(("hadamard", self.seed), lambda moment: rotate(moment, in_signs))
+            if out_signs is not None:
+                stats = stats.changed_outputs(lambda moment: rotate(moment.contiguous(), out_signs))
         return RotatedWeight(self.inner.quantize(rotated, stats), in_signs, out_signs)
 
     def layout(self, out_features: int, in_features: int) -> RotatedWeight:

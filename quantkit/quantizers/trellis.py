@@ -27,8 +27,9 @@ from quantkit.core.protocols import Needs
 from quantkit.core.stats import LayerStats
 from quantkit.formats.trellis import TrellisWeight, columns_of, rings_of
 from quantkit.kernels import trellis
-from quantkit.kernels.viterbi import encode
+from quantkit.kernels.viterbi import encode, path
 from quantkit.quantizers.feedback import check_feedback, error_feedback, required
+from quantkit.quantizers.row_feedback import RowFeedback
 
 Axis = Literal["out", "in"]
 Order = Literal["least", "none"]
@@ -36,6 +37,8 @@ TILE = 16
 """Columns and rows of a tile of `axis="in"`."""
 SPREAD = (0.0, 0.88, 1.02, 1.06, 1.1, 1.2, 1.26, 1.32, 1.4)
 """By K: the root mean square of all values that suits numbers of root mean square 1 (`evals/trellis_codes.py`)."""
+AHEAD = 16
+"""Rows after a part of a column that are looked at, so that its path ends where theirs can go on."""
 _HEADROOM = 4.0  # a step of 1, over what the largest column needs: the feedback adds to columns
 
 
@@ -54,6 +57,7 @@ class Trellis:
 
     needs: ClassVar[Needs] = Needs.HESSIAN
     wants_rotation: ClassVar[bool] = True
+    wants_fisher: ClassVar[bool] = True
     whole_bits: ClassVar[bool] = True  # of a layer; a recipe divides fractions over layers
 
     bits: float = 2
@@ -97,7 +101,8 @@ class Trellis:
             ValueError: there are no statistics, or the bits are a fraction.
         """
         stats = required(stats, self)
-        rounding = _Paths(self._whole(), self.state_bits, self.width, weight)
+        rows = RowFeedback(len(weight), stats.outputs_factor() if self.axis == "out" else None)
+        rounding = _Paths(self._whole(), self.state_bits, self.width, weight, rows)
         order = stats.order(self.damp) if self.axis == "out" and self.order == "least" else None
         factor = stats.inverse_factor(self.damp, order).to(weight.dtype)
         ordered = weight if order is None else weight[:, order]
@@ -113,8 +118,9 @@ class Trellis:
 class _Paths:
     """Rounds `width` columns at a time to the nearest path through them."""
 
-    def __init__(self, bits: int, state_bits: int, width: int, weight: Tensor) -> None:
+    def __init__(self, bits: int, state_bits: int, width: int, weight: Tensor, rows: RowFeedback) -> None:
         out_features, in_features = weight.shape
+        self._rows = rows
         self.width, self._bits, self._state_bits, self._out_features = width, bits, state_bits, out_features
         unit = SPREAD[bits] / trellis.deviation(state_bits)
         self._values = trellis.table(state_bits, weight.device) * unit
@@ -135,12 +141,36 @@ class _Paths:
         codes = trellis.nearest_step(columns.float().square().mean(1).sqrt() / self._unit)
         self._scales[index : index + len(columns)] = codes
         steps = (trellis.step(codes) * self._unit).unsqueeze(1)
+        if len(self._rows.parts) > 1:
+            return self._in_parts(column, steps[0])
         rings = rings_of((columns.float() / steps).T, self.width)
         words = trellis.pack_rings(encode(rings.T, self._values, self._bits), self._bits)
         self._codes.append(words)
         states = trellis.states(words, self._bits, self._state_bits)[: len(rings)]
         rounded = columns_of(self._values[states.long()], self.width)
         return (rounded[: self._out_features, : len(columns)].T * steps).to(column.dtype).view_as(column)
+
+    def _in_parts(self, column: Tensor, step: Tensor) -> Tensor:
+        """A column whose ring is found part by part, each with a look at the places after it."""
+        places, mask = trellis.ring_length(self._out_features), (len(self._values) >> self._bits) - 1
+        states = torch.empty(1, places, dtype=torch.int32, device=column.device)
+
+        def rounded(rows: Tensor, start: int, stop: int) -> Tensor:
+            x = torch.nn.functional.pad(rows.float() / step, (0, places - len(rows))).unsqueeze(0)
+            end = stop if stop < len(rows) else places  # the places without a row go with the last part
+            if start == 0:
+                around = torch.cat([x[:, -AHEAD:], x[:, : end + AHEAD]], 1)
+                found = path(around, self._values, self._bits)[:, AHEAD:]
+            else:
+                below = states[:, start - 1] >> self._bits
+                above = states[:, 0] & mask if end + AHEAD >= places else None
+                found = path(x[:, start : end + AHEAD], self._values, self._bits, above, below)
+            states[:, start:end] = found[:, : end - start]
+            return (self._values[found[0, : stop - start].long()] * step).to(rows.dtype)
+
+        result = self._rows.round(column, rounded)
+        self._codes.append(trellis.pack_rings((states.T & (1 << self._bits) - 1).to(torch.uint8), self._bits))
+        return result
 
     def packed(self, inverse: Tensor | None) -> TrellisWeight:
         """The weight; `inverse` int64 [in_features] puts columns back in order, None where they came in it."""

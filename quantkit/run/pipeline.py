@@ -1,9 +1,10 @@
 """A run: a recipe applied to a source, in memory or in a folder, and what comes of it given to a destination."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from quantkit.core.device import compute_dtype, pick_device
 from quantkit.core.errors import QuantkitError
+from quantkit.core.protocols import Needs
 from quantkit.core.result import LayerResult
 from quantkit.core.weight import QuantizedWeight
 from quantkit.io.checkpoint import CheckpointWriter
@@ -20,7 +22,9 @@ from quantkit.io.run_folder import Output
 from quantkit.io.source import Loaded, Source, open_folder
 from quantkit.models.linear import Packed
 from quantkit.models.plan import Plan
+from quantkit.models.structure import find_blocks
 from quantkit.models.unpacking import choose_unpacked
+from quantkit.run.fisher import Fisher, measure
 from quantkit.run.ranks import Survey, allocate_ranks, summary, with_ranks
 from quantkit.run.recipe import Recipe
 from quantkit.run.record import Run, begin, count_weights, files_of, model_notes
@@ -43,6 +47,9 @@ class Destination(Sink, Protocol):
         Raises:
             QuantkitError: another run holds it, or what is there is of other settings or may not be replaced.
         """
+
+    def scratch(self, name: str) -> AbstractContextManager[Path]:
+        """A folder for files that the run needs on its way."""
 
     def results(self) -> dict[str, LayerResult]:
         """All packed layers, without their tensors."""
@@ -99,9 +106,10 @@ def run(
     dense_bytes = source.nbytes() - source.packed_nbytes(plan)
     counts = count_weights(source.model, plan)
     notes = model_notes(source.model, plan, source.untied, recipe.rotation is not None)
-    with destination.begin(identity), source.walked():
+    with destination.begin(identity), source.walked(), destination.scratch("fisher") as folder:
+        fisher = _fisher(source, plan, tokens, where, folder, progress) if recipe.runs_back(plan) else None
         if recipe.low_rank_bits:
-            source, plan, note = _with_allocated_ranks(source, plan, tokens, recipe, where, progress)
+            source, plan, note = _with_allocated_ranks(source, plan, tokens, recipe, where, progress, fisher)
             notes = (*notes, note)
         this = Run(start, where, before, counts, recipe.settings(plan, tokens), notes)
         Walker(
@@ -113,11 +121,26 @@ def run(
             progress=progress,
             true_sequential=recipe.true_sequential,
             tuner=recipe.tuner,
+            fisher=fisher,
         ).run(destination)
         report = this.report(name or source.name, plan, destination.results(), dense_bytes)
         config = source.config | ({"tie_word_embeddings": False} if source.untied else {})
         destination.finish(config, lambda: source.files() | files_of(report))
     return report
+
+
+def _fisher(
+    source: Source, plan: Plan, tokens: Tensor | None, device: torch.device, folder: Path, progress: Progress
+) -> Fisher | None:
+    """What the reverse pass finds at the planned layers of the blocks; None where there is nothing to find."""
+    inside = f"{find_blocks(source.model)[0]}."
+    layers = [name for name, quantizer in plan.items() if name.startswith(inside) and quantizer.needs > Needs.NOTHING]
+    if tokens is None or not layers:
+        return None
+    return measure(
+        source.model, layers, tokens, source.weights(plan, head=True), device, folder,
+        progress=lambda done, total, name: progress(done, total, f"reverse pass: {name}" if name else name),
+    )  # fmt: skip
 
 
 def _with_allocated_ranks(
@@ -127,6 +150,7 @@ def _with_allocated_ranks(
     recipe: Recipe,
     device: torch.device,
     progress: Progress,
+    fisher: Fisher | None,
 ) -> tuple[Source, Plan, str]:
     """(the source as it was, the plan with the ranks that a first pass finds best, and a sentence about them)."""
     again, survey = source.unpacked(plan), Survey(plan)
@@ -139,6 +163,7 @@ def _with_allocated_ranks(
         survey,
         recipe.true_sequential,
         progress=lambda done, total, name: progress(done, total, f"ranks: {name}" if name else name),
+        fisher=fisher,
     ).run(InMemory(source.model))
     ranks = allocate_ranks(survey.spectra, recipe.low_rank_bits)
     return again(), with_ranks(plan, ranks), summary(survey.spectra, ranks, recipe.low_rank_bits)
@@ -158,6 +183,12 @@ class InMemory:
     def begin(self, identity: Callable[[], Mapping[str, Any]]) -> AbstractContextManager[Any]:
         """See `Destination`; a model in memory belongs to this process."""
         return nullcontext()
+
+    @contextmanager
+    def scratch(self, name: str) -> Iterator[Path]:
+        """A folder that goes when the context ends."""
+        with TemporaryDirectory(prefix=f"quantkit-{name}-") as folder:
+            yield Path(folder)
 
     def finished(self, index: int) -> dict[str, QuantizedWeight] | None:
         """Nothing: no block was packed before."""

@@ -248,6 +248,8 @@ class Recipe:
         head_bits: of the head (GPTQ; RTN where nothing else reads text) and the input embedding (RTN), symmetric, in
             groups of 128 or what divides; where they are tied one weight serves both, quantized as the head. Rules go
             before it. None leaves both dense.
+        fisher: weigh tokens and outputs by how much the model's predictions feel them, which a reverse pass over the
+            text finds (`quantkit.run.fisher`); None where a quantizer wants it.
     """
 
     quantizer: Quantizer | None
@@ -259,6 +261,7 @@ class Recipe:
     low_rank_bits: float = 0
     tuner: "Tuner | None" = None
     head_bits: int | None = None
+    fisher: bool | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.target_shift <= 1:
@@ -276,6 +279,12 @@ class Recipe:
     def reads_text(self, plan: Plan) -> bool:
         """Whether a run needs calibration text."""
         return self.tuner is not None or self.low_rank_bits > 0 or plan_needs(plan) > Needs.NOTHING
+
+    def runs_back(self, plan: Plan) -> bool:
+        """Whether a run begins with a reverse pass over its text."""
+        if self.fisher is not None:
+            return self.fisher and plan_needs(plan) > Needs.NOTHING
+        return any(getattr(core(quantizer), "wants_fisher", False) for quantizer in with_own_weight(plan).values())
 
     def plan(self, model: nn.Module) -> Plan:
         """Each layer's quantizer, shifted where it reads statistics.
@@ -353,6 +362,7 @@ class Recipe:
             "true_sequential": self.true_sequential,
             "rotation": self.rotation and dataclasses.asdict(self.rotation),
             "tuner": self.tuner and repr(self.tuner),
+            "fisher": self.runs_back(plan),
             "calibration": None
             if sequences is None
             else {

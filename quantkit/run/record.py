@@ -67,6 +67,7 @@ class Run:
                 r.relative_error,
                 r.damping,
                 r.tuned,
+                r.predicted_kl,
             )
             for name, r in results.items()
         )

@@ -25,6 +25,7 @@ class LayerReport:
         damping: with which the Hessian factored, or None.
         tuned: relative output error of the layer's block before and after it was tuned, or None; `relative_error` is
             from before.
+        predicted_kl: what the layer alone is expected to cost, in nats a token, or None where that was not measured.
     """
 
     name: str
@@ -34,6 +35,7 @@ class LayerReport:
     relative_error: float
     damping: float | None
     tuned: tuple[float, float] | None = None
+    predicted_kl: float | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ and a packed embedding.
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from quantkit.core.device import free_memory
 from quantkit.core.errors import CalibrationError, QuantkitError
-from quantkit.core.metrics import proxy_loss
+from quantkit.core.metrics import predicted_kl, proxy_loss
 from quantkit.core.protocols import LayerHook, Needs
 from quantkit.core.result import LayerResult
 from quantkit.core.stats import LayerStats, StatsAccumulator
@@ -48,6 +48,7 @@ from quantkit.models.plan import Plan, Tied, tied
 from quantkit.models.structure import find_blocks, is_lookup, linear_weight
 from quantkit.quantizers.factor import quantized, relative
 from quantkit.quantizers.target_shift import aimed
+from quantkit.run.fisher import Fisher
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class Walker:
         lookups_first: let the blocks see the packed embedding.
         batch_tokens: tokens that run through a block together.
         progress: called with (blocks done, blocks in all, name of the block begun or "").
+        fisher: what the model's predictions feel, which weighs tokens and outputs; None where all count alike.
     """
 
     model: nn.Module
@@ -115,6 +117,7 @@ class Walker:
     lookups_first: bool = True
     batch_tokens: int = BATCH_TOKENS
     progress: Callable[[int, int, str], None] = lambda done, total, name: None
+    fisher: Fisher | None = None
 
     def __post_init__(self) -> None:
         self._prefix, self._blocks = find_blocks(self.model)
@@ -217,11 +220,13 @@ class Walker:
         results: dict[str, LayerResult] = {}
         for stage in stages:
             needs = {group[0]: max(local[one] for one in group) for group in stage}
-            stats = self._gather(quantized, full, f"{name}.", needs, index, advance=stage is stages[-1])
+            weights = {group[0]: self._token_weights([f"{name}.{one}" for one in group]) for group in stage}
+            stats = self._gather(quantized, full, f"{name}.", needs, weights, index, advance=stage is stages[-1])
             for group in stage:
                 for one in group:
                     layer = f"{name}.{one}"
-                    results[layer] = _packed(self._hook, block.get_submodule(one), stats.get(group[0]), layer)
+                    known = self._with_outputs(stats.get(group[0]), layer)
+                    results[layer] = _packed(self._hook, block.get_submodule(one), known, layer)
             for one in (one for group in stage for one in group):
                 _swap(block, one, results[f"{name}.{one}"].weight)
                 quantized.settled.add(one)
@@ -234,6 +239,20 @@ class Walker:
             with quantized.replay.running(batch_index, quantized.settled, keep=False):
                 batch.quantized = run_block(block, batch.quantized, batch.calls[index])
         return {layer: results[layer] for layer in layers}
+
+    def _token_weights(self, layers: list[str]) -> Sequence[Tensor | None]:
+        """Of the tokens of each batch, for layers that share an input; None where all count alike."""
+        weights = None if self.fisher is None else self.fisher.token_weights(layers)
+        if weights is None:
+            return [None] * len(self._batches)
+        return weights.to(self.device).split([len(batch.tokens) for batch in self._batches])
+
+    def _with_outputs(self, stats: LayerStats | None, layer: str) -> LayerStats | None:
+        """A layer's statistics with what the reverse pass found at its outputs."""
+        if stats is None or self.fisher is None:
+            return stats
+        outputs = self.fisher.outputs(layer)
+        return stats.of_layer(layer, None if outputs is None else outputs.to(self.device))
 
     def _tuned(self, index: int, name: str, results: dict[str, LayerResult]) -> dict[str, LayerResult]:
         """A block's layers improved, while the streams still stand before (quantized) and behind (full) it."""
@@ -258,6 +277,7 @@ class Walker:
         full: "_Stream | None",
         prefix: str,
         needs: dict[str, Needs],
+        weights: Mapping[str, Sequence[Tensor | None]],
         index: int,
         advance: bool,
     ) -> dict[str, LayerStats]:
@@ -289,7 +309,7 @@ class Walker:
                         )
                     if name not in accumulators:
                         accumulators[name] = StatsAccumulator(x_q.shape[-1], x is not None, x_q.device)
-                    accumulators[name].add(x_q, x)
+                    accumulators[name].add(x_q, x, weights[name][batch_index])
         for name in probes:
             if name not in accumulators:
                 raise CalibrationError(
@@ -371,7 +391,8 @@ class Pack:
         assert not isinstance(quantizer, Tied)
         target, quantizer = aimed(quantizer, weight, stats)
         packed = quantized(quantizer, target, stats)
-        return LayerResult(packed, relative_error(target, packed, stats), None if stats is None else stats.damping)
+        error, damping = relative_error(target, packed, stats), None if stats is None else stats.damping
+        return LayerResult(packed, error, damping, predicted_kl=expected_kl(weight, packed, stats))
 
 
 def _packed(hook: LayerHook, module: nn.Module, stats: LayerStats | None, name: str) -> LayerResult:
@@ -398,6 +419,13 @@ def relative_error(target: Tensor, packed: QuantizedWeight, stats: LayerStats | 
     if stats is None:
         return float(error.square().sum() / target.square().sum().clamp_min(1e-30))
     return proxy_loss(error, stats.hessian) / max(proxy_loss(target, stats.hessian), 1e-30)
+
+
+def expected_kl(weight: Tensor, packed: QuantizedWeight, stats: LayerStats | None) -> float | None:
+    """`core.metrics.predicted_kl` of a packed layer beside its weight [out_features, in_features], where known."""
+    if stats is None or stats.outputs is None:
+        return None
+    return predicted_kl(weight - packed.dequantize().to(weight), stats.hessian, stats.outputs)
 
 
 def _swap(root: nn.Module, name: str, weight: QuantizedWeight) -> None:

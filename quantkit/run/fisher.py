@@ -1,0 +1,281 @@
+"""The reverse pass: how much a model's predictions feel what happens at the outputs of its layers.
+
+With d the gradient at a layer's output of the log-likelihood of what the model itself predicts, a small change e of that
+output changes a token's prediction by KL = 1/2 E[(d^T e)^2]. For a layer whose weight is off by E,
+
+    KL ~ 1/2 tr(H_O E H_I E^T),    H_O = mean over tokens of d d^T,    H_I = sum of s x x^T / sum of s,    s = |d|^2
+
+(a Kronecker factor for each side, as K-FAC has them: Martens and Grosse, arXiv 1503.05671; for quantization YAQA, arXiv
+2505.22988, and by s alone GuidedQuant, arXiv 2505.07004). Quantizers read both sides: the inputs' moments count tokens
+by s, and error feedback among rows works in the metric of H_O (`quantizers.row_feedback`).
+
+d is drawn without labels: at the logits, g = sqrt(p) * n - p (sqrt(p)^T n) with n ~ N(0, I) has E[g g^T] =
+diag(p) - p p^T, the curvature of KL there, and is taken back through the blocks, last to first, each run anew from its
+kept input. Memory is one block and the blocks' inputs for some of the sequences.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from quantkit.core.device import free_memory
+from quantkit.core.errors import CalibrationError
+from quantkit.models.forward import Batch, WeightSource, Wrap, capture, head_logits, run_block
+from quantkit.models.structure import find_blocks, linear_weight
+
+LARGEST_WEIGHT = 8.0
+"""Of a token, in units of the mean: a few tokens would otherwise be all that a layer is made for."""
+KEPT_FRACTION = 1 / 4
+"""Of the free memory, for the inputs of all blocks."""
+BATCH_TOKENS = 2048
+"""Tokens that run back through a block together."""
+_DONE = "done"
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """What the reverse pass found, in a folder with a file a block.
+
+    Attributes:
+        folder: where.
+        prefix: of the blocks' names.
+    """
+
+    folder: Path
+    prefix: str
+
+    def token_weights(self, layers: Sequence[str]) -> Tensor | None:
+        """s of layers that share their inputs, fp32 [sequences, tokens] with a mean of 1, and cut at `LARGEST_WEIGHT`.
+
+        A token's weight is the sum of squares of the gradients at the outputs of all these layers. None for routed
+        experts: the quantized stream may send them other tokens.
+        """
+        found = self._block(layers[0])
+        if not all(f"{layer}.squares" in found for layer in layers):
+            return None
+        squares = torch.stack([found[f"{layer}.squares"] for layer in layers]).sum(0)
+        mean = squares.mean()
+        if not float(mean) > 0:  # nothing behind this layer depends on it
+            return torch.ones_like(squares)
+        return (squares / mean).clamp(max=LARGEST_WEIGHT)
+
+    def outputs(self, layer: str) -> Tensor:
+        """H_O of a layer, fp32 [out_features, out_features]."""
+        found = self._block(layer)
+        return found[f"{layer}.outputs"].float() * found[f"{layer}.scale"]
+
+    def _block(self, layer: str) -> dict[str, Tensor]:
+        index = int(layer.removeprefix(f"{self.prefix}.").split(".")[0])
+        return load_file(_path(self.folder, index))
+
+
+def _path(folder: Path, index: int) -> Path:
+    return folder / f"block-{index}.safetensors"
+
+
+@dataclass
+class _Sums:
+    """Of a layer: the sum of d d^T, fp32 [out, out], and |d|^2 of each token, where each token passes through it."""
+
+    outputs: Tensor
+    squares: list[Tensor] | None
+
+
+def measure(
+    model: nn.Module,
+    layers: Collection[str],
+    tokens: Tensor,
+    source: WeightSource,
+    device: torch.device,
+    folder: Path,
+    seed: int = 0,
+    progress: Callable[[int, int, str], None] = lambda done, total, name: None,
+) -> Fisher:
+    """Runs the reverse pass over a full-precision model.
+
+    Args:
+        model: a causal language model; its weights may be on the meta device until `source` loads them.
+        layers: names of linear layers in its blocks.
+        tokens: int64 [sequences, seqlen].
+        source: loads and releases modules; the head too.
+        device: where blocks run.
+        folder: for the results, a file a block; what an earlier call has finished there is taken as it is.
+        seed: of the samples at the logits.
+        progress: called with (blocks done, blocks in all, name), a block forth and back counting as two.
+
+    Raises:
+        CalibrationError: a gradient is NaN or Inf, or does not come back to the first block.
+    """
+    prefix, blocks = find_blocks(model)
+    names = {i: [layer for layer in layers if layer.startswith(f"{prefix}.{i}.")] for i in range(len(blocks))}
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / _DONE).is_file():
+        return Fisher(folder, prefix)
+    this = _Reverse(model, tokens, source, device, folder, names, seed, progress)
+    parts = _parts(model, tokens)
+    for number, part in enumerate(parts):
+        this.run(part, number, len(parts))
+    (folder / _DONE).touch()
+    return Fisher(folder, prefix)
+
+
+def _parts(model: nn.Module, tokens: Tensor) -> list[Tensor]:
+    """Sequences whose blocks' inputs fit in memory together."""
+    _, blocks = find_blocks(model)
+    hidden = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+    itemsize = torch.empty(0, dtype=next(model.parameters()).dtype).element_size()
+    sequence = tokens.shape[1] * hidden * itemsize * (len(blocks) + 1)
+    rows = max(1, int(KEPT_FRACTION * free_memory(torch.device("cpu")) / sequence))
+    return list(tokens.split(-(-len(tokens) // -(-len(tokens) // rows))))
+
+
+@dataclass
+class _Reverse:
+    """The pass; see `measure`."""
+
+    model: nn.Module
+    tokens: Tensor
+    source: WeightSource
+    device: torch.device
+    folder: Path
+    names: dict[int, list[str]]
+    seed: int
+    progress: Callable[[int, int, str], None]
+
+    def run(self, tokens: Tensor, part: int, parts: int) -> None:
+        """Takes some sequences through the model and back, and adds what is seen to the files."""
+        prefix, blocks = find_blocks(self.model)
+        total = 2 * len(blocks) * parts
+        done = 2 * len(blocks) * part
+        first = part * len(tokens) if part < parts - 1 else len(self.tokens) - len(tokens)
+        with torch.no_grad():
+            batches, wrap = capture(self.model, blocks, tokens, self.source, self.device, BATCH_TOKENS)
+        kept: list[list[Tensor]] = []
+        for index, block in enumerate(blocks):
+            self.progress(done + index, total, f"{prefix}.{index}")
+            with self._loaded(f"{prefix}.{index}", block), torch.no_grad():
+                kept.append([batch.quantized.cpu() for batch in batches])
+                for batch in batches:
+                    batch.quantized = run_block(block, batch.quantized, batch.calls[index])
+        gradients = self._at_the_head(batches, wrap, first)
+        for index in reversed(range(len(blocks))):
+            self.progress(done + 2 * len(blocks) - 1 - index, total, f"{prefix}.{index}, in reverse")
+            with self._loaded(f"{prefix}.{index}", blocks[index]):
+                gradients = self._back(index, blocks[index], batches, kept.pop(), gradients, part == 0)
+
+    @contextmanager
+    def _loaded(self, name: str, module: nn.Module) -> Iterator[None]:
+        """A module on the device, whose weights want no gradients."""
+        self.source.load(name, module, self.device)
+        wanting = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        for parameter in wanting:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in wanting:
+                parameter.requires_grad_(True)
+            self.source.release(name, module)
+
+    def _at_the_head(self, batches: list[Batch], wrap: Wrap, first: int) -> list[Tensor]:
+        """Gradients at the last block's outputs, [sequences, tokens, hidden_size] a batch.
+
+        Args:
+            batches: behind the last block.
+            wrap: the form in which blocks return hidden states.
+            first: number of the first sequence, by which samples are drawn.
+        """
+        _, blocks = find_blocks(self.model)
+        found = []
+        with self._loaded("", self.model):
+            for batch in batches:
+                rows = []
+                for hidden, tokens in zip(batch.quantized.split(1), batch.tokens.split(1), strict=True):
+                    hidden = hidden.detach().requires_grad_()
+                    with torch.enable_grad():
+                        logits = head_logits(self.model, blocks, tokens.to(self.device), hidden, wrap)
+                    sample = _sample(logits.detach(), self.seed + first)
+                    rows.append(torch.autograd.grad(logits, hidden, sample.to(logits.dtype))[0])
+                    first += 1
+                found.append(torch.cat(rows))
+        return found
+
+    def _back(
+        self, index: int, block: nn.Module, batches: list[Batch], kept: list[Tensor], after: list[Tensor], anew: bool
+    ) -> list[Tensor]:
+        """Takes gradients from a block's outputs to its inputs, and notes what passes its layers' outputs."""
+        prefix, _ = find_blocks(self.model)
+        sums: dict[str, _Sums] = {}
+        before = []
+        for batch, hidden, gradient in zip(batches, kept, after, strict=True):
+            hidden = hidden.to(self.device).requires_grad_()
+            seen: dict[str, Tensor] = {}
+            with torch.enable_grad(), _watched(block, f"{prefix}.{index}", self.names[index], seen):
+                output = run_block(block, hidden, batch.calls[index])
+            before.append(torch.autograd.grad(output, hidden, gradient)[0])
+            for name, d in seen.items():
+                rows = d.reshape(-1, d.shape[-1]).float()
+                known = sums.setdefault(name, _Sums(rows.new_zeros(rows.shape[1], rows.shape[1]), []))
+                known.outputs.addmm_(rows.T, rows)
+                if len(rows) != batch.tokens.numel():
+                    known.squares = None
+                if known.squares is not None:
+                    known.squares.append(rows.square().sum(1).view(batch.tokens.shape).cpu())
+        self._write(index, sums, anew)
+        return before
+
+    def _write(self, index: int, sums: dict[str, _Sums], anew: bool) -> None:
+        """Adds the sums of some sequences to a block's file."""
+        path = _path(self.folder, index)
+        known = {} if anew or not path.is_file() else load_file(path)
+        state: dict[str, Tensor] = {}
+        for name in self.names[index]:
+            if name not in sums:  # no token came this way
+                out_features = linear_weight(self.model.get_submodule(name)).shape[0]
+                sums[name] = _Sums(torch.zeros(out_features, out_features), None)
+            outputs = sums[name].outputs.cpu() / self.tokens.numel()
+            if known:
+                outputs += known[f"{name}.outputs"].float() * known[f"{name}.scale"]
+            if not bool(torch.isfinite(outputs).all()):
+                raise CalibrationError(f"{name}: the gradients at its outputs hold NaN or Inf; leave out `fisher`")
+            scale = outputs.diagonal().amax().clamp_min(1e-30)
+            state |= {f"{name}.outputs": (outputs / scale).half(), f"{name}.scale": scale.view(1)}
+            squares = sums[name].squares
+            if squares is not None and (not known or f"{name}.squares" in known):
+                before = [known[f"{name}.squares"]] if known else []
+                state[f"{name}.squares"] = torch.cat([*before, *squares])
+        save_file(state, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)
+
+
+def _sample(logits: Tensor, seed: int) -> Tensor:
+    """g with E[g g^T] = diag(p) - p p^T, fp32 [1, tokens, vocabulary] as the logits."""
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    p = logits.float().softmax(-1)
+    drawn = p.sqrt().mul_(torch.randn(p.shape, generator=generator, device=p.device))
+    return drawn - p * drawn.sum(-1, keepdim=True)
+
+
+@contextmanager
+def _watched(block: nn.Module, prefix: str, layers: Sequence[str], seen: dict[str, Tensor]) -> Iterator[None]:
+    """While it lasts, gradients that come back to layers' outputs are put into `seen`; of several calls, the sum's."""
+
+    def watch(name: str) -> Callable:
+        def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda d: seen.__setitem__(name, d.detach()))
+
+        return hook
+
+    modules = {name: block.get_submodule(name.removeprefix(f"{prefix}.")) for name in layers}
+    handles = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
