@@ -24,6 +24,14 @@ Text = Annotated[str, typer.Option(help=TEXTS)]
 NumSamples = Annotated[int, typer.Option(help="Calibration sequences.")]
 Seqlen = Annotated[int | None, typer.Option(help="Tokens a sequence; by default 2048 or the model's context.")]
 Shift = Annotated[float, typer.Option("--target-shift", help="0 (off) to 1: aim at the full-precision output.")]
+Fisher = Annotated[
+    bool | None,
+    typer.Option(
+        "--fisher/--no-fisher",
+        help="Weigh tokens and outputs by how much predictions feel them, for a pass back through the model; by "
+        "default where trellis codes are made.",
+    ),
+]
 HeadBits = Annotated[
     int | None, typer.Option(help="Pack the head (GPTQ) and the input embedding too, at 1 to 8 bits; dense by default.")
 ]

@@ -127,14 +127,6 @@ _TuneBlocks = Annotated[
 _TrueSequential = Annotated[
     bool, typer.Option(help="Let each layer see its own block's earlier layers quantized; off is faster.")
 ]
-_Fisher = Annotated[
-    bool | None,
-    typer.Option(
-        "--fisher/--no-fisher",
-        help="Weigh tokens and outputs by how much predictions feel them, for a pass back through the model; by default "
-        "for trellis.",
-    ),
-]
 _Plan = Annotated[
     Path | None,
     typer.Option(help="quantkit_plan.json of a search: each layer's own method and bits, instead of --bits."),
@@ -158,7 +150,7 @@ def quantize_command(
     num_samples: options.NumSamples = 128,
     seqlen: options.Seqlen = None,
     target_shift: options.Shift = TARGET_SHIFT,
-    fisher: _Fisher = None,
+    fisher: options.Fisher = None,
     true_sequential: _TrueSequential = True,
     plan: _Plan = None,
     head_bits: options.HeadBits = None,

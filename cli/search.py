@@ -102,8 +102,12 @@ _Measure = Annotated[
     Literal["kl", "perplexity"], typer.Option(help="kl (to the full model) or perplexity.", rich_help_panel=_SEARCH)
 ]
 _Start = Annotated[
-    Literal["best", "uniform"],
-    typer.Option(help="best (of uniform, greedy and knapsack) or uniform.", rich_help_panel=_SEARCH),
+    Literal["best", "uniform", "predicted"],
+    typer.Option(
+        help="best (of uniform, greedy and knapsack), uniform, or predicted: what a pass back through the model says, "
+        "without measuring any.",
+        rich_help_panel=_SEARCH,
+    ),
 ]
 _Top = Annotated[
     int, typer.Option(help="Top-k tokens of each place that are kept of the full model.", rich_help_panel=_SEARCH)
@@ -132,6 +136,7 @@ def search_command(
     num_samples: options.NumSamples = 128,
     seqlen: options.Seqlen = None,
     target_shift: options.Shift = TARGET_SHIFT,
+    fisher: options.Fisher = None,
     search_samples: _SearchSamples = 256,
     held_out: _HeldOut = 32,
     generations: Annotated[int, typer.Option(help="Of the search.", rich_help_panel=_SEARCH)] = Evolution.generations,
@@ -166,7 +171,8 @@ def search_command(
                 sparsity=sparsity, drop_blocks=drop_blocks, context=context, batch=batch, kv_bits=kv_bits,
                 candidates=candidates, base=base, head_bits=head_bits, include=include or (), ignore=ignore or (),
                 database=database, calibration=calibration, num_samples=num_samples, seqlen=seqlen,
-                target_shift=target_shift, search_samples=search_samples, held_out=held_out, measure=measure,
+                target_shift=target_shift, fisher=fisher, search_samples=search_samples, held_out=held_out,
+                measure=measure,
                 evolution=Evolution(generations, offspring, parse_stages(stages)), start=start, top=top, device=device,
                 seed=seed, resume=resume, overwrite=overwrite, dry_run=dry_run,
                 watch=Watch(told, progress, notes.append if as_json else aside.print),

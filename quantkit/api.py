@@ -156,6 +156,7 @@ def search(
     include: Sequence[str] = (),
     ignore: Sequence[str] = (),
     target_shift: float = TARGET_SHIFT,
+    fisher: bool | None = None,
     calibration: str | Path | Sequence[Any] | Calibration = "wikitext2",
     num_samples: int = 128,
     seqlen: int | None = None,
@@ -163,7 +164,7 @@ def search(
     held_out: int = 32,
     evolution: Evolution | None = None,
     measure: Measure = "kl",
-    start: Literal["best", "uniform"] = "best",
+    start: Literal["best", "uniform", "predicted"] = "best",
     top: int = 512,
     database: str | Path | None = None,
     device: str | torch.device | None = None,
@@ -185,12 +186,14 @@ def search(
         head_bits: of the head and the input embedding, which are not searched; 0 or 16 leaves them dense.
         include: patterns of layers outside the blocks to pack too; ignore: of layers to leave dense.
         target_shift: 0 (off) to 1; see `quantizers.target_shift`.
+        fisher: as in `quantize`, for the candidates; None where the first of them or "predicted" wants it.
         calibration: dataset name, file, hub id, documents or a `Calibration`, for the candidates and for the search.
         num_samples, seqlen: sequences of the candidates' calibration, and their tokens, where it is no `Calibration`.
         search_samples: sequences of other text that the search measures on; held_out: so many only for the comparison.
         evolution: generations, offspring and stages.
         measure: "kl" to the full model, or "perplexity".
-        start: the "best" of uniform, greedy and knapsack, or "uniform".
+        start: the "best" of uniform, greedy and knapsack, "uniform", or "predicted": what a pass back through the model
+            says, without measuring any; with no generations that is all of the search.
         top: k of the top-k tokens that are kept of the full model's predictions.
         database: folder of the candidates, NAME-candidates by default; made once, used by all searches.
         device: where the model runs; by default a GPU if there is one.
@@ -217,6 +220,7 @@ def search(
     offers, first = candidates_of(wanted, candidates, base)
     rules: dict[str, Quantizer | None] = {**dict.fromkeys(include, first), **dict.fromkeys(ignore)}
     packed_ends = head_bits_of(wanted, head_bits)
+    back = True if fisher is None and start == "predicted" else fisher
     text = _calibration(calibration, num_samples, seqlen)
     name = Path(model).resolve().name
     asked = SearchRun(
@@ -226,7 +230,7 @@ def search(
         database=Path(database or f"{name}-candidates"),
         wanted=wanted,
         candidates=offers,
-        recipe=Recipe(first, rules, target_shift, text, head_bits=packed_ends),
+        recipe=Recipe(first, rules, target_shift, text, head_bits=packed_ends, fisher=back),
         text=replace(text, num_samples=search_samples, seed=1_000_003 + seed),
         settings=SearchSettings(evolution or Evolution(), measure, start, held_out, top, seed=seed),
     )

@@ -28,7 +28,7 @@ class LayerStats:
         cross: C, like hessian, or None where only one stream was run.
         num_tokens: tokens behind the means.
         name: the layer's name, for messages.
-        outputs: H_O, fp32 [out_features, out_features], of one layer (`quantkit.run.fisher`); None where it is not known.
+        outputs: H_O, fp32 [out_features, out_features], of one layer (`quantkit.run.fisher`); None where it is unknown.
     """
 
     hessian: Tensor

@@ -29,6 +29,7 @@ from quantkit.models.plan import Plan, tied, with_own_weight
 from quantkit.models.structure import is_lookup
 from quantkit.quantizers.factor import quantized
 from quantkit.quantizers.target_shift import TargetShift
+from quantkit.run.fisher import measure
 from quantkit.run.recipe import Recipe
 from quantkit.run.sequential import Pack, Walker, expected_kl, relative_error
 
@@ -246,6 +247,11 @@ def _fill(
         name: partial(store.load_one, index, key, name) for name, index in blocks.items() if store.has(index, key)
     }
     plan: Plan = {**dict.fromkeys(blocks, base), **fixed}
+    fisher = None
+    if recipe.runs_back(dict.fromkeys(blocks, base)):
+        inside = [name for name, index in blocks.items() if index >= 0]
+        weights = source.weights(plan, head=True)
+        fisher = measure(source.model, inside, tokens, weights, device, store.own("fisher"), progress=progress)
     Walker(
         source.model,
         plan,
@@ -256,4 +262,5 @@ def _fill(
         recipe.true_sequential,
         lookups_first=False,
         progress=progress,
+        fisher=fisher,
     ).run(_Sink(store, database.quantizers, key, found, with_own_weight(fixed)))

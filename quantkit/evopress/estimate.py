@@ -22,8 +22,8 @@ from quantkit.run.trial import pass_seconds, rounding_seconds
 
 UNITS = {"bits": "bytes", "bytes": "bytes", "weights": "weights", "latency": "ns", "blocks": "blocks"}
 """In which a budget of each kind is counted."""
-STARTS = 5
-"""Assignments that a search for the best start measures; see `Session.starts`."""
+STARTS = 6
+"""Assignments that a search for the best start measures, at most; see `Session.starts`."""
 
 
 @dataclass(frozen=True)

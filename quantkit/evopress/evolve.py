@@ -64,6 +64,8 @@ class Space(Protocol):
         index: what can be chosen.
         names: of the items.
         losses: relative error of each item's levels, as the index has them.
+        predicted: KL that each item's levels are expected to cost, in nats a token; an item has none where that was not
+            measured.
         identity: JSON of what levels stand for.
     """
 
@@ -71,6 +73,7 @@ class Space(Protocol):
     index: Index
     names: list[str]
     losses: list[tuple[float, ...]]
+    predicted: list[tuple[float, ...]]
     identity: Any
 
     def apply(self, assignment: Assignment) -> None:

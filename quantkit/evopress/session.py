@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Told = Callable[[int, int, str], None]
+Start = Literal["best", "uniform", "predicted"]
 PROBE = 256
 """Tokens on which the kept tokens' KL is held against the full one."""
 _STATE = "search.json"
@@ -53,7 +54,7 @@ class SearchSettings:
     Attributes:
         evolution: see there.
         measure: what is least in the end: "kl" to the full model, or the text's "perplexity".
-        start: "uniform" levels, or the "best" of all `starts`.
+        start: "uniform" levels, those that are "predicted" to be best, or the "best" of all `starts`.
         held_out: so many sequences of the text are kept for the comparison at the end.
         top: likeliest tokens of each token that are kept of the full model's predictions.
         sensitivity_tokens: on which each layer's sensitivity is measured.
@@ -62,7 +63,7 @@ class SearchSettings:
 
     evolution: Evolution = field(default_factory=Evolution)
     measure: Measure = "kl"
-    start: Literal["best", "uniform"] = "best"
+    start: Start = "best"
     held_out: int = 32
     top: int = 512
     sensitivity_tokens: int = 8192
@@ -191,9 +192,30 @@ class Session:
         return self._sensitivities
 
     def starts(self, budget: int) -> dict[str, Assignment]:
-        """Assignments that cost no search: uniform; greedy and knapsack on relative errors and on sensitivities."""
-        index, plain, measured = self.space.index, self.space.losses, self.sensitivities()
-        return {
+        """Assignments that cost no search, as the settings ask for them.
+
+        They are uniform; a knapsack on predicted KL, where candidates have it; greedy and knapsack on relative errors
+        and on sensitivities.
+
+        Raises:
+            QuantkitError: predictions are asked for that nobody has measured.
+        """
+        index, kind = self.space.index, self.settings.start
+        if kind == "uniform":
+            return {"uniform": uniform(index, budget)}
+        predicted: dict[str, Assignment] = {}
+        if all(self.space.predicted):
+            predicted = {"knapsack, predicted": knapsack(index, self.space.predicted, budget)}
+        if kind == "predicted":
+            lacking = [name for name, kl in zip(self.space.names, self.space.predicted, strict=True) if not kl]
+            if lacking:
+                raise QuantkitError(
+                    f"nothing is predicted of {lacking[0]}: predictions are of linear layers in blocks, and of "
+                    "candidates that were made with `fisher`"
+                )
+            return predicted
+        plain, measured = self.space.losses, self.sensitivities()
+        return predicted | {
             "uniform": uniform(index, budget),
             "greedy": greedy(index, plain, budget),
             "knapsack": knapsack(index, plain, budget),
@@ -227,7 +249,7 @@ class Session:
         record = None if folder is None else _read(folder)
         self._processes.wait_for_everyone()  # all have read the same
         if record is None:
-            starts = {"uniform": uniform(index, budget)} if settings.start == "uniform" else self.starts(budget)
+            starts = self.starts(budget)
             figures = self.fitness([*starts.values()], settings.evolution.stages[-1][1], START_DRAW)
             state = State([*starts.values()][min(range(len(figures)), key=lambda i: figures[i])])
         else:

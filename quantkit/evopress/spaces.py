@@ -13,7 +13,7 @@ from quantkit.core.device import free_memory
 from quantkit.core.protocols import Quantizer
 from quantkit.core.weight import QuantizedWeight
 from quantkit.evopress.evolve import Assignment, Index
-from quantkit.evopress.store import Database
+from quantkit.evopress.store import Candidate, Database
 from quantkit.models.embedding import put
 from quantkit.models.forward import Wrap, bare
 from quantkit.models.linear import Packed, QuantizedLinear, new_linear
@@ -51,20 +51,23 @@ class CandidateSpace:
         self.names = list(database.blocks)
         self.keys: list[tuple[str, ...]] = []
         self.losses = []
+        self.predicted: list[tuple[float, ...]] = []
         costs = []
         for name in self.names:
             offers = [
-                (cost(QuantizedWeight.empty(candidate.metadata), quantizer), candidate.relative_error, key)
+                (cost(QuantizedWeight.empty(candidate.metadata), quantizer), candidate.relative_error, key, candidate)
                 for key, quantizer in database.quantizers.items()
                 for candidate in [database.store.candidates(database.blocks[name], key)[name]]
             ]
-            kept: list[tuple[int, float, str]] = []
-            for offer in sorted(offers):
+            kept: list[tuple[int, float, str, Candidate]] = []
+            for offer in sorted(offers, key=lambda offer: offer[:3]):
                 if not kept or (offer[0] > kept[-1][0] and offer[1] < kept[-1][1]):
                     kept.append(offer)
-            costs.append(tuple(price for price, _, _ in kept))
-            self.losses.append(tuple(loss for _, loss, _ in kept))
-            self.keys.append(tuple(key for _, _, key in kept))
+            costs.append(tuple(price for price, *_ in kept))
+            self.losses.append(tuple(loss for _, loss, *_ in kept))
+            self.keys.append(tuple(key for *_, key, _ in kept))
+            expected = [candidate.predicted_kl for *_, candidate in kept]
+            self.predicted.append(tuple(kl for kl in expected if kl is not None))
         self.index = Index(tuple(costs))
         fixed = {name: spec.write(quantizer) for name, quantizer in database.fixed.items()}
         self.identity: Any = [database.store.identity, self.keys, fixed]
@@ -138,6 +141,7 @@ class BlockSpace:
         self.names = [f"{prefix}.{index}" for index in range(len(self._blocks))]
         self.index = Index(((0, 1),) * len(self._blocks))
         self.losses: list[tuple[float, ...]] = [(1.0, 0.0)] * len(self._blocks)
+        self.predicted: list[tuple[float, ...]] = [()] * len(self._blocks)
         self.identity: Any = "blocks"
         self._wrap = _returned_form(model, self._blocks[0])
 

@@ -84,6 +84,10 @@ class Store:
                 f"{folder} holds candidates of another run ({'; '.join(found)}); give another `database`, or remove it"
             )
 
+    def own(self, name: str) -> Path:
+        """A folder in the database for what its candidates are made by; see `RunFolder.own`."""
+        return self._folder.own(name)
+
     def begin(self) -> AbstractContextManager[Any]:
         """The time in which candidates are written; see `RunFolder.begin`."""
         return self._folder.begin(self.identity)

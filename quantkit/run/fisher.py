@@ -1,7 +1,7 @@
 """The reverse pass: how much a model's predictions feel what happens at the outputs of its layers.
 
-With d the gradient at a layer's output of the log-likelihood of what the model itself predicts, a small change e of that
-output changes a token's prediction by KL = 1/2 E[(d^T e)^2]. For a layer whose weight is off by E,
+With d the gradient at a layer's output of the log-likelihood of what the model itself predicts, a small change e of
+that output changes a token's prediction by KL = 1/2 E[(d^T e)^2]. For a layer whose weight is off by E,
 
     KL ~ 1/2 tr(H_O E H_I E^T),    H_O = mean over tokens of d d^T,    H_I = sum of s x x^T / sum of s,    s = |d|^2
 

@@ -13,7 +13,10 @@ from quantkit.run.documents import Document
 
 logger = logging.getLogger(__name__)
 
-_PIECE = 100_000  # characters that are drawn together
+_PIECE = 8
+"""Characters that are drawn together, a token of a sequence: about two sequences. The more places a text is read in,
+the more it is like another."""
+_TOGETHER = 100_000  # characters that are tokenized together
 
 
 def calibration_sequences(texts: list[Document], tokenizer: Any, num_samples: int, seqlen: int, seed: int) -> Tensor:
@@ -29,10 +32,11 @@ def calibration_sequences(texts: list[Document], tokenizer: Any, num_samples: in
     Raises:
         CalibrationError: the text does not fill one sequence.
     """
+    size = max(1024, _PIECE * seqlen)
     pieces = [
-        text[i : i + _PIECE]
+        text[i : i + size]
         for text in texts
-        for i in range(0, len(text), _PIECE)
+        for i in range(0, len(text), size)
         if not isinstance(text, str) or text.strip()
     ]
     random.Random(seed).shuffle(pieces)
@@ -43,7 +47,7 @@ def calibration_sequences(texts: list[Document], tokenizer: Any, num_samples: in
     for index, piece in enumerate(pieces):
         if isinstance(piece, str):
             group.append(piece)
-        if group and (not isinstance(piece, str) or sum(map(len, group)) >= _PIECE or index == len(pieces) - 1):
+        if group and (not isinstance(piece, str) or sum(map(len, group)) >= _TOGETHER or index == len(pieces) - 1):
             tokens.extend(_encode(tokenizer, "\n\n".join(group) + "\n\n"))
             group = []
         if not isinstance(piece, str):

@@ -1,0 +1,85 @@
+"""Feedback among rows: against its equations, and what it gains in the loss that it is for."""
+
+import pytest
+import torch
+
+from quantkit import GPTQ, Hadamard, Trellis
+from quantkit.core.errors import CalibrationError
+from quantkit.core.stats import LayerStats
+from quantkit.kernels import trellis
+from quantkit.quantizers import row_feedback
+from quantkit.quantizers.row_feedback import RowFeedback
+
+
+def layer(rows=96, columns=64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def moment(size):
+        mix = torch.randn(size, size, generator=generator) * torch.logspace(0, -1.0, size)
+        x = torch.randn(2000, size, generator=generator) @ mix
+        return x.T @ x / 2000
+
+    weight = torch.randn(rows, columns, generator=generator)
+    return weight, LayerStats(moment(columns)), moment(rows)
+
+
+def loss(weight, packed, stats, outputs):
+    error = weight - packed.dequantize()
+    return float((outputs @ error @ stats.hessian * error).sum())
+
+
+def test_a_part_a_row_is_the_sequential_rounding_of_least_squares(monkeypatch):
+    """Each row in turn: its target is where the loss is least for the errors before it, all rows after it free."""
+    monkeypatch.setattr(row_feedback, "PARTS", 1000)
+    monkeypatch.setattr(row_feedback, "LEAST_ROWS", 1)
+    _, _, outputs = layer(12)
+    column = torch.randn(12, dtype=torch.float64)
+    stats = LayerStats(torch.eye(3)).of_layer("x", outputs.double())
+    damped = outputs.double() + 0.05 * outputs.double().diagonal().mean() * torch.eye(12, dtype=torch.float64)
+    expected, errors = [], torch.zeros(0, dtype=torch.float64)
+    for row in range(12):
+        rest = slice(row, None)
+        aim = column[rest]
+        if row:  # E_R = -H_RR^-1 H_RB E_B is the error that is wanted of the rows to come
+            aim = aim + torch.linalg.solve(damped[rest, rest], damped[rest, :row] @ errors)
+        expected.append(aim[0].round())
+        errors = torch.cat([errors, (column[row] - expected[-1]).view(1)])
+    feedback = RowFeedback(12, stats.outputs_factor())
+    found = feedback.round(column, lambda rows, start, stop: rows[start:stop].round())
+    assert torch.equal(found, torch.stack(expected))
+    assert len(feedback.parts) == 12
+
+
+@pytest.mark.parametrize("quantizer", [GPTQ(2, 32), Hadamard(GPTQ(3, 32)), Hadamard(Trellis(2, 8)), Trellis(3, 10)])
+def test_it_gains_in_the_loss_that_it_is_for(quantizer):
+    weight, stats, outputs = layer()
+    plain = loss(weight, quantizer.quantize(weight, stats), stats, outputs)
+    packed = quantizer.quantize(weight, stats.of_layer("x", outputs))
+    assert loss(weight, packed, stats, outputs) < 0.85 * plain
+    assert packed.metadata() == quantizer.quantize(weight, stats).metadata()
+
+
+@pytest.mark.parametrize("quantizer", [GPTQ(2, 32), GPTQ(4, 32, symmetric=False, order="act")])
+def test_outputs_that_count_alike_change_nothing(quantizer):
+    weight, stats, _ = layer()
+    plain = quantizer.quantize(weight, stats)
+    packed = quantizer.quantize(weight, stats.of_layer("x", torch.eye(len(weight))))
+    assert all(torch.equal(tensor, packed.state()[key]) for key, tensor in plain.state().items())
+
+
+@pytest.mark.parametrize("rows", [96, 100, 129])
+def test_rings_of_parts_close_and_cost_little(rows):
+    weight, stats, _ = layer(rows)
+    plain = Trellis(2, 10).quantize(weight, stats)
+    packed = Trellis(2, 10).quantize(weight, stats.of_layer("x", torch.eye(rows)))
+    identity = torch.eye(rows)
+    assert loss(weight, packed, stats, identity) < 1.06 * loss(weight, plain, stats, identity)
+    states = trellis.states(packed.codes, 2, 10)
+    assert torch.equal(states >> 2, states.roll(-1, 0) & 255)
+
+
+def test_outputs_that_do_not_factor_are_named():
+    weight, stats, _ = layer(64)
+    broken = stats.of_layer("layers.3.up", torch.full((64, 64), float("nan")))
+    with pytest.raises(CalibrationError, match=r"layers\.3\.up: at its outputs"):
+        GPTQ(2, 32).quantize(weight, broken)
