@@ -26,7 +26,7 @@ class LayerStats:
     Attributes:
         hessian: H, fp32 (fp64 in tests) [in_features, in_features].
         cross: C, like hessian, or None where only one stream was run.
-        num_tokens: tokens behind the means.
+        num_tokens: tokens behind the means; of weighted ones, so many of equal weight as would say as much.
         name: the layer's name, for messages.
         outputs: H_O, fp32 [out_features, out_features], of one layer (`quantkit.run.fisher`); None where it is unknown.
     """
@@ -131,7 +131,7 @@ class StatsAccumulator:
     def __init__(self, in_features: int, with_cross: bool, device: torch.device) -> None:
         self._hessian = torch.zeros(in_features, in_features, device=device)
         self._cross = torch.zeros_like(self._hessian) if with_cross else None
-        self._num_tokens, self._weight = 0, 0.0
+        self._num_tokens, self._weight, self._squares = 0, 0.0, 0.0
 
     def add(self, x_q: Tensor, x: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Adds inputs [..., in_features]; `x`, of their shape, are the same tokens in the full-precision stream.
@@ -152,6 +152,7 @@ class StatsAccumulator:
             self._cross.addmm_(x.reshape(-1, x.shape[-1]).float().T, weighted)
         self._num_tokens += len(x_q)
         self._weight += len(x_q) if weights is None else float(weights.sum())
+        self._squares += len(x_q) if weights is None else float(weights.square().sum())
 
     def finish(self, name: str) -> LayerStats:
         """The means over all tokens.
@@ -168,4 +169,4 @@ class StatsAccumulator:
                 raise CalibrationError(
                     f"{name}: its inputs hold NaN or Inf; check the weights, and save an fp16 model as bf16 first"
                 )
-        return LayerStats(hessian, cross, self._num_tokens, name)
+        return LayerStats(hessian, cross, round(self._weight**2 / self._squares), name)
