@@ -12,6 +12,7 @@ from rich.logging import RichHandler
 from typer.core import TyperGroup
 
 from quantkit import __version__
+from quantkit.cli.advise import advise_command
 from quantkit.cli.bench import bench_command
 from quantkit.cli.doctor import doctor_command
 from quantkit.cli.evaluate import evaluate_command
@@ -49,6 +50,7 @@ app = typer.Typer(
 )
 _OPEN: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}  # methods bring options of their own
 app.command("quantize", context_settings=_OPEN)(verb(quantize_command))
+app.command("advise")(verb(advise_command))
 app.command("search")(verb(search_command))
 app.command("tune")(verb(tune_command))
 app.command("eval")(verb(evaluate_command))
@@ -70,8 +72,8 @@ def _options(
         bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and end.")
     ] = False,
 ) -> None:
-    """Post-training quantization of language models: quantize, search, tune, evaluate, generate, inspect, bench,
-    doctor."""
+    """Post-training quantization of language models: advise, quantize, search, tune, evaluate, generate, inspect,
+    bench, doctor."""
 
 
 def main() -> None:

@@ -98,9 +98,13 @@ def path(x: Tensor, values: Tensor, bits: int, above: Tensor | None = None, belo
     count = max(1, x.shape[1] // (PIECE_ON_GPU if x.is_cuda else PIECE))
     edges = [x.shape[1] * i // count for i in range(count + 1)]
     around, mask = reach(bits), (len(values) >> bits) - 1
-    inside = [between(x[:, max(0, e - around) : e + around], values, bits)[:, min(e, around)] & mask for e in edges[1:-1]]
+    inside = [
+        between(x[:, max(0, e - around) : e + around], values, bits)[:, min(e, around)] & mask for e in edges[1:-1]
+    ]
     cuts = [below, *inside, above]
-    return torch.cat([between(x[:, a:b], values, bits, cuts[i + 1], cuts[i]) for i, (a, b) in enumerate(pairwise(edges))], 1)
+    return torch.cat(
+        [between(x[:, a:b], values, bits, cuts[i + 1], cuts[i]) for i, (a, b) in enumerate(pairwise(edges))], 1
+    )
 
 
 def between(x: Tensor, values: Tensor, bits: int, above: Tensor | None = None, below: Tensor | None = None) -> Tensor:

@@ -27,6 +27,7 @@ LAYERS = [
     ["run"],
     ["tuning", "kvcache"],
     ["evopress"],
+    ["advice"],
     ["api"],
     ["evals"],
     [""],

@@ -51,7 +51,8 @@ class LayerStats:
             hessian = change(change(self.hessian).T)
             cross = None if self.cross is None else change(change(self.cross).T).T
             self._changed[key] = LayerStats((hessian + hessian.T) / 2, cross, self.num_tokens, self.name)
-        return replace(self._changed[key], outputs=self.outputs)
+        found = self._changed[key]
+        return found if self.outputs is None else replace(found, outputs=self.outputs)
 
     def of_layer(self, name: str, outputs: Tensor | None) -> "LayerStats":
         """The same statistics for one of the layers that share them, with its own H_O."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from quantkit.core.device import compute_dtype, free_memory, pick_device
 from quantkit.core.protocols import Needs
 from quantkit.io.source import Loaded, Source, open_folder
-from quantkit.models.plan import Tied, plan_needs, tied
+from quantkit.models.plan import Plan, plan_needs, tied, with_own_weight
 from quantkit.models.structure import block_linears, linear_weight
 from quantkit.run.ranks import with_ranks
 from quantkit.run.recipe import Recipe
@@ -70,7 +70,43 @@ def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimat
     tokens = None
     if recipe.reads_text(plan):
         tokens = recipe.calibration.sequences(source.tokenizer(), model)
-    shapes = {name: tuple(linear_weight(model.get_submodule(name)).shape) for name in plan}
+    shapes = _shapes(source, plan)
+    seconds = expected_seconds(source, recipe, 0 if tokens is None else tokens.numel(), where)
+    laid_out = sizes(source, recipe)
+    working = _working_bytes(source, shapes, tokens, plan_needs(plan), recipe.tuner is not None, where)
+    return Estimate(
+        layers=len(plan),
+        packed_weights=laid_out.packed_weights,
+        all_weights=sum(p.numel() for p in model.parameters()),
+        bits_per_weight=laid_out.bits_per_weight,
+        bytes_before=laid_out.bytes_before,
+        bytes_after=laid_out.bytes_after,
+        memory_bytes=max(int(IMPORTS * peak_memory_bytes()), resident_bytes() + working),
+        seconds=seconds,
+        device=str(where),
+    )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a packed model, from its layout.
+
+    Attributes:
+        packed_weights: weights in packed layers.
+        bits_per_weight: of these, every stored byte counted; see `Estimate`.
+        bytes_before, bytes_after: of all tensors.
+    """
+
+    packed_weights: int
+    bits_per_weight: float
+    bytes_before: int
+    bytes_after: int
+
+
+def sizes(source: Source, recipe: Recipe) -> Sizes:
+    """What a recipe would make of a model; its structure is of no use afterwards."""
+    plan = recipe.plan(source.model)
+    shapes = _shapes(source, plan)
     packed_weights = sum(out * inner for name, (out, inner) in shapes.items() if name not in tied(plan))
     without = with_ranks(plan, dict.fromkeys(plan, 0)) if recipe.low_rank_bits else plan
     packed_bytes = sum(quantizer.layout(*shapes[name]).nbytes for name, quantizer in without.items())
@@ -80,37 +116,47 @@ def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimat
         source.rotate(recipe.rotation)
     source.untie(plan)
     dense_bytes = source.nbytes() - source.packed_nbytes(plan)
-    own = {name: (quantizer, shapes[name]) for name, quantizer in plan.items() if not isinstance(quantizer, Tied)}
-    needs = plan_needs(plan)
-    working = _working_bytes(source, shapes, tokens, needs, recipe.tuner is not None, where)
-    seconds = rounding_seconds(own, where)
-    if tokens is not None:
-        seconds += pass_seconds(multiplications(shapes, tokens.numel(), needs), model.dtype, where)
-    return Estimate(
-        layers=len(plan),
-        packed_weights=packed_weights,
-        all_weights=sum(p.numel() for p in model.parameters()),
-        bits_per_weight=8 * packed_bytes / packed_weights,
-        bytes_before=before,
-        bytes_after=dense_bytes + packed_bytes,
-        memory_bytes=max(int(IMPORTS * peak_memory_bytes()), resident_bytes() + working),
-        seconds=seconds,
-        device=str(where),
-    )
+    return Sizes(packed_weights, 8 * packed_bytes / packed_weights, before, dense_bytes + packed_bytes)
 
 
-def multiplications(shapes: Mapping[str, tuple[int, ...]], tokens: int, needs: Needs) -> float:
+def expected_seconds(source: Source, recipe: Recipe, tokens: int, device: torch.device) -> float:
+    """Of a run, roughly, by trials on this machine as it is now.
+
+    Args:
+        source: the model.
+        recipe: what would be done.
+        tokens: of its text.
+        device: where.
+    """
+    plan = recipe.plan(source.model)
+    shapes = _shapes(source, plan)
+    own = {name: (quantizer, shapes[name]) for name, quantizer in with_own_weight(plan).items()}
+    seconds = rounding_seconds(own, device)
+    if recipe.reads_text(plan):
+        work = multiplications(shapes, tokens, plan_needs(plan), recipe.runs_back(plan))
+        seconds += pass_seconds(work, source.model.dtype, device)
+    return seconds
+
+
+def _shapes(source: Source, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """[out_features, in_features] of the planned layers."""
+    return {name: tuple(linear_weight(source.model.get_submodule(name)).shape) for name in plan}
+
+
+def multiplications(shapes: Mapping[str, tuple[int, ...]], tokens: int, needs: Needs, back: bool = False) -> float:
     """Of the calibration: two passes of the quantized stream, one of the full one, and the statistics.
 
     Args:
         shapes: of the layers, by name, [out_features, in_features].
         tokens: of the text.
         needs: the most that a quantizer reads.
+        back: with a reverse pass: two forth, one back, and the outputs' statistics.
     """
     streams = 1 if needs < Needs.CROSS else 2
     weights = sum(rows * columns for rows, columns in shapes.values())
     inputs = sum(columns**2 for _, columns in shapes.values()) / 2  # layers side by side share their statistics
-    return tokens * (weights * (1 + streams) + inputs * streams)
+    reverse = 3 * weights + sum(rows**2 for rows, _ in shapes.values()) if back else 0
+    return tokens * (weights * (1 + streams) + inputs * streams + reverse)
 
 
 def resident_bytes() -> int:

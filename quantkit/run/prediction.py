@@ -6,9 +6,9 @@ e H_I e^T is that of all rows, and what it costs the model is
     KL ~ 1/2 (mean row loss) tr(H_O)
 
 where rows do without feedback among them; with it, what the rows after them leave unexplained takes the place of
-tr(H_O) (`quantkit.run.fisher`, `quantizers.row_feedback`). Layers of a kind that are not tried are taken to lose as much in
-proportion to the least that error feedback can lose, the mean square of their weights times the sum of all 1 / U_jj^2,
-or without feedback times tr(H_I). Two things are known to be missing and are put in:
+tr(H_O) (`quantkit.run.fisher`, `quantizers.row_feedback`). Layers of a kind that are not tried are taken to lose as
+much in proportion to the least that error feedback can lose, the mean square of their weights times the sum of all
+1 / U_jj^2, or without feedback times tr(H_I). Two things are known to be missing and are put in:
 
 - a way that reads n columns' Hessian from N tokens loses less on these than on others: of what it would lose with all
   the text in the world (1 - n/N) on these, and (1 + n/N) on others;
@@ -35,7 +35,6 @@ from quantkit.quantizers.factor import quantized
 from quantkit.quantizers.row_feedback import RowFeedback
 from quantkit.quantizers.rtn import RTN
 from quantkit.run.fisher import measure
-from quantkit.run.pipeline import Progress, silent
 from quantkit.run.recipe import Calibration, Recipe, core
 from quantkit.run.sequential import Pack, Walker
 
@@ -149,7 +148,7 @@ def predict(
     num_samples: int | None = None,
     fisher: bool | None = None,
     device: str | torch.device | None = None,
-    progress: Progress = silent,
+    progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> Prediction:
     """Tries ways to pack a model's layers.
 

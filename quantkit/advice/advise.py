@@ -1,0 +1,207 @@
+"""Advice: ways to pack a model, with what each takes and costs, from shapes alone or from a pass over some text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.advice import prior
+from quantkit.core.device import compute_dtype, pick_device
+from quantkit.core.protocols import Quantizer
+from quantkit.evopress.memory import beside_weights
+from quantkit.io.source import open_folder
+from quantkit.kvcache.config import KVCacheConfig
+from quantkit.models.structure import block_linears, context_length, ends
+from quantkit.run.estimate import expected_seconds, sizes
+from quantkit.run.prediction import Prediction, predict
+from quantkit.run.recipe import Calibration, Recipe, core, make_quantizer
+
+WAYS: tuple[tuple[str, float, dict[str, Any]], ...] = (
+    ("gptq", 8, {}),
+    ("gptq", 4, {"group_size": 64}),
+    ("trellis", 4, {}),
+    ("gptq", 3, {"group_size": 64}),
+    ("trellis", 3, {}),
+    ("trellis", 2, {}),
+)
+"""(method, bits, settings) that advice compares, by falling size."""
+HEAD_BITS = 6
+"""Of head and embedding in all of them."""
+MEASURED = 0.25
+"""Share by which a prediction from a measurement may be off (`evals.predictions`)."""
+ENOUGH = 0.05
+"""Nats a token below which a packed model is hardly told from the full one: the smallest such way is advised where
+memory sets no limit."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to pack a model; what is None was not asked for or is not known.
+
+    Attributes:
+        method, bits, options: of the command `quantkit quantize MODEL OPTIONS`; of the model as it is "", 16, "".
+        bits_per_weight: of the packed layers, every stored byte counted.
+        nbytes: of all tensors.
+        memory: peak of generation at the context.
+        fits: whether that is within the limit.
+        kl, kl_low, kl_high: expected KL to the full model, nats a token, and the range in which it is taken to lie.
+        read: bytes that a token's weights take, over those of the model as it is: the least time a token can take.
+        seconds: of the run, roughly, on this machine as it is now.
+    """
+
+    method: str
+    bits: float
+    options: str
+    bits_per_weight: float
+    nbytes: int
+    read: float
+    kl: float
+    kl_low: float
+    kl_high: float
+    seconds: float
+    memory: int | None = None
+    fits: bool | None = None
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do with a model.
+
+    Attributes:
+        model: its name.
+        device: where it is to run.
+        choices: by falling size; the first is the model as it is.
+        advised: one of them; None where none fits.
+        measured: whether its KL rests on a measurement of this model.
+        context, limit: that memory was counted for, and its limit in bytes.
+    """
+
+    model: str
+    device: str
+    choices: tuple[Choice, ...]
+    advised: Choice | None
+    measured: bool
+    context: int | None = None
+    limit: int | None = None
+
+
+def advise(
+    folder: Path,
+    name: str,
+    *,
+    limit: int | None = None,
+    context: int | None = None,
+    batch: int = 1,
+    kv_bits: int | None = None,
+    device: str | None = None,
+    tokens: float | None = None,
+    calibration: Calibration | None = None,
+    num_samples: int = 128,
+    seqlen: int | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, name: None,
+) -> Advice:
+    """Compares ways to pack a model.
+
+    Args:
+        folder: the full-precision model.
+        name: of the model, for what is said.
+        limit: bytes of memory that generation may take, weights and all.
+        context, batch: that it is to hold; None for 4096, or the model's context where that is shorter.
+        kv_bits: of a compressed KV cache.
+        device: where the model is to run, and where it would be packed.
+        tokens: that the model was trained on, for the law where nothing is measured.
+        calibration: text to measure on; None to go by shapes alone.
+        num_samples, seqlen: of the run that is advised.
+        progress: see `run.prediction.predict`.
+
+    Raises:
+        QuantkitError: bad input; the message says what would work.
+    """
+    where = pick_device(device)
+    source = open_folder(folder, compute_dtype(where), structure_only=True)
+    head = ends(source.model)[1]
+    recipes = [_recipe(way, head is not None) for way in WAYS]
+    quantizers = [recipe.quantizer for recipe in recipes if recipe.quantizer is not None]
+    measured = None
+    if calibration is not None:
+        measured = predict(
+            folder, quantizers, calibration, num_samples=num_samples, device=where, progress=progress
+        )  # fmt: skip
+    length = min(seqlen or 2048, context_length(source.model) or 2048)
+    asked = min(context or 4096, context_length(source.model) or context or 4096)
+    parameters = sum(p.numel() for p in source.model.parameters())
+    choices = []
+    for (method, bits, _), recipe in zip(WAYS, recipes, strict=True):
+        laid_out = sizes(open_folder(folder, compute_dtype(where), structure_only=True), recipe)
+        low, kl, high = _kl(measured, recipe.quantizer, method, bits, parameters, tokens)
+        choices.append(
+            Choice(
+                method, bits, _options(method, bits, recipe), laid_out.bits_per_weight, laid_out.bytes_after,
+                laid_out.bytes_after / laid_out.bytes_before, kl, low, high,
+                expected_seconds(source, recipe, num_samples * length, where),
+            )
+        )  # fmt: skip
+    before = source.nbytes()
+    every = (Choice("", 16, "", 8 * before / parameters, before, 1.0, 0.0, 0.0, 0.0, 0.0), *choices)
+    every = tuple(_placed(choice, folder, where, asked, batch, kv_bits, limit) for choice in every)
+    return Advice(name, str(where), every, _advised(every), measured is not None, asked, limit)
+
+
+def _recipe(way: tuple[str, float, dict[str, Any]], packs_head: bool) -> Recipe:
+    method, bits, settings = way
+    return Recipe(make_quantizer(method, bits=bits, **settings), head_bits=HEAD_BITS if packs_head else None)
+
+
+def _options(method: str, bits: float, recipe: Recipe) -> str:
+    """Of the command that packs a model so."""
+    group = getattr(core(recipe.quantizer), "group_size", 128) if recipe.quantizer is not None else 128
+    more = "" if group == 128 else f" --group-size {group}"
+    head = "" if recipe.head_bits is None else f" --head-bits {recipe.head_bits}"
+    return f"--method {method} --bits {bits:g}{more}{head}"
+
+
+def _kl(
+    measured: Prediction | None,
+    quantizer: Quantizer | None,
+    method: str,
+    bits: float,
+    parameters: int,
+    tokens: float | None,
+) -> tuple[float, float, float]:
+    """(at least, expected, at most), nats a token."""
+    if measured is not None and quantizer is not None:
+        kl = measured.kl(quantizer)
+        return kl * (1 - MEASURED), kl, kl * (1 + MEASURED)
+    kl = prior.expected_kl(method, bits, parameters, tokens)
+    return kl / prior.UNCERTAINTY, kl, kl * prior.UNCERTAINTY
+
+
+def _placed(
+    choice: Choice,
+    folder: Path,
+    device: torch.device,
+    context: int,
+    batch: int,
+    kv_bits: int | None,
+    limit: int | None,
+) -> Choice:
+    """The choice with its memory at a context."""
+    model = open_folder(folder, structure_only=True).model
+    kv = None if kv_bits is None else KVCacheConfig.gear(kv_bits)
+    packed = list(block_linears(model)) if choice.method else []
+    beside = beside_weights(model, packed, context, batch, kv, device, ends(model)[1] if choice.method else None)
+    memory = choice.nbytes + beside.total
+    return replace(choice, memory=memory, fits=None if limit is None else memory <= limit)
+
+
+def _advised(choices: Sequence[Choice]) -> Choice | None:
+    """The least KL that fits; without a limit the smallest of those that are hardly told from the full model."""
+    if any(choice.fits is not None for choice in choices):
+        fitting = [choice for choice in choices if choice.fits]
+        return min(fitting, key=lambda choice: (choice.kl, choice.nbytes), default=None)
+    near = [choice for choice in choices if choice.kl <= ENOUGH]
+    return min(near, key=lambda choice: choice.nbytes)
