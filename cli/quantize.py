@@ -143,6 +143,11 @@ _Check = Annotated[
     ),
 ]
 _NoCheck = Annotated[bool, typer.Option("--no-check", help="Leave that out.")]
+_PushToHub = Annotated[
+    str | None,
+    typer.Option(metavar="ID", help="Upload the finished folder to this repository on the hub, made where it is new."),
+]
+_Private = Annotated[bool, typer.Option("--private", help="Make it a private one.")]
 _Output = Annotated[Path | None, typer.Option(help="Folder to make; by default NAME-METHOD-Nbit.")]
 _Seed = Annotated[int, typer.Option(help="Of the choice of calibration sequences; methods have fixed seeds.")]
 
@@ -179,6 +184,8 @@ def quantize_command(
     check: _Check = 8,
     no_check: _NoCheck = False,
     output: _Output = None,
+    push_to_hub: _PushToHub = None,
+    private: _Private = False,
     device: options.Device = "auto",
     seed: _Seed = 0,
     resume: options.Resume = False,
@@ -191,8 +198,12 @@ def quantize_command(
     An interrupted run continues with --resume and gives the same bytes. The report is printed and written beside the
     checkpoint: quantkit_report.json, and quantkit_report.html to read.
     """
+    if private and push_to_hub is None:
+        raise QuantkitError("--private says nothing without --push-to-hub; add the repository's id")
     quantizer, words = _quantizer(context, plan, bits, method, hadamard, low_rank, low_rank_bits)
     from quantkit.io.hf import resolve_folder
+    from quantkit.io.hub import check_push, hub_id
+    from quantkit.io.hub import push_to_hub as push
     from quantkit.io.run_folder import Output
     from quantkit.models.rotation import Rotation
     from quantkit.run.pipeline import quantize_checkpoint
@@ -211,6 +222,8 @@ def quantize_command(
         head_bits,
         0 if no_check else check,
     )
+    if push_to_hub is not None:  # hours before it is needed
+        push_to_hub = hub_id(push_to_hub) if dry_run else check_push(push_to_hub)
     folder = resolve_folder(model)
     output = output or Path(f"{Path(model).resolve().name}-{words}")
     if dry_run:
@@ -225,12 +238,19 @@ def quantize_command(
     except KeyboardInterrupt:
         raise _interrupted(output) from None
     more = _eval_command(output, model, calibration)
-    if as_json:
-        print(json.dumps(report.to_json() | {"eval_command": more}, indent=2))
-        return
-    report_table(report)
-    aside.print(f"measure more     {escape(more)}", soft_wrap=True)
-    made(output)
+    if not as_json:
+        report_table(report)
+        aside.print(f"measure more     {escape(more)}", soft_wrap=True)
+        made(output)
+    address = None
+    try:
+        if push_to_hub is not None:
+            address = push(output, push_to_hub, private)
+    finally:  # an upload that failed takes nothing away from the run
+        if as_json:
+            print(json.dumps(report.to_json() | {"eval_command": more, "hub": address}, indent=2))
+    if address is not None and not as_json:
+        aside.print(f"on the hub: {escape(address)}", soft_wrap=True)
 
 
 def _eval_command(output: Path, model: str, text: str) -> str:
