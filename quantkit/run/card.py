@@ -26,15 +26,15 @@ def model_card(report: Report, config: dict[str, Any], original: str) -> str:
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    name, taken = title(report.model), _taken_over(original)
+    name, results = title(report.model), None if report.check is None else _results(report.check)
     data = ModelCardData(
         base_model=base_model(report.model, config),
         library_name="quantkit",
         pipeline_tag="text-generation",
         tags=["quantkit", "quantized", "compressed"],
-        model_name=f"{name}, {report.bits_per_weight:.2f} bits per weight",
-        eval_results=None if report.check is None else _results(report.check),
-        **taken,
+        model_name=results and f"{name}, {report.bits_per_weight:.2f} bits per weight",
+        eval_results=results,
+        **_taken_over(original),
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{_text(report, name)}", ignore_metadata_errors=True))
 
