@@ -76,11 +76,11 @@ def report_table(report: Report) -> None:
     if (check := report.check) is not None:
         percent = 100 * check.seconds / report.seconds
         aside.print(
-            f"check            on {check.sequences} held-out sequences of {check.seqlen} tokens of "
-            f"{escape(check.source)}, in {check.seconds:.1f} s ({percent:.0f}% of the time)",
+            f"check            on {check.where} of {escape(check.source)}, in {check.seconds:.1f} s "
+            f"({percent:.0f}% of the time)",
             soft_wrap=True,
         )
-        aside.print(f"  KL             {check.kl:.5f} +- {check.kl_se:.5f} nats a token to the full model")
+        aside.print(f"  KL             {check.kl_text().replace('±', '+-')} nats a token to the full model")
         aside.print(f"  top-1          {100 * check.top1_agreement:.2f}% agree with it")
         aside.print(f"  perplexity     {check.baseline_perplexity:.4f} -> {check.perplexity:.4f}")
     for note in report.notes:

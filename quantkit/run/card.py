@@ -36,7 +36,8 @@ def model_card(report: Report, config: dict[str, Any], original: str) -> str:
         eval_results=results,
         **_taken_over(original),
     )
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{_text(report, name)}", ignore_metadata_errors=True))
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n{_text(report, name)}", ignore_metadata_errors=True)
+    return str(card).rstrip() + "\n"
 
 
 def title(model: str) -> str:
@@ -131,9 +132,8 @@ def _text(report: Report, name: str) -> str:
         f"size: {size(report.bytes_after)}, from {size(report.bytes_before)}",
     ]
     if (check := report.check) is not None:
-        where = f"on {check.sequences} held-out sequences of {check.seqlen} tokens of the calibration text"
         lines += [
-            f"KL to the full model: {check.kl:.5f} ± {check.kl_se:.5f} nats a token, {where}",
+            f"KL to the full model: {check.kl_text()} nats a token, on {check.where} of the calibration text",
             f"top-1 agreement with it: {100 * check.top1_agreement:.2f}%",
             f"perplexity: {check.perplexity:.4f}, from {check.baseline_perplexity:.4f}",
         ]

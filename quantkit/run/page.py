@@ -94,7 +94,7 @@ def _figures(report: Report) -> str:
     ]
     if (check := report.check) is not None:
         shown += [
-            (f"{check.kl:.4f} ± {check.kl_se:.4f}", "KL to the full model, nats a token"),
+            (check.kl_text(4), "KL to the full model, nats a token"),
             (f"{100 * check.top1_agreement:.1f}%", "same first choice"),
             (f"{check.baseline_perplexity:.3f} → {check.perplexity:.3f}", "perplexity"),
         ]
@@ -147,14 +147,14 @@ def _sizes(report: Report) -> str:
 
 def _check(check: Check) -> str:
     rows = [
-        ("KL(full || packed), nats a token", f"{check.kl:.5f} ± {check.kl_se:.5f}"),
+        ("KL(full || packed), nats a token", check.kl_text()),
         ("top-1 agreement", f"{100 * check.top1_agreement:.2f}%"),
         ("flip rate", f"{100 * check.flip_rate:.2f}%"),
         ("perplexity of the full model", f"{check.baseline_perplexity:.4f}"),
         ("perplexity of the packed model", f"{check.perplexity:.4f}"),
     ]
-    text = f"{check.sequences} sequences of {check.seqlen} tokens of {check.source}, {check.tokens:,} tokens scored; "
-    text += "of the source that calibrates, and not used for that. The error is one over sequences."
+    text = f"{check.where} of {check.source}, {check.tokens:,} tokens scored; no text that calibrated. "
+    text += "The error is one over sequences."
     return f'<h2>Check on held-out text</h2>\n{_table(("", "measured"), rows)}<p class="note">{_safe(text)}</p>'
 
 

@@ -62,6 +62,15 @@ class Check:
     perplexity: float
     seconds: float
 
+    def kl_text(self, digits: int = 5) -> str:
+        """KL and its standard error, as far as one sequence or more tell it."""
+        return f"{self.kl:.{digits}f}" + (f" ± {self.kl_se:.{digits}f}" if self.sequences > 1 else "")
+
+    @property
+    def where(self) -> str:
+        """How much text it is, in words."""
+        return f"{self.sequences} held-out sequence{'s' * (self.sequences > 1)} of {self.seqlen} tokens"
+
 
 @dataclass(frozen=True)
 class Piece:
