@@ -73,5 +73,15 @@ def report_table(report: Report) -> None:
     gpu = f", {size(report.peak_device_bytes)} on the GPU" if report.peak_device_bytes else ""
     aside.print(f"peak memory      {size(report.peak_memory_bytes)}{gpu}")
     aside.print(f"time             {report.seconds:.1f} s")
+    if (check := report.check) is not None:
+        percent = 100 * check.seconds / report.seconds
+        aside.print(
+            f"check            on {check.where} of {escape(check.source)}, in {check.seconds:.1f} s "
+            f"({percent:.0f}% of the time)",
+            soft_wrap=True,
+        )
+        aside.print(f"  KL             {check.kl_text().replace('±', '+-')} nats a token to the full model")
+        aside.print(f"  top-1          {100 * check.top1_agreement:.2f}% agree with it")
+        aside.print(f"  perplexity     {check.baseline_perplexity:.4f} -> {check.perplexity:.4f}")
     for note in report.notes:
-        aside.print(f"note             {note}")
+        aside.print(f"note             {escape(note)}", soft_wrap=True)

@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from quantkit.cli import options
+from quantkit.cli import tasks as task_options
 from quantkit.cli.display import console
 from quantkit.cli.progress import window_progress
 from quantkit.core.errors import Interrupted, QuantkitError
@@ -61,6 +62,7 @@ _KvRetrieval = Annotated[
 
 
 def evaluate_command(
+    context: typer.Context,
     model: options.Subject,
     data: _Data = "wikitext2",
     seqlen: options.Seqlen = None,
@@ -84,12 +86,21 @@ def evaluate_command(
     kv_bits: options.KvBits = None,
     kv_prefix: _KvPrefix = None,
     kv_retrieval: _KvRetrieval = None,
+    tasks: task_options.Tasks = None,
+    include_path: task_options.IncludePath = None,
+    num_fewshot: task_options.NumFewshot = None,
+    limit: task_options.Limit = None,
+    batch_size: task_options.BatchSize = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure perplexity on held-out text; with --baseline also KL, top-1 agreement and flips.
+    """Measure perplexity on held-out text; with --baseline also KL, top-1 agreement and flips; or score tasks.
 
-    With --kv-bits the baseline is, unless another is given, the model itself with an exact cache.
+    With --kv-bits the baseline is, unless another is given, the model itself with an exact cache. With --tasks the
+    baseline is scored on the same tasks.
     """
+    if task_options.of_tasks(context.params):
+        task_options.say_tasks(context.params)
+        return
     from quantkit.evals.evaluate import evaluate
     from quantkit.evals.perplexity import Stopped
 

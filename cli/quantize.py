@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from quantkit.cli import options
-from quantkit.cli.display import console, made, report_table
+from quantkit.cli.display import aside, console, made, report_table
 from quantkit.cli.progress import block_progress, duration
 from quantkit.core.constants import TARGET_SHIFT
 from quantkit.core.errors import Interrupted, QuantkitError
@@ -132,6 +133,21 @@ _Plan = Annotated[
     typer.Option(help="quantkit_plan.json of a search: each layer's own method and bits, instead of --bits."),
 ]
 _Ignore = Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave dense; may be repeated.")]
+_Check = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        help="Held-out sequences of the calibration text on which the packed model is compared with the full one at "
+        "the end: KL, top-1 agreement, perplexity. 8 take 6% of a run that reads 128 to calibrate (rtn reads none, and "
+        "takes several times as long with them).",
+    ),
+]
+_NoCheck = Annotated[bool, typer.Option("--no-check", help="Leave that out.")]
+_PushToHub = Annotated[
+    str | None,
+    typer.Option(metavar="ID", help="Upload the finished folder to this repository on the hub, made where it is new."),
+]
+_Private = Annotated[bool, typer.Option("--private", help="Make it a private one.")]
 _Output = Annotated[Path | None, typer.Option(help="Folder to make; by default NAME-METHOD-Nbit.")]
 _Seed = Annotated[int, typer.Option(help="Of the choice of calibration sequences; methods have fixed seeds.")]
 
@@ -166,7 +182,11 @@ def quantize_command(
     outlier_bits: _OutlierBits = None,
     ranges: _Ranges = None,
     scale_inputs: _ScaleInputs = None,
+    check: _Check = 8,
+    no_check: _NoCheck = False,
     output: _Output = None,
+    push_to_hub: _PushToHub = None,
+    private: _Private = False,
     device: options.Device = "auto",
     seed: _Seed = 0,
     resume: options.Resume = False,
@@ -176,11 +196,15 @@ def quantize_command(
 ) -> None:
     """Quantize a model: blocks are read, quantized and written one at a time.
 
-    An interrupted run continues with --resume and gives the same bytes. The report is printed and written to
-    quantkit_report.json beside the checkpoint.
+    An interrupted run continues with --resume and gives the same bytes. The report is printed and written beside the
+    checkpoint: quantkit_report.json, and quantkit_report.html to read.
     """
+    if private and push_to_hub is None:
+        raise QuantkitError("--private says nothing without --push-to-hub; add the repository's id")
     quantizer, words = _quantizer(context, plan, bits, method, hadamard, low_rank, low_rank_bits)
     from quantkit.io.hf import resolve_folder
+    from quantkit.io.hub import check_push, hub_id
+    from quantkit.io.hub import push_to_hub as push
     from quantkit.io.run_folder import Output
     from quantkit.models.rotation import Rotation
     from quantkit.run.pipeline import quantize_checkpoint
@@ -198,7 +222,10 @@ def quantize_command(
         BlockTuning(tune_blocks) if tune_blocks else None,
         head_bits,
         fisher,
+        0 if no_check else check,
     )
+    if push_to_hub is not None:  # hours before it is needed
+        push_to_hub = hub_id(push_to_hub) if dry_run else check_push(push_to_hub)
     folder = resolve_folder(model)
     output = output or Path(f"{Path(model).resolve().name}-{words}")
     if dry_run:
@@ -212,11 +239,27 @@ def quantize_command(
             )
     except KeyboardInterrupt:
         raise _interrupted(output) from None
-    if as_json:
-        print(json.dumps(report.to_json(), indent=2))
-        return
-    report_table(report)
-    made(output)
+    known = report.check or report.settings["calibration"]  # else nobody has read that text
+    more = _eval_command(output, model, calibration if known else "wikitext2")
+    if not as_json:
+        report_table(report)
+        aside.print(f"measure more     {escape(more)}", soft_wrap=True)
+        made(output)
+    address = None
+    try:
+        if push_to_hub is not None:
+            address = push(output, push_to_hub, private)
+    finally:  # an upload that failed takes nothing away from the run
+        if as_json:
+            print(json.dumps(report.to_json() | {"eval_command": more, "hub": address}, indent=2))
+    if address is not None and not as_json:
+        aside.print(f"on the hub: {escape(address)}", soft_wrap=True)
+
+
+def _eval_command(output: Path, model: str, text: str) -> str:
+    """The command that measures the checkpoint on more text."""
+    words = ["quantkit", "eval", str(output), "--baseline", model, "--data", text]
+    return " ".join(shlex.quote(word) for word in words)
 
 
 def _quantizer(

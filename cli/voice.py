@@ -37,7 +37,8 @@ def speak(how: Voice) -> None:
     logging.getLogger("quantkit").setLevel((logging.ERROR, logging.INFO, logging.DEBUG)[how])
     if how == Voice.QUIET or not sys.stderr.isatty():  # bars are for eyes
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for noisy in ("huggingface_hub", "datasets", "httpx", "transformers"):
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    for noisy in ("huggingface_hub", "datasets", "httpx", "transformers", "lm_eval"):
         logging.getLogger(noisy).setLevel(logging.INFO if how == Voice.VERBOSE else logging.ERROR)
 
 

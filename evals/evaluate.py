@@ -104,16 +104,16 @@ def evaluate(
         Stopped: on Ctrl-C, once a sequence is measured; its `measured` is an `Evaluation` of those that are.
     """
     where, kind = pick_device(device), parse_dtype(dtype)
-    tokenizer = _tokenizer(model, tokenizer)
+    tokenizer = tokenizer_of(model, tokenizer)
     text = evaluation_text(documents(data, "evaluation", tokenizer), tokenizer, bos)
-    subject = _loaded(model, where, kind, unpack=unpack)
-    reference = None if baseline is None else _loaded(baseline, where, kind)
+    subject = loaded(model, where, kind, unpack=unpack)
+    reference = None if baseline is None else loaded(baseline, where, kind)
     for one in (subject, reference):
         if one is not None:
             check_vocabulary(text.tokens, one)
     length = sequence_length(seqlen, context_length(subject))
     prefix = _prefix(cache, length)
-    compared = "with an exact cache" if cache is not None and baseline is None else _named(baseline)
+    compared = "with an exact cache" if cache is not None and baseline is None else named(baseline)
     coding = nullcontext() if activations is None else quantized_activations(subject, activations)
     caching = nullcontext(subject) if cache is None else compressed_prefix(subject, cache.config, prefix)
     stopped = False
@@ -130,14 +130,14 @@ def evaluate(
     if cache is not None:
         cached = {"bits": cache.config.k_bits, "prefix": prefix, "bits_per_element": reader.bits}
         cached |= {} if stopped else _retrieved(cache, subject, tokenizer)
-    settings = {"model": _named(model), "data": data, "seqlen": length, "stride": stride or text.body(length)}
+    settings = {"model": named(model), "data": data, "seqlen": length, "stride": stride or text.body(length)}
     found = Evaluation(quality, settings | {"bos": text.bos is not None, "baseline": compared}, coded, cached)
     if stopped:
         raise Stopped(found)
     return found
 
 
-def _tokenizer(model: PreTrainedModel | str | Path, given: Any) -> Any:
+def tokenizer_of(model: PreTrainedModel | str | Path, given: Any) -> Any:
     """The tokenizer beside a model in a folder, or the one given with a model in memory."""
     if not isinstance(model, PreTrainedModel):
         folder = resolve_folder(model)
@@ -148,9 +148,10 @@ def _tokenizer(model: PreTrainedModel | str | Path, given: Any) -> Any:
     return given
 
 
-def _loaded(
+def loaded(
     asked: PreTrainedModel | str | Path, device: torch.device, dtype: torch.dtype | None, **settings: Any
 ) -> PreTrainedModel:
+    """A model in memory as it is, another loaded in `dtype`, by default float32 on a CPU; see `quantkit.load`."""
     if isinstance(asked, PreTrainedModel):
         return asked
     kind = dtype or compute_dtype(device) or "auto"
@@ -188,7 +189,8 @@ def _retrieved(cache: CacheTest, model: PreTrainedModel, tokenizer: Any) -> dict
     return {name: retrieval(model, tokenizer, config, cache.retrieval) for name, config in tested.items()}
 
 
-def _named(model: PreTrainedModel | str | Path | None) -> str | None:
+def named(model: PreTrainedModel | str | Path | None) -> str | None:
+    """What to call a model."""
     if isinstance(model, PreTrainedModel):
         return getattr(model.config, "_name_or_path", "") or type(model).__name__
     return None if model is None else str(model)

@@ -77,7 +77,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as workspace:
         source, packed = Path(workspace) / "llama", Path(workspace) / "packed"
         write_untrained_llama(source, config)
-        command = ["-m", "quantkit.cli", "quantize", str(source), "--method", "rtn", "--bits", str(arguments.bits)]
+        command = [
+            "-m",
+            "quantkit.cli",
+            "quantize",
+            str(source),
+            "--no-check",
+            "--method",
+            "rtn",
+            "--bits",
+            str(arguments.bits),
+        ]
         subprocess.run([sys.executable, *command, "--output", str(packed)], check=True, stdout=subprocess.DEVNULL)
         full, adapters = (measure(source, 0, arguments.tokens), measure(packed, arguments.rank, arguments.tokens))
     for name, found in (("full fine-tuning", full), (f"corrections of rank {arguments.rank}", adapters)):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quantkit.core.errors import QuantkitError
-from quantkit.core.metrics import token_kl, token_nll
+from quantkit.core.metrics import mean_and_error, token_kl, token_nll
 from quantkit.run.text import EvaluationText
 
 _POSITIONS = 512  # positions whose logits are turned to fp32 at once
@@ -131,7 +131,7 @@ def _quality(rows: list[dict[str, float]], text: EvaluationText, available: int)
     """
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     counts = torch.tensor(columns.pop("count"), dtype=torch.float64)
-    means = {name: _mean_and_error(values, counts) for name, values in columns.items()}
+    means = {name: mean_and_error(values, counts) for name, values in columns.items()}
     nll, nll_se = means["nll"]
     if not math.isfinite(nll):
         raise QuantkitError(
@@ -156,17 +156,6 @@ def _quality(rows: list[dict[str, float]], text: EvaluationText, available: int)
         available=available,
         **compared,
     )
-
-
-def _mean_and_error(sums: list[float], counts: Tensor) -> tuple[float, float]:
-    """Mean over all tokens of sequences' sums, and its standard error over sequences (a ratio estimate's)."""
-    values = torch.tensor(sums, dtype=torch.float64)
-    mean = float(values.sum() / counts.sum())
-    if len(sums) < 2:
-        return mean, 0.0
-    deviations = values - mean * counts
-    variance = float(deviations.square().sum()) / (len(sums) - 1) * len(sums) / float(counts.sum()) ** 2
-    return mean, math.sqrt(variance)
 
 
 @torch.no_grad()

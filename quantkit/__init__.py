@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from quantkit.api import quantize, search, tune
     from quantkit.evals.evaluate import CacheTest, evaluate
     from quantkit.io.hf import load
+    from quantkit.io.hub import push_to_hub
     from quantkit.kvcache.attention import compressed_kv
     from quantkit.kvcache.cache import GearCache
     from quantkit.kvcache.config import KVCacheConfig
@@ -59,6 +60,7 @@ __all__ = [
     "finished",
     "fuse",
     "load",
+    "push_to_hub",
     "quantize",
     "quantize_checkpoint",
     "report",
@@ -69,6 +71,7 @@ __all__ = [
 _PLACES = {
     "models.fusion": ("fuse",),
     "io.hf": ("load",),
+    "io.hub": ("push_to_hub",),
     "kvcache.attention": ("compressed_kv",),
     "kvcache.cache": ("GearCache",),
     "kvcache.config": ("KVCacheConfig",),

@@ -56,6 +56,7 @@ def quantize(
     seqlen: int | None = None,
     seed: int = 0,
     true_sequential: bool = True,
+    check: int = 0,
     device: str | torch.device | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -88,6 +89,8 @@ def quantize(
         num_samples, seqlen, seed: the calibration's sequences, where `calibration` is not a `Calibration`.
         output: folder to make; it appears whole or not at all. None to return the packed model.
         true_sequential: let each layer see its own block's earlier layers quantized; without it, it is faster.
+        check: sequences of other pieces of the text to measure the packed model on, beside the full one, at the end; 0
+            for none, and 8 are a good number. The figures are the report's `check`.
         device: where blocks are quantized; by default a GPU if there is one.
         resume: go on with an unfinished run towards `output`; overwrite: replace one, and `output`.
         progress: called with (blocks done, blocks in all, name).
@@ -111,7 +114,8 @@ def quantize(
 
         tuner = BlockTuning(tuner)
     recipe = Recipe(
-        quantizer, rules or {}, target_shift, text, true_sequential, rotation, low_rank_bits, tuner, head_bits, fisher
+        quantizer, rules or {}, target_shift, text, true_sequential, rotation, low_rank_bits, tuner, head_bits, fisher,
+        check,
     )  # fmt: skip
     if output is None and (resume or overwrite):
         raise QuantkitError("`resume` and `overwrite` are about an `output`; give one, or leave them out")

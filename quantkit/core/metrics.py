@@ -1,5 +1,8 @@
 """What quantization costs: proxy loss of a layer, NLL and KL of a model's predictions."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,3 +46,19 @@ def token_kl(baseline_logits: Tensor, logits: Tensor) -> Tensor:
     baseline = torch.log_softmax(baseline_logits.float(), dim=-1)
     model = torch.log_softmax(logits.float(), dim=-1)
     return (baseline.exp() * (baseline - model)).sum(-1)
+
+
+def mean_and_error(sums: Sequence[float], counts: Tensor) -> tuple[float, float]:
+    """Mean over all tokens of sequences' sums, and its standard error over sequences (a ratio estimate's).
+
+    Args:
+        sums: of a figure over each sequence's tokens.
+        counts: of those tokens, fp64 [sequences].
+    """
+    values = torch.tensor(sums, dtype=torch.float64)
+    mean = float(values.sum() / counts.sum())
+    if len(sums) < 2:
+        return mean, 0.0
+    deviations = values - mean * counts
+    variance = float(deviations.square().sum()) / (len(sums) - 1) * len(sums) / float(counts.sum()) ** 2
+    return mean, math.sqrt(variance)

@@ -56,5 +56,5 @@ def assemble(
         writer.write(index, f"{source.prefix}.{index}" if index >= 0 else "", results)
     report = run.report(name, plan, writer.results(), dense_bytes)
     config = source.config | ({"tie_word_embeddings": False} if source.untied else {})
-    writer.finish(config, lambda: source.files() | files_of(report) | files(report))
+    writer.finish(config, lambda: source.files() | files_of(report, source) | files(report))
     return report

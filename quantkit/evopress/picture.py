@@ -1,13 +1,11 @@
 """The picture of a search: bits per weight of each layer over depth, and fitness over generations. Needs matplotlib."""
 
-import re
 from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
 
 from quantkit.evopress.evolve import Outcome
-
-PLACE = re.compile(r"\.(\d+)\.")
+from quantkit.run.pictures import PLACE
 
 
 def draw(outcome: Outcome, bits: Mapping[str, float], measure: str) -> bytes:

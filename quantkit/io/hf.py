@@ -74,7 +74,7 @@ def resolve_folder(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
         folder = Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:  # huggingface_hub raises its own, requests' and OS errors
         raise QuantkitError(

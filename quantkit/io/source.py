@@ -192,6 +192,14 @@ class Source(ABC):
             QuantkitError: a file cannot be read.
         """
 
+    def readme(self) -> str:
+        """The model's card, the README.md beside it; "" where there is none."""
+        return ""
+
+    @abstractmethod
+    def in_memory(self, device: torch.device) -> PreTrainedModel:
+        """The model with all its weights, on `device` if they have to be read; nothing is to walk over it then."""
+
     @contextmanager
     def walked(self) -> Iterator[None]:
         """The time in which layers are packed."""
@@ -260,6 +268,14 @@ class Loaded(Source):
     def files(self) -> dict[str, bytes]:
         """See `Source`."""
         return _beside(self._folder) if self._folder is not None else {}
+
+    def readme(self) -> str:
+        """See `Source`."""
+        return "" if self._folder is None else _readme(self._folder)
+
+    def in_memory(self, device: torch.device) -> PreTrainedModel:
+        """See `Source`."""
+        return self.model
 
     @contextmanager
     def walked(self) -> Iterator[None]:
@@ -359,6 +375,18 @@ class Sharded(Source):
         """See `Source`."""
         return _beside(self._folder)
 
+    def readme(self) -> str:
+        """See `Source`."""
+        return _readme(self._folder)
+
+    def in_memory(self, device: torch.device) -> PreTrainedModel:
+        """See `Source`."""
+        weights = ShardedWeights(self.model, self._tensors, self.model.dtype, set())
+        weights.load("", self.model, device)
+        for index, block in enumerate(self.blocks):
+            weights.load(f"{self.prefix}.{index}", block, device)
+        return self.model
+
     def _stored(self) -> dict[str, int]:
         return {name: self._shards.tensor_nbytes(stored) for name, stored in self._tensors.mapping.items()}
 
@@ -408,6 +436,13 @@ def _beside(folder: Path) -> dict[str, bytes]:
         and path.name not in WRITTEN_ANEW
         and path.stat().st_size <= _LARGEST
     }
+
+
+def _readme(folder: Path) -> str:
+    try:
+        return (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # a card is a courtesy
+        return ""
 
 
 def _bytes(path: Path) -> bytes:

@@ -350,6 +350,7 @@ def capture(
     source: WeightSource,
     device: torch.device,
     batch_tokens: int,
+    wrap: Wrap | None = None,
 ) -> tuple[list[Batch], Wrap]:
     """The first block's inputs and what else each block is called with, from running the model with stubbed blocks.
 
@@ -360,6 +361,7 @@ def capture(
         source: of the weights in front of the blocks, and of the first block's.
         device: where the model runs.
         batch_tokens: tokens of a batch, at most, unless a sequence alone has more.
+        wrap: the form in which blocks return hidden states, where it is known; else the first block tells it.
 
     Returns:
         (batches, the form in which blocks return hidden states).
@@ -369,7 +371,7 @@ def capture(
     """
     rows = max(1, batch_tokens // sequences.shape[1])
     source.load("", model, device)
-    wrap = _output_form(model, blocks, sequences[:1].to(device), source, device)
+    wrap = wrap or _output_form(model, blocks, sequences[:1].to(device), source, device)
     batches: list[Batch] = []
     for tokens in sequences.split(rows):
         calls: list[tuple[int, Tensor, tuple, dict[str, Any]]] = []
@@ -457,6 +459,25 @@ def head_logits(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, hidden:
     with patched_forwards(blocks, _stubs(blocks, lambda _: wrap(hidden), [], wrap)):
         logits: Tensor = model(input_ids=tokens, use_cache=False).logits
         return logits
+
+
+def logits_of(
+    model: nn.Module, blocks: nn.ModuleList, head: nn.Module, device: torch.device, product: Callable[[], Tensor]
+) -> Tensor:
+    """What a model makes of its head's outputs, soft caps and scales included, [sequences, tokens, vocabulary].
+
+    Args:
+        model: any decoder; what lies in front of its head runs on a single token, and nobody looks at that.
+        blocks: of the model; they do not run.
+        head: the module of the model that gives logits; it does not run either.
+        device: where all but the blocks is.
+        product: gives the head's outputs instead, of the returned shape.
+    """
+    stubs = _stubs(blocks, bare, [], bare)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    with patched_forwards(nn.ModuleList([*blocks, head]), [*stubs, lambda *_args, **_kwargs: product()]):
+        logits: Tensor = model(input_ids=token, use_cache=False).logits
+    return logits
 
 
 def _same(left: Any, right: Any) -> bool:

@@ -121,7 +121,7 @@ def check_vocabulary(tokens: Tensor, model: nn.Module) -> None:
     """Raises QuantkitError where a token of int64 [...] has no row in the model's embedding."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     rows = embedding.weight.shape[0] if isinstance(embedding, nn.Embedding) else embedding.num_embeddings
-    largest = int(tokens.max())
+    largest = int(tokens.max()) if tokens.numel() else -1
     if largest >= rows:
         raise QuantkitError(
             f"the tokenizer gives token {largest}, the model's embedding has {rows} rows; are they of the same model?"

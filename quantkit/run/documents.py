@@ -28,7 +28,7 @@ from quantkit.run.corpus import standard_library
 
 Document = str | list[int]
 
-_HUB_NAMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+HUB_NAMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # name: (arguments of datasets.load_dataset for calibration, the same for evaluation)
     "wikitext2": (
         {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},
@@ -92,8 +92,8 @@ def _rows_of(source: str, purpose: str) -> tuple[Iterable[Any], str | None, str]
         return _read_file(path), column or None, name
     if name == "stdlib":
         return standard_library("train" if purpose == "calibration" else "held_out"), None, name
-    if name in _HUB_NAMES:
-        return _read_hub(name, _HUB_NAMES[name][purpose == "evaluation"]), None, name
+    if name in HUB_NAMES:
+        return _read_hub(name, HUB_NAMES[name][purpose == "evaluation"]), None, name
     if path.exists():
         raise QuantkitError(f"{name} is not a file; give a .txt or .jsonl file, or one of {', '.join(_NAMES)}")
     if name.count("/") == 1 and not path.suffix and not name.startswith((".", "~", "/")):
@@ -202,8 +202,13 @@ def _parquet(path: Path, content: bytes) -> list[Any]:
 
 
 def _read_hub(source: str, arguments: dict[str, Any]) -> Iterator[Any]:
-    from datasets import load_dataset  # slow to import, and needed only here
-
+    try:
+        from datasets import load_dataset  # slow to import, and needed only here
+    except ImportError:
+        raise QuantkitError(
+            f"dataset {source!r} is read by the package datasets, which is not installed (pip install "
+            "'quantkit-llm[hub]'); without it, give a text file or 'stdlib'"
+        ) from None
     try:
         rows = load_dataset(**arguments, streaming="c4" in arguments["path"])
         for i, row in enumerate(rows):

@@ -12,10 +12,12 @@ from quantkit.core.device import compute_dtype, free_memory, pick_device
 from quantkit.core.protocols import Needs
 from quantkit.io.source import Loaded, Source, open_folder
 from quantkit.models.plan import Plan, plan_needs, tied, with_own_weight
-from quantkit.models.structure import block_linears, linear_weight
+from quantkit.models.structure import block_linears, context_length, linear_weight
+from quantkit.run.check import LOGITS
 from quantkit.run.ranks import with_ranks
-from quantkit.run.recipe import Recipe
+from quantkit.run.recipe import Recipe, sequence_length
 from quantkit.run.report import peak_memory_bytes
+from quantkit.run.samples import LARGEST
 from quantkit.run.sequential import BATCH_TOKENS, REPLAY_FRACTION
 from quantkit.run.trial import pass_seconds, rounding_seconds
 
@@ -74,6 +76,11 @@ def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimat
     seconds = expected_seconds(source, recipe, 0 if tokens is None else tokens.numel(), where)
     laid_out = sizes(source, recipe)
     working = _working_bytes(source, shapes, tokens, plan_needs(plan), recipe.tuner is not None, where)
+    if recipe.check:
+        length = sequence_length(recipe.calibration.seqlen, context_length(model))
+        working = max(working, _checking_bytes(source, (recipe.check, length), tokens))
+        weights = sum(p.numel() for p in model.parameters())
+        seconds += pass_seconds(2 * recipe.check * length * weights, model.dtype, where)
     return Estimate(
         layers=len(plan),
         packed_weights=laid_out.packed_weights,
@@ -141,6 +148,24 @@ def expected_seconds(source: Source, recipe: Recipe, tokens: int, device: torch.
 def _shapes(source: Source, plan: Plan) -> dict[str, tuple[int, ...]]:
     """[out_features, in_features] of the planned layers."""
     return {name: tuple(linear_weight(source.model.get_submodule(name)).shape) for name in plan}
+
+
+def _checking_bytes(source: Source, held_out: tuple[int, int], tokens: Tensor | None) -> int:
+    """Bytes that a run with a check takes at its end, when the streams of its calibration are still there.
+
+    Args:
+        source: of the model.
+        held_out: sequences, and tokens of each.
+        tokens: of the calibration, or None.
+    """
+    model = source.model
+    itemsize = torch.empty(0, dtype=model.dtype).element_size()
+    hidden = model.config.get_text_config().hidden_size
+    logits = min(LOGITS, held_out[1] * model.config.get_text_config().vocab_size)
+    ends = sum(p.numel() for p in model.parameters()) * itemsize - len(source.blocks) * source.block_nbytes(itemsize)
+    streams = 2 * (held_out[0] * held_out[1] + (0 if tokens is None else tokens.numel())) * hidden * itemsize
+    whole = sum(p.numel() for p in model.parameters()) * itemsize
+    return int(HEAP * max(streams + max(0, ends) + 6 * 4 * logits, 2 * whole if whole <= LARGEST else 0))
 
 
 def multiplications(shapes: Mapping[str, tuple[int, ...]], tokens: int, needs: Needs, back: bool = False) -> float:

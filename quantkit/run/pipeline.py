@@ -22,13 +22,16 @@ from quantkit.io.run_folder import Output
 from quantkit.io.source import Loaded, Source, open_folder
 from quantkit.models.linear import Packed
 from quantkit.models.plan import Plan
-from quantkit.models.structure import find_blocks
+from quantkit.models.structure import ends, find_blocks
 from quantkit.models.unpacking import choose_unpacked
+from quantkit.run.aside import Aside
+from quantkit.run.check import HeldOut
 from quantkit.run.fisher import Fisher, measure
 from quantkit.run.ranks import Survey, allocate_ranks, summary, with_ranks
 from quantkit.run.recipe import Recipe
 from quantkit.run.record import Run, begin, count_weights, files_of, model_notes
-from quantkit.run.report import Report
+from quantkit.run.report import Check, Report, Samples
+from quantkit.run.samples import Readings
 from quantkit.run.sequential import Sink, Walker
 
 Progress = Callable[[int, int, str], None]
@@ -92,9 +95,7 @@ def run(
     plan = recipe.plan(source.model)
     source.check_finite()
     before = source.nbytes()
-    tokens = None
-    if recipe.reads_text(plan):
-        tokens = recipe.calibration.sequences(source.tokenizer(), source.model)
+    tokens, held_out, unchecked = _text(source, recipe, plan)
 
     def identity() -> dict[str, Any]:
         ours = {"run": "quantize", "low_rank_bits": recipe.low_rank_bits, "model": source.fingerprint()}
@@ -105,13 +106,13 @@ def run(
     source.untie(plan)
     dense_bytes = source.nbytes() - source.packed_nbytes(plan)
     counts = count_weights(source.model, plan)
-    notes = model_notes(source.model, plan, source.untied, recipe.rotation is not None)
+    notes = (*model_notes(source.model, plan, source.untied, recipe.rotation is not None), *unchecked)
     with destination.begin(identity), source.walked(), destination.scratch("fisher") as folder:
         fisher = _fisher(source, plan, tokens, where, folder, progress) if recipe.runs_back(plan) else None
         if recipe.low_rank_bits:
             source, plan, note = _with_allocated_ranks(source, plan, tokens, recipe, where, progress, fisher)
             notes = (*notes, note)
-        this = Run(start, where, before, counts, recipe.settings(plan, tokens), notes)
+        checked = Checked(source, plan, where, held_out, recipe.calibration.source)
         Walker(
             source.model,
             plan,
@@ -122,10 +123,13 @@ def run(
             true_sequential=recipe.true_sequential,
             tuner=recipe.tuner,
             fisher=fisher,
+            aside=checked.aside,
         ).run(destination)
-        report = this.report(name or source.name, plan, destination.results(), dense_bytes)
+        check, samples, more = checked.results(destination.finished)
+        this = Run(start, where, before, counts, recipe.settings(plan, tokens), (*notes, *more))
+        report = this.report(name or source.name, plan, destination.results(), dense_bytes, check, samples)
         config = source.config | ({"tie_word_embeddings": False} if source.untied else {})
-        destination.finish(config, lambda: source.files() | files_of(report))
+        destination.finish(config, lambda: source.files() | files_of(report, source))
     return report
 
 
@@ -141,6 +145,72 @@ def _fisher(
         source.model, layers, tokens, source.weights(plan, head=True), device, folder,
         progress=lambda done, total, name: progress(done, total, f"reverse pass: {name}" if name else name),
     )  # fmt: skip
+
+
+def _text(source: Source, recipe: Recipe, plan: Plan) -> tuple[Tensor | None, Tensor | None, tuple[str, ...]]:
+    """The text of a run.
+
+    Returns:
+        (int64 [samples, seqlen] to calibrate on, None where nothing reads it; int64 [sequences, seqlen] to check on, or
+        None; why there are none although they were asked for).
+
+    Raises:
+        QuantkitError: there is no text to calibrate on.
+    """
+    reads = recipe.reads_text(plan)
+    if not reads and not recipe.check:
+        return None, None, ()
+    tokens: Tensor | None
+    try:
+        tokens, others = recipe.calibration.sequences_apart(source.tokenizer(), source.model, recipe.check)
+    except QuantkitError as error:
+        if reads:
+            raise
+        return None, None, (f"the check was left out: {error}",)
+    if not recipe.check:
+        return tokens, None, ()
+    if not reads:  # nothing calibrates, and all of the text is held out
+        others, tokens = (others if len(others) else tokens[: recipe.check]), None
+    why = ""
+    if tokens is not None and not len(others):
+        why = f"the text holds nothing beside the {len(tokens)} sequences that calibrate"
+    elif ends(source.model)[1] is None:
+        why = f"{type(source.model).__name__} does not say which of its modules gives logits"
+    return (tokens, None, (f"the check was left out: {why}",)) if why else (tokens, others, ())
+
+
+class Checked:
+    """The check of a run, where there is text for one.
+
+    Args:
+        source: the full-precision model, in which nothing is packed yet.
+        plan: of the run.
+        device: where blocks run.
+        tokens: int64 [sequences, seqlen] that are held out, or None.
+        text: what they are of.
+
+    Attributes:
+        aside: rides along the walk.
+    """
+
+    def __init__(self, source: Source, plan: Plan, device: torch.device, tokens: Tensor | None, text: Any) -> None:
+        self.aside, self._text = Aside(), str(text) if isinstance(text, str | Path) else "documents"
+        self._readings: Readings | None = None
+        if tokens is not None:
+            self.aside = HeldOut(tokens)
+            with self.aside.timed():
+                self._readings = Readings(source, plan, device, self.aside, source.tokenizer())
+
+    def results(
+        self, finished: Callable[[int], dict[str, QuantizedWeight] | None]
+    ) -> tuple[Check | None, Samples | None, tuple[str, ...]]:
+        """(figures, samples, what there is to say instead), once all is packed; see `Sink.finished`."""
+        if self._readings is None or not isinstance(self.aside, HeldOut):
+            return None, None, ()
+        with self.aside.timed():
+            samples = self._readings.samples(finished)
+        check = self.aside.figures(self._text)
+        return check, samples, () if check else ("the check has no figures: a model predicts NaN or Inf on it",)
 
 
 def _with_allocated_ranks(

@@ -29,7 +29,7 @@ from quantkit.models.structure import (
 )
 from quantkit.quantizers.target_shift import TargetShift
 from quantkit.run.documents import documents
-from quantkit.run.text import calibration_sequences
+from quantkit.run.text import sequences_apart
 
 if TYPE_CHECKING:
     from quantkit.run.sequential import Tuner
@@ -58,17 +58,22 @@ class Calibration:
             raise QuantkitError(f"seqlen={self.seqlen}: a sequence has at least two tokens")
 
     def sequences(self, tokenizer: Any, model: nn.Module) -> Tensor:
-        """int64 [samples, seqlen]; see `run.text.calibration_sequences`.
+        """int64 [samples, seqlen]; see `run.text.sequences_apart`.
 
         Raises:
             QuantkitError: there is no such text, or it is too short for one sequence; a sequence exceeds the model's
                 context, or a token its vocabulary.
         """
+        return self.sequences_apart(tokenizer, model, 0)[0]
+
+    def sequences_apart(self, tokenizer: Any, model: nn.Module, held_out: int) -> tuple[Tensor, Tensor]:
+        """(`sequences`, int64 [held_out, seqlen] of other pieces of the text); see `run.text.sequences_apart`."""
         texts = documents(self.source, "calibration", tokenizer)
         length = sequence_length(self.seqlen, context_length(model))
-        sequences = calibration_sequences(texts, tokenizer, self.num_samples, length, self.seed)
-        check_vocabulary(sequences, model)
-        return sequences
+        found = sequences_apart(texts, tokenizer, self.num_samples, length, self.seed, held_out)
+        for sequences in found:
+            check_vocabulary(sequences, model)
+        return found
 
 
 def sequence_length(seqlen: int | None, context: int | None) -> int:
@@ -250,6 +255,8 @@ class Recipe:
             before it. None leaves both dense.
         fisher: weigh tokens and outputs by how much the model's predictions feel them, which a reverse pass over the
             text finds (`quantkit.run.fisher`); None where a quantizer wants it.
+        check: sequences of other pieces of the text that the packed model is measured on beside the full one, at the
+            run's end (see `run.check`); 0 for none. Packed bytes do not depend on it.
     """
 
     quantizer: Quantizer | None
@@ -262,8 +269,11 @@ class Recipe:
     tuner: "Tuner | None" = None
     head_bits: int | None = None
     fisher: bool | None = None
+    check: int = 0
 
     def __post_init__(self) -> None:
+        if self.check < 0:
+            raise QuantkitError(f"check={self.check} sequences: give 0 (off) or more, such as 8")
         if not 0 <= self.target_shift <= 1:
             raise QuantkitError(f"target shift {self.target_shift}: use 0 (off) to 1 (least squares)")
         if not 0 <= self.low_rank_bits <= 16:

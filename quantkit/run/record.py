@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,7 +16,15 @@ from quantkit.core.device import pick_device
 from quantkit.core.result import LayerResult
 from quantkit.models.plan import Plan, tied
 from quantkit.models.structure import fused_expert_parameters, linear_weight
-from quantkit.run.report import LayerReport, Report, model_card, peak_device_bytes, peak_memory_bytes
+from quantkit.run.card import model_card
+from quantkit.run.page import report_page
+from quantkit.run.report import Check, LayerReport, Report, Samples, peak_device_bytes, peak_memory_bytes
+
+PAGE = "quantkit_report.html"
+"""The report for readers, beside quantkit_report.json."""
+
+if TYPE_CHECKING:
+    from quantkit.io.source import Source
 
 
 def begin(device: str | torch.device | None) -> tuple[torch.device, float]:
@@ -47,7 +55,15 @@ class Run:
     settings: dict[str, Any]
     notes: tuple[str, ...]
 
-    def report(self, model: str, plan: Plan, results: Mapping[str, LayerResult], dense_bytes: int) -> Report:
+    def report(
+        self,
+        model: str,
+        plan: Plan,
+        results: Mapping[str, LayerResult],
+        dense_bytes: int,
+        check: Check | None = None,
+        samples: Samples | None = None,
+    ) -> Report:
         """The record of the finished run.
 
         Args:
@@ -55,6 +71,7 @@ class Run:
             plan: what each packed layer was quantized with.
             results: of the plan's layers.
             dense_bytes: of all tensors outside the plan.
+            check, samples: of held-out text, where there was any.
         """
         results = {name: results[name] for name in plan}
         nbytes = sum(result.weight.nbytes for result in results.values())
@@ -85,13 +102,24 @@ class Run:
             peak_device_bytes=peak_device_bytes(self.device),
             settings=self.settings,
             notes=self.notes,
+            check=check,
+            samples=samples,
         )
 
 
-def files_of(report: Report) -> dict[str, bytes]:
-    """What lies beside a checkpoint to tell of it, by name."""
-    record = json.dumps(report.to_json(), indent=2) + "\n"
-    return {"quantkit_report.json": record.encode(), "README.md": model_card(report).encode()}
+def files_of(report: Report, source: Source) -> dict[str, bytes]:
+    """What lies beside a checkpoint to tell of it, by name.
+
+    Args:
+        report: of the run.
+        source: of the original model.
+    """
+    texts = {
+        "quantkit_report.json": json.dumps(report.to_json(), indent=2) + "\n",
+        PAGE: report_page(report),
+        "README.md": model_card(report, source.config, source.readme()),
+    }
+    return {name: text.encode(errors="backslashreplace") for name, text in texts.items()}
 
 
 def count_weights(model: nn.Module, plan: Plan) -> tuple[int, int]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from quantkit.core.units import size
 from quantkit.core.weight import QuantizedWeight
 
 
@@ -39,6 +38,80 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class Check:
+    """What the packed model does to held-out text beside the full one, as a run measures at its end.
+
+    Attributes:
+        source: the text: a dataset's name, a file, or "documents".
+        sequences, seqlen: sequences, and their tokens.
+        tokens: scored: all but the first of each sequence.
+        kl, kl_se: mean KL(full || packed) in nats a token, and its standard error over sequences.
+        top1_agreement: fraction of places where both models' first choices are the same token.
+        flip_rate: fraction of places where exactly one of the two has the true token as its first choice.
+        baseline_perplexity, perplexity: of the full model and of the packed one.
+        seconds: of the run's time that it took.
+    """
+
+    source: str
+    sequences: int
+    seqlen: int
+    tokens: int
+    kl: float
+    kl_se: float
+    top1_agreement: float
+    flip_rate: float
+    baseline_perplexity: float
+    perplexity: float
+    seconds: float
+
+    def kl_text(self, digits: int = 5) -> str:
+        """KL and its standard error, as far as one sequence or more tell it."""
+        return f"{self.kl:.{digits}f}" + (f" ± {self.kl_se:.{digits}f}" if self.sequences > 1 else "")
+
+    @property
+    def where(self) -> str:
+        """How much text it is, in words."""
+        return f"{self.sequences} held-out sequence{'s' * (self.sequences > 1)} of {self.seqlen} tokens"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A token of a text, and what both models would have put there.
+
+    Attributes:
+        text: the token's, or that of several which are characters only together.
+        choices: first choices of the full model and of the packed one where they differ, else None.
+    """
+
+    text: str
+    choices: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt, and how the full and the packed model go on with it, always taking their first choice."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Text that shows what the packed model does, for readers.
+
+    Attributes:
+        texts: beginnings of held-out sequences.
+        continuations: of the first tokens of some of them.
+        left_out: why there are no continuations, or "".
+    """
+
+    texts: tuple[tuple[Piece, ...], ...]
+    continuations: tuple[Continuation, ...] = ()
+    left_out: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """A run: its layers, bits, bytes, memory and time.
 
@@ -53,6 +126,8 @@ class Report:
         peak_device_bytes: memory allocated on the GPU, at most; 0 without one.
         settings: everything that the result depends on.
         notes: what a user should know, such as parts that stayed dense.
+        check: what the packed model does to held-out text; None where nobody measured it.
+        samples: such text; no part of the JSON.
     """
 
     model: str
@@ -67,10 +142,12 @@ class Report:
     peak_device_bytes: int
     settings: dict[str, Any]
     notes: tuple[str, ...] = field(default=())
+    check: Check | None = None
+    samples: Samples | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "samples"}
 
     def remeasured(self, weights: Mapping[str, QuantizedWeight]) -> "Report":
         """The record with the formats and sizes that layers have by now, as after a merge of an adapter.
@@ -101,28 +178,3 @@ def peak_memory_bytes() -> int:
 def peak_device_bytes(device: torch.device) -> int:
     """Largest memory that torch has allocated on a GPU since the run began; 0 on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-
-
-def model_card(report: Report) -> str:
-    """The README.md that goes beside a checkpoint: how to load it comes first."""
-    percent = 100 * report.packed_weights / max(report.all_weights, 1)
-    return f"""---
-library_name: quantkit
-tags: [quantkit, quantized]
----
-# {report.model}, {report.bits_per_weight:.2f} bits per weight
-
-**Load this checkpoint with quantkit.** Without it transformers only warns about an unknown quantization
-method and then runs with random weights.
-
-```python
-import quantkit
-model = quantkit.load("path/to/this/folder")
-```
-
-`AutoModelForCausalLM.from_pretrained` works too, after `import quantkit`.
-
-- measured bits per weight: {report.bits_per_weight:.3f} in packed layers, which hold {percent:.1f}% of the weights
-- size: {size(report.bytes_after)}, from {size(report.bytes_before)}
-- per-layer errors and all settings: `quantkit_report.json`
-"""

@@ -15,7 +15,7 @@ and a packed embedding.
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -45,9 +45,10 @@ from quantkit.models.forward import (
 )
 from quantkit.models.linear import QuantizedLinear
 from quantkit.models.plan import Plan, Tied, tied
-from quantkit.models.structure import find_blocks, is_lookup, linear_weight
+from quantkit.models.structure import ends, find_blocks, is_lookup, linear_weight
 from quantkit.quantizers.factor import quantized, relative
 from quantkit.quantizers.target_shift import aimed
+from quantkit.run.aside import Aside
 from quantkit.run.fisher import Fisher
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class Walker:
             streams per group of layers instead of one per block.
         tuner: improves every block that has packed layers; None for none.
         lookups_first: let the blocks see the packed embedding.
+        aside: what rides along and is read by nobody else, such as held-out sequences; see `run.check`.
         batch_tokens: tokens that run through a block together.
         progress: called with (blocks done, blocks in all, name of the block begun or "").
         fisher: what the model's predictions feel, which weighs tokens and outputs; None where all count alike.
@@ -115,6 +117,7 @@ class Walker:
     true_sequential: bool = True
     tuner: Tuner | None = None
     lookups_first: bool = True
+    aside: Aside = field(default_factory=Aside)
     batch_tokens: int = BATCH_TOKENS
     progress: Callable[[int, int, str], None] = lambda done, total, name: None
     fisher: Fisher | None = None
@@ -138,17 +141,21 @@ class Walker:
         outer = [layer for layer in self.plan if not layer.startswith(f"{self._prefix}.")]
         front = [layer for layer in outer if self.lookups_first and self._is_own_lookup(layer)]
         self._begin_streams()
+        self.aside.begin(self.model, self.source, self.device, self.batch_tokens)
         for layer in front:
             self.progress(0, len(self._blocks), layer)
         results = self._quantize_outer(front)
         if front and self._batches:
             for batch, behind in zip(self._batches, self._captured(), strict=True):
                 batch.quantized = behind.quantized
+        if front:
+            self.aside.front_packed()
         before: list[tuple] = []
         for index, block in enumerate(self._blocks):
             name = f"{self._prefix}.{index}"
             self.progress(index, len(self._blocks), name)
             self.source.load(name, block, self.device)
+            self.aside.through_full(index)
             done = sink.finished(index)
             if done is None:
                 self._order = self._order if settings(block) == before else None
@@ -156,11 +163,15 @@ class Walker:
                 sink.write(index, name, self._quantize_block(index, name))
             else:
                 self._pass_finished(index, name, done)
+            self.aside.through_packed(index)
             for module in block.modules():
                 if isinstance(module, QuantizedLinear):
                     module.release()
             self.source.release(name, block)
-        sink.write(-1, "", results | self._quantize_outer([layer for layer in outer if layer not in front]))
+        last = [layer for layer in outer if layer not in front]
+        self.aside.full_ends()
+        sink.write(-1, "", results | self._quantize_outer(last))
+        self.aside.finish(any(layer != ends(self.model)[1] for layer in last), sink.finished)
         self.progress(len(self._blocks), len(self._blocks), "")
 
     def _is_own_lookup(self, layer: str) -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,38 +21,33 @@ _TOGETHER = 100_000  # characters that are tokenized together
 
 
 def calibration_sequences(texts: list[Document], tokenizer: Any, num_samples: int, seqlen: int, seed: int) -> Tensor:
-    """Draws non-overlapping sequences from random places of the text.
+    """Draws non-overlapping sequences from random places of the text; see `sequences_apart`, which holds none out."""
+    return sequences_apart(texts, tokenizer, num_samples, seqlen, seed, 0)[0]
+
+
+def sequences_apart(
+    texts: list[Document], tokenizer: Any, num_samples: int, seqlen: int, seed: int, held_out: int
+) -> tuple[Tensor, Tensor]:
+    """Draws non-overlapping sequences from random places of the text, and after them others that are held out.
 
     Pieces of the text are shuffled by `seed` and joined by two newlines until they fill the sequences, short documents
     with one another; documents of token ids are put one behind the other. A sequence begins with the tokenizer's BOS
-    token where the tokenizer adds one of its own accord.
+    token where the tokenizer adds one of its own accord. The first sequences are the same however many are held out;
+    of those each is from a piece of its own, as far as the text goes.
 
     Returns:
-        int64 [samples, seqlen]; fewer samples than asked for where the text is short, with a warning.
+        (int64 [samples, seqlen]; int64 [held_out, seqlen]), fewer of either where the text is short, with a warning
+        about the first; of the second there may be none.
 
     Raises:
         CalibrationError: the text does not fill one sequence.
     """
-    size = max(1024, _PIECE * seqlen)
-    pieces = [
-        text[i : i + size]
-        for text in texts
-        for i in range(0, len(text), size)
-        if not isinstance(text, str) or text.strip()
-    ]
-    random.Random(seed).shuffle(pieces)
+    runs = _token_runs(texts, tokenizer, seed, max(1024, _PIECE * seqlen))
     bos = _leading_bos(tokenizer)
     body = seqlen - len(bos)
     tokens: list[int] = []
-    group: list[str] = []
-    for index, piece in enumerate(pieces):
-        if isinstance(piece, str):
-            group.append(piece)
-        if group and (not isinstance(piece, str) or sum(map(len, group)) >= _TOGETHER or index == len(pieces) - 1):
-            tokens.extend(_encode(tokenizer, "\n\n".join(group) + "\n\n"))
-            group = []
-        if not isinstance(piece, str):
-            tokens.extend(piece)
+    for run in runs:
+        tokens.extend(run)
         if len(tokens) >= num_samples * body:
             break
     count = min(num_samples, len(tokens) // body)
@@ -64,8 +60,59 @@ def calibration_sequences(texts: list[Document], tokenizer: Any, num_samples: in
         )
     if count < num_samples:
         logger.warning("the calibration text holds only %d sequences of %d tokens, not %d", count, seqlen, num_samples)
-    sequences = torch.tensor(tokens[: count * body]).view(count, body)
-    return torch.cat([torch.tensor(bos, dtype=torch.int64).expand(count, -1), sequences], dim=1)
+    others = _spread(tokens[count * body :], runs, body, held_out)
+    front = torch.tensor(bos, dtype=torch.int64)
+    first, second = (
+        torch.cat([front.expand(len(rows), -1), torch.tensor(rows, dtype=torch.int64).view(-1, body)], dim=1)
+        for rows in ([tokens[i * body : (i + 1) * body] for i in range(count)], others)
+    )
+    return first, second
+
+
+def _token_runs(texts: list[Document], tokenizer: Any, seed: int, size: int) -> Iterator[list[int]]:
+    """The shuffled pieces of the text, of `size` characters or tokens, as tokens; short texts together."""
+    pieces = [
+        text[i : i + size]
+        for text in texts
+        for i in range(0, len(text), size)
+        if not isinstance(text, str) or text.strip()
+    ]
+    random.Random(seed).shuffle(pieces)
+    group: list[str] = []
+    for index, piece in enumerate(pieces):
+        tokens: list[int] = []
+        if isinstance(piece, str):
+            group.append(piece)
+        if group and (not isinstance(piece, str) or sum(map(len, group)) >= _TOGETHER or index == len(pieces) - 1):
+            tokens.extend(_encode(tokenizer, "\n\n".join(group) + "\n\n"))
+            group = []
+        if not isinstance(piece, str):
+            tokens.extend(piece)
+        if tokens:
+            yield tokens
+
+
+def _spread(rest: list[int], runs: Iterator[list[int]], body: int, count: int) -> list[list[int]]:
+    """Sequences of `body` tokens, at most `count`, each from another run as far as there are so many.
+
+    Args:
+        rest: what is left of the run that was read last; it serves last.
+        runs: those that follow; no more of them are read than are needed.
+    """
+    places: list[list[int]] = []
+    open_run: list[int] = []
+    while len(places) < count and (run := next(runs, None)) is not None:
+        open_run = open_run + run
+        if len(open_run) >= body:
+            places.append(open_run)
+            open_run = []
+    places.append(rest)
+    found: list[list[int]] = []
+    for start in range(0, max(map(len, places)), body):
+        found += [place[start : start + body] for place in places if len(place) >= start + body]
+        if len(found) >= count:
+            break
+    return found[:count]
 
 
 @dataclass(frozen=True)

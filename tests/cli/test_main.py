@@ -34,6 +34,29 @@ def test_quantize_prints_and_writes_a_report(packed):
     assert report["bytes_after"] < report["bytes_before"]
     card = (output / "README.md").read_text()
     assert card.index("Load this checkpoint with quantkit") < card.index("measured bits")
+    assert (output / "quantkit_report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_quantize_ends_with_a_check_and_the_command_that_measures_more(packed, model_folder, text_file, tmp_path):
+    """The command is one that runs, and the figures are the report's."""
+    output, result = packed
+    check = json.loads((output / "quantkit_report.json").read_text())["check"]
+    assert check["sequences"] == 8 and check["seqlen"] == 128
+    assert f"{check['kl']:.5f} +- {check['kl_se']:.5f} nats a token" in result.stdout
+    assert f"{check['baseline_perplexity']:.4f} -> {check['perplexity']:.4f}" in result.stdout
+    told = re.search(r"measure more +quantkit (.*)", result.stdout)[1]
+    assert told == f"eval {output} --baseline {model_folder('llama_small')} --data {text_file}"
+    more = run(*told.split(), "--seqlen", 128, "--num-samples", 2)
+    assert more.returncode == 0 and "KL to baseline" in more.stdout, more.stderr
+    settings = ["--method", "rtn", "--group-size", 32, "--calibration", text_file, "--num-samples", 2, "--seqlen", 64]
+    arguments = ["quantize", model_folder("llama_small"), *settings]
+    found = json.loads(run(*arguments, "--json", "--check", 3, "--output", tmp_path / "it's").stdout)
+    assert found["check"]["sequences"] == 3 and found["hub"] is None
+    assert found["eval_command"].startswith("quantkit eval '")
+    plain = run(*arguments, "--no-check", "--output", tmp_path / "plain")
+    assert plain.returncode == 0 and "held-out sequences" not in plain.stdout and "note" not in plain.stdout
+    names = {path.name for path in (tmp_path / "plain").glob("*.safetensors")}
+    assert names and all((tmp_path / "plain" / n).read_bytes() == (tmp_path / "it's" / n).read_bytes() for n in names)
 
 
 def test_bench_measures_beside_the_original(packed, model_folder, complaint):
@@ -157,6 +180,7 @@ def test_head_and_embedding_at_their_own_bits(architecture, model_folder, text_f
         (["--ignore", "*.nothing"], "matches none"),
         (["--device", "cuda:77"], "torch sees"),
         (["--num-samples", "0"], "at least one sequence"),
+        (["--check", "-1"], "check=-1 sequences: give 0 (off)"),
         (["--head-bits", "9"], "9 bits for head and embedding: give 1 to 8"),
     ],
 )

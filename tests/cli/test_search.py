@@ -37,6 +37,7 @@ def test_a_checkpoint_a_plan_and_a_picture(searched, short, model_folder):
     assert "2/2" in result.stderr, "a bar of generations"
     names = {path.name for path in (place / "found").iterdir()}
     assert {"quantkit_plan.json", "quantkit_search.json", "quantkit_search.png", "quantkit_report.json"} <= names
+    assert (place / "found" / "quantkit_report.html").read_text().count("<svg") == 1
     assert not list(place.glob("found.*"))
     report = json.loads((place / "found" / "quantkit_report.json").read_text())
     assert 3.0 < report["bits_per_weight"] <= 3.2
