@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import os
 import pickle
-import platform
 import signal
 import subprocess
 import sys
@@ -34,17 +33,16 @@ import torch
 
 import quantkit
 from quantkit.core.errors import QuantkitError, UnknownName, one_line
-from quantkit.evals import real
-from quantkit.evals.deciding_records import DONE, FAILED, MISSING, Records, draw, markdown, setting_of
-from quantkit.evals.deciding_row import Protocol, Task
-from quantkit.evals.deciding_rows import ROWS, Row
+from quantkit.evals.deciding_records import Records, setting_of
+from quantkit.evals.deciding_row import Task
+from quantkit.evals.deciding_rows import ROWS, Protocol, Row
+from quantkit.evals.deciding_table import DONE, FAILED, MISSING, draw, markdown
+from quantkit.evals.machine import cpu_name
 from quantkit.evals.peers import PeerGrid
 from quantkit.evals.rate_distortion import figure_class
+from quantkit.evals.real import model_folder
 from quantkit.io.files import parse_json
-from quantkit.io.hf import resolve_folder
 
-SMOLLM2 = "smollm2"
-"""The model that `quantkit.evals.real` fetches without a hub."""
 _SOURCES = ("*.py", "core", "formats", "quantizers", "models", "io", "run", "tuning", "evopress", "kernels")
 """Of the package, what results depend on."""
 
@@ -183,16 +181,6 @@ def listed(rows: Sequence[Row], records: Records) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def cpu_name() -> str:
-    """The processor's name and how many there are."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} CPUs"
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -244,8 +232,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as on Ctrl-C, the running row ends with this process
     try:
         protocol = protocol_of(arguments)
-        folder = (real.fetch() if arguments.model == SMOLLM2 else resolve_folder(arguments.model)).resolve()
-        name = Path(arguments.model).name if Path(arguments.model).exists() else arguments.model
+        name, folder = model_folder(arguments.model)
         records = Records(arguments.output, setting_of(name, folder, protocol), ROWS)
         rows = picked(ROWS, arguments.rows)
         if arguments.list:

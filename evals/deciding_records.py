@@ -1,4 +1,4 @@
-"""The file of the table that decides: rows as they are known again, kept, printed and drawn.
+"""The file of the table that decides: rows as they are known again and kept.
 
     {"setting": {model, protocol, text hashes}, "rows": [{"id", "name", "state", "current", figures ...}, ...]}
 
@@ -8,7 +8,7 @@ other settings stay in the file and are not `current`; the table and the picture
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,15 @@ from filelock import FileLock
 from torch import Tensor
 
 from quantkit.core.errors import QuantkitError
-from quantkit.evals.deciding_row import Protocol
-from quantkit.evals.deciding_rows import Row
-from quantkit.evals.rate_distortion import figure_class
+from quantkit.evals.deciding_rows import Protocol, Row
+from quantkit.evals.deciding_table import DONE, FAILED, MISSING
+from quantkit.evals.machine import name_of
 from quantkit.io.files import parse_json, write_durably
 from quantkit.io.shards import Shards
 from quantkit.io.source import load_tokenizer, meta_model
 from quantkit.run.documents import documents
 from quantkit.run.text import evaluation_text
 
-DONE, FAILED, MISSING = "done", "failed", "missing"
 _NAMES = ("model", "calibration", "test")
 """What a setting calls things; by which it is not known."""
 
@@ -69,24 +68,19 @@ def setting_of(model: str, folder: Path, protocol: Protocol) -> Setting:
         {
             "model": model,
             "fingerprint": _hash(json.dumps(Shards(folder).fingerprint(), sort_keys=True).encode()),
-            "calibration": _name_of(protocol.calibration),
+            "calibration": name_of(protocol.calibration),
             "calibration_text": _hash(json.dumps(texts).encode()),
             "calibration_tokens": _hash(_bytes(tokens)),
             "num_samples": tokens.shape[0],
             "seqlen": tokens.shape[1],
             "seed": protocol.seed,
-            "test": _name_of(protocol.test),
+            "test": name_of(protocol.test),
             "test_tokens": _hash(_bytes(measured)),
             "test_sequences": measured.numel() // judged.body(protocol.test_seqlen),
             "test_seqlen": protocol.test_seqlen,
             "bos": judged.bos is not None,
         }
     )
-
-
-def _name_of(source: str) -> str:
-    """A text's name: of a file without the folder that it lies in."""
-    return Path(source).name if Path(source).exists() else source
 
 
 def _hash(content: bytes) -> str:
@@ -154,66 +148,3 @@ class Records:
     def current(self) -> list[dict[str, Any]]:
         """Records of the present table, in its order."""
         return [self.found[key] for key in self._order if key in self.found]
-
-
-HEAD = (
-    "bits", "method", "bits/weight", "whole model", "KL x 1000", "perplexity", "top-1, %", "flips, %", "seconds",
-    "peak, GiB",
-)  # fmt: skip
-
-
-def markdown(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The table of all rows that are done, in Markdown."""
-    lines = [HEAD, ("---",) * len(HEAD)]
-    lines += [_cells(row) for row in rows if row["state"] == DONE]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    dense = row["dense_layers"]
-    return (
-        f"{row['bits']:g}",
-        row["label"] + (f" ({dense:.0f} layers left dense)" if dense else ""),
-        f"{row['bits_per_weight']:.3f}",
-        f"{row['bits_model']:.3f}",
-        f"{1000 * row['kl']:.1f} +- {1000 * row['kl_se']:.1f}",
-        f"{row['perplexity']:.2f}",
-        f"{100 * row['top1_agreement']:.1f}",
-        f"{100 * row['flip_rate']:.1f}",
-        f"{row['seconds']:.0f}",
-        f"{row['peak_bytes'] / 2**30:.2f}",
-    )
-
-
-def table_of(content: Mapping[str, Any]) -> str:
-    """The table of a file that `Records` has written, for a document."""
-    return markdown(row for row in content["rows"] if row["current"])
-
-
-def draw(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """KL over bits, a line for each method: of the packed layers, and of the whole model.
-
-    Args:
-        rows: records; those that are done and `drawn` are shown.
-        path: of the PNG.
-    """
-    lines: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row["state"] == DONE and row["drawn"]:
-            lines.setdefault(row["label"], []).append(row)
-    figure = figure_class()(figsize=(13, 6.5), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    whats = {"bits_per_weight": "bits per weight in packed layers", "bits_model": "bits per weight of the whole model"}
-    for axes, (field, what) in zip(panels, whats.items(), strict=True):
-        for index, (label, points) in enumerate(lines.items()):
-            at = sorted((point[field], 1000 * point["kl"], 1000 * point["kl_se"]) for point in points)
-            bits, kl, error = zip(*at, strict=True)
-            style = {"marker": "osD^vPX"[index // 10 % 7], "color": f"C{index % 10}"}
-            axes.errorbar(bits, kl, yerr=error, markersize=4, linewidth=1.2, capsize=2, label=label, **style)
-        axes.set(yscale="log", xlabel=f"{what}, all that is stored")
-        axes.grid(alpha=0.3, which="both", linewidth=0.6)
-    panels[0].set_ylabel("held-out KL x 1000")
-    if lines:
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    figure.savefig(path, dpi=100, format="png")

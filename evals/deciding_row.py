@@ -14,17 +14,16 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from quantkit import __version__
 from quantkit.api import quantize, search, tune
 from quantkit.core.errors import QuantkitError, first_line, one_line
-from quantkit.evals.deciding_rows import EndToEnd, Quantized, Searched, Way
+from quantkit.evals.deciding_rows import EndToEnd, Protocol, Quantized, Searched, Way
 from quantkit.evals.evaluate import evaluate
+from quantkit.evals.machine import versions
 from quantkit.evals.peers import DENSE, PACKED, PeerGrid, Stored, quantize_by_peer, stored_by_peer
 from quantkit.evopress.settings import Evolution
 from quantkit.io.checkpoint import contents
@@ -33,34 +32,6 @@ from quantkit.models.structure import block_linears, linear_weight
 from quantkit.run.recipe import Calibration
 from quantkit.run.report import peak_memory_bytes
 from quantkit.tuning.settings import PVSettings, TuningSettings
-
-_PACKAGES = ("torch", "transformers", "numpy", "numba", "safetensors")
-"""Whose versions are recorded, beside quantkit's."""
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What all rows of a table have in common.
-
-    Attributes:
-        calibration: source of the calibration text; see `quantkit.run.documents`.
-        test: of the text to measure on.
-        num_samples, seqlen, seed: of the calibration sequences.
-        test_sequences, test_seqlen: the first so many sequences of the test text are measured on.
-    """
-
-    calibration: str
-    test: str
-    num_samples: int = 64
-    seqlen: int = 512
-    seed: int = 0
-    test_sequences: int = 24
-    test_seqlen: int = 512
-
-    @property
-    def text(self) -> Calibration:
-        """The calibration text."""
-        return Calibration(self.calibration, self.num_samples, self.seqlen, self.seed)
 
 
 @dataclass(frozen=True)
@@ -127,17 +98,6 @@ def measure(task: Task) -> dict[str, Any]:
         "versions": versions(),
         **made.more,
     }
-
-
-def versions() -> dict[str, str]:
-    """Of quantkit, Python, and of packages that results depend on."""
-    found = {"quantkit": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _by_quantkit(task: Task, way: Quantized | Searched) -> Made:

@@ -1,4 +1,4 @@
-"""The rows of the table that decides: every way to quantize that is measured, each once.
+"""The rows of the table that decides: every way to quantize that is measured, each once, and what all have in common.
 
 To add a row, add it to `ROWS`: a name without its bits, a label, the bits that are asked for, and the way. A row is
 known again by its way, so that one whose settings are changed is measured anew, whatever it is called.
@@ -10,6 +10,32 @@ from typing import Any
 
 from quantkit.core.constants import TARGET_SHIFT
 from quantkit.evals.peers import PeerGrid
+from quantkit.run.recipe import Calibration
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all rows of a table have in common.
+
+    Attributes:
+        calibration: source of the calibration text; see `quantkit.run.documents`.
+        test: of the text to measure on.
+        num_samples, seqlen, seed: of the calibration sequences.
+        test_sequences, test_seqlen: the first so many sequences of the test text are measured on.
+    """
+
+    calibration: str
+    test: str
+    num_samples: int = 64
+    seqlen: int = 512
+    seed: int = 0
+    test_sequences: int = 24
+    test_seqlen: int = 512
+
+    @property
+    def text(self) -> Calibration:
+        """The calibration text."""
+        return Calibration(self.calibration, self.num_samples, self.seqlen, self.seed)
 
 
 @dataclass(frozen=True)
@@ -56,6 +82,9 @@ class Quantized:
 class Searched:
     """`quantkit.search`; see there. Its candidates are made in the row's own time.
 
+    Each of SmolLM2's 210 layers is measured on all of the search's text before the first generation, which is most of
+    the time: the text is short, and so are the stages.
+
     Attributes:
         avg_bits: the budget.
         candidates, base: texts of quantizers.
@@ -66,11 +95,11 @@ class Searched:
     avg_bits: float
     candidates: str
     base: str
-    generations: int = 40
+    generations: int = 20
     offspring: int = 8
-    stages: tuple[tuple[int, int], ...] = ((3, 1024), (1, 8192))
-    search_samples: int = 48
-    held_out: int = 16
+    stages: tuple[tuple[int, int], ...] = ((2, 1024), (1, 4096))
+    search_samples: int = 16
+    held_out: int = 8
 
 
 Way = Quantized | Searched | PeerGrid
@@ -137,9 +166,13 @@ def _corrected() -> Iterator[Row]:
     for bits in (2, 3):
         for extra in (0.25, 0.5):
             way = Quantized(f"low_rank(gptq({bits}, group_size=64), 1)", low_rank_bits=extra)
-            yield Row(f"gptq-g64-rank+{extra:g}", f"GPTQ, groups of 64, corrections of {extra:g} bit", bits, way)
-        way = Quantized(f"hadamard(low_rank(trellis({bits}), 1))", low_rank_bits=0.25)
-        yield Row("trellis-16-rank+0.25", "trellis, 2^16 states, corrections of 0.25 bit", bits, way)
+            label = f"GPTQ, groups of 64, corrections within {extra:g} bit"
+            yield Row(f"gptq-g64-rank+{extra:g}", label, bits, way)
+        for name, label, text in (
+            ("gptq-g64", "GPTQ, groups of 64", f"low_rank(gptq({bits}, group_size=64), 8)"),
+            ("trellis-12", "trellis, 2^12 states", f"hadamard(low_rank(trellis({bits}, state_bits=12), 8))"),
+        ):
+            yield Row(f"{name}-rank8", f"{label}, corrections of rank 8", bits, Quantized(text))
 
 
 def _searched() -> Iterator[Row]:
