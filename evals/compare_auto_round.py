@@ -95,8 +95,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
     if arguments.output:
         names = {name: name_of(getattr(arguments, name)) for name in ("model", "data", "calibration")}
-        settings = vars(arguments) | names | {"output": None, "peer_python": None}
-        arguments.output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+        kept = {name: value for name, value in vars(arguments).items() if name not in ("output", "peer_python")}
+        arguments.output.write_text(json.dumps({"settings": kept | names, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

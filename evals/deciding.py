@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-import quantkit
+from quantkit.core import errors
 from quantkit.core.errors import QuantkitError, UnknownName, one_line
 from quantkit.evals.deciding_records import Records, setting_of
 from quantkit.evals.deciding_row import Task
@@ -43,8 +43,8 @@ from quantkit.evals.rate_distortion import figure_class
 from quantkit.evals.real import model_folder
 from quantkit.io.files import parse_json
 
-_SOURCES = ("*.py", "core", "formats", "quantizers", "models", "io", "run", "tuning", "evopress", "kernels")
-"""Of the package, what results depend on."""
+_SOURCES = ("core", "formats", "quantizers", "models", "io", "run", "tuning", "evopress", "kernels")
+"""Folders of the library whose code results depend on."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,15 @@ def picked(rows: Sequence[Row], patterns: Sequence[str]) -> list[Row]:
 def source_hash() -> str:
     """A hash of the library's source, by which rows of another state of the methods can be told."""
     digest = hashlib.sha256()
-    root = Path(quantkit.__file__).parent
-    for place in _SOURCES:
-        for path in sorted(root.glob(place) if "*" in place else (root / place).rglob("*.py")):
-            digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    for path in sources():
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def sources() -> list[Path]:
+    """The library's files that results depend on."""
+    root = Path(errors.__file__).parents[1]
+    return [root / "api.py", *(path for folder in _SOURCES for path in sorted((root / folder).rglob("*.py")))]
 
 
 def run(rows: Sequence[Row], runner: Runner, records: Records, retry: bool = False, again: bool = False) -> None:

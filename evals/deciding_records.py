@@ -8,6 +8,7 @@ other settings stay in the file and are not `current`; the table and the picture
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,8 @@ class Records:
         state = FAILED if "error" in measured else DONE
         made = {"id": self.setting.id_of(row), **names, "state": state, "settings": row.settings, **measured}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path.with_name(f".{self.path.name}.lock")):
+        lock = Path(tempfile.gettempdir()) / f"quantkit-table-{_hash(str(self.path.resolve()).encode())}.lock"
+        with FileLock(lock):
             self.found = self._read() | {made["id"]: made}
             last = len(self._order)
             order = sorted(self.found.values(), key=lambda record: self._order.get(record["id"], last))

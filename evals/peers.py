@@ -13,6 +13,7 @@ by quantkit, and once in the peer's own packed format, to count what that stores
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Collection
@@ -29,6 +30,8 @@ from quantkit.io.shards import DTYPES, Shards
 PEERS = ("llm-compressor", "auto-round")
 DENSE, PACKED = "dense", "packed"
 """Folders of what a peer has made."""
+_ERROR = re.compile(r"[\w.]+(Error|Exception|Interrupt|Exit)\b")
+"""How the line of a traceback begins that says what was raised."""
 
 _COMMON = """
 import json, resource, sys, time
@@ -175,8 +178,10 @@ def run_script(python: str | Path, script: str, *arguments: str, name: str, own:
         raise QuantkitError(f"{name} cannot be started by {python} ({error.strerror})") from error
     sys.stderr.write(done.stderr)
     if done.returncode:
-        said = done.stderr.strip().splitlines()
-        raise QuantkitError(f"{name} fails: {one_line(said[-1])[:300] if said else f'exit code {done.returncode}'}")
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in said if _ERROR.match(line)]  # of which some have several lines
+        reason = one_line((errors or said or [f"exit code {done.returncode}"])[-1])[:300]
+        raise QuantkitError(f"{name} fails: {reason}")
     try:
         return json.loads(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError) as error:

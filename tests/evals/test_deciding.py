@@ -164,6 +164,12 @@ def test_two_commands_fill_one_file(tmp_path):
         Records(path, SETTING, THREE)
 
 
+def test_the_source_is_that_of_the_methods():
+    found = {"/".join(path.parts[-2:]) for path in deciding.sources()}
+    assert {"quantkit/api.py", "quantizers/gptq.py", "kernels/viterbi.py", "parts/base.py"} <= found
+    assert not any(name.startswith(("evals/", "cli/")) for name in found)
+
+
 def test_rows_are_picked_by_patterns():
     assert picked(THREE, ["all"]) == list(THREE) and picked(THREE, ["*-4", "rtn-2"]) == [THREE[0], THREE[2]]
     with pytest.raises(UnknownName, match="unknown row 'gptq"):

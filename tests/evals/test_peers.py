@@ -55,6 +55,10 @@ def test_a_peer_is_asked_for_the_grid_and_given_the_tokens(python, tmp_path, mon
 def test_what_fails_is_one_line(tmp_path):
     with pytest.raises(QuantkitError, match=r"the peer fails: ValueError: no such grid$"):
         run_script(sys.executable, "raise ValueError('no such grid')", name="the peer")
+    with pytest.raises(QuantkitError, match=r"the peer fails: ValueError: layers that do not fit:$"):
+        run_script(sys.executable, "raise ValueError('layers that do not fit:\\n  - one\\n  - two')", name="the peer")
+    with pytest.raises(QuantkitError, match=r"the peer fails: exit code 3$"):
+        run_script(sys.executable, "raise SystemExit(3)", name="the peer")
     with pytest.raises(QuantkitError, match=r"the peer cannot be started by .*nowhere"):
         run_script(tmp_path / "nowhere", "", name="the peer")
     for script in ("", "print('no JSON')"):
