@@ -1,21 +1,37 @@
 """Quantization time of quantkit's GPTQ beside llm-compressor's, on one model, one text and one machine.
 
-    pip install llmcompressor "compressed-tensors>=0.18"          (in an environment of its own)
-    python evals/compare_llmcompressor.py MODEL --peer-python OTHER/bin/python
+    python -m quantkit.evals.compare_llmcompressor MODEL --peer-python PEER/bin/python
+    python -m quantkit.evals.compare_llmcompressor smollm2 --peer-python PEER/bin/python --calibration valid.txt \
+        --group-size 64 --bits 3 --output evals/results/DATE-cpu-llmcompressor-smollm2.json
 
 Both sides run in processes of their own, in turn, and time only the quantization call: the model is loaded, the
-calibration sequences are the same tokens, weights are symmetric 3-bit in groups of 128, the head stays dense.
-llm-compressor runs with its defaults for GPTQ; quantkit runs with its defaults, and once with `--target-shift 0`,
-which is the same algorithm with one stream of activations.
+calibration sequences are the same tokens, grids are symmetric, the head stays dense. llm-compressor runs with its
+defaults for GPTQ (`quantkit.evals.peers` has how to install and how to call it); quantkit runs with its defaults, and
+once with `--target-shift 0`, which is the same algorithm with one stream of activations. The bar: with the second
+stream no slower than llm-compressor, without it in half its time. `--output` is written after each turn.
 """
 
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.core.constants import TARGET_SHIFT
+from quantkit.core.errors import QuantkitError
+from quantkit.evals.machine import cpu_name, name_of, versions
+from quantkit.evals.peers import PeerGrid, quantize_by_peer, run_script
+from quantkit.evals.real import model_folder
+from quantkit.io.source import load_tokenizer, meta_model
+from quantkit.run.recipe import Calibration
+
+PEER, DEFAULT, ONE_STREAM = "llm-compressor", "quantkit", "quantkit, target shift 0"
 
 _OURS = """
 import json, sys, time, torch
@@ -23,78 +39,93 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from quantkit.api import quantize
 from quantkit.run.recipe import Calibration
 
+folder, sequences, bits, group_size, shift = sys.argv[1:]
+
 class Fixed(Calibration):
     def sequences(self, tokenizer, model):
-        return torch.load(sys.argv[2])
+        return torch.load(sequences)
 
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(folder)
 start = time.monotonic()
-quantize(model, tokenizer, 3, calibration=Fixed(), target_shift=float(sys.argv[3]))
-print(json.dumps(time.monotonic() - start))
-"""
-
-_THEIRS = """
-import json, sys, time, torch
-from datasets import Dataset
-from transformers import AutoModelForCausalLM
-from llmcompressor import oneshot
-from llmcompressor.modifiers.quantization import GPTQModifier
-
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-windows = torch.load(sys.argv[2])
-rows = Dataset.from_list([{"input_ids": w.tolist(), "attention_mask": [1] * len(w)} for w in windows])
-weights = {"num_bits": 3, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
-recipe = GPTQModifier(config_groups={"all": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
-start = time.monotonic()
-oneshot(model=model, dataset=rows, recipe=recipe, max_seq_length=windows.shape[1], num_calibration_samples=len(windows))
+quantize(
+    model, tokenizer, int(bits), group_size=int(group_size), calibration=Fixed(), target_shift=float(shift),
+    device="cpu",
+)
 print(json.dumps(time.monotonic() - start))
 """
 
 
-def timed(python: str, script: str, *arguments: str) -> float:
-    """Seconds that a script reports in its last line.
+def turn(python: str, model: Path, sequences: torch.Tensor, bits: int, group_size: int) -> dict[str, Any]:
+    """Seconds of each side's call, one after the other, and the peer's versions.
 
     Raises:
-        SystemExit: it failed; the message is the end of what it wrote.
+        QuantkitError: a side fails.
     """
-    result = subprocess.run([python, "-c", script, *arguments], capture_output=True, text=True)
-    if result.returncode:
-        raise SystemExit(result.stderr[-3000:])
-    return json.loads(result.stdout.strip().splitlines()[-1])
+    with tempfile.TemporaryDirectory() as name:
+        grid = PeerGrid(PEER, bits, group_size, iterations=0)
+        peer = quantize_by_peer(python, grid, model, sequences, Path(name), save=False)
+        tokens = Path(name) / "tokens.pt"
+        torch.save(sequences, tokens)
+        asked = [str(model), str(tokens), str(bits), str(group_size)]
+        found: dict[str, Any] = {PEER: peer.seconds, "versions": peer.versions}
+        for side, shift in ((DEFAULT, TARGET_SHIFT), (ONE_STREAM, 0.0)):
+            found[side] = run_script(sys.executable, _OURS, *asked, str(shift), name="quantkit", own=True)
+    return found
+
+
+def summary(seconds: Mapping[str, Sequence[float]]) -> str:
+    """A line a side: its median and how it stands to the peer's."""
+    peer = statistics.median(seconds[PEER])
+    lines = []
+    for side, runs in seconds.items():
+        median, each = statistics.median(runs), ", ".join(f"{second:.2f}" for second in runs)
+        lines.append(f"{side:26s} {median:8.2f} s   {median / peer:5.2f} x llm-compressor   (runs: {each})")
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("model", help="folder, hub id, `reference` or `smollm2`")
+    made.add_argument("--peer-python", required=True)
+    made.add_argument("--calibration", default="stdlib", help="a text file, or what `quantkit quantize` takes")
+    made.add_argument("--bits", type=int, default=3)
+    made.add_argument("--group-size", type=int, default=128)
+    made.add_argument("--num-samples", type=int, default=64)
+    made.add_argument("--seqlen", type=int, default=512)
+    made.add_argument("--runs", type=int, default=3)
+    made.add_argument("--output", type=Path, metavar="JSON")
+    return made
 
 
 def main() -> None:
     """Runs the sides in turn and prints the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--peer-python", required=True)
-    parser.add_argument("--calibration", default="stdlib")
-    parser.add_argument("--num-samples", type=int, default=64)
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--runs", type=int, default=3)
-    arguments = parser.parse_args()
-
-    import torch
-
-    from quantkit.io.source import load_tokenizer, open_folder
-    from quantkit.run.recipe import Calibration
-
-    folder = Path(arguments.model)
-    calibration = Calibration(arguments.calibration, arguments.num_samples, arguments.seqlen)
-    with tempfile.TemporaryDirectory() as workspace:
-        windows = str(Path(workspace) / "windows.pt")
-        torch.save(calibration.sequences(load_tokenizer(folder), open_folder(folder).model), windows)
-        rows: dict[str, list[float]] = {"llm-compressor": [], "quantkit": [], "quantkit, target shift 0": []}
+    arguments = parser().parse_args()
+    seconds: dict[str, list[float]] = {PEER: [], DEFAULT: [], ONE_STREAM: []}
+    try:
+        name, model = model_folder(arguments.model)
+        calibration = Calibration(arguments.calibration, arguments.num_samples, arguments.seqlen)
+        sequences = calibration.sequences(load_tokenizer(model), meta_model(model, None))
+        record: dict[str, Any] = {
+            "model": name, "calibration": name_of(arguments.calibration), "bits": arguments.bits,
+            "group_size": arguments.group_size, "num_samples": sequences.shape[0], "seqlen": sequences.shape[1],
+            "date": date.today().isoformat(), "hardware": cpu_name(), "threads": torch.get_num_threads(),
+            "versions": {"quantkit": versions()}, "seconds": seconds,
+        }  # fmt: skip
         for _ in range(arguments.runs):
-            rows["llm-compressor"].append(timed(arguments.peer_python, _THEIRS, arguments.model, windows))
-            rows["quantkit"].append(timed(sys.executable, _OURS, arguments.model, windows, "0.7"))
-            rows["quantkit, target shift 0"].append(timed(sys.executable, _OURS, arguments.model, windows, "0"))
-    peer = statistics.median(rows["llm-compressor"])
-    for name, seconds in rows.items():
-        median = statistics.median(seconds)
-        runs = ", ".join(f"{second:.2f}" for second in seconds)
-        print(f"{name:26s} {median:8.2f} s   {median / peer:5.2f} x llm-compressor   (runs: {runs})")
+            found = turn(arguments.peer_python, model, sequences, arguments.bits, arguments.group_size)
+            record["versions"][PEER] = found["versions"]
+            for side, runs in seconds.items():
+                runs.append(round(found[side], 3))
+            medians = {side: statistics.median(runs) for side, runs in seconds.items()}
+            record["medians"] = medians
+            record["ratios"] = {side: median / medians[PEER] for side, median in medians.items()}
+            if arguments.output:
+                arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+    except QuantkitError as error:
+        sys.exit(f"error: {error}")
+    print(summary(seconds))
 
 
 if __name__ == "__main__":

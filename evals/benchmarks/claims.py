@@ -89,6 +89,7 @@ TRUST = "docs/results/trust.md"
 DAMAGE = "2026-11-29-fuzz.json"
 BUILDS = "kernel-build-triton-3.7.1.json"
 PEER = "2026-11-21-cpu-llmcompressor.json"
+REAL = "2026-11-29-cpu-smollm2.json"
 
 
 def _quality(label: str, name: str = "kl") -> Value:
@@ -232,6 +233,17 @@ CLAIMS = [
         "Held-out perplexity is {:.1f}, against {:.0f} for a unigram model of the training text, and {:c.0f}% of the "
         "answers",
         (_held_out("held_out_perplexity"), _held_out("unigram_perplexity"), _held_out("recall_accuracy")),
+    ),
+    Claim(
+        "docs/results/real-model.md",
+        "{:.0f} sequences of {:.0f} tokens of wikitext-2's validation part, and measured on the first {:.0f} sequences "
+        "of {:.0f} tokens",
+        tuple(Value(REAL, name, "setting") for name in ("num_samples", "seqlen", "test_sequences", "test_seqlen")),
+    ),
+    Claim(
+        "docs/results/real-model.md",
+        "Full precision: perplexity {:.2f}",
+        (Value(REAL, "baseline_perplexity", "rows", {"name": "rtn-g64-2", "current": True}),),
     ),
     Claim(
         MEMORY,

@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 from quantkit.evals.benchmarks.claims import CLAIMS, Claim, Count, Figure, Less, Median, More, Ratio, Value
-from quantkit.evals.benchmarks.table import Pick, Table
+from quantkit.evals.benchmarks.table import Pick, Printed, Table
 from quantkit.evals.benchmarks.tables import TABLES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,12 +77,14 @@ def _is(found: Any, wanted: Any) -> bool:
     return fnmatchcase(str(found), wanted) if isinstance(wanted, str) else bool(found == wanted)
 
 
-def render(table: Table, root: Path = ROOT) -> str:
+def render(table: Table | Printed, root: Path = ROOT) -> str:
     """A table in Markdown.
 
     Raises:
         ValueError: a row does not have as many cells as the head, or picks no record or several.
     """
+    if isinstance(table, Printed):
+        return table.make(recorded(table.file, root))
     head = [cell.strip() for cell in table.head.split("|")]
     lines = [head, ["---"] * len(head)]
     for label, parts in table.rows.items():

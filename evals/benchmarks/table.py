@@ -4,7 +4,7 @@ A cell is a format of Python's over one record; a number's format may begin with
 M (/ 2^20). Texts of a `where` are patterns as a shell's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,3 +45,16 @@ class Table:
     rows: Mapping[str, Sequence[Where | Pick | str]]
     at: str = ""
     where: Where = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A table that the command which measures it prints in the same way.
+
+    Attributes:
+        file: in evals/results.
+        make: gives the table in Markdown, of what the file holds.
+    """
+
+    file: str
+    make: Callable[[Any], str]

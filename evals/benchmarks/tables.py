@@ -1,7 +1,16 @@
 """The documents' tables, as data; what a table is says `table`."""
 
-from quantkit.evals.benchmarks.table import Pick, Table
-from quantkit.evals.benchmarks.tables_runs import CHECKSUMS, DAMAGE, DRY_RUN, FAULTS, FINETUNE_MEMORY, KV_MEMORY, MEMORY
+from quantkit.evals.benchmarks.table import Pick, Printed, Table
+from quantkit.evals.benchmarks.tables_runs import (
+    CHECKSUMS,
+    DAMAGE,
+    DRY_RUN,
+    FAULTS,
+    FINETUNE_MEMORY,
+    KV_MEMORY,
+    MEMORY,
+    REAL_MODEL,
+)
 
 KL = "{kl:k.2f} +- {kl_se:k.2f}"
 KL1 = "{kl:k.1f} +- {kl_se:k.1f}"
@@ -403,7 +412,7 @@ KERNELS_ATTENTION = Table(
     },
 )
 
-TABLES = {
+TABLES: dict[str, Table | Printed] = {
     "integers": INTEGERS,
     "head-bits": HEAD_BITS,
     "target-shift": TARGET_SHIFT,
@@ -437,5 +446,6 @@ TABLES = {
     "finetune-memory": FINETUNE_MEMORY,
     "kv-memory": KV_MEMORY,
     "checksums": CHECKSUMS,
+    "real-model": REAL_MODEL,
 }
 """Tables by the name in a document's mark."""

@@ -1,6 +1,7 @@
-"""The documents' tables about runs: what they survive, need and cost."""
+"""The documents' tables about runs: what they give on a real model, survive, need and cost."""
 
-from quantkit.evals.benchmarks.table import Table
+from quantkit.evals.benchmarks.table import Printed, Table
+from quantkit.evals.deciding_table import table_of
 
 _COUNTS = ("variants", "refused", "equal", "taken", "different", "unrecorded", "faults")
 _DOORS = """load; load, config alone; load, tied head; load, saved by transformers; load verify=True; inspect --verify
@@ -71,3 +72,5 @@ CHECKSUMS = Table(
         "reading all bytes": [{"what": "read"}],
     },
 )  # fmt: skip
+
+REAL_MODEL = Printed("2026-11-29-cpu-smollm2.json", table_of)

@@ -1,0 +1,223 @@
+"""The rows of the table that decides: every way to quantize that is measured, each once, and what all have in common.
+
+To add a row, add it to `ROWS`: a name without its bits, a label, the bits that are asked for, and the way. A row is
+known again by its way, so that one whose settings are changed is measured anew, whatever it is called.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from quantkit.core.constants import TARGET_SHIFT
+from quantkit.evals.peers import PeerGrid
+from quantkit.run.recipe import Calibration
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all rows of a table have in common.
+
+    Attributes:
+        calibration: source of the calibration text; see `quantkit.run.documents`.
+        test: of the text to measure on.
+        num_samples, seqlen, seed: of the calibration sequences.
+        test_sequences, test_seqlen: the first so many sequences of the test text are measured on.
+    """
+
+    calibration: str
+    test: str
+    num_samples: int = 64
+    seqlen: int = 512
+    seed: int = 0
+    test_sequences: int = 24
+    test_seqlen: int = 512
+
+    @property
+    def text(self) -> Calibration:
+        """The calibration text."""
+        return Calibration(self.calibration, self.num_samples, self.seqlen, self.seed)
+
+
+@dataclass(frozen=True)
+class EndToEnd:
+    """Settings of `quantkit.tune` after quantization; the rest are its defaults.
+
+    Attributes:
+        steps: of the optimizer, which bound the time.
+        batch: sequences a step.
+        num_samples: sequences of the calibration text, of the seed after the protocol's.
+        held_out: of those, only measured.
+        evaluate_every: steps between measurements.
+        code_lr: see `PVSettings`.
+    """
+
+    steps: int = 100
+    batch: int = 4
+    num_samples: int = 416
+    held_out: int = 16
+    evaluate_every: int = 25
+    code_lr: float = 0.06
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """`quantkit.quantize`, and `quantkit.tune` where it is asked for; see there.
+
+    Attributes:
+        method: text of the quantizer.
+        target_shift, low_rank_bits, tune_blocks, head_bits: of `quantkit.quantize`; `low_rank_bits` needs a `low_rank`
+            in the text.
+        tuning: of the packed model, end to end; None for none.
+    """
+
+    method: str
+    target_shift: float = TARGET_SHIFT
+    low_rank_bits: float = 0
+    tune_blocks: int = 0
+    head_bits: int | None = None
+    tuning: EndToEnd | None = None
+
+
+@dataclass(frozen=True)
+class Searched:
+    """`quantkit.search`; see there. Its candidates are made in the row's own time.
+
+    Each of SmolLM2's 210 layers is measured on all of the search's text before the first generation, which is most of
+    the time: the text is short, and so are the stages.
+
+    Attributes:
+        avg_bits: the budget.
+        candidates, base: texts of quantizers.
+        generations, offspring, stages: of the evolution.
+        search_samples, held_out: sequences of the calibration text that it measures on.
+    """
+
+    avg_bits: float
+    candidates: str
+    base: str
+    generations: int = 20
+    offspring: int = 8
+    stages: tuple[tuple[int, int], ...] = ((2, 1024), (1, 4096))
+    search_samples: int = 16
+    held_out: int = 8
+
+
+Way = Quantized | Searched | PeerGrid
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Attributes:
+        method: its name without bits, without spaces.
+        label: for readers.
+        bits: asked for, of the layers in the blocks.
+        way: how it is made.
+        drawn: whether it is in the picture.
+    """
+
+    method: str
+    label: str
+    bits: float
+    way: Way
+    drawn: bool = False
+
+    @property
+    def name(self) -> str:
+        """By which it is picked: the method and the bits, such as "gptq-g64-3"."""
+        return f"{self.method}-{self.bits:g}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON of the way; with the model, the text and the protocol a row is known by it."""
+        return {"way": type(self.way).__name__} | asdict(self.way)
+
+
+def _integers() -> Iterator[Row]:
+    for bits in (2, 3, 4):
+        for group in (64, 128):
+            yield Row(
+                f"rtn-g{group}", f"RTN, groups of {group}", bits, Quantized(f"rtn({bits}, group_size={group})", 0.0),
+                group == 64,
+            )  # fmt: skip
+        for group in (64, 128):
+            for symmetric in (True, False):
+                for shift in (0.0, TARGET_SHIFT):
+                    words = "" if symmetric else ", symmetric=False"
+                    way = Quantized(f"gptq({bits}, group_size={group}{words})", shift)
+                    name = f"gptq-g{group}{'' if symmetric else '-asym'}{'' if shift else '-shift0'}"
+                    label = f"GPTQ, groups of {group}{'' if symmetric else ', asymmetric'}"
+                    yield Row(
+                        name, label + ("" if shift else ", target shift 0"), bits, way, bool(shift) and group == 64
+                    )
+
+
+def _vectors() -> Iterator[Row]:
+    for bits in (2, 2.5, 3, 4):
+        yield Row("pyramid", "pyramid", bits, Quantized(f"hadamard(pyramid({bits:g}))"), True)
+        yield Row("vptq", "VPTQ", bits, Quantized(f"hadamard(vptq({bits:g}))"), True)
+        for states in (12, 16):
+            way = Quantized(f"hadamard(trellis({bits:g}, state_bits={states}))")
+            yield Row(f"trellis-{states}", f"trellis, 2^{states} states", bits, way, states == 16)
+
+
+def _corrected() -> Iterator[Row]:
+    for bits in (2, 3):
+        for extra in (0.25, 0.5):
+            way = Quantized(f"low_rank(gptq({bits}, group_size=64), 1)", low_rank_bits=extra)
+            label = f"GPTQ, groups of 64, corrections within {extra:g} bit"
+            yield Row(f"gptq-g64-rank+{extra:g}", label, bits, way)
+        for name, label, text in (
+            ("gptq-g64", "GPTQ, groups of 64", f"low_rank(gptq({bits}, group_size=64), 8)"),
+            ("trellis-12", "trellis, 2^12 states", f"hadamard(low_rank(trellis({bits}, state_bits=12), 8))"),
+        ):
+            yield Row(f"{name}-rank8", f"{label}, corrections of rank 8", bits, Quantized(text))
+
+
+def _searched() -> Iterator[Row]:
+    candidates = ", ".join(f"gptq({bits}, group_size=64)" for bits in (2, 3, 4, 5))
+    for bits in (2.5, 3):
+        way = Searched(bits, candidates, "gptq(3, group_size=64)")
+        yield Row("search-gptq-g64", "search over GPTQ, groups of 64", bits, way, True)
+
+
+def _tuned() -> Iterator[Row]:
+    for bits in (2, 3):
+        for name, label, method in (
+            ("gptq-g64", "GPTQ, groups of 64", f"gptq({bits}, group_size=64)"),
+            ("trellis-12", "trellis, 2^12 states", f"hadamard(trellis({bits}, state_bits=12))"),
+        ):
+            yield Row(f"{name}-blocks", f"{label}, blocks tuned", bits, Quantized(method, tune_blocks=100), True)
+            yield Row(f"{name}-tuned", f"{label}, tuned end to end", bits, Quantized(method, tuning=EndToEnd()), True)
+
+
+def _heads() -> Iterator[Row]:
+    for head in (8, 6, 4):
+        way = Quantized("hadamard(trellis(3, state_bits=16))", head_bits=head)
+        yield Row(f"trellis-16-head{head}", f"trellis, 2^16 states, head of {head} bits", 3, way)
+
+
+def _peers() -> Iterator[Row]:
+    for bits in (2, 3, 4):
+        for group, symmetric in ((64, True), (128, True), (64, False), (128, False)):
+            name, words = f"g{group}{'' if symmetric else '-asym'}", "" if symmetric else ", asymmetric"
+            words = f"groups of {group}{words}"
+            grid = PeerGrid("llm-compressor", bits, group, symmetric, 0)
+            yield Row(f"llm-compressor-{name}", f"llm-compressor GPTQ, {words}", bits, grid, group == 64)
+            if symmetric:
+                for iterations, label in ((200, "auto-round"), (0, "auto-round, 0 iterations")):
+                    grid = PeerGrid("auto-round", bits, group, symmetric, iterations)
+                    extra = "" if iterations else "-rtn"
+                    yield Row(
+                        f"auto-round{extra}-{name}", f"{label}, {words}", bits, grid, group == 64 and iterations > 0
+                    )
+
+
+ROWS: tuple[Row, ...] = tuple(
+    sorted(
+        (*_integers(), *_vectors(), *_corrected(), *_searched(), *_tuned(), *_heads(), *_peers()),
+        key=lambda row: row.bits,  # stable: methods stay in their order
+    )
+)
+"""All rows, by bits."""
