@@ -32,6 +32,8 @@ SETTINGS = (
 """Settings of methods that have options of their own here."""
 
 
+_OF_RECIPE = ("fisher", "target_shift", "true_sequential", "head_bits")
+"""What presets decide beside the method."""
 _GroupSize = Annotated[
     int | None,
     typer.Option(help="Weights that share a scale, 128 by default; -1 for a whole row.", rich_help_panel=_INTEGER),
@@ -105,6 +107,13 @@ _Method = Annotated[
         "options too, or all in one: 'hadamard(vptq(2, outliers=0.01))'.",
     ),
 ]
+_Preset = Annotated[
+    Literal["quality", "balanced", "fast"] | None,
+    typer.Option(
+        help="The method that suits --bits on this machine, and its settings, head and embedding packed too: the least "
+        "damage, a balance, or the quickest. What is given beside it goes before it."
+    ),
+]
 _Hadamard = Annotated[
     bool | None,
     typer.Option("--hadamard/--no-hadamard", help="Rotate weights first; by default for trellis, pyramid and vptq."),
@@ -156,6 +165,7 @@ def quantize_command(
     context: typer.Context,
     model: options.Model,
     bits: _Bits = None,
+    preset: _Preset = None,
     method: _Method = None,
     hadamard: _Hadamard = None,
     low_rank: _LowRank = None,
@@ -201,6 +211,10 @@ def quantize_command(
     """
     if private and push_to_hub is None:
         raise QuantkitError("--private says nothing without --push-to-hub; add the repository's id")
+    if preset is not None:
+        chosen = _take_preset(context, preset, plan)
+        method, fisher, head_bits = chosen["method"], chosen["fisher"], chosen["head_bits"]
+        target_shift, true_sequential = chosen["target_shift"], chosen["true_sequential"]
     quantizer, words = _quantizer(context, plan, bits, method, hadamard, low_rank, low_rank_bits)
     from quantkit.io.hf import resolve_folder
     from quantkit.io.hub import check_push, hub_id
@@ -254,6 +268,30 @@ def quantize_command(
             print(json.dumps(report.to_json() | {"eval_command": more, "hub": address}, indent=2))
     if address is not None and not as_json:
         aside.print(f"on the hub: {escape(address)}", soft_wrap=True)
+
+
+def _take_preset(context: typer.Context, preset: str, plan: Path | None) -> dict[str, Any]:
+    """Gives all options that nobody gave the preset's values, says why, and returns all options.
+
+    Raises:
+        QuantkitError: the preset has no way to so many bits, or a plan decides.
+    """
+    if plan is not None:
+        raise QuantkitError("--plan says how each layer is packed; --preset is not read beside it")
+    from quantkit.advice.presets import way
+    from quantkit.core.device import pick_device
+
+    given = context.params
+    chosen = way(preset, 3 if given["bits"] is None else given["bits"], pick_device(given["device"]))
+    values: dict[str, Any] = {name: getattr(chosen, name) for name in _OF_RECIPE}
+    if given["method"] is None:
+        values |= {"method": chosen.method, **chosen.settings}
+        if not given["as_json"]:
+            aside.print(f"--preset {preset}: {chosen.method}, {chosen.reason}")
+    for name, value in values.items():
+        if str(context.get_parameter_source(name)).endswith("DEFAULT"):
+            given[name] = value
+    return given
 
 
 def _eval_command(output: Path, model: str, text: str) -> str:

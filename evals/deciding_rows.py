@@ -65,8 +65,8 @@ class Quantized:
 
     Attributes:
         method: text of the quantizer.
-        target_shift, low_rank_bits, tune_blocks, head_bits: of `quantkit.quantize`; `low_rank_bits` needs a `low_rank`
-            in the text.
+        target_shift, low_rank_bits, tune_blocks, head_bits, fisher: of `quantkit.quantize`; `low_rank_bits` needs a
+            `low_rank` in the text.
         tuning: of the packed model, end to end; None for none.
     """
 
@@ -75,6 +75,7 @@ class Quantized:
     low_rank_bits: float = 0
     tune_blocks: int = 0
     head_bits: int | None = None
+    fisher: bool | None = None
     tuning: EndToEnd | None = None
 
 
@@ -153,6 +154,14 @@ def _integers() -> Iterator[Row]:
                     )
 
 
+def _felt() -> Iterator[Row]:
+    for bits in (2, 3, 4):
+        way = Quantized(f"gptq({bits}, group_size=64)", fisher=True)
+        yield Row("gptq-g64-fisher", "GPTQ, groups of 64, with the reverse pass", bits, way, True)
+        way = Quantized(f"hadamard(trellis({bits}, state_bits=12))", fisher=False)
+        yield Row("trellis-12-no-fisher", "trellis, 2^12 states, without the reverse pass", bits, way)
+
+
 def _vectors() -> Iterator[Row]:
     for bits in (2, 2.5, 3, 4):
         yield Row("pyramid", "pyramid", bits, Quantized(f"hadamard(pyramid({bits:g}))"), True)
@@ -216,7 +225,7 @@ def _peers() -> Iterator[Row]:
 
 ROWS: tuple[Row, ...] = tuple(
     sorted(
-        (*_integers(), *_vectors(), *_corrected(), *_searched(), *_tuned(), *_heads(), *_peers()),
+        (*_integers(), *_felt(), *_vectors(), *_corrected(), *_searched(), *_tuned(), *_heads(), *_peers()),
         key=lambda row: row.bits,  # stable: methods stay in their order
     )
 )

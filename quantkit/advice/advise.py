@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from quantkit.advice import prior
+from quantkit.core.constants import HEAD_BITS
 from quantkit.core.device import compute_dtype, pick_device
 from quantkit.core.protocols import Quantizer
 from quantkit.evopress.memory import beside_weights
@@ -29,8 +30,6 @@ WAYS: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("trellis", 2, {}),
 )
 """(method, bits, settings) that advice compares, by falling size."""
-HEAD_BITS = 6
-"""Of head and embedding in all of them."""
 MEASURED = 0.25
 """Share by which a prediction from a measurement may be off (`evals.predictions`)."""
 ENOUGH = 0.05

@@ -6,12 +6,10 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from quantkit.core.constants import TARGET_SHIFT
+from quantkit.core.constants import HEAD_BITS, TARGET_SHIFT
 from quantkit.core.errors import QuantkitError
 
 Preset = Literal["quality", "balanced", "fast"]
-HEAD_BITS = 6
-"""Of head and embedding: no loss that can be measured (evals/results, head-bits)."""
 MOST_TRELLIS_BITS = 4
 """Up to which trellis codes are worth their time."""
 

@@ -8,3 +8,6 @@ VERSION = 2
 """Version of the checkpoint format. 1, of a pre-release, had scales [out_features, groups]; no reader of it is kept."""
 TARGET_SHIFT = 0.7
 """How far a layer aims at the full-precision output, by default."""
+HEAD_BITS = 6
+"""Of head and embedding, where they are packed without anyone saying how: no loss that can be measured
+(evals/results, head-bits)."""

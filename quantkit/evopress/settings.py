@@ -9,8 +9,6 @@ from quantkit.core.errors import QuantkitError
 Rule = Literal["any", "size"]
 CANDIDATES = "gptq(2), gptq(3), gptq(4), gptq(5), gptq(6), gptq(8)"
 """Ways to pack a layer, unless others are given."""
-HEAD_BITS = 6
-"""Bits of head and embedding, where a budget is for all of the model."""
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ import torch
 from transformers import AutoConfig
 
 from quantkit.core import spec
+from quantkit.core.constants import HEAD_BITS
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Quantizer
 from quantkit.core.units import parse_size, size
 from quantkit.evopress.budget import Budget, read_timings
 from quantkit.evopress.memory import beside_weights
-from quantkit.evopress.settings import CANDIDATES, HEAD_BITS
+from quantkit.evopress.settings import CANDIDATES
 from quantkit.io.source import open_folder
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.models.structure import block_linears, ends

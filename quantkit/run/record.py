@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantkit.core import spec
+from quantkit.core.constants import HEAD_BITS
 from quantkit.core.device import pick_device
 from quantkit.core.result import LayerResult
+from quantkit.core.units import size
 from quantkit.models.plan import Plan, tied
-from quantkit.models.structure import fused_expert_parameters, linear_weight
+from quantkit.models.structure import ends, fused_expert_parameters, linear_weight
 from quantkit.run.card import model_card
 from quantkit.run.page import report_page
 from quantkit.run.report import Check, LayerReport, Report, Samples, peak_device_bytes, peak_memory_bytes
@@ -25,6 +27,10 @@ PAGE = "quantkit_report.html"
 
 if TYPE_CHECKING:
     from quantkit.io.source import Source
+
+
+MANY = 0.1
+"""Share of a model's weights from which a dense head and embedding are worth a word."""
 
 
 def begin(device: str | torch.device | None) -> tuple[torch.device, float]:
@@ -143,4 +149,23 @@ def model_notes(model: nn.Module, plan: Plan, untied: bool, rotated: bool) -> tu
         notes.append(
             f"{len(fused)} fused expert tensors ({fraction:.0f}% of the weights) are no linear layers and stay dense"
         )
+    if note := _dense_ends(model, plan):
+        notes.append(note)
     return tuple(notes)
+
+
+def _dense_ends(model: nn.Module, plan: Plan) -> str:
+    """What a dense head and embedding cost, where that is much of the model."""
+    weights: dict[int, Tensor] = {}
+    for name in ends(model):
+        weight = None if name is None or name in plan else getattr(model.get_submodule(name), "weight", None)
+        if isinstance(weight, Tensor):
+            weights[id(weight)] = weight
+    count = sum(weight.numel() for weight in weights.values())
+    share = count / max(sum(p.numel() for p in model.parameters()), 1)
+    if share < MANY:
+        return ""
+    return (
+        f"head and embedding stay dense: {100 * share:.0f}% of the weights, {size(2 * count)} at 16 bits; "
+        f"`head_bits` {HEAD_BITS} would make that {size(HEAD_BITS * count / 8)}"
+    )
