@@ -112,7 +112,7 @@ def _say(found: Advice) -> None:
         )
     aside.print(table)
     sure = (
-        "expected KL (nats a token) is predicted from a pass over text, and taken to hold within 25%"
+        "expected KL (nats a token) is predicted from a pass over text, and taken to hold within half of itself"
         if found.measured
         else "expected KL (nats a token) is a law's, from the model's size alone: a range of nine; --measure narrows it"
     )

@@ -43,7 +43,7 @@ ROWS, EVERY = 64, 8
 DAMP = 0.01
 """With which the least loss is worked out, as quantizers have it."""
 INTERACTION = 1.0
-"""Measured KL of a packed model over the sum of what its layers are expected to cost (`evals.predictions`)."""
+"""Measured KL of a packed model over the sum of what its layers are expected to cost."""
 
 
 @dataclass(frozen=True)
