@@ -104,8 +104,8 @@ _Measure = Annotated[
 _Start = Annotated[
     Literal["best", "uniform", "predicted"],
     typer.Option(
-        help="best (of uniform, greedy and knapsack), uniform, or predicted: what a pass back through the model says, "
-        "without measuring any.",
+        help="best (of uniform, greedy and knapsack), uniform, or predicted: by what a pass back through the model "
+        "says, without measuring layers.",
         rich_help_panel=_SEARCH,
     ),
 ]

@@ -196,8 +196,8 @@ def search(
         search_samples: sequences of other text that the search measures on; held_out: so many only for the comparison.
         evolution: generations, offspring and stages.
         measure: "kl" to the full model, or "perplexity".
-        start: the "best" of uniform, greedy and knapsack, "uniform", or "predicted": what a pass back through the model
-            says, without measuring any; with no generations that is all of the search.
+        start: the "best" of uniform, greedy and knapsack, "uniform", or "predicted": by what a pass back through the
+            model says, without measuring layers; with no generations that is all of the search.
         top: k of the top-k tokens that are kept of the full model's predictions.
         database: folder of the candidates, NAME-candidates by default; made once, used by all searches.
         device: where the model runs; by default a GPU if there is one.

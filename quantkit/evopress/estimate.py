@@ -22,8 +22,9 @@ from quantkit.run.trial import pass_seconds, rounding_seconds
 
 UNITS = {"bits": "bytes", "bytes": "bytes", "weights": "weights", "latency": "ns", "blocks": "blocks"}
 """In which a budget of each kind is counted."""
-STARTS = 6
-"""Assignments that a search for the best start measures, at most; see `Session.starts`."""
+STARTS = {"best": 5, "predicted": 1, "uniform": 1}
+"""Assignments that a search begins from, by the kind of start, and one more where KL is predicted; see
+`Session.starts`."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,9 @@ def estimate(
         costs = [[0, 1]] * len(source.blocks)
         allowed = budget.units(None, [])
     sequences = search_text(asked.text, source.tokenizer(), source.model, asked.settings)
-    evaluations, tokens = measured(asked.settings, sequences, len(costs))
+    base, blocks = asked.recipe.quantizer, asked.wanted.drop_blocks is not None
+    predicted = not blocks and base is not None and asked.recipe.runs_back({"": base})
+    evaluations, tokens = measured(asked.settings, sequences, len(costs), predicted)
     kept = min(asked.settings.top, source.model.config.vocab_size)
     return SearchEstimate(
         items=len(costs),
@@ -178,17 +181,18 @@ def _seconds(
     return rounding_seconds(rounding, device) + pass_seconds(walk, found.database.source.model.dtype, device)
 
 
-def measured(settings: SearchSettings, sequences: Tensor, items: int) -> tuple[int, int]:
+def measured(settings: SearchSettings, sequences: Tensor, items: int, predicted: bool = False) -> tuple[int, int]:
     """(assignments that a search measures, tokens that it measures them on), at most.
 
     Args:
         settings: of the search.
         sequences: of its text, int64 [sequences, length].
         items: layers or blocks.
+        predicted: whether candidates come with a predicted KL.
     """
     seqlen, drawn = sequences.shape[1], len(sequences) - settings.held_out
     *_, (_, most) = settings.evolution.stages
-    starts = STARTS if settings.start == "best" else 1
+    starts = STARTS[settings.start] + (predicted and settings.start != "uniform")
     parts = [(1 + items, settings.sensitivity_tokens)] if settings.start == "best" else []
     parts.append((starts, most))
     pool = settings.evolution.offspring

@@ -54,7 +54,7 @@ class SearchSettings:
     Attributes:
         evolution: see there.
         measure: what is least in the end: "kl" to the full model, or the text's "perplexity".
-        start: "uniform" levels, those that are "predicted" to be best, or the "best" of all `starts`.
+        start: "uniform" levels, these or those that are "predicted" to be best, or the "best" of all `starts`.
         held_out: so many sequences of the text are kept for the comparison at the end.
         top: likeliest tokens of each token that are kept of the full model's predictions.
         sensitivity_tokens: on which each layer's sensitivity is measured.
@@ -201,8 +201,9 @@ class Session:
             QuantkitError: predictions are asked for that nobody has measured.
         """
         index, kind = self.space.index, self.settings.start
+        plainest = {"uniform": uniform(index, budget)}
         if kind == "uniform":
-            return {"uniform": uniform(index, budget)}
+            return plainest
         predicted: dict[str, Assignment] = {}
         if all(self.space.predicted):
             predicted = {"knapsack, predicted": knapsack(index, self.space.predicted, budget)}
@@ -213,15 +214,18 @@ class Session:
                     f"nothing is predicted of {lacking[0]}: predictions are of linear layers in blocks, and of "
                     "candidates that were made with `fisher`"
                 )
-            return predicted
+            return predicted | plainest
         plain, measured = self.space.losses, self.sensitivities()
-        return predicted | {
-            "uniform": uniform(index, budget),
-            "greedy": greedy(index, plain, budget),
-            "knapsack": knapsack(index, plain, budget),
-            "greedy, measured": greedy(index, measured, budget),
-            "knapsack, measured": knapsack(index, measured, budget),
-        }
+        return (
+            predicted
+            | plainest
+            | {
+                "greedy": greedy(index, plain, budget),
+                "knapsack": knapsack(index, plain, budget),
+                "greedy, measured": greedy(index, measured, budget),
+                "knapsack, measured": knapsack(index, measured, budget),
+            }
+        )
 
     def search(
         self, budget: int, folder: RunFolder | None = None, progress: Callable[[State], None] = lambda _state: None

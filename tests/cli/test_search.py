@@ -241,3 +241,19 @@ def test_an_impossible_budget_and_a_strange_database(searched, short, model_fold
     timings = ["--latency-ms", 3, "--timings", tmp_path / "timings.json"]
     code, said = complaint(*arguments, place / "candidates", *timings)
     assert code == 2 and "the timings lack 'int_group 2'" in said
+
+
+def test_predictions_choose_without_measuring(model_folder, text_file, tmp_path):
+    folder, place = model_folder("llama_even"), tmp_path / "candidates"
+    words = ["--avg-bits", 3.2, "--calibration", text_file, *SHORT, "--generations", 0, "--start", "predicted"]
+    words += ["--database", place, "--json", "--output"]
+    made = run("search", folder, *words, tmp_path / "found")
+    assert made.returncode == 0, made.stderr
+    found = json.loads(made.stdout)
+    assert set(found["held_out"]) == {"knapsack, predicted", "uniform", "search"} and found["spent"] <= found["budget"]
+    assert found["evaluations"] == 5  # two starts, and three in the comparison
+    assert len(set(found["layers"].values())) > 1
+    best = run("search", folder, *words, tmp_path / "best", "--start", "best", "--fisher")
+    assert "knapsack, predicted" in json.loads(best.stdout)["held_out"]
+    without = run("search", folder, *words, tmp_path / "without", "--no-fisher", "--database", tmp_path / "other")
+    assert without.returncode == 2 and "nothing is predicted of" in without.stderr
