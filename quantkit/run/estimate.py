@@ -13,6 +13,7 @@ from quantkit.core.protocols import Needs
 from quantkit.io.source import Loaded, Source, open_folder
 from quantkit.models.plan import Plan, plan_needs, tied, with_own_weight
 from quantkit.models.structure import block_linears, context_length, linear_weight
+from quantkit.run import fisher
 from quantkit.run.check import LOGITS
 from quantkit.run.ranks import with_ranks
 from quantkit.run.recipe import Recipe, sequence_length
@@ -76,6 +77,8 @@ def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimat
     seconds = expected_seconds(source, recipe, 0 if tokens is None else tokens.numel(), where)
     laid_out = sizes(source, recipe)
     working = _working_bytes(source, shapes, tokens, plan_needs(plan), recipe.tuner is not None, where)
+    if tokens is not None and recipe.runs_back(plan):
+        working = max(working, _reverse_bytes(source, shapes, tokens))
     if recipe.check:
         length = sequence_length(recipe.calibration.seqlen, context_length(model))
         working = max(working, _checking_bytes(source, (recipe.check, length), tokens))
@@ -148,6 +151,20 @@ def expected_seconds(source: Source, recipe: Recipe, tokens: int, device: torch.
 def _shapes(source: Source, plan: Plan) -> dict[str, tuple[int, ...]]:
     """[out_features, in_features] of the planned layers."""
     return {name: tuple(linear_weight(source.model.get_submodule(name)).shape) for name in plan}
+
+
+def _reverse_bytes(source: Source, shapes: Mapping[str, tuple[int, ...]], tokens: Tensor) -> int:
+    """Bytes that the reverse pass takes: the blocks' inputs, and the head's logits or one block with its gradients."""
+    model = source.model
+    config, itemsize = model.config.get_text_config(), torch.empty(0, dtype=model.dtype).element_size()
+    kept = tokens.numel() * config.hidden_size * itemsize * (len(source.blocks) + 1)
+    kept = min(kept, int(fisher.KEPT_FRACTION * free_memory(torch.device("cpu"))))
+    first = [shape for name, shape in shapes.items() if name.startswith(f"{source.prefix}.0.")]
+    passing = min(tokens.numel(), fisher.BATCH_TOKENS) * 2 * sum(rows + columns for rows, columns in first) * itemsize
+    block = source.block_nbytes(itemsize) + passing + 2 * 4 * sum(rows**2 for rows, _ in first)
+    embedding = sum(p.numel() for p in model.get_input_embeddings().parameters()) * itemsize
+    ends = 2 * embedding + 4 * 4 * tokens.shape[1] * config.vocab_size
+    return kept + int(HEAP * max(block, ends))
 
 
 def _checking_bytes(source: Source, held_out: tuple[int, int], tokens: Tensor | None) -> int:
