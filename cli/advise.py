@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,7 +75,7 @@ def advise_command(
     if as_json:
         print(json.dumps(asdict(found), indent=2))
         return
-    _say(found)
+    _say(found, f" --calibration {shlex.quote(calibration)}" if measure and calibration != "wikitext2" else "")
 
 
 def _count(text: str | None) -> float | None:
@@ -94,7 +95,7 @@ def _count(text: str | None) -> float | None:
     return count
 
 
-def _say(found: Advice) -> None:
+def _say(found: Advice, more: str) -> None:
     table = Table(title=escape(found.model), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("way")
     for heading in ("bits/w", "size", "memory", "expected KL", "bytes a token", "time to make"):
@@ -122,9 +123,8 @@ def _say(found: Advice) -> None:
     elif not found.advised.method:
         console.print("advised: the model as it is")
     else:
-        console.print(
-            f"advised: quantkit quantize {escape(found.model)} {found.advised.options}", soft_wrap=True, highlight=False
-        )
+        command = f"quantkit quantize {shlex.quote(found.model)} {found.advised.options}{more}"
+        console.print(f"advised: {escape(command)}", soft_wrap=True, highlight=False)
 
 
 def _memory(choice: Choice) -> str:

@@ -224,6 +224,11 @@ def search(
     offers, first = candidates_of(wanted, candidates, base)
     rules: dict[str, Quantizer | None] = {**dict.fromkeys(include, first), **dict.fromkeys(ignore)}
     packed_ends = head_bits_of(wanted, head_bits)
+    if start == "predicted" and (fisher is False or include or drop_blocks is not None):
+        raise QuantkitError(
+            "`start` predicted goes by what a pass back through the model finds at linear layers in its blocks: leave "
+            "out `drop_blocks`, `include`, and `fisher` false"
+        )
     back = True if fisher is None and start == "predicted" else fisher
     text = _calibration(calibration, num_samples, seqlen)
     name = Path(model).resolve().name

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from quantkit.advice import prior
 from quantkit.core.constants import HEAD_BITS
 from quantkit.core.device import compute_dtype, pick_device
+from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Quantizer
 from quantkit.evopress.memory import beside_weights
 from quantkit.io.source import open_folder
@@ -21,15 +22,15 @@ from quantkit.run.estimate import expected_seconds, sizes
 from quantkit.run.prediction import Prediction, predict
 from quantkit.run.recipe import Calibration, Recipe, core, make_quantizer
 
-WAYS: tuple[tuple[str, float, dict[str, Any]], ...] = (
-    ("gptq", 8, {}),
-    ("gptq", 4, {"group_size": 64}),
-    ("trellis", 4, {}),
-    ("gptq", 3, {"group_size": 64}),
-    ("trellis", 3, {}),
-    ("trellis", 2, {}),
+WAYS: tuple[tuple[str, float, int | None], ...] = (
+    ("gptq", 8, None),
+    ("gptq", 4, 64),
+    ("trellis", 4, None),
+    ("gptq", 3, 64),
+    ("trellis", 3, None),
+    ("trellis", 2, None),
 )
-"""(method, bits, settings) that advice compares, by falling size."""
+"""(method, bits, group size) that advice compares, by falling size."""
 MEASURED = 0.5
 """Share by which a prediction from a measurement is taken to be off at most; few have been held against runs so far."""
 ENOUGH = 0.05
@@ -123,8 +124,11 @@ def advise(
     where = pick_device(device)
     source = open_folder(folder, compute_dtype(where), structure_only=True)
     head = ends(source.model)[1]
-    recipes = [_recipe(way, head is not None) for way in WAYS]
-    quantizers = [recipe.quantizer for recipe in recipes if recipe.quantizer is not None]
+    ways = {way: recipe for way in WAYS if _fits(recipe := _recipe(way, head is not None), source.model)}
+    layouts = [
+        sizes(open_folder(folder, compute_dtype(where), structure_only=True), recipe) for recipe in ways.values()
+    ]
+    quantizers = [recipe.quantizer for recipe in ways.values() if recipe.quantizer is not None]
     measured = None
     if calibration is not None:
         measured = predict(
@@ -134,13 +138,12 @@ def advise(
     asked = min(context or 4096, context_length(source.model) or context or 4096)
     parameters = sum(p.numel() for p in source.model.parameters())
     choices = []
-    for (method, bits, _), recipe in zip(WAYS, recipes, strict=True):
-        laid_out = sizes(open_folder(folder, compute_dtype(where), structure_only=True), recipe)
+    for ((method, bits, _), recipe), layout in zip(ways.items(), layouts, strict=True):
         low, kl, high = _kl(measured, recipe.quantizer, method, bits, parameters, tokens)
         choices.append(
             Choice(
-                method, bits, _options(method, bits, recipe), laid_out.bits_per_weight, laid_out.bytes_after,
-                laid_out.bytes_after / laid_out.bytes_before, kl, low, high,
+                method, bits, _options(method, bits, recipe), layout.bits_per_weight, layout.bytes_after,
+                layout.bytes_after / layout.bytes_before, kl, low, high,
                 expected_seconds(source, recipe, num_samples * length, where),
             )
         )  # fmt: skip
@@ -150,9 +153,18 @@ def advise(
     return Advice(name, str(where), every, _advised(every), measured is not None, asked, limit)
 
 
-def _recipe(way: tuple[str, float, dict[str, Any]], packs_head: bool) -> Recipe:
-    method, bits, settings = way
-    return Recipe(make_quantizer(method, bits=bits, **settings), head_bits=HEAD_BITS if packs_head else None)
+def _fits(recipe: Recipe, model: PreTrainedModel) -> bool:
+    """Whether the way can be gone with this model: groups may be wider than all of its layers."""
+    try:
+        recipe.plan(model)
+    except QuantkitError:
+        return False
+    return True
+
+
+def _recipe(way: tuple[str, float, int | None], packs_head: bool) -> Recipe:
+    method, bits, group_size = way
+    return Recipe(make_quantizer(method, bits=bits, group_size=group_size), head_bits=HEAD_BITS if packs_head else None)
 
 
 def _options(method: str, bits: float, recipe: Recipe) -> str:

@@ -67,7 +67,7 @@ class CandidateSpace:
             self.losses.append(tuple(loss for _, loss, *_ in kept))
             self.keys.append(tuple(key for *_, key, _ in kept))
             expected = [candidate.predicted_kl for *_, candidate in kept]
-            self.predicted.append(tuple(kl for kl in expected if kl is not None))
+            self.predicted.append(() if None in expected else tuple(kl for kl in expected if kl is not None))
         self.index = Index(tuple(costs))
         fixed = {name: spec.write(quantizer) for name, quantizer in database.fixed.items()}
         self.identity: Any = [database.store.identity, self.keys, fixed]

@@ -14,17 +14,21 @@ diag(p) - p p^T, the curvature of KL there, and is taken back through the blocks
 kept input. Memory is one block and the blocks' inputs for some of the sequences.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quantkit.core.device import free_memory
 from quantkit.core.errors import CalibrationError
+from quantkit.io.files import write_durably
 from quantkit.models.forward import Batch, WeightSource, Wrap, capture, head_logits, run_block
 from quantkit.models.structure import find_blocks, linear_weight
 
@@ -34,6 +38,8 @@ KEPT_FRACTION = 1 / 4
 """Of the free memory, for the inputs of all blocks."""
 BATCH_TOKENS = 2048
 """Tokens that run back through a block together."""
+LOGITS = 2**25
+"""That are sampled at once."""
 _DONE = "done"
 
 
@@ -52,26 +58,30 @@ class Fisher:
     def token_weights(self, layers: Sequence[str]) -> Tensor | None:
         """s of layers that share their inputs, fp32 [sequences, tokens] with a mean of 1, and cut at `LARGEST_WEIGHT`.
 
-        A token's weight is the sum of squares of the gradients at the outputs of all these layers. None for routed
-        experts: the quantized stream may send them other tokens.
+        A token's weight is the sum of squares of the gradients at the outputs of all these layers. None where one was
+        not measured, and for routed experts: the quantized stream may send them other tokens.
         """
-        found = self._block(layers[0])
-        if not all(f"{layer}.squares" in found for layer in layers):
+        found = [self._read(layer, "squares") for layer in layers]
+        known = [squares for squares in found if squares is not None]
+        if len(known) < len(layers):
             return None
-        squares = torch.stack([found[f"{layer}.squares"] for layer in layers]).sum(0)
+        squares = torch.stack(known).sum(0)
         mean = squares.mean()
         if not float(mean) > 0:  # nothing behind this layer depends on it
             return torch.ones_like(squares)
         return (squares / mean).clamp(max=LARGEST_WEIGHT)
 
-    def outputs(self, layer: str) -> Tensor:
-        """H_O of a layer, fp32 [out_features, out_features]."""
-        found = self._block(layer)
-        return found[f"{layer}.outputs"].float() * found[f"{layer}.scale"]
+    def outputs(self, layer: str) -> Tensor | None:
+        """H_O of a layer, fp32 [out_features, out_features]; None where it was not measured."""
+        found, scale = self._read(layer, "outputs"), self._read(layer, "scale")
+        return None if found is None or scale is None else found.float() * scale
 
-    def _block(self, layer: str) -> dict[str, Tensor]:
+    def _read(self, layer: str, what: str) -> Tensor | None:
         index = int(layer.removeprefix(f"{self.prefix}.").split(".")[0])
-        return load_file(_path(self.folder, index))
+        with safe_open(_path(self.folder, index), "pt") as file:
+            name = f"{layer}.{what}"
+            found: Tensor | None = file.get_tensor(name) if name in set(file.keys()) else None
+            return found
 
 
 def _path(folder: Path, index: int) -> Path:
@@ -80,7 +90,7 @@ def _path(folder: Path, index: int) -> Path:
 
 @dataclass
 class _Sums:
-    """Of a layer: the sum of d d^T, fp32 [out, out], and |d|^2 of each token, where each token passes through it."""
+    """Of a layer: the sum of d d^T, fp32 [out, out], and |d|^2 of each token, where every token passes through it."""
 
     outputs: Tensor
     squares: list[Tensor] | None
@@ -114,24 +124,45 @@ def measure(
     prefix, blocks = find_blocks(model)
     names = {i: [layer for layer in layers if layer.startswith(f"{prefix}.{i}.")] for i in range(len(blocks))}
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / _DONE).is_file():
+    if _is_whole(folder):
         return Fisher(folder, prefix)
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise CalibrationError(
+            "the model's weights were made in torch.inference_mode, and nothing passes back through them; load it "
+            "outside of it, or leave out `fisher`"
+        )
     this = _Reverse(model, tokens, source, device, folder, names, seed, progress)
     parts = _parts(model, tokens)
-    for number, part in enumerate(parts):
-        this.run(part, number, len(parts))
-    (folder / _DONE).touch()
+    with torch.inference_mode(False):
+        for number, part in enumerate(parts):
+            this.run(part, number, len(parts))
+    record = json.dumps({_path(folder, index).name: _digest(_path(folder, index)) for index in names}).encode()
+    write_durably(folder / _DONE, lambda path: path.write_bytes(record), len(record))
     return Fisher(folder, prefix)
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether an earlier call has finished, and its files are as it left them."""
+    try:
+        digests = json.loads((folder / _DONE).read_text())
+        return all(_digest(folder / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _parts(model: nn.Module, tokens: Tensor) -> list[Tensor]:
-    """Sequences whose blocks' inputs fit in memory together."""
+    """Sequences whose blocks' inputs fit in memory together; whole batches, so that sums do not depend on it."""
     _, blocks = find_blocks(model)
     hidden = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
     itemsize = torch.empty(0, dtype=next(model.parameters()).dtype).element_size()
     sequence = tokens.shape[1] * hidden * itemsize * (len(blocks) + 1)
-    rows = max(1, int(KEPT_FRACTION * free_memory(torch.device("cpu")) / sequence))
-    return list(tokens.split(-(-len(tokens) // -(-len(tokens) // rows))))
+    batch = max(1, BATCH_TOKENS // tokens.shape[1])
+    return list(tokens.split(max(1, int(KEPT_FRACTION * free_memory(torch.device("cpu")) / sequence / batch)) * batch))
 
 
 @dataclass
@@ -152,7 +183,7 @@ class _Reverse:
         prefix, blocks = find_blocks(self.model)
         total = 2 * len(blocks) * parts
         done = 2 * len(blocks) * part
-        first = part * len(tokens) if part < parts - 1 else len(self.tokens) - len(tokens)
+        first = len(self.tokens) - len(tokens) if part == parts - 1 else part * len(tokens)
         with torch.no_grad():
             batches, wrap = capture(self.model, blocks, tokens, self.source, self.device, BATCH_TOKENS)
         kept: list[list[Tensor]] = []
@@ -166,7 +197,8 @@ class _Reverse:
         for index in reversed(range(len(blocks))):
             self.progress(done + 2 * len(blocks) - 1 - index, total, f"{prefix}.{index}, in reverse")
             with self._loaded(f"{prefix}.{index}", blocks[index]):
-                gradients = self._back(index, blocks[index], batches, kept.pop(), gradients, part == 0)
+                last = part == parts - 1
+                gradients = self._back(index, blocks[index], batches, kept.pop(), gradients, part == 0, last)
 
     @contextmanager
     def _loaded(self, name: str, module: nn.Module) -> Iterator[None]:
@@ -191,26 +223,39 @@ class _Reverse:
             first: number of the first sequence, by which samples are drawn.
         """
         _, blocks = find_blocks(self.model)
+        size = max(1, LOGITS // self.model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         found = []
         with self._loaded("", self.model):
             for batch in batches:
                 rows = []
-                for hidden, tokens in zip(batch.quantized.split(1), batch.tokens.split(1), strict=True):
-                    hidden = hidden.detach().requires_grad_()
-                    with torch.enable_grad():
-                        logits = head_logits(self.model, blocks, tokens.to(self.device), hidden, wrap)
-                    sample = _sample(logits.detach(), self.seed + first)
-                    rows.append(torch.autograd.grad(logits, hidden, sample.to(logits.dtype))[0])
+                for row, tokens in zip(batch.quantized.split(1), batch.tokens.split(1), strict=True):
+                    generator = torch.Generator(row.device).manual_seed(self.seed + first)
+                    pieces = []
+                    for hidden, own in zip(row.split(size, 1), tokens.split(size, 1), strict=True):
+                        hidden = hidden.detach().requires_grad_()
+                        with torch.enable_grad():
+                            logits = head_logits(self.model, blocks, own.to(self.device), hidden, wrap)
+                        sample = _sample(logits.detach(), generator)
+                        pieces.append(torch.autograd.grad(logits, hidden, sample.to(logits.dtype))[0])
+                    rows.append(torch.cat(pieces, 1))
                     first += 1
                 found.append(torch.cat(rows))
+                batch.quantized = batch.full = rows[0].new_empty(0)  # gone from here on
         return found
 
     def _back(
-        self, index: int, block: nn.Module, batches: list[Batch], kept: list[Tensor], after: list[Tensor], anew: bool
+        self,
+        index: int,
+        block: nn.Module,
+        batches: list[Batch],
+        kept: list[Tensor],
+        after: list[Tensor],
+        first: bool,
+        last: bool,
     ) -> list[Tensor]:
         """Takes gradients from a block's outputs to its inputs, and notes what passes its layers' outputs."""
         prefix, _ = find_blocks(self.model)
-        sums: dict[str, _Sums] = {}
+        sums = {} if first else self._so_far(index)
         before = []
         for batch, hidden, gradient in zip(batches, kept, after, strict=True):
             hidden = hidden.to(self.device).requires_grad_()
@@ -222,40 +267,46 @@ class _Reverse:
                 rows = d.reshape(-1, d.shape[-1]).float()
                 known = sums.setdefault(name, _Sums(rows.new_zeros(rows.shape[1], rows.shape[1]), []))
                 known.outputs.addmm_(rows.T, rows)
-                if len(rows) != batch.tokens.numel():
+                if d.shape[:-1] != batch.tokens.shape:  # a routed expert
                     known.squares = None
                 if known.squares is not None:
                     known.squares.append(rows.square().sum(1).view(batch.tokens.shape).cpu())
-        self._write(index, sums, anew)
+        self._write(index, sums, last)
         return before
 
-    def _write(self, index: int, sums: dict[str, _Sums], anew: bool) -> None:
-        """Adds the sums of some sequences to a block's file."""
-        path = _path(self.folder, index)
-        known = {} if anew or not path.is_file() else load_file(path)
+    def _so_far(self, index: int) -> dict[str, _Sums]:
+        """What earlier sequences have left in a block's file."""
+        state, found = load_file(_path(self.folder, index)), {}
+        for name in self.names[index]:
+            squares = state.get(f"{name}.squares")
+            found[name] = _Sums(state[f"{name}.outputs"].to(self.device), None if squares is None else [squares])
+        return found
+
+    def _write(self, index: int, sums: dict[str, _Sums], last: bool) -> None:
+        """Writes a block's file: sums in fp32, and with the last sequences means in fp16."""
         state: dict[str, Tensor] = {}
         for name in self.names[index]:
             if name not in sums:  # no token came this way
                 out_features = linear_weight(self.model.get_submodule(name)).shape[0]
                 sums[name] = _Sums(torch.zeros(out_features, out_features), None)
-            outputs = sums[name].outputs.cpu() / self.tokens.numel()
-            if known:
-                outputs += known[f"{name}.outputs"].float() * known[f"{name}.scale"]
+            outputs, squares = sums[name].outputs.cpu(), sums[name].squares
             if not bool(torch.isfinite(outputs).all()):
                 raise CalibrationError(f"{name}: the gradients at its outputs hold NaN or Inf; leave out `fisher`")
-            scale = outputs.diagonal().amax().clamp_min(1e-30)
-            state |= {f"{name}.outputs": (outputs / scale).half(), f"{name}.scale": scale.view(1)}
-            squares = sums[name].squares
-            if squares is not None and (not known or f"{name}.squares" in known):
-                before = [known[f"{name}.squares"]] if known else []
-                state[f"{name}.squares"] = torch.cat([*before, *squares])
-        save_file(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").rename(path)
+            if squares is not None and sum(map(len, squares)) > 0:
+                state[f"{name}.squares"] = torch.cat(squares)
+            if last:
+                outputs = outputs / self.tokens.numel()
+                scale = outputs.diagonal().amax().clamp_min(1e-30)
+                outputs, state[f"{name}.scale"] = (outputs / scale).half(), scale.view(1)
+                if squares is not None and sum(map(len, squares)) != len(self.tokens):
+                    state.pop(f"{name}.squares", None)
+            state[f"{name}.outputs"] = outputs
+        needed = sum(tensor.nbytes for tensor in state.values())
+        write_durably(_path(self.folder, index), lambda path: save_file(state, path), needed)
 
 
-def _sample(logits: Tensor, seed: int) -> Tensor:
+def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
     """g with E[g g^T] = diag(p) - p p^T, fp32 [1, tokens, vocabulary] as the logits."""
-    generator = torch.Generator(logits.device).manual_seed(seed)
     p = logits.float().softmax(-1)
     drawn = p.sqrt().mul_(torch.randn(p.shape, generator=generator, device=p.device))
     return drawn - p * drawn.sum(-1, keepdim=True)
@@ -263,7 +314,7 @@ def _sample(logits: Tensor, seed: int) -> Tensor:
 
 @contextmanager
 def _watched(block: nn.Module, prefix: str, layers: Sequence[str], seen: dict[str, Tensor]) -> Iterator[None]:
-    """While it lasts, gradients that come back to layers' outputs are put into `seen`; of several calls, the sum's."""
+    """While it lasts, gradients that come back to layers' outputs are put into `seen`; of several, the first call's."""
 
     def watch(name: str) -> Callable:
         def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:

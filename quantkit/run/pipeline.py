@@ -138,8 +138,8 @@ def _fisher(
 ) -> Fisher | None:
     """What the reverse pass finds at the planned layers of the blocks; None where there is nothing to find."""
     inside = f"{find_blocks(source.model)[0]}."
-    layers = [name for name, quantizer in plan.items() if name.startswith(inside) and quantizer.needs > Needs.NOTHING]
-    if tokens is None or not layers:
+    layers = [name for name in plan if name.startswith(inside)]  # those that read nothing share inputs with others
+    if tokens is None or not any(plan[name].needs > Needs.NOTHING for name in layers):
         return None
     return measure(
         source.model, layers, tokens, source.weights(plan, head=True), device, folder,

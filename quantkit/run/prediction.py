@@ -89,7 +89,7 @@ class _Trials:
     def __call__(self, name: str, weight: Tensor, stats: LayerStats | None) -> LayerResult:
         """Says what all ways would cost, and packs the layer by the base."""
         assert stats is not None and stats.outputs is not None
-        kind, index = name.rsplit(".", 1)[-1], next(int(part) for part in name.split(".") if part.isdigit())
+        index, kind = next((int(part), name.split(f".{part}.", 1)[1]) for part in name.split(".") if part.isdigit())
         felt = {False: float(stats.outputs.trace()), True: _left_unexplained(stats)}
         share = min(weight.shape[1] / max(stats.num_tokens, 1), 0.8)
         size = float(weight.square().mean())

@@ -367,12 +367,12 @@ class Recipe:
     def settings(self, plan: Plan, sequences: Tensor | None) -> dict[str, Any]:
         """JSON of all that packed bytes depend on, but for the model; the text is int64 [samples, seqlen] or None."""
         source = self.calibration.source
-        back = {"fisher": True} if self.runs_back(plan) else {}
-        return back | {
+        return {
             "quantizers": {name: spec.write(quantizer) for name, quantizer in plan.items()},
             "true_sequential": self.true_sequential,
             "rotation": self.rotation and dataclasses.asdict(self.rotation),
             "tuner": self.tuner and repr(self.tuner),
+            "fisher": self.runs_back(plan),
             "calibration": None
             if sequences is None
             else {

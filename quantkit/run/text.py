@@ -42,7 +42,7 @@ def sequences_apart(
     Raises:
         CalibrationError: the text does not fill one sequence.
     """
-    runs = _token_runs(texts, tokenizer, seed, max(1024, _PIECE * seqlen))
+    runs = _token_runs(texts, tokenizer, seed, seqlen)
     bos = _leading_bos(tokenizer)
     body = seqlen - len(bos)
     tokens: list[int] = []
@@ -69,11 +69,13 @@ def sequences_apart(
     return first, second
 
 
-def _token_runs(texts: list[Document], tokenizer: Any, seed: int, size: int) -> Iterator[list[int]]:
-    """The shuffled pieces of the text, of `size` characters or tokens, as tokens; short texts together."""
+def _token_runs(texts: list[Document], tokenizer: Any, seed: int, seqlen: int) -> Iterator[list[int]]:
+    """The shuffled pieces of the text, of about two sequences, as tokens; short texts together."""
+    of_text, of_tokens = max(1024, _PIECE * seqlen), 2 * seqlen
     pieces = [
         text[i : i + size]
         for text in texts
+        for size in (of_text if isinstance(text, str) else of_tokens,)
         for i in range(0, len(text), size)
         if not isinstance(text, str) or text.strip()
     ]

@@ -38,7 +38,7 @@ def test_measured_advice_is_narrower(model_folder, text_file):
     found = json.loads(run("advise", model_folder("llama_even"), "--measure", *words, "--json").stdout)
     assert found["measured"]
     packed = found["choices"][1:]
-    assert all(choice["kl_high"] < 2 * choice["kl_low"] for choice in packed)
+    assert all(choice["kl_high"] < 4 * choice["kl_low"] for choice in packed)
     kl = {(choice["method"], choice["bits"]): choice["kl"] for choice in packed}
     assert kl["trellis", 2] > kl["trellis", 3] > kl["trellis", 4] > 0 and kl["gptq", 3] > 4 * kl["gptq", 8]
 

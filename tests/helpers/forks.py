@@ -21,7 +21,8 @@ IMPORTED = [
     "accelerate", "numba", "torch._dynamo", "transformers.models.llama.modeling_llama", "quantkit.cli.main",
     "quantkit.evals.decode", "quantkit.evals.kv_quality", "quantkit.evals.perplexity", "quantkit.evopress.session",
     "quantkit.kernels.int_group_numba", "quantkit.kernels.hadamard_numba", "quantkit.quantizers.sparse",
-    "quantkit.run.pipeline", "quantkit.tuning.end_to_end",
+    "quantkit.run.pipeline", "quantkit.tuning.end_to_end", "matplotlib.figure", "matplotlib.backends.backend_svg",
+    "huggingface_hub",
 ]  # fmt: skip
 
 
