@@ -16,7 +16,7 @@ from quantkit.cli import options
 from quantkit.cli.display import aside, console
 from quantkit.cli.progress import block_progress, duration
 from quantkit.core.errors import QuantkitError
-from quantkit.core.units import parse_size, size
+from quantkit.core.units import size
 
 if TYPE_CHECKING:
     from quantkit.advice.advise import Advice, Choice
@@ -60,16 +60,13 @@ def advise_command(
     By shapes alone, unless --measure reads some text. It says how sure it is, and the command that packs the model.
     """
     from quantkit.advice.advise import advise
-    from quantkit.io.hf import resolve_folder
     from quantkit.run.recipe import Calibration
 
     trained = _count(tokens)
-    limit = None if memory is None else parse_size(memory)
-    folder = resolve_folder(model)
     text = Calibration(calibration, measure_samples, seqlen, seed) if measure else None
     with block_progress() as progress:
         found = advise(
-            folder, model, limit=limit, context=context, batch=batch, kv_bits=kv_bits, device=device, tokens=trained,
+            model, memory=memory, context=context, batch=batch, kv_bits=kv_bits, device=device, tokens=trained,
             calibration=text, num_samples=num_samples, seqlen=seqlen, progress=progress,
         )  # fmt: skip
     if as_json:

@@ -12,6 +12,7 @@ from quantkit.core.constants import RELEASE
 from quantkit.core.post_import import after_import
 
 if TYPE_CHECKING:
+    from quantkit.advice.advise import advise
     from quantkit.api import quantize, search, tune
     from quantkit.evals.evaluate import CacheTest, evaluate
     from quantkit.io.hf import load
@@ -54,6 +55,7 @@ __all__ = [
     "TargetShift",
     "Trellis",
     "TuningSettings",
+    "advise",
     "compressed_kv",
     "evaluate",
     "finetune",
@@ -75,6 +77,7 @@ _PLACES = {
     "kvcache.attention": ("compressed_kv",),
     "kvcache.cache": ("GearCache",),
     "kvcache.config": ("KVCacheConfig",),
+    "advice.advise": ("advise",),
     "api": ("quantize", "search", "tune"),
     "evals.evaluate": ("CacheTest", "evaluate"),
     "run.pipeline": ("quantize_checkpoint", "report"),

@@ -14,13 +14,15 @@ from quantkit.core.constants import HEAD_BITS
 from quantkit.core.device import compute_dtype, pick_device
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Quantizer
+from quantkit.core.units import parse_size
 from quantkit.evopress.memory import beside_weights
+from quantkit.io.hf import resolve_folder
 from quantkit.io.source import open_folder
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.models.structure import block_linears, context_length, ends
 from quantkit.run.estimate import expected_seconds, sizes
 from quantkit.run.prediction import Prediction, predict
-from quantkit.run.recipe import Calibration, Recipe, core, make_quantizer
+from quantkit.run.recipe import Calibration, Recipe, core, make_quantizer, sequence_length
 
 WAYS: tuple[tuple[str, float, int | None], ...] = (
     ("gptq", 8, None),
@@ -90,10 +92,9 @@ class Advice:
 
 
 def advise(
-    folder: Path,
-    name: str,
+    model: str | Path,
     *,
-    limit: int | None = None,
+    memory: str | None = None,
     context: int | None = None,
     batch: int = 1,
     kv_bits: int | None = None,
@@ -107,9 +108,8 @@ def advise(
     """Compares ways to pack a model.
 
     Args:
-        folder: the full-precision model.
-        name: of the model, for what is said.
-        limit: bytes of memory that generation may take, weights and all.
+        model: the full-precision model: a folder, hub id or GGUF file.
+        memory: that generation may take, weights and all, such as "8GB".
         context, batch: that it is to hold; None for 4096, or the model's context where that is shorter.
         kv_bits: of a compressed KV cache.
         device: where the model is to run, and where it would be packed.
@@ -121,7 +121,11 @@ def advise(
     Raises:
         QuantkitError: bad input; the message says what would work.
     """
-    where = pick_device(device)
+    for what, value in (("context", context), ("batch", batch), ("num_samples", num_samples)):
+        if value is not None and value < 1:
+            raise QuantkitError(f"`{what}` {value}: give at least 1")
+    limit = None if memory is None else parse_size(memory)
+    where, folder = pick_device(device), resolve_folder(model)
     source = open_folder(folder, compute_dtype(where), structure_only=True)
     head = ends(source.model)[1]
     ways = {way: recipe for way in WAYS if _fits(recipe := _recipe(way, head is not None), source.model)}
@@ -134,7 +138,7 @@ def advise(
         measured = predict(
             folder, quantizers, calibration, num_samples=num_samples, device=where, progress=progress
         )  # fmt: skip
-    length = min(seqlen or 2048, context_length(source.model) or 2048)
+    length = sequence_length(seqlen, context_length(source.model))
     asked = min(context or 4096, context_length(source.model) or context or 4096)
     parameters = sum(p.numel() for p in source.model.parameters())
     choices = []
@@ -149,8 +153,9 @@ def advise(
         )  # fmt: skip
     before = source.nbytes()
     every = (Choice("", 16, "", 8 * before / parameters, before, 1.0, 0.0, 0.0, 0.0, 0.0), *choices)
-    every = tuple(_placed(choice, folder, where, asked, batch, kv_bits, limit) for choice in every)
-    return Advice(name, str(where), every, _advised(every), measured is not None, asked, limit)
+    beside = {packed: _beside(folder, packed, where, asked, batch, kv_bits) for packed in (False, True)}
+    every = tuple(_placed(choice, beside[bool(choice.method)], limit) for choice in every)
+    return Advice(str(model), str(where), every, _advised(every), measured is not None, asked, limit)
 
 
 def _fits(recipe: Recipe, model: PreTrainedModel) -> bool:
@@ -191,21 +196,17 @@ def _kl(
     return kl / prior.UNCERTAINTY, kl, kl * prior.UNCERTAINTY
 
 
-def _placed(
-    choice: Choice,
-    folder: Path,
-    device: torch.device,
-    context: int,
-    batch: int,
-    kv_bits: int | None,
-    limit: int | None,
-) -> Choice:
-    """The choice with its memory at a context."""
+def _beside(folder: Path, packs: bool, device: torch.device, context: int, batch: int, kv_bits: int | None) -> int:
+    """Bytes beside the weights at a context, of the model as it is or of a packed one."""
     model = open_folder(folder, structure_only=True).model
     kv = None if kv_bits is None else KVCacheConfig.gear(kv_bits)
-    packed = list(block_linears(model)) if choice.method else []
-    beside = beside_weights(model, packed, context, batch, kv, device, ends(model)[1] if choice.method else None)
-    memory = choice.nbytes + beside.total
+    packed = list(block_linears(model)) if packs else []
+    return beside_weights(model, packed, context, batch, kv, device, ends(model)[1] if packs else None).total
+
+
+def _placed(choice: Choice, beside: int, limit: int | None) -> Choice:
+    """The choice with its memory."""
+    memory = choice.nbytes + beside
     return replace(choice, memory=memory, fits=None if limit is None else memory <= limit)
 
 

@@ -137,6 +137,7 @@ class _Paths:
         """Columns need no preparation."""
 
     def round(self, index: int, column: Tensor) -> Tensor:
+        """The nearest rings of steps that the columns themselves give."""
         columns = column.view(-1, self._out_features)
         codes = trellis.nearest_step(columns.float().square().mean(1).sqrt() / self._unit)
         self._scales[index : index + len(columns)] = codes

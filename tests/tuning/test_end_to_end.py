@@ -30,7 +30,7 @@ SHORT = TuningSettings(
 @pytest.fixture(scope="module")
 def quantized(teacher, tokenizer):
     """(packed model, teacher, tokenizer, text) at 2 bits."""
-    text = Calibration("stdlib", 24, 64)
+    text = Calibration("stdlib", 24, 64, seed=2)
     return (
         quantkit.quantize(copy.deepcopy(teacher), tokenizer, method=GPTQ(2), calibration=text),
         teacher,
@@ -64,7 +64,7 @@ def test_tuning_helps_and_keeps_the_size(models):
     assert min(entry["kl"] for entry in history) < history[0]["kl"]
     after = states(model)
     assert {k: (v.shape, v.dtype) for k, v in before.items()} == {k: (v.shape, v.dtype) for k, v in after.items()}
-    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(before[name], after[name]) for name in before if name.endswith("codes"))
     assert all(
         isinstance(model.get_submodule(n), QuantizedLinear) for n, m in model.named_modules() if hasattr(m, "packed")
     )
