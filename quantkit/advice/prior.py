@@ -6,7 +6,7 @@ model has read and falls with its parameters and, exponentially, with its bits:
     loss = C D^a / N^b exp(-bits / c)
 
 The exponents are near theirs. Where rounding errors are small, a bit divides a squared error by four, which is what we
-find from 2 to 4 bits (1 / c = log 4); and C is fitted to KL of trellis codes without tuning of two models of other sizes:
+find from 2 to 4 bits (1 / c = log 4); and C is fitted to KL of untuned trellis codes of two models of other sizes:
 SmolLM2-135M (2e12 tokens; .436 nats at 2 bits, .122 at 3, measured here) and Llama-3.1-8B (15e12; .312, .053, .013 at
 2, 3, 4, exllamav3's published chart). It meets these five within a factor of 1.3.
 """
