@@ -29,7 +29,7 @@ Fisher = Annotated[
     typer.Option(
         "--fisher/--no-fisher",
         help="Weigh tokens and outputs by how much predictions feel them, for a pass back through the model; by "
-        "default where trellis codes are made.",
+        "default where trellis codes are made (in a search: where its base makes them).",
     ),
 ]
 HeadBits = Annotated[

@@ -137,21 +137,15 @@ class Row:
 
 def _integers() -> Iterator[Row]:
     for bits in (2, 3, 4):
-        for group in (64, 128):
-            yield Row(
-                f"rtn-g{group}", f"RTN, groups of {group}", bits, Quantized(f"rtn({bits}, group_size={group})", 0.0),
-                group == 64,
-            )  # fmt: skip
-        for group in (64, 128):
-            for symmetric in (True, False):
-                for shift in (0.0, TARGET_SHIFT):
-                    words = "" if symmetric else ", symmetric=False"
-                    way = Quantized(f"gptq({bits}, group_size={group}{words})", shift)
-                    name = f"gptq-g{group}{'' if symmetric else '-asym'}{'' if shift else '-shift0'}"
-                    label = f"GPTQ, groups of {group}{'' if symmetric else ', asymmetric'}"
-                    yield Row(
-                        name, label + ("" if shift else ", target shift 0"), bits, way, bool(shift) and group == 64
-                    )
+        yield Row("rtn-g64", "RTN, groups of 64", bits, Quantized(f"rtn({bits}, group_size=64)", 0.0), True)
+        for name, words, text, shift in (
+            ("g64-shift0", "64, target shift 0", "64", 0.0),
+            ("g64", "64", "64", TARGET_SHIFT),
+            ("g64-asym", "64, asymmetric", "64, symmetric=False", TARGET_SHIFT),
+            ("g128", "128", "128", TARGET_SHIFT),
+        ):
+            way = Quantized(f"gptq({bits}, group_size={text})", shift)
+            yield Row(f"gptq-{name}", f"GPTQ, groups of {words}", bits, way, name == "g64")
 
 
 def _felt() -> Iterator[Row]:
@@ -173,15 +167,13 @@ def _vectors() -> Iterator[Row]:
 
 def _corrected() -> Iterator[Row]:
     for bits in (2, 3):
-        for extra in (0.25, 0.5):
-            way = Quantized(f"low_rank(gptq({bits}, group_size=64), 1)", low_rank_bits=extra)
-            label = f"GPTQ, groups of 64, corrections within {extra:g} bit"
-            yield Row(f"gptq-g64-rank+{extra:g}", label, bits, way)
         for name, label, text in (
             ("gptq-g64", "GPTQ, groups of 64", f"low_rank(gptq({bits}, group_size=64), 8)"),
             ("trellis-12", "trellis, 2^12 states", f"hadamard(low_rank(trellis({bits}, state_bits=12), 8))"),
         ):
             yield Row(f"{name}-rank8", f"{label}, corrections of rank 8", bits, Quantized(text))
+        way = Quantized(f"low_rank(gptq({bits}, group_size=64), 1)", low_rank_bits=0.25)
+        yield Row("gptq-g64-rank+0.25", "GPTQ, groups of 64, corrections within 0.25 bit", bits, way)
 
 
 def _searched() -> Iterator[Row]:
@@ -209,18 +201,16 @@ def _heads() -> Iterator[Row]:
 
 def _peers() -> Iterator[Row]:
     for bits in (2, 3, 4):
-        for group, symmetric in ((64, True), (128, True), (64, False), (128, False)):
-            name, words = f"g{group}{'' if symmetric else '-asym'}", "" if symmetric else ", asymmetric"
-            words = f"groups of {group}{words}"
+        for name, words, group, symmetric in (
+            ("g64", "64", 64, True),
+            ("g64-asym", "64, asymmetric", 64, False),
+            ("g128", "128", 128, True),
+        ):
             grid = PeerGrid("llm-compressor", bits, group, symmetric, 0)
-            yield Row(f"llm-compressor-{name}", f"llm-compressor GPTQ, {words}", bits, grid, group == 64)
-            if symmetric:
-                for iterations, label in ((200, "auto-round"), (0, "auto-round, 0 iterations")):
-                    grid = PeerGrid("auto-round", bits, group, symmetric, iterations)
-                    extra = "" if iterations else "-rtn"
-                    yield Row(
-                        f"auto-round{extra}-{name}", f"{label}, {words}", bits, grid, group == 64 and iterations > 0
-                    )
+            yield Row(f"llm-compressor-{name}", f"llm-compressor GPTQ, groups of {words}", bits, grid, name == "g64")
+        for name, words, iterations in (("", "", 200), ("-rtn", ", 0 iterations", 0)):
+            grid = PeerGrid("auto-round", bits, 64, True, iterations)
+            yield Row(f"auto-round{name}-g64", f"auto-round{words}, groups of 64", bits, grid, iterations > 0)
 
 
 ROWS: tuple[Row, ...] = tuple(

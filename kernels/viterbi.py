@@ -15,7 +15,6 @@ part of a ring.
 
 import logging
 from functools import lru_cache
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -84,27 +83,6 @@ def _cuts(
         own = edges[here].unsqueeze(1) + torch.arange(size)
         pieces.append((own.to(device), here.to(device), ((here + 1) % count).to(device)))
     return near.to(device), pieces
-
-
-def path(x: Tensor, values: Tensor, bits: int, above: Tensor | None = None, below: Tensor | None = None) -> Tensor:
-    """States of long pieces of rings, each cut into some that are searched one by one, as `encode` does side by side.
-
-    Args:
-        x, values, bits, above, below: see `between`.
-
-    Returns:
-        int32 [pieces, n].
-    """
-    count = max(1, x.shape[1] // (PIECE_ON_GPU if x.is_cuda else PIECE))
-    edges = [x.shape[1] * i // count for i in range(count + 1)]
-    around, mask = reach(bits), (len(values) >> bits) - 1
-    inside = [
-        between(x[:, max(0, e - around) : e + around], values, bits)[:, min(e, around)] & mask for e in edges[1:-1]
-    ]
-    cuts = [below, *inside, above]
-    return torch.cat(
-        [between(x[:, a:b], values, bits, cuts[i + 1], cuts[i]) for i, (a, b) in enumerate(pairwise(edges))], 1
-    )
 
 
 def between(x: Tensor, values: Tensor, bits: int, above: Tensor | None = None, below: Tensor | None = None) -> Tensor:

@@ -226,8 +226,9 @@ def search(
     packed_ends = head_bits_of(wanted, head_bits)
     if start == "predicted" and (fisher is False or include or drop_blocks is not None):
         raise QuantkitError(
-            "`start` predicted goes by what a pass back through the model finds at linear layers in its blocks: leave "
-            "out `drop_blocks`, `include`, and `fisher` false"
+            "nothing is predicted of blocks that are left out, of layers outside of blocks, or without a pass back "
+            "through the model: for `start` predicted, leave out `drop_blocks` and `include`, and don't switch "
+            "`fisher` off"
         )
     back = True if fisher is None and start == "predicted" else fisher
     text = _calibration(calibration, num_samples, seqlen)

@@ -6,6 +6,7 @@ x is the layer's input in the full-precision model, x_q its input behind the qua
 convention everywhere: a mean, in fp32, without a factor 2.
 """
 
+import logging
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from quantkit.core.errors import CalibrationError
 from quantkit.core.linalg import NotPositiveDefinite, damped_inverse_factor, elimination_order
+
+logger = logging.getLogger(__name__)
 
 OUTPUTS_DAMP = 0.05
 """Added to diag(H_O), as a fraction of its mean: gradients are few and heavy-tailed."""
@@ -58,18 +61,20 @@ class LayerStats:
         """The same statistics for one of the layers that share them, with its own H_O."""
         return replace(self, name=name, outputs=outputs)
 
-    def outputs_factor(self) -> Tensor | None:
-        """Upper-triangular U [out, out] with (H_O + damping)^-1 = U^T U; None where H_O is not known.
+    def outputs_factor(self, order: Tensor) -> Tensor:
+        """Upper-triangular U [out, out] with (H_O + damping)^-1 = U^T U, rows in `order`; H_O has to be known.
 
         Raises:
             CalibrationError: H_O does not factor.
         """
-        if self.outputs is None:
-            return None
+        assert self.outputs is not None
         try:
-            return damped_inverse_factor(self.outputs, OUTPUTS_DAMP)[0]
+            factor, damping = damped_inverse_factor(self.outputs[order][:, order], OUTPUTS_DAMP)
         except NotPositiveDefinite as error:
             raise CalibrationError(f"{self.name}: at its outputs {error}; leave out `fisher`") from error
+        if damping > OUTPUTS_DAMP:
+            logger.warning("%s: its outputs' statistics factored only with damping raised to %g", self.name, damping)
+        return factor
 
     def changed_outputs(self, change: Callable[[Tensor], Tensor]) -> "LayerStats":
         """The statistics of a layer whose outputs are R y, for R applied over the last dimension."""

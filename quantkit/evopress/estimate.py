@@ -18,6 +18,7 @@ from quantkit.io.source import Source, open_folder
 from quantkit.models.plan import with_own_weight
 from quantkit.models.structure import linear_weight
 from quantkit.run.estimate import multiplications
+from quantkit.run.recipe import Recipe
 from quantkit.run.trial import pass_seconds, rounding_seconds
 
 UNITS = {"bits": "bytes", "bytes": "bytes", "weights": "weights", "latency": "ns", "blocks": "blocks"}
@@ -106,14 +107,13 @@ def estimate(
         ]
         allowed = budget.units(source, names, database.fixed)
         notes += [f"note: {found.note}"] if found.note else []
-        made = {"database": str(asked.database)} | _candidates(found, asked.recipe.target_shift, where)
+        made = {"database": str(asked.database)} | _candidates(found, asked.recipe, where)
     else:
         source = open_folder(asked.folder, compute_dtype(where), structure_only=True)
         costs = [[0, 1]] * len(source.blocks)
         allowed = budget.units(None, [])
     sequences = search_text(asked.text, source.tokenizer(), source.model, asked.settings)
-    base, blocks = asked.recipe.quantizer, asked.wanted.drop_blocks is not None
-    predicted = not blocks and base is not None and asked.recipe.runs_back({"": base})
+    predicted = asked.wanted.drop_blocks is None and _runs_back(asked.recipe)
     evaluations, tokens = measured(asked.settings, sequences, len(costs), predicted)
     kept = min(asked.settings.top, source.model.config.vocab_size)
     return SearchEstimate(
@@ -144,7 +144,7 @@ def _shapes(source: Source, names: list[str]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _candidates(found: Lacking, shift: float, device: torch.device) -> dict[str, Any]:
+def _candidates(found: Lacking, recipe: Recipe, device: torch.device) -> dict[str, Any]:
     """How many candidates there are to be, their bytes, and the time for those that are missing."""
     database = found.database
     ends = with_own_weight(database.fixed)
@@ -163,7 +163,7 @@ def _candidates(found: Lacking, shift: float, device: torch.device) -> dict[str,
         "missing": len(missing),
         "candidate_bytes": sum(nbytes.values()),
         "missing_bytes": sum(nbytes[place] for place in missing),
-        "candidate_seconds": _seconds(found, missing, shapes, shift, device) if missing else 0.0,
+        "candidate_seconds": _seconds(found, missing, shapes, recipe, device) if missing else 0.0,
     }
 
 
@@ -171,14 +171,20 @@ def _seconds(
     found: Lacking,
     missing: Mapping[tuple[str, str], Quantizer],
     shapes: Mapping[str, tuple[int, int]],
-    shift: float,
+    recipe: Recipe,
     device: torch.device,
 ) -> float:
-    """For the walk over the model and for rounding, each candidate by itself: less where some share a factor."""
+    """For the walks over the model and for rounding, each candidate by itself: less where some share a factor."""
     rounding = {f"{layer} {key}": (quantizer, shapes[layer]) for (layer, key), quantizer in missing.items()}
-    needs = max(Needs.CROSS if shift else Needs.HESSIAN, *(quantizer.needs for quantizer in missing.values()))
-    walk = multiplications(shapes, found.tokens.numel(), needs)
+    least = Needs.CROSS if recipe.target_shift else Needs.HESSIAN
+    needs = max(least, *(quantizer.needs for quantizer in missing.values()))
+    walk = multiplications(shapes, found.tokens.numel(), needs, _runs_back(recipe))
     return rounding_seconds(rounding, device) + pass_seconds(walk, found.database.source.model.dtype, device)
+
+
+def _runs_back(recipe: Recipe) -> bool:
+    """Whether candidates are made behind a reverse pass, as the base decides."""
+    return recipe.quantizer is not None and recipe.runs_back({"": recipe.quantizer})
 
 
 def measured(settings: SearchSettings, sequences: Tensor, items: int, predicted: bool = False) -> tuple[int, int]:

@@ -67,7 +67,7 @@ class GPTQ(GridSettings):
         width = self.width(weight.shape[1])
         order = _column_order(stats.hessian.diagonal(), width, self.order)
         factor = stats.inverse_factor(self.damp, order).to(weight.dtype)
-        rows = RowFeedback(len(weight), stats.outputs_factor())
+        rows = RowFeedback(len(weight), stats)
         rounding = _GroupGrids(self, weight, stats.hessian.diagonal().to(weight.dtype), order, width, rows)
         error_feedback(weight if order is None else weight[:, order], factor, rounding, self.block_size)
         return rounding.packed()
@@ -109,7 +109,7 @@ class _GroupGrids:
         self._importance = importance.clamp_min(importance.mean() * 1e-4 + 1e-30)
         self._codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=weight.device)
         self._grids: dict[int, Grid] = {}
-        self._in_parts: dict[int, dict[int, Grid]] = {}
+        self._in_parts: dict[int, list[Grid]] = {}
         self._static = settings.order == "act"
         if self._static:
             for start in range(0, in_features, width):
@@ -127,10 +127,11 @@ class _GroupGrids:
         source = self._sources[index]
         grids = self._in_parts[source // self._group]
 
-        def rounded(rows: Tensor, start: int, stop: int) -> Tensor:
-            codes = grids[start].encode(rows[start:stop])
-            self._codes[source, start:stop] = codes
-            return grids[start].decode(codes)
+        def rounded(rows: Tensor, part: int) -> Tensor:
+            here = self._rows.rows[part]
+            codes = grids[part].encode(rows[here])
+            self._codes[source, here] = codes.to(torch.uint8)
+            return grids[part].decode(codes)
 
         return self._rows.round(column, rounded)
 
@@ -145,6 +146,4 @@ class _GroupGrids:
         grid = fit_grid(columns, settings.bits, settings.symmetric, settings.search, importance)
         scale, zero = grid.scale.squeeze(1), grid.zero.squeeze(1)
         self._grids[group] = Grid(scale, zero, settings.bits)
-        self._in_parts[group] = {
-            start: Grid(scale[start:stop], zero[start:stop], settings.bits) for start, stop in self._rows.parts
-        }
+        self._in_parts[group] = [Grid(scale[here], zero[here], settings.bits) for here in self._rows.rows]

@@ -27,7 +27,7 @@ from quantkit.core.protocols import Needs
 from quantkit.core.stats import LayerStats
 from quantkit.formats.trellis import TrellisWeight, columns_of, rings_of
 from quantkit.kernels import trellis
-from quantkit.kernels.viterbi import encode, path
+from quantkit.kernels.viterbi import between, encode
 from quantkit.quantizers.feedback import check_feedback, error_feedback, required
 from quantkit.quantizers.row_feedback import RowFeedback
 
@@ -37,8 +37,8 @@ TILE = 16
 """Columns and rows of a tile of `axis="in"`."""
 SPREAD = (0.0, 0.88, 1.02, 1.06, 1.1, 1.2, 1.26, 1.32, 1.4)
 """By K: the root mean square of all values that suits numbers of root mean square 1 (`evals/trellis_codes.py`)."""
-AHEAD = 16
-"""Rows after a part of a column that are looked at, so that its path ends where theirs can go on."""
+RUN, AHEAD = 96, 32
+"""Rows of a run of a column's part, about, and those beside it that are looked at, so that theirs can go on from it."""
 _HEADROOM = 4.0  # a step of 1, over what the largest column needs: the feedback adds to columns
 
 
@@ -101,7 +101,7 @@ class Trellis:
             ValueError: there are no statistics, or the bits are a fraction.
         """
         stats = required(stats, self)
-        rows = RowFeedback(len(weight), stats.outputs_factor() if self.axis == "out" else None)
+        rows = RowFeedback(len(weight), stats if self.axis == "out" else None, RUN)
         rounding = _Paths(self._whole(), self.state_bits, self.width, weight, rows)
         order = stats.order(self.damp) if self.axis == "out" and self.order == "least" else None
         factor = stats.inverse_factor(self.damp, order).to(weight.dtype)
@@ -113,6 +113,48 @@ class Trellis:
         if self.bits != int(self.bits):
             raise ValueError(f"bits={self.bits}: a layer has whole bits; fractions are averages over layers")
         return int(self.bits)
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Runs of one length in a ring, which are searched side by side.
+
+    Attributes:
+        own: int64 [runs, length], their places.
+        seen: int64 [runs, n], places that are looked at, theirs and those beside them.
+        inside: where theirs are in these.
+        below, above: int64 [runs], the places before and behind them, which are found by then; None where they aren't.
+    """
+
+    own: Tensor
+    seen: Tensor
+    inside: slice
+    below: Tensor | None
+    above: Tensor | None
+
+
+def _runs(rows: RowFeedback, out_features: int, device: torch.device) -> list[list[_Runs]]:
+    """Runs of each part: the first part's find nothing beside them, later ones' the end of the run before them, the
+    last part's both ends."""
+    places, found = trellis.ring_length(out_features), []
+    for number, part in enumerate(rows.runs):
+        spans = [(start, places if stop == out_features else stop) for start, stop in part]  # all places have an owner
+        is_first, is_last = number == 0, number == len(rows.runs) - 1
+        before, beyond = AHEAD if is_first else 0, 0 if is_last else AHEAD
+        own = []
+        for length in sorted({stop - start for start, stop in spans}):
+            first = torch.tensor([start for start, stop in spans if stop - start == length], device=device)
+            around = torch.arange(-before, length + beyond, device=device)
+            seen = (first.unsqueeze(1) + around) % places
+            inside = slice(before, before + length)
+            own.append(
+                _Runs(
+                    seen[:, inside], seen, inside, None if is_first else first - 1,
+                    (first + length) % places if is_last else None,
+                )
+            )  # fmt: skip
+        found.append(own)
+    return found
 
 
 class _Paths:
@@ -129,6 +171,7 @@ class _Paths:
         self._scale = (self._unit * unit).view(1)
         self._scales = torch.empty(in_features, dtype=torch.uint8, device=weight.device)
         self._codes: list[Tensor] = []
+        self._runs = _runs(rows, out_features, weight.device)
 
     def group_size(self) -> int:
         return self.width
@@ -142,7 +185,7 @@ class _Paths:
         codes = trellis.nearest_step(columns.float().square().mean(1).sqrt() / self._unit)
         self._scales[index : index + len(columns)] = codes
         steps = (trellis.step(codes) * self._unit).unsqueeze(1)
-        if len(self._rows.parts) > 1:
+        if self._runs:
             return self._in_parts(column, steps[0])
         rings = rings_of((columns.float() / steps).T, self.width)
         words = trellis.pack_rings(encode(rings.T, self._values, self._bits), self._bits)
@@ -152,25 +195,22 @@ class _Paths:
         return (rounded[: self._out_features, : len(columns)].T * steps).to(column.dtype).view_as(column)
 
     def _in_parts(self, column: Tensor, step: Tensor) -> Tensor:
-        """A column whose ring is found part by part, each with a look at the places after it."""
+        """A column whose ring is found part by part, the runs of a part side by side."""
         places, mask = trellis.ring_length(self._out_features), (len(self._values) >> self._bits) - 1
-        states = torch.empty(1, places, dtype=torch.int32, device=column.device)
+        states = torch.empty(places, dtype=torch.int64, device=column.device)
 
-        def rounded(rows: Tensor, start: int, stop: int) -> Tensor:
-            x = torch.nn.functional.pad(rows.float() / step, (0, places - len(rows))).unsqueeze(0)
-            end = stop if stop < len(rows) else places  # the places without a row go with the last part
-            if start == 0:
-                around = torch.cat([x[:, -AHEAD:], x[:, : end + AHEAD]], 1)
-                found = path(around, self._values, self._bits)[:, AHEAD:]
-            else:
-                below = states[:, start - 1] >> self._bits
-                above = states[:, 0] & mask if end + AHEAD >= places else None
-                found = path(x[:, start : end + AHEAD], self._values, self._bits, above, below)
-            states[:, start:end] = found[:, : end - start]
-            return (self._values[found[0, : stop - start].long()] * step).to(rows.dtype)
+        def rounded(rows: Tensor, part: int) -> Tensor:
+            x = torch.nn.functional.pad(rows.float() / step, (0, places - len(rows)))
+            for run in self._runs[part]:
+                below = None if run.below is None else states[run.below] >> self._bits
+                above = None if run.above is None else states[run.above] & mask
+                found = between(x[run.seen], self._values, self._bits, above, below)
+                states[run.own] = found[:, run.inside].long()
+            return (self._values[states[self._rows.rows[part]]] * step).to(rows.dtype)
 
         result = self._rows.round(column, rounded)
-        self._codes.append(trellis.pack_rings((states.T & (1 << self._bits) - 1).to(torch.uint8), self._bits))
+        symbols = (states & (1 << self._bits) - 1).to(torch.uint8)
+        self._codes.append(trellis.pack_rings(symbols.unsqueeze(1), self._bits))
         return result
 
     def packed(self, inverse: Tensor | None) -> TrellisWeight:

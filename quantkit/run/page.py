@@ -7,7 +7,7 @@ Times and memory of the run are in the JSON alone, so that equal runs give equal
 import html
 import json
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from quantkit.core.units import size
 from quantkit.run.pictures import by_kind, picture
@@ -120,15 +120,21 @@ def _kinds(report: Report) -> str:
 
 
 def _layers(layers: Sequence[LayerReport]) -> str:
-    headings, tuned = ["layer", "method", "format", "bits", "error", "damping"], any(layer.tuned for layer in layers)
-    rows = []
-    for layer in layers:
-        damping = "" if layer.damping is None else f"{layer.damping:g}"
-        row = [layer.name, layer.quantizer, layer.format, f"{layer.bits_per_weight:.3f}"]
-        row += [f"{layer.relative_error:.2e}", damping]
-        rows.append(row + (["{:.2e} → {:.2e}".format(*layer.tuned) if layer.tuned else ""] if tuned else []))
-    table = _table([*headings, "block tuned"] if tuned else headings, rows)
+    columns: dict[str, Callable[[LayerReport], str]] = {
+        "layer": lambda layer: layer.name,
+        "method": lambda layer: layer.quantizer,
+        "format": lambda layer: layer.format,
+        "bits": lambda layer: f"{layer.bits_per_weight:.3f}",
+        "error": lambda layer: f"{layer.relative_error:.2e}",
+        "damping": lambda layer: "" if layer.damping is None else f"{layer.damping:g}",
+    }
     text = "Error is what the layer's output lost on calibration text, relative to its size."
+    if any(layer.predicted_kl is not None for layer in layers):
+        columns["predicted KL"] = lambda layer: "" if layer.predicted_kl is None else f"{layer.predicted_kl:.2e}"
+        text += " Predicted KL is what the layer alone is expected to cost, in nats a token."
+    if any(layer.tuned for layer in layers):
+        columns["block tuned"] = lambda layer: "{:.2e} → {:.2e}".format(*layer.tuned) if layer.tuned else ""
+    table = _table(list(columns), ([shown(layer) for shown in columns.values()] for layer in layers))
     return f'<details><summary>All {len(layers)} layers</summary>\n{table}</details><p class="note">{text}</p>'
 
 

@@ -5,10 +5,11 @@ e H_I e^T is that of all rows, and what it costs the model is
 
     KL ~ 1/2 (mean row loss) tr(H_O)
 
-where rows do without feedback among them; with it, what the rows after them leave unexplained takes the place of
-tr(H_O) (`quantkit.run.fisher`, `quantizers.row_feedback`). Layers of a kind that are not tried are taken to lose as
-much in proportion to the least that error feedback can lose, the mean square of their weights times the sum of all
-1 / U_jj^2, or without feedback times tr(H_I). Two things are known to be missing and are put in:
+where rows do without feedback among them; with it, what the rows after them leave unexplained, in the rotated basis
+where there is one, takes the place of tr(H_O) (`quantkit.run.fisher`, `quantizers.row_feedback`). Layers of a kind
+that are not tried are taken to lose as much in proportion to the least that error feedback can lose, the mean square of
+their weights times the sum of all 1 / U_jj^2, or without feedback times tr(H_I). Two things are known to be missing and
+are put in:
 
 - a way that reads n columns' Hessian from N tokens loses less on these than on others: of what it would lose with all
   the text in the world (1 - n/N) on these, and (1 + n/N) on others;
@@ -32,6 +33,7 @@ from quantkit.io.source import open_folder
 from quantkit.kernels.hadamard import random_signs, rotate
 from quantkit.models.structure import block_linears, linear_weight
 from quantkit.quantizers.factor import quantized
+from quantkit.quantizers.hadamard import Hadamard
 from quantkit.quantizers.row_feedback import RowFeedback
 from quantkit.quantizers.rtn import RTN
 from quantkit.run.fisher import measure
@@ -90,7 +92,14 @@ class _Trials:
         """Says what all ways would cost, and packs the layer by the base."""
         assert stats is not None and stats.outputs is not None
         index, kind = next((int(part), name.split(f".{part}.", 1)[1]) for part in name.split(".") if part.isdigit())
-        felt = {False: float(stats.outputs.trace()), True: _left_unexplained(stats)}
+        signs = random_signs(len(weight), 0).to(weight.device)
+        rotated = stats.changed_outputs(lambda moment: rotate(moment.contiguous(), signs))
+        felt = {
+            (False, False): (trace := float(stats.outputs.trace())),
+            (False, True): trace,
+            (True, False): RowFeedback(len(weight), stats).unexplained(),
+            (True, True): RowFeedback(len(weight), rotated).unexplained(),
+        }
         share = min(weight.shape[1] / max(stats.num_tokens, 1), 0.8)
         size = float(weight.square().mean())
         least = {False: size * float(stats.hessian.trace()), True: size * _least(stats)}
@@ -100,7 +109,7 @@ class _Trials:
             if index % EVERY == 0 or (kind, way) not in self._ratios:
                 self._ratios[kind, way] = _row_loss(way, weight, stats) / max(least[reads], 1e-30)
             loss = self._ratios[kind, way] * least[reads]
-            kl = loss * felt[reads and self.two_sided(way)] / 2
+            kl = loss * felt[reads and self.two_sided(way), isinstance(way, Hadamard)] / 2
             self.found[name][way] = kl * ((1 + share / self.grown) / (1 - share) if reads else 1)
         return self.base(name, weight, stats)
 
@@ -118,16 +127,6 @@ def _least(stats: LayerStats) -> float:
     signs = random_signs(len(stats.hessian), 0).to(stats.hessian.device)
     rotated = stats.changed(("hadamard", 0), lambda moment: rotate(moment, signs))
     return float(rotated.inverse_factor(DAMP, rotated.order(DAMP)).diagonal().square().reciprocal().sum())
-
-
-def _left_unexplained(stats: LayerStats) -> float:
-    """tr(H_O) with each part of the rows as those after it leave it."""
-    factor = stats.outputs_factor()
-    assert factor is not None
-    total = 0.0
-    for start, stop in RowFeedback(len(factor), factor).parts:
-        total += float(torch.linalg.inv(factor[start:stop, start:stop]).square().sum())
-    return total
 
 
 class _Nowhere:

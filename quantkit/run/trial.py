@@ -16,7 +16,7 @@ from quantkit.core.stats import LayerStats
 from quantkit.run.sequential import Pack
 
 FEW, ROWS = 8, (64, 256)
-"""Rows of the narrow layers of a trial: of one whose time nobody takes, and of those that tell."""
+"""Rows of the narrow layers of a trial: of the one that factors the Hessian, and of those that tell a row's time."""
 LONG = 1.0
 """Seconds of a trial after which none with more rows is made."""
 PACE = 0.5
@@ -46,16 +46,21 @@ def rounding_seconds(layers: Mapping[str, tuple[Quantizer, tuple[int, ...]]], de
 
 def _tried(quantizer: Quantizer, columns: int, device: torch.device) -> tuple[float, float]:
     """(seconds for the Hessian, seconds a row) of a layer with so many columns."""
-    taken = []
-    for rows in (FEW, *ROWS):  # the first may compile
+
+    def taken(rows: int) -> float:
         weight = torch.randn(rows, columns, device=device)
-        stats = _stats(columns, device) if quantizer.needs > Needs.NOTHING else None
-        taken.append(_seconds(partial(Pack({"layer": quantizer}), "layer", weight, stats), device))
-        if len(taken) == 2 and taken[1] > LONG:  # what takes so long does so for its rows
-            return 0.0, taken[1] / ROWS[0]
-    few, many = taken[1:]
-    a_row = max(0.0, many - few) / (ROWS[1] - ROWS[0])
-    return max(0.0, few - a_row * ROWS[0]), a_row
+        return _seconds(partial(Pack({"layer": quantizer}), "layer", weight, stats), device)
+
+    reads = quantizer.needs > Needs.NOTHING
+    for _ in range(1 if device.type == "cpu" else 2):  # elsewhere the first compiles
+        stats = _stats(columns, device) if reads else None
+        first = taken(FEW)
+    for rows in (FEW, ROWS[0]):  # the statistics know their factors from here on
+        few = taken(rows)
+        if few > LONG:
+            return max(0.0, first - few * FEW / rows), few / rows
+    a_row = max(0.0, taken(ROWS[1]) - few) / (ROWS[1] - ROWS[0])
+    return max(0.0, first - a_row * FEW), a_row
 
 
 def _stats(columns: int, device: torch.device) -> LayerStats:

@@ -256,4 +256,4 @@ def test_predictions_choose_without_measuring(model_folder, text_file, tmp_path)
     best = run("search", folder, *words, tmp_path / "best", "--start", "best", "--fisher")
     assert "knapsack, predicted" in json.loads(best.stdout)["held_out"]
     without = run("search", folder, *words, tmp_path / "without", "--no-fisher", "--database", tmp_path / "other")
-    assert without.returncode == 2 and "nothing is predicted of" in without.stderr
+    assert without.returncode == 2 and "nothing is predicted" in without.stderr

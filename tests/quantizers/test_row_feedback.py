@@ -1,9 +1,11 @@
 """Feedback among rows: against its equations, and what it gains in the loss that it is for."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
-from quantkit import GPTQ, Hadamard, Trellis
+from quantkit import GPTQ, Hadamard, Trellis, quantizers
 from quantkit.core.errors import CalibrationError
 from quantkit.core.stats import LayerStats
 from quantkit.kernels import trellis
@@ -35,19 +37,21 @@ def test_a_part_a_row_is_the_sequential_rounding_of_least_squares(monkeypatch):
     _, _, outputs = layer(12)
     column = torch.randn(12, dtype=torch.float64)
     stats = LayerStats(torch.eye(3)).of_layer("x", outputs.double())
+    order = outputs.diagonal().argsort(descending=True)  # first what is felt most
     damped = outputs.double() + 0.05 * outputs.double().diagonal().mean() * torch.eye(12, dtype=torch.float64)
+    damped = damped[order][:, order]
     expected, errors = [], torch.zeros(0, dtype=torch.float64)
     for row in range(12):
         rest = slice(row, None)
-        aim = column[rest]
+        aim = column[order][rest]
         if row:  # E_R = -H_RR^-1 H_RB E_B is the error that is wanted of the rows to come
             aim = aim + torch.linalg.solve(damped[rest, rest], damped[rest, :row] @ errors)
         expected.append(aim[0].round())
-        errors = torch.cat([errors, (column[row] - expected[-1]).view(1)])
-    feedback = RowFeedback(12, stats.outputs_factor())
-    found = feedback.round(column, lambda rows, start, stop: rows[start:stop].round())
-    assert torch.equal(found, torch.stack(expected))
-    assert len(feedback.parts) == 12
+        errors = torch.cat([errors, (column[order][row] - expected[-1]).view(1)])
+    feedback = RowFeedback(12, stats)
+    found = feedback.round(column, lambda rows, part: rows[feedback.rows[part]].round())
+    assert torch.equal(found[order], torch.stack(expected))
+    assert len(feedback.rows) == 12
 
 
 @pytest.mark.parametrize("quantizer", [GPTQ(2, 32), Hadamard(GPTQ(3, 32)), Hadamard(Trellis(2, 8)), Trellis(3, 10)])
@@ -67,15 +71,37 @@ def test_outputs_that_count_alike_change_nothing(quantizer):
     assert all(torch.equal(tensor, packed.state()[key]) for key, tensor in plain.state().items())
 
 
-@pytest.mark.parametrize("rows", [96, 100, 129])
+@pytest.mark.parametrize("rows", [96, 100, 129, 640, 805])
 def test_rings_of_parts_close_and_cost_little(rows):
-    weight, stats, _ = layer(rows)
+    weight, stats, _ = layer(rows, 32)
     plain = Trellis(2, 10).quantize(weight, stats)
     packed = Trellis(2, 10).quantize(weight, stats.of_layer("x", torch.eye(rows)))
     identity = torch.eye(rows)
     assert loss(weight, packed, stats, identity) < 1.06 * loss(weight, plain, stats, identity)
     states = trellis.states(packed.codes, 2, 10)
     assert torch.equal(states >> 2, states.roll(-1, 0) & 255)
+
+
+def test_runs_of_a_part_follow_those_of_the_part_before():
+    _, stats, outputs = layer(805, 32)
+    feedback = RowFeedback(805, stats.of_layer("x", outputs), 48)
+    spans = sorted(span for part in feedback.runs for span in part)
+    assert len(feedback.runs) == 8 and {len(part) for part in feedback.runs} == {2}
+    assert [start for start, _ in spans] == [0, *(stop for _, stop in spans[:-1])] and spans[-1][1] == 805
+    for before, after in pairwise(feedback.runs):
+        assert [stop for _, stop in before] == [start for start, _ in after]
+    assert torch.equal(torch.cat(feedback.rows).sort().values, torch.arange(805))
+    assert RowFeedback(805, stats, 48).rows == [slice(None)]
+
+
+def test_runs_gain_as_much_as_whole_parts(monkeypatch):
+    """Which rows go together does not matter, and ends of runs cost little."""
+    weight, stats, outputs = layer(768, 48)
+    known = stats.of_layer("x", outputs)
+    side_by_side = loss(weight, Trellis(2, 10).quantize(weight, known), stats, outputs)
+    monkeypatch.setattr(quantizers.trellis, "RUN", 96)
+    whole = loss(weight, Trellis(2, 10).quantize(weight, known), stats, outputs)
+    assert side_by_side < 1.05 * whole
 
 
 def test_outputs_that_do_not_factor_are_named():
