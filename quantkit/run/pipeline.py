@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from quantkit.core.device import compute_dtype, pick_device
 from quantkit.core.errors import QuantkitError
+from quantkit.core.products import full_width
 from quantkit.core.protocols import Needs
 from quantkit.core.result import LayerResult
 from quantkit.core.weight import QuantizedWeight
@@ -66,6 +67,7 @@ class Destination(Sink, Protocol):
         """
 
 
+@full_width()
 def run(
     source: Source,
     recipe: Recipe,
