@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from quantkit.core.products import full_width
 from quantkit.core.device import compute_dtype, parse_dtype, pick_device
 from quantkit.core.errors import QuantkitError
 from quantkit.evals import perplexity
@@ -62,6 +63,7 @@ class Evaluation:
         return {**self.settings, "activations": self.activations, "kv_cache": self.kv_cache, **asdict(self.quality)}
 
 
+@full_width()
 def evaluate(
     model: PreTrainedModel | str | Path,
     data: str = "wikitext2",

@@ -1,8 +1,8 @@
 """Products of fp32 matrices at the full width of this CPU.
 
 torch multiplies fp32 with MKL, which on CPUs that are not Intel's takes half of the vectors' width. oneDNN, which torch
-has too, takes all of it, and is used where products may be rounded to bf16 on their way: twice as fast on an AMD EPYC. A
-CPU that has no units for such products does not round them; one that has them is left alone, as a probe tells.
+has too, takes all of it, and is used where products may be rounded to bf16 on their way: twice as fast on an AMD EPYC.
+A CPU without units for such products does not round them; one that has them is left alone, as a probe tells.
 """
 
 from collections.abc import Iterator

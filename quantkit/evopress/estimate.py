@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quantkit.core.device import compute_dtype, pick_device
+from quantkit.core.products import full_width
 from quantkit.core.protocols import Needs, Quantizer
 from quantkit.evopress.build import Lacking, lacking
 from quantkit.evopress.fitness import sequences_for
@@ -76,6 +77,7 @@ class SearchEstimate:
     notes: tuple[str, ...] = field(default=())
 
 
+@full_width()
 def estimate(
     asked: SearchRun, device: str | torch.device | None = None, *, resume: bool = False, overwrite: bool = False
 ) -> SearchEstimate:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from quantkit.core import spec
+from quantkit.core.products import full_width
 from quantkit.evopress.assemble import assemble
 from quantkit.evopress.budget import Budget
 from quantkit.evopress.build import build
@@ -104,6 +105,7 @@ class Searched:
         }
 
 
+@full_width()
 def run(
     asked: SearchRun,
     device: str | torch.device | None = None,

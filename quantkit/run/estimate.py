@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit.core.device import compute_dtype, free_memory, pick_device
+from quantkit.core.products import full_width
 from quantkit.core.protocols import Needs
 from quantkit.io.source import Loaded, Source, open_folder
 from quantkit.models.plan import Plan, plan_needs, tied, with_own_weight
@@ -55,6 +56,7 @@ class Estimate:
     device: str
 
 
+@full_width()
 def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimate:
     """Sizes of the packed model, memory and time of the run; reads its text, but no weights.
 

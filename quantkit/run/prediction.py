@@ -26,6 +26,7 @@ from torch import Tensor
 
 from quantkit.core.device import compute_dtype, pick_device
 from quantkit.core.metrics import proxy_loss
+from quantkit.core.products import full_width
 from quantkit.core.protocols import Needs, Quantizer
 from quantkit.core.result import LayerResult
 from quantkit.core.stats import LayerStats
@@ -139,6 +140,7 @@ class _Nowhere:
         """Lets the block go."""
 
 
+@full_width()
 def predict(
     folder: Path,
     ways: Sequence[Quantizer],

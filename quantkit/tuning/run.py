@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from quantkit.core.device import compute_dtype, parse_dtype
+from quantkit.core.products import full_width
 from quantkit.io.checkpoint import read_config, sealed, stored_dtype
 from quantkit.io.hf import load
 from quantkit.io.shards import Shards
@@ -64,6 +65,7 @@ class Tuned:
         return {"output": str(self.output), "kl_before": before, "kl_after": after} | figures | self.record
 
 
+@full_width()
 def run(
     asked: TuningRun,
     device: str | torch.device | None = None,
