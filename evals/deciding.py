@@ -3,14 +3,15 @@
     python -m quantkit.evals.deciding smollm2 --data WIKITEXT --output evals/results/DATE-cpu-smollm2.json \
         --peer-llmcompressor PEER/bin/python --peer-auto-round OTHER/bin/python --png real-model.png
     python -m quantkit.evals.deciding smollm2 --data WIKITEXT --output FILE --list
+    python -m quantkit.evals.deciding smollm2 --data WIKITEXT --set settings --output OTHER
     python -m quantkit.evals.deciding reference --calibration stdlib --test stdlib --output FILE --rows "rtn-*"
 
 MODEL is a folder, a hub id, `reference`, or `smollm2`, which `quantkit.evals.real` fetches. `--data` is a folder with
 valid.txt, from which calibration sequences are drawn, and test.txt, whose first sequences are measured on; wikitext-2's
 is meant. Every row runs in a process of its own and is written to `--output` when it is done; the command, repeated,
 does those that are missing, so that it may be stopped at any time. A row that fails is recorded with its error, and
-tried again with `--retry`. `quantkit.evals.deciding_rows` has the rows, `quantkit.evals.peers` how to install the
-peers; without a peer's Python its rows are left out.
+tried again with `--retry`. `quantkit.evals.deciding_rows` has the rows, of methods and of settings,
+`quantkit.evals.peers` how to install the peers; without a peer's Python its rows are left out.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from quantkit.core import errors
 from quantkit.core.errors import QuantkitError, UnknownName, one_line
 from quantkit.evals.deciding_records import Records, setting_of
 from quantkit.evals.deciding_row import Task
-from quantkit.evals.deciding_rows import ROWS, Protocol, Row
+from quantkit.evals.deciding_rows import SETS, Protocol, Row
 from quantkit.evals.deciding_table import DONE, FAILED, MISSING, draw, markdown
 from quantkit.evals.machine import cpu_name
 from quantkit.evals.peers import PeerGrid
@@ -197,6 +198,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=Protocol.seed, help="of their choice")
     made.add_argument("--test-sequences", type=int, default=Protocol.test_sequences, help="that are measured")
     made.add_argument("--test-seqlen", type=int, default=Protocol.test_seqlen, help="tokens of each")
+    made.add_argument("--set", choices=sorted(SETS), default="methods", help="methods, or settings of GPTQ and trellis")
     made.add_argument("--rows", nargs="+", default=["all"], metavar="PATTERN", help="names, or patterns as a shell's")
     made.add_argument("--list", action="store_true", help="say what is done and what is missing, and end")
     made.add_argument("--retry", action="store_true", help="rows that have failed, too")
@@ -237,8 +239,9 @@ def main() -> None:
     try:
         protocol = protocol_of(arguments)
         name, folder = model_folder(arguments.model)
-        records = Records(arguments.output, setting_of(name, folder, protocol), ROWS)
-        rows = picked(ROWS, arguments.rows)
+        known = SETS[arguments.set]
+        records = Records(arguments.output, setting_of(name, folder, protocol), known)
+        rows = picked(known, arguments.rows)
         if arguments.list:
             print(listed(rows, records))
             return

@@ -119,7 +119,7 @@ def _quantize(task: Task, way: Quantized, folder: Path) -> tuple[dict[str, Any],
     report = quantize(
         task.model, output=folder, method=way.method, target_shift=way.target_shift, low_rank_bits=way.low_rank_bits,
         tune_blocks=way.tune_blocks, head_bits=way.head_bits, fisher=way.fisher,
-        calibration=task.protocol.text, device="cpu",
+        calibration=way.text(task.protocol), device="cpu",
         progress=_told,
     )  # fmt: skip
     more: dict[str, Any] = {"seconds_of": {"quantize": report.seconds}, "notes": list(report.notes)}

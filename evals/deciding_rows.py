@@ -5,7 +5,7 @@ known again by its way, so that one whose settings are changed is measured anew,
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from quantkit.core.constants import TARGET_SHIFT
@@ -68,6 +68,7 @@ class Quantized:
         target_shift, low_rank_bits, tune_blocks, head_bits, fisher: of `quantkit.quantize`; `low_rank_bits` needs a
             `low_rank` in the text.
         tuning: of the packed model, end to end; None for none.
+        sequences: (how many, tokens of each) of the calibration text; None for the protocol's.
     """
 
     method: str
@@ -77,6 +78,13 @@ class Quantized:
     head_bits: int | None = None
     fisher: bool | None = None
     tuning: EndToEnd | None = None
+    sequences: tuple[int, int] | None = None
+
+    def text(self, protocol: Protocol) -> Calibration:
+        """Its calibration text."""
+        if self.sequences is None:
+            return protocol.text
+        return replace(protocol.text, num_samples=self.sequences[0], seqlen=self.sequences[1])
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,8 @@ class Row:
     @property
     def settings(self) -> dict[str, Any]:
         """JSON of the way; with the model, the text and the protocol a row is known by it."""
-        return {"way": type(self.way).__name__} | asdict(self.way)
+        way = {name: value for name, value in asdict(self.way).items() if (name, value) != ("sequences", None)}
+        return {"way": type(self.way).__name__} | way
 
 
 def _integers() -> Iterator[Row]:
@@ -213,10 +222,39 @@ def _peers() -> Iterator[Row]:
             yield Row(f"auto-round{name}-g64", f"auto-round{words}, groups of 64", bits, grid, iterations > 0)
 
 
+def _other_settings() -> Iterator[Row]:
+    """One setting after the other away from GPTQ's and the trellis' defaults."""
+    gptq, trellis = "gptq(3, group_size=64{})", "hadamard(trellis(2, state_bits=12{}))"
+    yield Row("gptq", "GPTQ, groups of 64, as it comes", 3, Quantized(gptq.format("")))
+    for shift in (0, 0.35, 0.5, 0.85, 1):
+        yield Row(f"shift{shift:g}", f"target shift {shift:g}", 3, Quantized(gptq.format(""), shift))
+    for damp in (0.001, 0.003, 0.03, 0.1):
+        yield Row(f"damp{damp:g}", f"damping {damp:g}", 3, Quantized(gptq.format(f", damp={damp:g}")))
+    for order in ("none", "act"):
+        yield Row(f"order-{order}", f"order {order}", 3, Quantized(gptq.format(f", order={order!r}")))
+    yield Row("range", "grids by range, not by error", 3, Quantized(gptq.format(", search=False")))
+    yield Row("hadamard", "in a rotated basis", 3, Quantized(f"hadamard({gptq.format('')})"))
+    yield Row("fisher", "with the reverse pass", 3, Quantized(gptq.format(""), fisher=True))
+    yield Row("hadamard-fisher", "both", 3, Quantized(f"hadamard({gptq.format('')})", fisher=True))
+    for count, length in ((16, 512), (32, 512), (128, 512), (256, 512), (256, 128), (32, 1024), (16, 2048)):
+        way = Quantized(gptq.format(""), sequences=(count, length))
+        yield Row(f"text{count}x{length}", f"{count} sequences of {length}", 3, way)
+    yield Row("trellis", "trellis, 2^12 states, as it comes", 2, Quantized(trellis.format("")))
+    for shift in (0, 0.5, 1):
+        yield Row(f"trellis-shift{shift:g}", f"target shift {shift:g}", 2, Quantized(trellis.format(""), shift))
+    for damp in (0.003, 0.03):
+        yield Row(f"trellis-damp{damp:g}", f"damping {damp:g}", 2, Quantized(trellis.format(f", damp={damp:g}")))
+    yield Row("trellis-text128x512", "128 sequences of 512", 2, Quantized(trellis.format(""), sequences=(128, 512)))
+
+
+SETS: dict[str, tuple[Row, ...]] = {"settings": tuple(_other_settings())}
+"""Rows by what they are for; "methods" are the table that decides."""
+
 ROWS: tuple[Row, ...] = tuple(
     sorted(
         (*_integers(), *_felt(), *_vectors(), *_corrected(), *_searched(), *_tuned(), *_heads(), *_peers()),
         key=lambda row: row.bits,  # stable: methods stay in their order
     )
 )
-"""All rows, by bits."""
+"""All rows of methods, by bits."""
+SETS["methods"] = ROWS

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from quantkit.core.products import full_width
 from quantkit.core.device import compute_dtype, parse_dtype, pick_device
 from quantkit.core.errors import QuantkitError
+from quantkit.core.products import full_width
 from quantkit.evals import perplexity
 from quantkit.evals.activations import ActivationCode, Observed, quantized_activations
 from quantkit.evals.kv_prefix import compressed_prefix

@@ -3,9 +3,9 @@
     python -m quantkit.evals.predicted smollm2 --data WIKITEXT --table evals/results/DATE-cpu-smollm2.json --output FILE
     python -m quantkit.evals.predicted reference --calibration stdlib --test stdlib --table FILE --output FILE
 
-The table is one that `quantkit.evals.deciding` has written, of the same model and texts. Of its rows those are predicted
-that pack all layers in one way and do nothing else; `--samples` sequences are read for it, as `quantkit advise
---measure` does, however many the runs had. Other models' rows in `--output` stay.
+The table is one that `quantkit.evals.deciding` has written, of the same model and texts. Of its rows those are
+predicted that pack all layers in one way and do nothing else; `--samples` sequences are read for it, as by
+`quantkit advise --measure`, however many the runs had. Other models' rows in `--output` stay.
 """
 
 import argparse

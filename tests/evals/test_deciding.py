@@ -18,7 +18,7 @@ from quantkit.evals import deciding, deciding_row
 from quantkit.evals.deciding import Runner, picked, run
 from quantkit.evals.deciding_records import Records, Setting, setting_of
 from quantkit.evals.deciding_row import Task, measure
-from quantkit.evals.deciding_rows import ROWS, EndToEnd, Protocol, Quantized, Row, Searched
+from quantkit.evals.deciding_rows import SETS, EndToEnd, Protocol, Quantized, Row, Searched
 from quantkit.evals.deciding_table import draw, markdown, table_of
 from quantkit.evals.peers import DENSE, PACKED, PeerGrid, PeerRun
 from quantkit.io.source import load_tokenizer
@@ -60,10 +60,10 @@ class Fake:
         return found
 
 
-def test_rows_are_declared_once():
-    assert len({row.name for row in ROWS}) == len({SETTING.id_of(row) for row in ROWS}) == len(ROWS)
-    assert [row.bits for row in ROWS] == sorted(row.bits for row in ROWS)
-    for row in ROWS:
+@pytest.mark.parametrize("rows", SETS.values(), ids=SETS)
+def test_rows_are_declared_once(rows):
+    assert len({row.name for row in rows}) == len({SETTING.id_of(row) for row in rows}) == len(rows)
+    for row in rows:
         assert " " not in row.name and json.loads(json.dumps(row.settings)) == json.loads(json.dumps(row.settings))
         if isinstance(row.way, Quantized):
             spec.read(row.way.method)
@@ -80,6 +80,7 @@ def test_a_row_is_known_by_what_it_is_made_of():
     others = [SETTING.id_of(replace(row, way=replace(row.way, target_shift=0.1)))]
     others += [Setting({**SETTING.values, name: 1}).id_of(row) for name in ("fingerprint", "test_tokens", "seed")]
     others += [SETTING.id_of(replace(row, way=replace(row.way, tuning=EndToEnd(steps=n)))) for n in (1, 2)]
+    others += [SETTING.id_of(replace(row, way=replace(row.way, sequences=(8, 64))))]
     grid = PeerGrid("auto-round", 2, 64)
     others += [SETTING.id_of(replace(row, way=way)) for way in (grid, replace(grid, symmetric=False))]
     assert len({known, *others}) == len(others) + 1
