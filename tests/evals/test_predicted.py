@@ -31,7 +31,6 @@ def test_measured_rows_stand_beside_what_was_expected_of_them(model_folder, prot
     expected = {name: row["predicted"] for name, row in found.items()}
     assert 0 < expected["gptq-g64-3"] < expected["gptq-g64-2"]
     assert expected["gptq-g64-fisher-3"] != expected["gptq-g64-3"]  # little is felt by an untrained model
-    assert expected["gptq-g64-3"] < expected["rtn-g64-3"]
     assert all(row["ratio"] == row["predicted"] / 0.5 and row["kl_se"] == 0.01 for row in found.values())
 
 
