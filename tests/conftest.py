@@ -18,10 +18,11 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
-    MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+
+from .helpers.experts import EXPERTS
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "evals" / "reference" / "model"
@@ -48,8 +49,7 @@ CONFIGS = {
     "qwen2": Qwen2Config(**_ODD, tie_word_embeddings=True),
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=320, n_inner=704, n_layer=2, n_head=5, n_positions=256),
     "neox": GPTNeoXConfig(**{k: v for k, v in _SMALL.items() if k != "num_key_value_heads"}),
-    "mixtral": MixtralConfig(**_SMALL, num_local_experts=4, num_experts_per_tok=2),
-}
+} | EXPERTS
 
 
 WHOLE = ("test_extending.py", "test_lazy.py", "test_packaging.py", "test_readme.py")

@@ -30,8 +30,9 @@ from quantkit.models.structure import is_lookup
 from quantkit.quantizers.factor import quantized
 from quantkit.quantizers.target_shift import TargetShift
 from quantkit.run.fisher import measure
+from quantkit.run.packing import Pack, expected_kl, relative_error
 from quantkit.run.recipe import Recipe
-from quantkit.run.sequential import Pack, Walker, expected_kl, relative_error
+from quantkit.run.sequential import Walker
 
 Found = dict[str, dict[Quantizer, LayerResult]]
 """What was made of each layer."""
@@ -191,7 +192,7 @@ def lacking(
         replace(recipe, quantizer=quantizer).plan(source.model)  # raises where a candidate does not fit the model
     plan, fixed = _divided(recipe, source.model)
     before = source.nbytes()
-    source.untie(plan | fixed)
+    source.settle(plan | fixed)
     tokens = recipe.calibration.sequences(source.tokenizer(), source.model)
     settings = recipe.settings(plan, tokens)
     identity = {key: value for key, value in recipe.identity(plan, tokens).items() if key != "quantizers"} | {

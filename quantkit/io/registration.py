@@ -47,6 +47,7 @@ class QuantkitHfQuantizer(HfQuantizer):
         from quantkit.formats.tied import TiedWeight
         from quantkit.io.checkpoint import check_tensors, check_version
         from quantkit.models.embedding import put
+        from quantkit.models.experts import put_together, take_apart
         from quantkit.models.linear import QuantizedLinear
         from quantkit.models.structure import is_linear, is_lookup, linear_weight
 
@@ -56,6 +57,8 @@ class QuantkitHfQuantizer(HfQuantizer):
         if checkpoint_files:
             check_tensors(layers, _specs(checkpoint_files))
         weights = {name: QuantizedWeight.empty(metadata) for name, metadata in layers.items()}
+        take_apart(model)
+        put_together(model, {*layers})
         for name, weight in sorted(weights.items(), key=lambda item: isinstance(item[1], TiedWeight)):
             try:
                 layer = model.get_submodule(name)
@@ -101,7 +104,8 @@ class QuantkitHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[None, dict[str, str]]:
         """Called before a model is saved: its config gets the metadata that its layers have by now.
 
-        A layer that has become dense meanwhile, as a head does whose rows transformers adds to, is packed no more.
+        A layer that has become dense meanwhile, as a head does whose rows transformers adds to, is packed no more. All
+        tensors keep the model's names, by which the metadata know the layers, whatever the model's own files have.
 
         Raises:
             QuantkitError: adapters sit on packed layers, whose tensors would be saved under names that nobody loads.
@@ -125,6 +129,7 @@ class QuantkitHfQuantizer(HfQuantizer):
                 config.layers[name] = module.metadata
             elif isinstance(module, nn.Linear | nn.Embedding):
                 del config.layers[name]
+        model._weight_conversions = []  # type: ignore[assignment]
         return None, {}
 
     def is_serializable(self) -> bool:

@@ -15,10 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from quantkit.core.errors import QuantkitError, first_line
 from quantkit.io.checkpoint import ADAPTER, MERGE, WRITTEN_ANEW, packed_layers, read_config
+from quantkit.io.conversion import Origin, origins
 from quantkit.io.hf import load
 from quantkit.io.registration import QuantkitConfig, QuantkitHfQuantizer
 from quantkit.io.shards import Shards
-from quantkit.io.weights import LoadedWeights, ModelTensors, ShardedWeights, match_names
+from quantkit.io.weights import LoadedWeights, ModelTensors, ShardedWeights
+from quantkit.models.experts import put_together, take_apart
 from quantkit.models.forward import WeightSource
 from quantkit.models.linear import Packed
 from quantkit.models.plan import Plan, tied
@@ -91,6 +93,7 @@ class Source(ABC):
     def __init__(self, model: PreTrainedModel, name: str, config: dict[str, Any]) -> None:
         refuse_quantized(config)
         refuse_adapters(name, (module for module, _ in model.named_modules()))
+        take_apart(model)
         self.model, self.name, self.config = model, name, config
         self.prefix, self.blocks = find_blocks(model)
         self._ties = len(tied_names(model))
@@ -150,8 +153,11 @@ class Source(ABC):
         return max(sum(p.numel() for p in block.parameters()) for block in self.blocks) * itemsize
 
     @abstractmethod
-    def untie(self, plan: Plan) -> None:
-        """Ends the ties of planned layers; see `models.ties.untie`."""
+    def settle(self, plan: Plan) -> None:
+        """Brings the model into the form in which the plan packs it.
+
+        Ties of planned layers end (`models.ties.untie`); experts of which no layer is planned are put together again.
+        """
 
     @abstractmethod
     def rotate(self, rotation: Rotation) -> None:
@@ -229,8 +235,9 @@ class Loaded(Source):
         super().__init__(model, name, read_config(folder) if folder else model.config.to_dict())
         self._tokenizer, self._folder = tokenizer, folder
 
-    def untie(self, plan: Plan) -> None:
+    def settle(self, plan: Plan) -> None:
         """See `Source`."""
+        put_together(self.model, plan)
         untie(self.model, plan, tied(plan))
 
     def rotate(self, rotation: Rotation) -> None:
@@ -311,7 +318,7 @@ class Sharded(Source):
         folder: holds config.json and safetensors.
         model: its structure, on the meta device, in the dtype of the computation.
         shards: of the folder.
-        mapping: names of the model's tensors -> names in the shards.
+        mapping: where the model's tensors are in them.
         structure_only: never read weights; names, shapes and sizes are all that is wanted.
     """
 
@@ -320,20 +327,24 @@ class Sharded(Source):
         folder: Path,
         model: PreTrainedModel,
         shards: Shards,
-        mapping: dict[str, str],
+        mapping: dict[str, Origin],
         structure_only: bool = False,
     ) -> None:
         super().__init__(model, folder.name, read_config(folder))
         self._folder, self._shards, self._structure_only = folder, shards, structure_only
         self._tensors = ModelTensors(shards, mapping)
         self._rotation: Rotation | None = None
-        unused = sorted(set(shards.specs) - set(mapping.values()))
+        unused = sorted(set(shards.specs) - {name for origin in mapping.values() for name in origin.group.names()})
         if unused:
             logger.info("%d stored tensors belong to no part of the model, %s among them", len(unused), unused[0])
 
-    def untie(self, plan: Plan) -> None:
+    def settle(self, plan: Plan) -> None:
         """See `Source`."""
-        untie(self.model, plan, tied(plan), self._tensors.mapping)
+        mapping = self._tensors.mapping
+        for stack, names in put_together(self.model, plan).items():
+            own = [mapping.pop(name) for name in names]
+            mapping[stack] = Origin(own[0].group, own[0].name, None, sum(part.nbytes for part in own))
+        untie(self.model, plan, tied(plan), mapping)
 
     def rotate(self, rotation: Rotation) -> None:
         """See `Source`."""
@@ -358,7 +369,7 @@ class Sharded(Source):
             source = open_folder(self._folder, self.model.dtype)
             if self._rotation is not None:
                 source.rotate(self._rotation)
-            source.untie(plan)
+            source.settle(plan)
             return source
 
         return again
@@ -388,7 +399,7 @@ class Sharded(Source):
         return self.model
 
     def _stored(self) -> dict[str, int]:
-        return {name: self._shards.tensor_nbytes(stored) for name, stored in self._tensors.mapping.items()}
+        return {name: origin.nbytes for name, origin in self._tensors.mapping.items()}
 
     def _read(self, names: list[str]) -> Iterable[tuple[str, Tensor]]:
         return self._tensors.read(names)
@@ -403,8 +414,8 @@ def open_folder(folder: Path, dtype: torch.dtype | None = None, structure_only: 
         structure_only: never read weights; names, shapes and sizes are all that is wanted.
 
     Returns:
-        Its structure over the shards; or the model itself, in the dtype in which it is stored, where the shards hold
-        some tensors in another form (fused experts, say), which transformers alone brings into the model's.
+        Its structure over the shards, its experts taken apart; or the model itself, in the dtype in which it is stored,
+        where the shards hold some tensors in a form that transformers alone brings into the model's.
 
     Raises:
         QuantkitError: not a loadable causal language model, quantized already, with adapters, or damaged shards.
@@ -415,7 +426,7 @@ def open_folder(folder: Path, dtype: torch.dtype | None = None, structure_only: 
     if (folder / ADAPTER).is_file():  # transformers would put it on the model, and a run would leave it out
         raise QuantkitError(f"{folder} holds an adapter beside the model; {MERGE}")
     model = meta_model(folder, dtype)
-    mapping = match_names(model, shards)
+    mapping = origins(model, shards)
     if mapping:
         return Sharded(folder, model, shards, mapping, structure_only)
     if structure_only:
@@ -471,7 +482,7 @@ def packed_structure(folder: Path, dtype: torch.dtype | None = None) -> PreTrain
 
 
 def meta_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    """A model's structure on the meta device.
+    """A model's structure on the meta device, its experts taken apart.
 
     Args:
         folder: holds config.json.
@@ -490,4 +501,5 @@ def meta_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
             f"{folder} is not a causal language model that transformers knows ({first_line(error)})"
         ) from error
     model.tie_weights()
+    take_apart(model)
     return model.eval()

@@ -9,39 +9,10 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
 from quantkit.core.errors import QuantkitError
-from quantkit.io.shards import DTYPES, Shards
+from quantkit.io.conversion import Origin, read
+from quantkit.io.shards import Shards
 from quantkit.models.linear import Packed
 from quantkit.models.structure import find_blocks
-from quantkit.models.ties import tied_names
-
-
-def match_names(model: nn.Module, shards: Shards) -> dict[str, str] | None:
-    """Names of the model's tensors -> names in the shards, which may lack or carry the base model's prefix.
-
-    Returns:
-        The map, or None where the shards store some tensor of the model in another form (renamed, split, fused).
-
-    Raises:
-        QuantkitError: a tensor of floating-point numbers is stored as something else.
-    """
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    tied = tied_names(model)
-    mapping: dict[str, str] = {}
-    for name, tensor in model.state_dict().items():
-        candidates = [name, name.removeprefix(prefix), prefix + name]
-        stored = next((c for c in candidates if c in shards.specs), None)
-        if stored is None and name in tied:
-            continue
-        if stored is None or shards.specs[stored][1] != list(tensor.shape):
-            return None
-        kind = shards.specs[stored][0]
-        if tensor.is_floating_point() and not getattr(DTYPES.get(kind), "is_floating_point", False):
-            raise QuantkitError(
-                f"{stored} is {kind} in its file, and {type(model).__name__} has floating-point numbers there; "
-                "fetch it anew"
-            )
-        mapping[name] = stored
-    return mapping
 
 
 class ModelTensors:
@@ -49,14 +20,14 @@ class ModelTensors:
 
     Args:
         shards: where they are.
-        mapping: names of the model's tensors -> names in the shards.
+        mapping: see `io.conversion.origins`.
 
     Attributes:
         mapping: the same.
         change: what becomes of a tensor, given its name, once it is read.
     """
 
-    def __init__(self, shards: Shards, mapping: dict[str, str]) -> None:
+    def __init__(self, shards: Shards, mapping: dict[str, Origin]) -> None:
         self._shards, self.mapping = shards, mapping
         self.change: Callable[[str, Tensor], Tensor] = lambda _name, tensor: tensor
 
@@ -66,12 +37,8 @@ class ModelTensors:
         Raises:
             CheckpointError: a shard cannot be read.
         """
-        wanted: dict[str, list[str]] = {}
-        for name in names:
-            wanted.setdefault(self.mapping[name], []).append(name)  # two for a head once tied
-        for stored, tensor in self._shards.read(wanted):
-            for name in wanted[stored]:
-                yield name, self.change(name, tensor)
+        for name, tensor in read(self._shards, self.mapping, names):
+            yield name, self.change(name, tensor)
 
 
 class ShardedWeights:

@@ -1,6 +1,7 @@
 """Weights that are one under several names: a head tied to its embedding."""
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ def untie(
     model: PreTrainedModel,
     layers: Collection[str],
     together: Mapping[str, str] | None = None,
-    mapping: dict[str, str] | None = None,
+    mapping: dict[str, Any] | None = None,
 ) -> None:
     """Ends the ties of some layers, so that changing one's weight leaves the other's as it is.
 
@@ -32,7 +33,7 @@ def untie(
         layers: that may be tied.
         together: pairs of them that are to be packed as one weight: they stay one here, and only transformers no longer
             knows.
-        mapping: see `io.weights.match_names`; gets an entry for each weight that was not stored.
+        mapping: where tensors are stored (`io.conversion.origins`); gets an entry for each weight that was not stored.
     """
     ties = tied_names(model)
     ended = {name: origin for name, origin in ties.items() if belongs(name, layers) or belongs(origin, layers)}

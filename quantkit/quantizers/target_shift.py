@@ -67,9 +67,12 @@ class TargetShift:
 
 
 def aimed(quantizer: Quantizer, weight: Tensor, stats: LayerStats | None) -> tuple[Tensor, Quantizer]:
-    """(the weight that a quantizer rounds, fp32 [out_features, in_features], and what rounds it)."""
+    """(the weight that a quantizer rounds, fp32 [out_features, in_features], and what rounds it).
+
+    Where the two streams have no tokens in common, as of experts that route alone, the target stays.
+    """
     if isinstance(quantizer, TargetShift) and stats is not None:
-        return quantizer.target(weight, stats), quantizer.inner
+        return weight if stats.cross is None else quantizer.target(weight, stats), quantizer.inner
     return weight, quantizer
 
 

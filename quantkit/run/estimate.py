@@ -126,7 +126,7 @@ def sizes(source: Source, recipe: Recipe) -> Sizes:
     before = source.nbytes()
     if recipe.rotation is not None:
         source.rotate(recipe.rotation)
-    source.untie(plan)
+    source.settle(plan)
     dense_bytes = source.nbytes() - source.packed_nbytes(plan)
     return Sizes(packed_weights, 8 * packed_bytes / packed_weights, before, dense_bytes + packed_bytes)
 

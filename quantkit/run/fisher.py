@@ -18,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from quantkit.core.device import free_memory
 from quantkit.core.errors import CalibrationError
 from quantkit.io.files import write_durably
+from quantkit.models.experts import place
 from quantkit.models.forward import Batch, WeightSource, Wrap, capture, head_logits, run_block
 from quantkit.models.structure import find_blocks, linear_weight
+from quantkit.run.experts import STRENGTH
 
 LARGEST_WEIGHT = 8.0
 """Of a token, in units of the mean: a few tokens would otherwise be all that a layer is made for."""
@@ -54,6 +56,7 @@ class Fisher:
 
     folder: Path
     prefix: str
+    _means: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False)
 
     def token_weights(self, layers: Sequence[str]) -> Tensor | None:
         """s of layers that share their inputs, fp32 [sequences, tokens] with a mean of 1, and cut at `LARGEST_WEIGHT`.
@@ -72,9 +75,41 @@ class Fisher:
         return (squares / mean).clamp(max=LARGEST_WEIGHT)
 
     def outputs(self, layer: str) -> Tensor | None:
-        """H_O of a layer, fp32 [out_features, out_features]; None where it was not measured."""
+        """H_O of a layer, fp32 [out_features, out_features]; None where it was not measured, or nothing is felt.
+
+        An expert's is drawn towards the mean of its layer's, as its inputs' moments are (`run.experts`).
+        """
+        found, at = self._mean(layer), place(layer)
+        if found is None or at is None:
+            return found
+        known = (at[0], at[2])
+        if known not in self._means:
+            self._means.clear()  # those of other blocks
+            self._means[known] = self._mean_of_experts(layer)
+        count = self._count(layer)
+        tokens = max(count, 1)
+        share = STRENGTH * len(found) / (count + STRENGTH * len(found))
+        return torch.lerp(found / tokens, self._means[known], share) * tokens
+
+    def _mean(self, layer: str) -> Tensor | None:
+        """H_O as it was measured."""
         found, scale = self._read(layer, "outputs"), self._read(layer, "scale")
-        return None if found is None or scale is None else found.float() * scale
+        return None if found is None or scale is None or not bool(found.any()) else found.float() * scale
+
+    def _count(self, layer: str) -> int:
+        count = self._read(layer, "count")
+        return 0 if count is None else int(count)
+
+    def _mean_of_experts(self, layer: str) -> Tensor:
+        """H_O of a token that has chosen one of the experts, over all tokens of all experts."""
+        experts, _, what = place(layer)  # type: ignore[misc]
+        total, count, number = None, 0, 0
+        while self._read(other := f"{experts}.{number}.{what}", "outputs") is not None:
+            number += 1
+            if (own := self._mean(other)) is not None:
+                total, count = own if total is None else total + own, count + self._count(other)
+        assert total is not None
+        return total / count
 
     def _read(self, layer: str, what: str) -> Tensor | None:
         index = int(layer.removeprefix(f"{self.prefix}.").split(".")[0])
@@ -90,10 +125,11 @@ def _path(folder: Path, index: int) -> Path:
 
 @dataclass
 class _Sums:
-    """Of a layer: the sum of d d^T, fp32 [out, out], and |d|^2 of each token, where every token passes through it."""
+    """Of a layer: the sum of d d^T, fp32 [out, out], over `count` tokens; |d|^2 of each where all pass through it."""
 
     outputs: Tensor
     squares: list[Tensor] | None
+    count: int = 0
 
 
 def measure(
@@ -267,7 +303,8 @@ class _Reverse:
                 rows = d.reshape(-1, d.shape[-1]).float()
                 known = sums.setdefault(name, _Sums(rows.new_zeros(rows.shape[1], rows.shape[1]), []))
                 known.outputs.addmm_(rows.T, rows)
-                if d.shape[:-1] != batch.tokens.shape:  # a routed expert
+                known.count += len(rows)
+                if place(name) is not None or len(rows) != batch.tokens.numel():  # tokens have chosen it
                     known.squares = None
                 if known.squares is not None:
                     known.squares.append(rows.square().sum(1).view(batch.tokens.shape).cpu())
@@ -279,7 +316,8 @@ class _Reverse:
         state, found = load_file(_path(self.folder, index)), {}
         for name in self.names[index]:
             squares = state.get(f"{name}.squares")
-            found[name] = _Sums(state[f"{name}.outputs"].to(self.device), None if squares is None else [squares])
+            outputs, count = state[f"{name}.outputs"].to(self.device), int(state[f"{name}.count"])
+            found[name] = _Sums(outputs, None if squares is None else [squares], count)
         return found
 
     def _write(self, index: int, sums: dict[str, _Sums], last: bool) -> None:
@@ -290,6 +328,7 @@ class _Reverse:
                 out_features = linear_weight(self.model.get_submodule(name)).shape[0]
                 sums[name] = _Sums(torch.zeros(out_features, out_features), None)
             outputs, squares = sums[name].outputs.cpu(), sums[name].squares
+            state[f"{name}.count"] = torch.tensor(sums[name].count)
             if not bool(torch.isfinite(outputs).all()):
                 raise CalibrationError(f"{name}: the gradients at its outputs hold NaN or Inf; leave out `fisher`")
             if squares is not None and sum(map(len, squares)) > 0:

@@ -105,7 +105,7 @@ def run(
 
     if recipe.rotation is not None:
         source.rotate(recipe.rotation)
-    source.untie(plan)
+    source.settle(plan)
     dense_bytes = source.nbytes() - source.packed_nbytes(plan)
     counts = count_weights(source.model, plan)
     notes = (*model_notes(source.model, plan, source.untied, recipe.rotation is not None), *unchecked)

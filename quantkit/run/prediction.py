@@ -38,8 +38,9 @@ from quantkit.quantizers.hadamard import Hadamard
 from quantkit.quantizers.row_feedback import RowFeedback
 from quantkit.quantizers.rtn import RTN
 from quantkit.run.fisher import measure
+from quantkit.run.packing import Pack
 from quantkit.run.recipe import Calibration, Recipe, core
-from quantkit.run.sequential import Pack, Walker
+from quantkit.run.sequential import Walker
 
 ROWS, EVERY = 64, 8
 """Rows of a layer that a way is tried on, and blocks from one that has trials to the next."""

@@ -26,7 +26,7 @@ from quantkit.models.plan import Plan, Tied
 from quantkit.quantizers.factor import relative
 from quantkit.quantizers.low_rank import LowRank, smaller_gram
 from quantkit.quantizers.target_shift import aimed
-from quantkit.run.sequential import Pack
+from quantkit.run.packing import Pack
 
 
 @dataclass(frozen=True)

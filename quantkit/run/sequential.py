@@ -14,7 +14,8 @@ and a packed embedding.
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -22,34 +23,22 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core.device import free_memory
-from quantkit.core.errors import CalibrationError, QuantkitError
-from quantkit.core.metrics import predicted_kl, proxy_loss
+from quantkit.core.errors import CalibrationError
 from quantkit.core.protocols import LayerHook, Needs
 from quantkit.core.result import LayerResult
 from quantkit.core.stats import LayerStats, StatsAccumulator
 from quantkit.core.weight import QuantizedWeight
 from quantkit.models.embedding import put
-from quantkit.models.forward import (
-    Batch,
-    Order,
-    Replay,
-    WeightSource,
-    Wrap,
-    bare,
-    capture,
-    execution_order,
-    inputs_of,
-    outer_input,
-    run_block,
-    settings,
-)
+from quantkit.models.experts import Apart, is_apart, place, routed
+from quantkit.models.forward import Batch, WeightSource, Wrap, bare, capture, inputs_of, outer_input, run_block
 from quantkit.models.linear import QuantizedLinear
-from quantkit.models.plan import Plan, Tied, tied
+from quantkit.models.plan import Plan, tied
+from quantkit.models.replay import Order, Replay, execution_order, settings
 from quantkit.models.structure import ends, find_blocks, is_lookup, linear_weight
-from quantkit.quantizers.factor import quantized, relative
-from quantkit.quantizers.target_shift import aimed
 from quantkit.run.aside import Aside
+from quantkit.run.experts import in_turns, pooled
 from quantkit.run.fisher import Fisher
+from quantkit.run.packing import Pack, packed
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +95,7 @@ class Walker:
         batch_tokens: tokens that run through a block together.
         progress: called with (blocks done, blocks in all, name of the block begun or "").
         fisher: what the model's predictions feel, which weighs tokens and outputs; None where all count alike.
+        all_experts: gather each expert's statistics from all tokens, not from those alone that choose it.
     """
 
     model: nn.Module
@@ -121,6 +111,7 @@ class Walker:
     batch_tokens: int = BATCH_TOKENS
     progress: Callable[[int, int, str], None] = lambda done, total, name: None
     fisher: Fisher | None = None
+    all_experts: bool = False
 
     def __post_init__(self) -> None:
         self._prefix, self._blocks = find_blocks(self.model)
@@ -218,9 +209,10 @@ class Walker:
         layers = [layer for layer in self.plan if layer.startswith(f"{name}.")]
         local = {layer.removeprefix(f"{name}."): self._hook.needs(layer) for layer in layers}
         if self._order is None or {one for group in self._order.groups for one in group} != set(local):
-            self._order = execution_order(block, local, self._batches, index)
+            with routed(block, everywhere=self.all_experts):
+                self._order = execution_order(block, local, self._batches, index)
         order = self._order  # that of the block before is this block's too where it has the same layers
-        stages = [[group] for group in order.groups] if self.true_sequential or not order.groups else [order.groups]
+        stages = self._turns(block, order, local)
         budget = 0
         if self._batches and len(stages) > 1:
             budget = int(REPLAY_FRACTION * free_memory(self._batches[0].quantized.device))
@@ -233,15 +225,17 @@ class Walker:
             needs = {group[0]: max(local[one] for one in group) for group in stage}
             weights = {group[0]: self._token_weights([f"{name}.{one}" for one in group]) for group in stage}
             stats = self._gather(quantized, full, f"{name}.", needs, weights, index, advance=stage is stages[-1])
+            if not self.all_experts:
+                stats = pooled(stats, [layer for layer, need in needs.items() if need > Needs.NOTHING])
             for group in stage:
                 for one in group:
                     layer = f"{name}.{one}"
                     known = self._with_outputs(stats.get(group[0]), layer)
-                    results[layer] = _packed(self._hook, block.get_submodule(one), known, layer)
+                    results[layer] = packed(self._hook, block.get_submodule(one), known, layer)
             for one in (one for group in stage for one in group):
                 _swap(block, one, results[f"{name}.{one}"].weight)
                 quantized.settled.add(one)
-        if not order.groups:
+        if not stages:
             self._advance_full(reference, index)
         if self.tuner is not None and results:
             quantized.replay.clear()  # its outputs are of layers that are about to change
@@ -249,7 +243,20 @@ class Walker:
         for batch_index, batch in enumerate(self._batches):
             with quantized.replay.running(batch_index, quantized.settled, keep=False):
                 batch.quantized = run_block(block, batch.quantized, batch.calls[index])
+        for module in filter(is_apart, block.modules()):
+            module.taken = None  # type: ignore[assignment]
         return {layer: results[layer] for layer in layers}
+
+    def _turns(self, block: nn.Module, order: Order, needs: Mapping[str, Needs]) -> list[list[list[str]]]:
+        """The stages in which a block's layers are packed: groups whose statistics one pass gathers."""
+        if not self.true_sequential:
+            return [order.groups] if order.groups else []
+
+        def nbytes(layer: str) -> int:
+            moments = 2 if needs[layer] >= Needs.CROSS else 1 if needs[layer] > Needs.NOTHING else 0
+            return 4 * moments * linear_weight(block.get_submodule(layer)).shape[1] ** 2
+
+        return [turn for stage in order.stages for turn in in_turns(stage, nbytes)]
 
     def _token_weights(self, layers: list[str]) -> Sequence[Tensor | None]:
         """Of the tokens of each batch, for layers that share an input; None where all count alike."""
@@ -297,37 +304,84 @@ class Walker:
         With `advance`, the full stream's pass runs to the block's end and its output becomes the next input.
         """
         probes = [name for name, need in needs.items() if need > Needs.NOTHING]
+        crossed = [name for name in probes if needs[name] >= Needs.CROSS and self._is_matched(quantized.block, name)]
         accumulators: dict[str, StatsAccumulator] = {}
-        for batch_index, batch in enumerate(self._batches):
-            call = batch.calls[index]
-            wanted: dict[str, Tensor] = {}
-            if full is not None and (advance or any(need >= Needs.CROSS for need in needs.values())):
-                with full.replay.running(batch_index, full.settled, keep=not advance):
-                    wanted, output = inputs_of(full.block, probes, batch.full, call, to_the_end=advance)
-                full.replay.reached(batch_index, wanted)
-                if output is not None:
-                    batch.full = output
-            if probes:
-                with quantized.replay.running(batch_index, quantized.settled, keep=True):
-                    inputs, _ = inputs_of(quantized.block, probes, batch.quantized, call, to_the_end=False)
-                quantized.replay.reached(batch_index, inputs)
-                for name, x_q in inputs.items():
-                    x = wanted.get(name) if needs[name] >= Needs.CROSS else None
-                    if needs[name] >= Needs.CROSS and (x is None or x.shape != x_q.shape):
-                        raise CalibrationError(
-                            f"{prefix}{name}: the two streams send different tokens through this layer (a routed "
-                            "expert?); use a target shift of 0"
-                        )
-                    if name not in accumulators:
-                        accumulators[name] = StatsAccumulator(x_q.shape[-1], x is not None, x_q.device)
-                    accumulators[name].add(x_q, x, weights[name][batch_index])
+        for number, batch in enumerate(self._batches):
+            inputs = self._inputs(quantized, probes, batch, number, index) if probes else {}
+            wanted = self._full_inputs(full, quantized, crossed, batch, number, index, advance) if full else {}
+            for name, x_q in inputs.items():
+                x = wanted.get(name) if name in crossed else None
+                if name in crossed and (x is None or x.shape != x_q.shape):
+                    raise CalibrationError(
+                        f"{prefix}{name}: the two streams send different tokens through this layer; use a target shift "
+                        "of 0"
+                    )
+                if name not in accumulators:
+                    accumulators[name] = StatsAccumulator(x_q.shape[-1], x is not None, x_q.device)
+                accumulators[name].add(x_q, x, weights[name][number])
         for name in probes:
-            if name not in accumulators:
+            if name not in accumulators and not self._is_beside(name, accumulators):
                 raise CalibrationError(
                     f"{prefix}{name}: no calibration token reached this layer; leave it out (`ignore` '*{name}') or "
                     "use RTN"
                 )
         return {name: accumulator.finish(prefix + name) for name, accumulator in accumulators.items()}
+
+    def _inputs(self, stream: "_Stream", probes: list[str], batch: Batch, number: int, index: int) -> dict[str, Tensor]:
+        """Inputs of some layers in the quantized stream; that moves no further than to the last of them."""
+        with (
+            stream.replay.running(number, stream.settled, keep=True),
+            routed(stream.block, everywhere=self.all_experts, records=True),
+        ):
+            inputs, _ = inputs_of(stream.block, probes, batch.quantized, batch.calls[index], to_the_end=False)
+        stream.replay.reached(number, inputs)
+        return inputs
+
+    def _full_inputs(
+        self,
+        full: "_Stream",
+        quantized: "_Stream",
+        crossed: list[str],
+        batch: Batch,
+        number: int,
+        index: int,
+        advance: bool,
+    ) -> dict[str, Tensor]:
+        """Inputs of some layers in the full stream, which with `advance` goes on to the block's end.
+
+        Experts see the tokens that have chosen them in the quantized stream.
+        """
+        call, wanted = batch.calls[index], dict[str, Tensor]()
+        apart = any(place(name) is not None for name in crossed)
+        if crossed and (apart or not advance):
+            alike, everywhere = (
+                _routed_alike(full.block, quantized.block),
+                routed(full.block, everywhere=self.all_experts),
+            )
+            with full.replay.running(number, full.settled, keep=not apart), alike, everywhere:
+                wanted, _ = inputs_of(full.block, crossed, batch.full, call, to_the_end=False)
+            if not apart:
+                full.replay.reached(number, wanted)
+        if advance:
+            probes = [] if apart else crossed
+            with full.replay.running(number, full.settled, keep=False):
+                found, output = inputs_of(full.block, probes, batch.full, call, to_the_end=True)
+            assert output is not None
+            wanted, batch.full = wanted | found, output
+        return wanted
+
+    @staticmethod
+    def _is_matched(block: nn.Module, name: str) -> bool:
+        """Whether both streams can send the same tokens through a layer: not where experts route by themselves."""
+        at = place(name)
+        experts = None if at is None else block.get_submodule(at[0])
+        return experts is None or (isinstance(experts, Apart) and experts.chooses)
+
+    @staticmethod
+    def _is_beside(name: str, others: Collection[str]) -> bool:
+        """Whether a layer is one of an expert's, and known are those of others at the same place."""
+        own = place(name)
+        return own is not None and any((at := place(o)) is not None and at[::2] == own[::2] for o in others)
 
     def _quantize_outer(self, layers: list[str]) -> dict[str, LayerResult]:
         """Quantizes layers outside the blocks.
@@ -341,7 +395,7 @@ class Walker:
         sharing = {name: head for name, head in tied(self.plan).items() if name in layers}
         for name in (name for name in layers if name not in sharing):
             stats = self._outer_stats(name)
-            results[name] = _packed(self._hook, self.model.get_submodule(name), stats, name)
+            results[name] = packed(self._hook, self.model.get_submodule(name), stats, name)
             put(self.model, name, results[name].weight)
         for name, head in sharing.items():
             layout = self.plan[name].layout(*results[head].weight.shape)
@@ -367,6 +421,19 @@ class Walker:
         return accumulator.finish(name)
 
 
+@contextmanager
+def _routed_alike(block: nn.Module, other: nn.Module) -> Iterator[None]:
+    """While it lasts, a block's experts are chosen as another's last were, a copy of it."""
+    pairs = [(module, other.get_submodule(name)) for name, module in block.named_modules() if is_apart(module)]
+    try:
+        for module, twin in pairs:
+            module.given = twin.taken
+        yield
+    finally:
+        for module, _ in pairs:
+            module.given = None
+
+
 @dataclass
 class _Stream:
     """A block as one of the streams runs it.
@@ -380,63 +447,6 @@ class _Stream:
     block: nn.Module
     replay: Replay
     settled: set[str]
-
-
-@dataclass(frozen=True)
-class Pack:
-    """The hook of an ordinary run: every layer by its quantizer of the plan.
-
-    Attributes:
-        plan: quantizers by layer name.
-    """
-
-    plan: Plan
-
-    def needs(self, name: str) -> Needs:
-        """What the layer's quantizer reads."""
-        return self.plan[name].needs
-
-    def __call__(self, name: str, weight: Tensor, stats: LayerStats | None) -> LayerResult:
-        """The packed layer, and its error against what its quantizer aims at."""
-        quantizer = self.plan[name]
-        assert not isinstance(quantizer, Tied)
-        target, quantizer = aimed(quantizer, weight, stats)
-        packed = quantized(quantizer, target, stats)
-        error, damping = relative_error(target, packed, stats), None if stats is None else stats.damping
-        return LayerResult(packed, error, damping, predicted_kl=expected_kl(weight, packed, stats))
-
-
-def _packed(hook: LayerHook, module: nn.Module, stats: LayerStats | None, name: str) -> LayerResult:
-    weight = linear_weight(module).detach().float()
-    result = hook(name, weight, stats)
-    logger.debug(
-        "%s: %s, %.3f bits a weight, error %.2e",
-        *(name, result.weight.label, result.weight.bits_per_weight, result.relative_error),
-    )
-    for key, tensor in result.weight.state().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise QuantkitError(
-                f"{name}: its packed {key} would hold NaN or Inf, and its weights reach "
-                f"{float(weight.abs().max()):.3g}; leave it dense (`ignore`), or take another method"
-            )
-    if stats is not None and stats.raised_damping is not None:
-        logger.warning("%s: the Hessian factored only with damping raised to %g", name, stats.raised_damping)
-    return result
-
-
-def relative_error(target: Tensor, packed: QuantizedWeight, stats: LayerStats | None) -> float:
-    """E(Q) / E(0) with E the proxy loss of a target [out_features, in_features]; see `LayerResult`."""
-    target, error = relative(target, target - packed.dequantize())
-    if stats is None:
-        return float(error.square().sum() / target.square().sum().clamp_min(1e-30))
-    return proxy_loss(error, stats.hessian) / max(proxy_loss(target, stats.hessian), 1e-30)
-
-
-def expected_kl(weight: Tensor, packed: QuantizedWeight, stats: LayerStats | None) -> float | None:
-    """`core.metrics.predicted_kl` of a packed layer beside its weight [out_features, in_features], where known."""
-    if stats is None or stats.outputs is None:
-        return None
-    return predicted_kl(weight - packed.dequantize().to(weight), stats.hessian, stats.outputs)
 
 
 def _swap(root: nn.Module, name: str, weight: QuantizedWeight) -> None:

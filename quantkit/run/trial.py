@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from quantkit.core.protocols import Needs, Quantizer
 from quantkit.core.stats import LayerStats
-from quantkit.run.sequential import Pack
+from quantkit.run.packing import Pack
 
 FEW, ROWS = 8, (64, 256)
 """Rows of the narrow layers of a trial: of the one that factors the Hessian, and of those that tell a row's time."""

@@ -212,7 +212,7 @@ def test_a_packed_head_and_a_model_loaded_whole(stored, text_file, tmp_path, mon
     report = quantize_checkpoint(folder, recipe, tmp_path / "read")
     expected = estimate(folder, recipe)
     assert (expected.bytes_before, expected.bytes_after) == (report.bytes_before, report.bytes_after)
-    monkeypatch.setattr("quantkit.io.source.match_names", lambda *_: None)
+    monkeypatch.setattr("quantkit.io.source.origins", lambda *_: None)
     with caplog.at_level(logging.WARNING):
         quantize_checkpoint(folder, recipe, tmp_path / "whole")
     assert "loading all of it at once" in caplog.text

@@ -17,8 +17,8 @@ from quantkit.models.embedding import QuantizedEmbedding
 from quantkit.models.unpacking import choose_unpacked
 from quantkit.quantizers.factor import LARGEST, SMALLEST, layer_factor, quantized
 from quantkit.run.estimate import estimate
+from quantkit.run.packing import Pack
 from quantkit.run.pipeline import quantize_checkpoint
-from quantkit.run.sequential import Pack
 from quantkit.tuning.adapters import correction_outside
 from quantkit.tuning.parts.base import tunable
 from quantkit.tuning.pv import PVOptimizer, TunedLinear

@@ -8,7 +8,7 @@ from quantkit.run.pipeline import quantize_checkpoint
 @pytest.mark.parametrize("head_bits", [None, 6])
 @pytest.mark.parametrize("architecture", ["llama_tied", "neox", "mixtral"])
 def test_sizes_are_those_of_the_run_and_no_weight_is_read(architecture, head_bits, model_folder, tmp_path, monkeypatch):
-    """Also for models whose shards have another form (NeoX, fused experts), which the run itself loads whole."""
+    """Also for models whose shards have another form (NeoX, experts)."""
     folder, recipe = model_folder(architecture), Recipe(RTN(3, 32), head_bits=head_bits)
     report = quantize_checkpoint(folder, recipe, tmp_path / "packed")
 

@@ -14,6 +14,7 @@ from quantkit.run.pipeline import quantize_checkpoint
 from quantkit.run.sequential import Walker
 
 from ..conftest import CONFIGS, VOCABULARY
+from ..helpers.experts import EXPERTS
 from ..helpers.methods import spy
 
 
@@ -52,19 +53,6 @@ def test_disk_and_memory_paths_agree_to_the_bit(architecture, model_folder, text
     assert 3 < report.bits_per_weight < 3.6
     generated = loaded.generate(tokens[:, :8], max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert generated.shape == (2, 12)
-
-
-@pytest.mark.parametrize("architecture", ["neox", "mixtral"])
-def test_models_stored_in_another_form_are_loaded_whole(architecture, model_folder, text_file, tmp_path):
-    folder = model_folder(architecture)
-    calibration = Calibration(str(text_file), num_samples=4, seqlen=128)
-    report = quantize_checkpoint(folder, Recipe(GPTQ(4, 32), calibration=calibration), tmp_path / "packed")
-    packed = quantkit.load(tmp_path / "packed", dtype=torch.float32).eval()
-    tokens = torch.randint(0, VOCABULARY, (2, 64))
-    with torch.no_grad():
-        before, after = load(folder)(tokens).logits, packed(tokens).logits
-    assert (before - after).norm() / before.norm() < 0.5
-    assert any("expert" in note for note in report.notes) == (architecture == "mixtral")
 
 
 def test_inputs_are_those_of_the_quantized_prefix(model_folder, tokenizer, texts):
@@ -231,9 +219,9 @@ def test_senseless_requests_are_refused(model_folder, tokenizer, texts):
 
 
 def test_every_config_of_the_zoo_is_used():
-    here = {"llama", "llama_tied", "qwen2", "gpt2", "neox", "mixtral"}
-    elsewhere = {"llama_small", "gpt2_small", "llama_tied_small", "llama_even"}
-    assert set(CONFIGS) == here | elsewhere, "test_methods, test_embedding and test_search have the others"
+    here = {"llama", "llama_tied", "qwen2", "gpt2"}
+    elsewhere = {"llama_small", "gpt2_small", "llama_tied_small", "llama_even", "neox", *EXPERTS}
+    assert set(CONFIGS) == here | elsewhere, "test_methods, test_embedding, test_search, test_experts have the others"
 
 
 def odd_blocks(model, kind):

@@ -1,0 +1,85 @@
+"""What is known of experts' inputs: each sees few tokens, and all see tokens of one stream.
+
+An expert's moments are drawn towards the mean of all experts of its layer, as though it had seen k more tokens of that
+kind:
+
+    H_e <- (n_e H_e + k H_mean) / (n_e + k),    k = `STRENGTH` * in_features
+
+and likewise C. An expert that no token chose gets the mean.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from quantkit.core.stats import LayerStats
+from quantkit.models.experts import place
+
+STRENGTH = 1.0
+"""Tokens of the mean that an expert's moments get, for each input feature."""
+MOMENTS = 2**32
+"""Bytes of moments that are gathered at once; experts beyond that are gathered in further passes."""
+FEW = 1.0
+"""Tokens for each input feature below which an expert is said to have seen few."""
+
+
+def in_turns(stage: Sequence[list[str]], nbytes: Callable[[str], int]) -> list[list[list[str]]]:
+    """A stage's groups, as many at a time as `MOMENTS` allows.
+
+    Args:
+        stage: groups of layers that share an input.
+        nbytes: of the moments of a group, by its first layer.
+    """
+    turns: list[list[list[str]]] = []
+    left = 0
+    for group in stage:
+        needed = nbytes(group[0])
+        if not turns or needed > left:
+            turns.append([])
+            left = MOMENTS
+        turns[-1].append(group)
+        left -= needed
+    return turns
+
+
+def pooled(stats: Mapping[str, LayerStats], layers: Iterable[str], strength: float = STRENGTH) -> dict[str, LayerStats]:
+    """Statistics with those of experts drawn towards their layer's mean.
+
+    Args:
+        stats: by layer; of experts, those that some token chose.
+        layers: all whose statistics are wanted.
+        strength: see the module's text.
+
+    Returns:
+        By layer; without experts whose whole layer no token reached, and as they are for all other layers.
+    """
+    found, beside = dict(stats), dict[tuple[str, str], list[str]]()
+    for layer in layers:
+        if (at := place(layer)) is not None:
+            beside.setdefault((at[0], at[2]), []).append(layer)
+    for names in beside.values():
+        seen = [stats[name] for name in names if name in stats]
+        if not seen or len(names) == 1:
+            continue
+        hessian = _mean([one.hessian for one in seen], seen)
+        crosses = [one.cross for one in seen if one.cross is not None]
+        cross = _mean(crosses, seen) if len(crosses) == len(seen) else None
+        for name in names:
+            own = stats.get(name)
+            if own is None:
+                found[name] = LayerStats(hessian, cross, 0, name)
+                continue
+            share = strength * len(hessian) / (own.num_tokens + strength * len(hessian))
+            drawn = None if own.cross is None or cross is None else torch.lerp(own.cross, cross, share)
+            found[name] = replace(own, hessian=torch.lerp(own.hessian, hessian, share), cross=drawn)
+    return found
+
+
+def _mean(moments: Sequence[Tensor], seen: Sequence[LayerStats]) -> Tensor:
+    """Over all tokens of all experts."""
+    total = torch.zeros_like(moments[0])
+    for moment, own in zip(moments, seen, strict=True):
+        total.add_(moment, alpha=own.num_tokens)
+    return total / sum(own.num_tokens for own in seen)

@@ -1,0 +1,163 @@
+"""Experts taken apart: the same model, whatever form they came in, packed like all other layers."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import quantkit
+from quantkit import Calibration, Recipe
+from quantkit.core.errors import CheckpointError
+from quantkit.io.conversion import origins, read
+from quantkit.io.shards import Shards
+from quantkit.io.source import meta_model, open_folder
+from quantkit.models.experts import Apart, is_stacked, parts, place, put_together, routed, take_apart
+from quantkit.models.linear import QuantizedLinear
+from quantkit.run.pipeline import quantize_checkpoint
+
+from ..conftest import CONFIGS, VOCABULARY
+from ..helpers.checkpoints import digest, interrupted, unseal
+from ..helpers.experts import EXPERTS
+from ..helpers.methods import METHODS
+
+each = pytest.mark.parametrize("family", EXPERTS)
+
+
+def build(family):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@torch.no_grad()
+def logits(model, tokens):
+    return model(tokens).logits
+
+
+@each
+def test_a_model_taken_apart_is_the_same(family):
+    model, tokens = build(family), torch.randint(0, VOCABULARY, (2, 9))
+    before, names = logits(model, tokens), {*model.state_dict()}
+    stacked = [name for name, module in model.named_modules() if is_stacked(module)]
+    take_apart(model)
+    assert stacked and not any(map(is_stacked, model.modules()))
+    torch.testing.assert_close(logits(model, tokens), before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(model, tokens[:1, :1]), before[:1, :1], rtol=1e-5, atol=1e-5)
+    with routed(model, everywhere=True):
+        torch.testing.assert_close(logits(model, tokens), before, rtol=1e-5, atol=1e-5)
+    assert {part.stack.rpartition(".")[0] for part in parts(model).values()} == {*stacked}
+    assert all(place(name.removesuffix(".weight").removesuffix(".bias")) for name in parts(model))
+    assert put_together(model, ()) and {*model.state_dict()} == names
+    assert torch.equal(logits(model, tokens), before)
+
+
+@each
+def test_stored_tensors_are_those_that_transformers_loads(family, model_folder):
+    folder = model_folder(family)
+    model, shards = meta_model(folder, None), Shards(folder)
+    mapping = origins(model, shards)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    take_apart(loaded)
+    state = loaded.state_dict()
+    assert set(mapping) == set(state) == set(model.state_dict())
+    found = dict(read(shards, mapping, mapping))
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    assert sum(origin.nbytes for origin in mapping.values()) == shards.nbytes()
+
+
+def test_an_expert_of_its_own_is_read_alone(model_folder, monkeypatch):
+    folder, asked = model_folder("mixtral"), []
+    shards, reads = Shards(folder), Shards.read
+    mapping = origins(meta_model(folder, None), shards)
+    monkeypatch.setattr(Shards, "read", lambda self, names: asked.extend(names) or reads(self, names))
+    name = "model.layers.1.mlp.experts.2.gate_up_proj.weight"
+    assert [own for own, _ in read(shards, mapping, [name])] == [name]
+    assert len(asked) == 2 and all(".1." in stored and "experts.2." in stored for stored in asked)
+
+
+@pytest.mark.slow
+@each
+def test_quantized_resumed_loaded_and_run(family, model_folder, text_file, tmp_path):
+    """Next to nothing in blocks stays dense, and the packed model is the one with dequantized weights."""
+    folder = model_folder(family)
+    recipe = Recipe(METHODS["gptq"], calibration=Calibration(str(text_file), 3, 128))
+    report = quantize_checkpoint(folder, recipe, tmp_path / "whole")
+    interrupted(folder, recipe, tmp_path / "resumed", after=1)
+    quantize_checkpoint(folder, recipe, tmp_path / "resumed", resume=True)
+    assert digest(tmp_path / "resumed") == digest(tmp_path / "whole")
+    assert not any("expert" in note for note in report.notes)
+    full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    inside = sum(p.numel() for p in full.model.layers.parameters())
+    assert report.packed_weights >= 0.95 * inside
+
+    packed = quantkit.load(tmp_path / "whole", dtype=torch.float32).eval()
+    tokens = torch.randint(0, VOCABULARY, (2, 40))
+    found = logits(packed, tokens)
+    generated = packed.generate(tokens[:, :8], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    memory = quantkit.quantize(
+        full, AutoTokenizer.from_pretrained(folder), method=recipe.quantizer, calibration=recipe.calibration
+    )
+    assert torch.equal(logits(memory, tokens), found) and generated.shape == (2, 12)
+    memory.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(quantkit.load(tmp_path / "saved", dtype=torch.float32).eval(), tokens), found)
+    for name, layer in [*packed.named_modules()]:
+        if isinstance(layer, QuantizedLinear):
+            dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+            dense.load_state_dict(
+                {"weight": layer.used.dequantize()} | ({"bias": layer.bias} if dense.bias is not None else {})
+            )
+            packed.set_submodule(name, dense)
+    torch.testing.assert_close(logits(packed, tokens), found, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_every_method_packs_experts(method, model_folder, text_file, tmp_path):
+    """Some of them; the others stay dense, each by itself."""
+    rules = dict.fromkeys(["*self_attn*", "*.experts.[23].*"])
+    folder, calibration = model_folder("mixtral"), Calibration(str(text_file), 2, 64)
+    report = quantize_checkpoint(folder, Recipe(method, rules, calibration=calibration), tmp_path / "packed")
+    assert len(report.layers) == 8
+    packed = quantkit.load(tmp_path / "packed", dtype=torch.float32).eval()
+    full, tokens = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
+        torch.arange(60).view(2, 30),
+    )
+    before, after = logits(full, tokens), logits(packed, tokens)
+    assert 0 < (before - after).norm() < 0.5 * before.norm()
+
+
+def test_experts_without_a_planned_layer_stay_stacked(model_folder, text_file, tmp_path):
+    folder = model_folder("gpt_oss")
+    calibration = Calibration(str(text_file), 2, 64)
+    recipe = Recipe(METHODS["rtn"], {"*experts*": None}, calibration=calibration)
+    report = quantize_checkpoint(folder, recipe, tmp_path / "packed")
+    assert any("expert" in note and "dense" in note for note in report.notes)
+    packed = quantkit.load(tmp_path / "packed")
+    assert any(map(is_stacked, packed.modules())) and not any(isinstance(m, Apart) for m in packed.modules())
+    assert "model.layers.0.mlp.experts.gate_up_proj" in packed.state_dict()
+
+
+def test_tensors_that_cannot_be_had_are_loaded_by_transformers(model_folder, monkeypatch):
+    folder = model_folder("mixtral")
+
+    def fails(*_args, **_kwargs):
+        raise RuntimeError("looks at numbers")
+
+    monkeypatch.setattr("quantkit.io.conversion._Group.convert", fails)
+    assert origins(meta_model(folder, None), Shards(folder)) is None
+    source = open_folder(folder)
+    assert source.model.device.type == "cpu" and any(isinstance(m, Apart) for m in source.model.modules())
+
+
+def test_a_checkpoint_with_experts_of_another_number_is_refused(model_folder, text_file, tmp_path):
+    folder = model_folder("mixtral")
+    quantize_checkpoint(folder, Recipe(METHODS["rtn"]), tmp_path / "packed")
+    unseal(tmp_path / "packed")
+    path = tmp_path / "packed" / "config.json"
+    path.write_text(path.read_text().replace('"num_local_experts": 4', '"num_local_experts": 3'))
+    with pytest.raises(CheckpointError, match=r"no layer .*experts\.3"):
+        quantkit.load(tmp_path / "packed")
