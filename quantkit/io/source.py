@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from quantkit.core.errors import QuantkitError, first_line
-from quantkit.io.checkpoint import ADAPTER, MERGE, WRITTEN_ANEW, packed_layers, read_config
+from quantkit.io.beside import files_beside, readme_of
+from quantkit.io.checkpoint import ADAPTER, MERGE, packed_layers, read_config
 from quantkit.io.conversion import Origin, origins
 from quantkit.io.hf import load
 from quantkit.io.registration import QuantkitConfig, QuantkitHfQuantizer
@@ -30,12 +31,8 @@ from quantkit.models.ties import belongs, tied_names, untie
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index", ".lock"}
-"""Files that hold a model's weights, in one form or another; all others go with a packed model."""
 _ADAPTER_PART = re.compile("base_layer|lora_[AB]|lora_embedding_[AB]")
 """Of the names of what peft puts into a model."""
-_LARGEST = 2**28
-"""Bytes of a file that is copied, at most: what is larger is weights under another name."""
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -274,11 +271,11 @@ class Loaded(Source):
 
     def files(self) -> dict[str, bytes]:
         """See `Source`."""
-        return _beside(self._folder) if self._folder is not None else {}
+        return files_beside(self._folder) if self._folder is not None else {}
 
     def readme(self) -> str:
         """See `Source`."""
-        return "" if self._folder is None else _readme(self._folder)
+        return "" if self._folder is None else readme_of(self._folder)
 
     def in_memory(self, device: torch.device) -> PreTrainedModel:
         """See `Source`."""
@@ -384,11 +381,11 @@ class Sharded(Source):
 
     def files(self) -> dict[str, bytes]:
         """See `Source`."""
-        return _beside(self._folder)
+        return files_beside(self._folder)
 
     def readme(self) -> str:
         """See `Source`."""
-        return _readme(self._folder)
+        return readme_of(self._folder)
 
     def in_memory(self, device: torch.device) -> PreTrainedModel:
         """See `Source`."""
@@ -433,36 +430,6 @@ def open_folder(folder: Path, dtype: torch.dtype | None = None, structure_only: 
         return Loaded(meta_model(folder, None), folder=folder)
     logger.warning("%s stores tensors in another form than the model; loading all of it at once", folder)
     return Loaded(load(folder).eval(), folder=folder)
-
-
-def _beside(folder: Path) -> dict[str, bytes]:
-    """A model's tokenizer, chat templates, code and licence, by name; hidden files are no part of it."""
-    found = (path for place in ("*", "additional_chat_templates/*") for path in sorted(folder.glob(place)))
-    return {
-        path.relative_to(folder).as_posix(): _bytes(path)
-        for path in found
-        if path.is_file()
-        and not path.name.startswith((".", "quantkit_"))
-        and path.suffix.lower() not in _WEIGHTS
-        and path.name not in WRITTEN_ANEW
-        and path.stat().st_size <= _LARGEST
-    }
-
-
-def _readme(folder: Path) -> str:
-    try:
-        return (folder / "README.md").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # a card is a courtesy
-        return ""
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise QuantkitError(
-            f"{path} cannot be read ({error.strerror}), and goes with the packed model; mend or remove it, and `resume`"
-        ) from error
 
 
 def packed_structure(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
