@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from quantkit.cli.voice import Voice, voice
 from quantkit.core.units import size
 
 if TYPE_CHECKING:
-    from quantkit.run.report import Report
+    from quantkit.run.report import LayerReport, Report
 
 
 class _Aside(Console):
@@ -41,6 +42,30 @@ def made(output: Path) -> None:
     console.print(line, soft_wrap=True)
 
 
+def _experts_together(layers: Sequence[LayerReport]) -> list[LayerReport]:
+    """Layers with all experts of a block at the same place as one: how many, their mean bits and error."""
+    from quantkit.models.experts import of_all
+
+    groups: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        groups.setdefault(of_all(layer.name), []).append(layer)
+    found = []
+    for name, (first, *others) in groups.items():
+        own = [first, *others]
+        formats, count = sorted({layer.format for layer in own}), len(own)
+        found.append(
+            replace(
+                first,
+                name=f"{name} ({count})" if others else first.name,
+                format=formats[0] if len(formats) == 1 else f"{len(formats)} formats",
+                bits_per_weight=sum(layer.bits_per_weight for layer in own) / count,
+                relative_error=sum(layer.relative_error for layer in own) / count,
+                damping=max((layer.damping for layer in own if layer.damping is not None), default=None),
+            )
+        )
+    return found
+
+
 def without_prefix(names: Sequence[str]) -> tuple[str, list[str]]:
     """(what the names of layers in blocks begin with, all names without it), so that 80 columns hold a row."""
     numbered = [name for name in names if any(part.isdigit() for part in name.split("."))]
@@ -53,20 +78,23 @@ def without_prefix(names: Sequence[str]) -> tuple[str, list[str]]:
 
 def report_table(report: Report) -> None:
     """Prints a quantization report; nothing with --quiet."""
-    before, names = without_prefix([layer.name for layer in report.layers])
+    layers = _experts_together(report.layers)
+    before, names = without_prefix([layer.name for layer in layers])
     table = Table(title=escape(report.model), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(escape(f"layer of {before}" if before else "layer"), overflow="fold")
-    tuned = any(layer.tuned for layer in report.layers)
+    tuned = any(layer.tuned for layer in layers)
     for heading in ("format", "bits/w", "error", "damping", *(["block tuned"] if tuned else [])):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name, layer in zip(names, report.layers, strict=True):
+    for name, layer in zip(names, layers, strict=True):
         damping = "" if layer.damping is None else f"{layer.damping:g}"
         cells = [escape(name), layer.format, f"{layer.bits_per_weight:.3f}", f"{layer.relative_error:.2e}", damping]
         table.add_row(*cells, *(["{:.2e} -> {:.2e}".format(*layer.tuned)] if layer.tuned else []))
     aside.print(table)
     fraction = 100 * report.packed_weights / report.all_weights
     aside.print(
-        f"bits per weight  {report.bits_per_weight:.3f} measured, in layers that hold {fraction:.1f}% of the weights"
+        f"bits per weight  {report.bits_per_weight:.3f} measured, in layers that hold {fraction:.1f}% of the weights; "
+        f"{report.bits_model:.3f} over the whole model",
+        soft_wrap=True,
     )
     ratio = report.bytes_before / report.bytes_after
     aside.print(f"size             {size(report.bytes_before)} -> {size(report.bytes_after)} ({ratio:.2f}x smaller)")

@@ -32,6 +32,13 @@ Fisher = Annotated[
         "default where trellis codes are made (in a search: where its base makes them).",
     ),
 ]
+AllExperts = Annotated[
+    bool,
+    typer.Option(
+        "--all-experts", help="Gather the statistics of a mixture's experts from all tokens, not from those it gets."
+    ),
+]
+ExpertsBits = Annotated[float | None, typer.Option(help="Bits of a mixture's experts; by default those of all layers.")]
 HeadBits = Annotated[
     int | None, typer.Option(help="Pack the head (GPTQ) and the input embedding too, at 1 to 8 bits; dense by default.")
 ]

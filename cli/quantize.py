@@ -180,6 +180,8 @@ def quantize_command(
     true_sequential: _TrueSequential = True,
     plan: _Plan = None,
     head_bits: options.HeadBits = None,
+    experts_bits: options.ExpertsBits = None,
+    all_experts: options.AllExperts = False,
     ignore: _Ignore = None,
     group_size: _GroupSize = None,
     symmetric: _Symmetric = None,
@@ -237,6 +239,8 @@ def quantize_command(
         head_bits,
         fisher,
         0 if no_check else check,
+        all_experts,
+        experts_bits,
     )
     if push_to_hub is not None:  # hours before it is needed
         push_to_hub = hub_id(push_to_hub) if dry_run else check_push(push_to_hub)

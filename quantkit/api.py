@@ -50,6 +50,8 @@ def quantize(
     rules: Rules | None = None,
     head_bits: int | None = None,
     fisher: bool | None = None,
+    all_experts: bool = False,
+    experts_bits: float | None = None,
     target_shift: float = TARGET_SHIFT,
     calibration: str | Path | Sequence[Any] | Calibration = "wikitext2",
     num_samples: int = 128,
@@ -84,6 +86,9 @@ def quantize(
         head_bits: pack the head and the input embedding too, at 1 to 8 bits (see `Recipe`); rules go before it.
         fisher: weigh tokens and outputs by how much predictions feel them (see `quantkit.run.fisher`), for a pass back
             through the model; None where the method wants it, as trellis codes do.
+        all_experts: gather the statistics of a mixture's experts from all tokens, not from those alone that the router
+            sends to each; for text in which some are rarely chosen.
+        experts_bits: of experts, where they are not to have those of the other layers.
         target_shift: 0 (off) to 1; see `quantizers.target_shift`.
         calibration: a dataset name, file, hub id, list of documents, or a `Calibration`.
         num_samples, seqlen, seed: the calibration's sequences, where `calibration` is not a `Calibration`.
@@ -115,7 +120,7 @@ def quantize(
         tuner = BlockTuning(tuner)
     recipe = Recipe(
         quantizer, rules or {}, target_shift, text, true_sequential, rotation, low_rank_bits, tuner, head_bits, fisher,
-        check,
+        check, all_experts, experts_bits,
     )  # fmt: skip
     if output is None and (resume or overwrite):
         raise QuantkitError("`resume` and `overwrite` are about an `output`; give one, or leave them out")

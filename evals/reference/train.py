@@ -1,6 +1,7 @@
-"""Trains quantkit's reference model: a small Llama that every machine can make and measure.
+"""Trains quantkit's reference models, a small Llama and a small mixture of experts, for any machine to make and measure.
 
     python -m quantkit.evals.reference.train --minutes 90 --output evals/reference/model
+    python -m quantkit.evals.reference.train --experts 8 --minutes 60 --output evals/reference/experts
 
 Data: the Python standard library of the interpreter at hand, less the modules named in
 `quantkit.run.corpus.HELD_OUT_MODULES`, and generated key-value recall documents (`recall.py`) so that
@@ -27,9 +28,11 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
+from quantkit.core.products import full_width
 from quantkit.evals.reference.recall import recall_document
+from quantkit.models.experts import put_together, take_apart
 from quantkit.run.corpus import HELD_OUT_MODULES, standard_library
 
 logger = logging.getLogger("quantkit.reference")
@@ -50,6 +53,28 @@ def reference_config() -> LlamaConfig:
         num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=2,
+        max_position_embeddings=SEQUENCE,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+
+def experts_config(experts: int) -> Qwen3MoeConfig:
+    """The shape of the mixture: 7 M parameters with 8 experts, of which each token takes two."""
+    return Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        moe_intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_experts=experts,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        output_router_logits=True,  # the loss asks experts to share the tokens
+        router_aux_loss_coef=0.01,
         max_position_embeddings=SEQUENCE,
         tie_word_embeddings=False,
         bos_token_id=0,
@@ -154,8 +179,9 @@ def unigram_perplexity(train: torch.Tensor, held_out: torch.Tensor) -> float:
     return math.exp(nll / len(held_out))
 
 
-def train(minutes: float, output: Path, seed: int) -> None:
-    """Trains for `minutes` of wall-clock time and writes everything below `output`."""
+@full_width()
+def train(minutes: float, output: Path, seed: int, experts: int = 0) -> None:
+    """Trains for `minutes` of wall-clock time and writes everything below `output`; a mixture, given experts."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -168,8 +194,10 @@ def train(minutes: float, output: Path, seed: int) -> None:
     logger.info("%.2f M training tokens, %.2f M held out", len(stream) / 1e6, len(held_out) / 1e6)
     tokenizer.save_pretrained(output)
 
-    model: Any = LlamaForCausalLM(reference_config())
+    model: Any = AutoModelForCausalLM.from_config(experts_config(experts) if experts else reference_config())
     model.to(device)
+    take_apart(model)
+    model.requires_grad_(True)
     hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
     hidden_ids = {id(p) for p in hidden}
     others = [p for p in model.parameters() if id(p) not in hidden_ids]
@@ -181,7 +209,7 @@ def train(minutes: float, output: Path, seed: int) -> None:
 
     log: list[dict[str, float]] = []
     start, step, recent = time.monotonic(), 0, 0.0
-    compiled = torch.compile(model)
+    compiled = model if experts else torch.compile(model)
     while (progress := (time.monotonic() - start) / (60 * minutes)) < 1.0:
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group, peak in zip(groups, peak_rates, strict=True):
@@ -212,6 +240,8 @@ def train(minutes: float, output: Path, seed: int) -> None:
         writer.writeheader()
         writer.writerows(log)
     model = model.bfloat16()
+    put_together(model, ())
+    model.config.output_router_logits = False
     model.save_pretrained(output)
     nll = held_out_nll(model.float(), held_out.to(device))
     figures = {
@@ -235,9 +265,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=90.0)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--experts", type=int, default=0, help="of a mixture; 0 for a model without")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    train(arguments.minutes, arguments.output, arguments.seed)
+    train(arguments.minutes, arguments.output, arguments.seed, arguments.experts)
 
 
 if __name__ == "__main__":

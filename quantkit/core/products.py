@@ -46,7 +46,8 @@ def _widens() -> bool:
 def _settings() -> Any:
     """Of torch's products on a CPU; None where this torch has none."""
     found = getattr(torch.backends.mkldnn, "matmul", None)
-    return found if torch.backends.mkldnn.is_available() and hasattr(found, "fp32_precision") else None
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return found if has_onednn and hasattr(found, "fp32_precision") else None
 
 
 @contextmanager

@@ -21,6 +21,7 @@ class LayerResult:
         tuned: loss of the layer's block before and after it was tuned, or None; the other figures are from before.
         predicted_kl: what the layer alone is expected to cost, in nats a token, by the curvature of the model's
             predictions (`core.metrics.predicted_kl`), or None where that was not measured.
+        tokens: of an expert's layer, those of the calibration text that chose it; None for all other layers.
     """
 
     weight: QuantizedWeight
@@ -28,3 +29,4 @@ class LayerResult:
     damping: float | None
     tuned: tuple[float, float] | None = None
     predicted_kl: float | None = None
+    tokens: int | None = None

@@ -156,6 +156,7 @@ class CheckpointWriter:
                 "damping": result.damping,
                 "tuned": result.tuned,
                 "predicted_kl": result.predicted_kl,
+                **({} if result.tokens is None else {"tokens": result.tokens}),
             }
         checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
         self._output.write_record(sidecar, {"layers": entries, "checksums": checksums})
@@ -176,6 +177,7 @@ class CheckpointWriter:
                 results[layer] = LayerResult(
                     weight, entry["relative_error"], entry["damping"], tuple(tuned) if tuned else None,
                     entry.get("predicted_kl"),
+                    entry.get("tokens"),
                 )  # fmt: skip
         return results
 

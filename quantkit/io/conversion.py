@@ -60,7 +60,7 @@ class _Group:
         converter = copy.deepcopy(self._converter)
         for pattern, names in self.sources.items():
             for name in names if expert is None else names[expert : expert + 1]:
-                converter.add_tensor(self._first, name, pattern, stored[name])
+                converter.add_tensor(self._first, name, pattern, stored[name])  # type: ignore[arg-type]
         found = converter.convert(self._first, model=self._model, config=self._model.config)
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in found.items()}
 

@@ -54,6 +54,12 @@ def place(layer: str) -> tuple[str, int, str] | None:
     return None if found is None else (found["experts"], int(found["number"]), found["what"])
 
 
+def of_all(layer: str) -> str:
+    """A layer's name, with a star in the place of an expert's number."""
+    found = place(layer)
+    return layer if found is None else f"{found[0]}.*.{found[2]}"
+
+
 def is_stacked(module: nn.Module) -> bool:
     """Whether a module holds experts in stacked weights that `take_apart` can take apart."""
     stacks = [name for name in STACKS if isinstance(module._parameters.get(name), Tensor)]
@@ -169,9 +175,9 @@ class Apart(nn.Module):
             self.taken = index, weights
         result = torch.zeros_like(x)
         if len(x) == 1 and not self.everywhere:
-            for slot, expert in enumerate(index[0].tolist()):
+            for nth, expert in enumerate(index[0].tolist()):
                 if 0 <= expert < self.num_experts:
-                    result += (self.run(expert, x) * weights[:, slot, None]).to(result.dtype)
+                    result += (self.run(expert, x) * weights[:, nth, None]).to(result.dtype)
             return result.view_as(hidden_states)
         hit = range(self.num_experts) if self.everywhere else index.unique().tolist()
         for expert in hit:
@@ -212,16 +218,13 @@ class Apart(nn.Module):
 
     def put_together(self) -> None:
         """Becomes what it was; the weights are copied."""
-        layers = {
-            stack: [self._modules[str(e)]._modules[stack] for e in range(self.num_experts)]  # type: ignore[union-attr]
-            for stack in self.stacks
-        }
-        for stack, own in layers.items():
-            weights = [layer.weight.T if self.transposed else layer.weight for layer in own]  # type: ignore[union-attr]
-            self.register_parameter(stack, nn.Parameter(torch.stack(weights).detach(), requires_grad=False))
+        for stack in self.stacks:
+            own: list[Any] = [self.get_submodule(f"{expert}.{stack}") for expert in range(self.num_experts)]
+            weights = torch.stack([layer.weight.T if self.transposed else layer.weight for layer in own])
+            self.register_parameter(stack, nn.Parameter(weights.detach(), requires_grad=False))
             if self.biased:
-                biases = torch.stack([layer.bias for layer in own]).detach()  # type: ignore[union-attr, misc]
-                self.register_parameter(f"{stack}_bias", nn.Parameter(biases, requires_grad=False))
+                biases = torch.stack([layer.bias for layer in own])
+                self.register_parameter(f"{stack}_bias", nn.Parameter(biases.detach(), requires_grad=False))
         for expert in range(self.num_experts):
             del self._modules[str(expert)]
         self.given = self.taken = None
@@ -242,7 +245,7 @@ def _take_apart(module: nn.Module) -> None:
     module.transposed, module.biased = transposed, f"{stacks[0]}_bias" in own  # type: ignore[assignment]
     module.chooses = type(module).__name__ not in _SORTED  # type: ignore[assignment]
     module._is_hf_initialized = True  # type: ignore[assignment]  # transformers would draw the stacks anew
-    module.__class__ = _apart(type(module))
+    module.__class__ = _apart(type(module))  # type: ignore[arg-type]
 
 
 def _layer(stacked: Tensor, bias: Tensor | None, number: int, transposed: bool) -> nn.Linear:

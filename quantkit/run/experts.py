@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from quantkit.core.result import LayerResult
 from quantkit.core.stats import LayerStats
 from quantkit.models.experts import place
 
@@ -83,3 +84,26 @@ def _mean(moments: Sequence[Tensor], seen: Sequence[LayerStats]) -> Tensor:
     for moment, own in zip(moments, seen, strict=True):
         total.add_(moment, alpha=own.num_tokens)
     return total / sum(own.num_tokens for own in seen)
+
+
+def starved_experts(results: Mapping[str, LayerResult]) -> tuple[str, ...]:
+    """A note on experts that few tokens chose, where there are such.
+
+    Args:
+        results: of experts' layers, by name, with their tokens.
+    """
+    few, none = set(), set()
+    for name, result in results.items():
+        experts = place(name)
+        assert experts is not None and result.tokens is not None
+        if result.tokens < FEW * result.weight.shape[1]:
+            (few if result.tokens else none).add(experts[:2])
+    if not few | none:
+        return ()
+    count = len({place(name)[:2] for name in results})  # type: ignore[index]
+    unseen = f", {len(none)} of them by none" if none else ""
+    return (
+        f"{len(few | none)} of {count} experts were chosen by fewer tokens of the calibration text than they have "
+        f"inputs{unseen}, and lean on what others of their layer saw; more of it (`num_samples`), or `all_experts`, "
+        "tells more of them",
+    )

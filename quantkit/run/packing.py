@@ -12,6 +12,7 @@ from quantkit.core.protocols import LayerHook, Needs
 from quantkit.core.result import LayerResult
 from quantkit.core.stats import LayerStats
 from quantkit.core.weight import QuantizedWeight
+from quantkit.models.experts import place
 from quantkit.models.plan import Plan, Tied
 from quantkit.models.structure import linear_weight
 from quantkit.quantizers.factor import quantized, relative
@@ -41,7 +42,8 @@ class Pack:
         target, quantizer = aimed(quantizer, weight, stats)
         packed = quantized(quantizer, target, stats)
         error, damping = relative_error(target, packed, stats), None if stats is None else stats.damping
-        return LayerResult(packed, error, damping, predicted_kl=expected_kl(weight, packed, stats))
+        tokens = stats.num_tokens if stats is not None and place(name) is not None else None
+        return LayerResult(packed, error, damping, predicted_kl=expected_kl(weight, packed, stats), tokens=tokens)
 
 
 def packed(hook: LayerHook, module: nn.Module, stats: LayerStats | None, name: str) -> LayerResult:

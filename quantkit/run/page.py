@@ -89,7 +89,8 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def _figures(report: Report) -> str:
     ratio = report.bytes_before / max(report.bytes_after, 1)
     shown = [
-        (f"{report.bits_per_weight:.3f}", "bits per weight, measured"),
+        (f"{report.bits_per_weight:.3f}", "bits per weight, measured, of packed layers"),
+        (f"{report.bits_model:.3f}", "of the whole model"),
         (f"{size(report.bytes_before)} → {size(report.bytes_after)}", f"{ratio:.2f}x smaller"),
     ]
     if (check := report.check) is not None:
@@ -132,6 +133,9 @@ def _layers(layers: Sequence[LayerReport]) -> str:
     if any(layer.predicted_kl is not None for layer in layers):
         columns["predicted KL"] = lambda layer: "" if layer.predicted_kl is None else f"{layer.predicted_kl:.2e}"
         text += " Predicted KL is what the layer alone is expected to cost, in nats a token."
+    if any(layer.tokens is not None for layer in layers):
+        columns["tokens"] = lambda layer: "" if layer.tokens is None else f"{layer.tokens:,}"
+        text += " Tokens are those of the calibration text that chose an expert."
     if any(layer.tuned for layer in layers):
         columns["block tuned"] = lambda layer: "{:.2e} → {:.2e}".format(*layer.tuned) if layer.tuned else ""
     table = _table(list(columns), ([shown(layer) for shown in columns.values()] for layer in layers))

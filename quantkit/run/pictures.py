@@ -4,6 +4,7 @@ import re
 from io import StringIO
 from typing import Any
 
+from quantkit.models.experts import of_all
 from quantkit.run.report import LayerReport, Report
 
 PLACE = re.compile(r"\.(\d+)\.")
@@ -27,11 +28,14 @@ _MARKS = "osD^v<>PX*"
 
 
 def by_kind(report: Report) -> dict[str, list[LayerReport]]:
-    """Layers by what follows the block's index in their names, such as self_attn.q_proj; those outside by name."""
+    """Layers by what follows the block's index in their names, such as self_attn.q_proj; those outside by name.
+
+    Of experts all at the same place are of one kind.
+    """
     kinds: dict[str, list[LayerReport]] = {}
     for layer in report.layers:
         found = PLACE.search(layer.name)
-        kinds.setdefault(layer.name[found.end() :] if found else layer.name, []).append(layer)
+        kinds.setdefault(of_all(layer.name[found.end() :] if found else layer.name), []).append(layer)
     return kinds
 
 

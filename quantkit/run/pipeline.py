@@ -125,6 +125,7 @@ def run(
             true_sequential=recipe.true_sequential,
             tuner=recipe.tuner,
             fisher=fisher,
+            all_experts=recipe.all_experts,
             aside=checked.aside,
         ).run(destination)
         check, samples, more = checked.results(destination.finished)

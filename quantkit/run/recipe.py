@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +16,7 @@ from quantkit.core.protocols import Needs, Quantizer
 from quantkit.core.registry import resolve
 from quantkit.core.schema import in_words
 from quantkit.io.files import parse_json
+from quantkit.models.experts import place
 from quantkit.models.plan import Plan, Rules, Tied, make_plan, plan_needs, with_own_weight
 from quantkit.models.rotation import Rotation
 from quantkit.models.structure import (
@@ -257,6 +258,8 @@ class Recipe:
             text finds (`quantkit.run.fisher`); None where a quantizer wants it.
         check: sequences of other pieces of the text that the packed model is measured on beside the full one, at the
             run's end (see `run.check`); 0 for none. Packed bytes do not depend on it.
+        all_experts: gather each expert's statistics from all tokens, not from those alone that the router sends to it.
+        experts_bits: of experts' layers; None for the quantizer's own.
     """
 
     quantizer: Quantizer | None
@@ -270,6 +273,8 @@ class Recipe:
     head_bits: int | None = None
     fisher: bool | None = None
     check: int = 0
+    all_experts: bool = False
+    experts_bits: float | None = None
 
     def __post_init__(self) -> None:
         if self.check < 0:
@@ -307,6 +312,8 @@ class Recipe:
         embedding, head = ends(model)
         defaults: dict[str, Quantizer | Tied | None] = {} if embedding is None else {embedding: None}
         defaults |= dict.fromkeys(block_linears(model), self._shifted(self.quantizer))
+        if self.experts_bits is not None:
+            defaults |= self._for_experts(block_linears(model))
         defaults |= dict.fromkeys(outer_linears(model))
         if self.head_bits is not None:
             defaults |= self._for_ends(model, embedding, head)
@@ -324,6 +331,22 @@ class Recipe:
                     "use -1 for one group a row"
                 )
         return plan
+
+    def _for_experts(self, layers: Iterable[str]) -> dict[str, Quantizer | Tied | None]:
+        """What `experts_bits` gives experts' layers."""
+        experts = [layer for layer in layers if place(layer) is not None]
+        if not experts or self.quantizer is None or not hasattr(core(self.quantizer), "bits"):
+            raise QuantkitError(
+                f"{self.experts_bits:g} bits for experts: "
+                + ("the method has no bits to set" if experts else "the model has no experts that are packed")
+                + "; leave `experts_bits` out"
+            )
+        try:
+            bits = self.experts_bits
+            other = with_bits(self.quantizer, int(bits) if bits == int(bits) else bits)
+        except ValueError as error:
+            raise QuantkitError(f"`experts_bits`: {error}") from error
+        return dict.fromkeys(experts, self._shifted(other))
 
     def _for_ends(self, model: nn.Module, embedding: str | None, head: str | None) -> Plan:
         """What `head_bits` gives the input embedding and the head."""
@@ -373,6 +396,7 @@ class Recipe:
             "rotation": self.rotation and dataclasses.asdict(self.rotation),
             "tuner": self.tuner and repr(self.tuner),
             "fisher": self.runs_back(plan),
+            **({"all_experts": True} if self.all_experts else {}),
             "calibration": None
             if sequences is None
             else {

@@ -19,6 +19,7 @@ from quantkit.core.units import size
 from quantkit.models.plan import Plan, tied
 from quantkit.models.structure import ends, fused_expert_parameters, linear_weight
 from quantkit.run.card import model_card
+from quantkit.run.experts import starved_experts
 from quantkit.run.page import report_page
 from quantkit.run.report import Check, LayerReport, Report, Samples, peak_device_bytes, peak_memory_bytes
 
@@ -91,10 +92,12 @@ class Run:
                 r.damping,
                 r.tuned,
                 r.predicted_kl,
+                r.tokens,
             )
             for name, r in results.items()
         )
         packed, in_all = self.weights
+        starved = starved_experts({name: result for name, result in results.items() if result.tokens is not None})
         return Report(
             model=model,
             layers=layers,
@@ -107,7 +110,7 @@ class Run:
             peak_memory_bytes=peak_memory_bytes(),
             peak_device_bytes=peak_device_bytes(self.device),
             settings=self.settings,
-            notes=self.notes,
+            notes=(*self.notes, *starved),
             check=check,
             samples=samples,
         )

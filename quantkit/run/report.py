@@ -25,6 +25,7 @@ class LayerReport:
         tuned: relative output error of the layer's block before and after it was tuned, or None; `relative_error` is
             from before.
         predicted_kl: what the layer alone is expected to cost, in nats a token, or None where that was not measured.
+        tokens: of an expert's layer, those of the calibration text that chose it; None for all other layers.
     """
 
     name: str
@@ -35,6 +36,7 @@ class LayerReport:
     damping: float | None
     tuned: tuple[float, float] | None = None
     predicted_kl: float | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,15 @@ class Report:
     check: Check | None = None
     samples: Samples | None = None
 
+    @property
+    def bits_model(self) -> float:
+        """Bits per weight of the whole model, dense tensors and all."""
+        return 8 * self.bytes_after / max(self.all_weights, 1)
+
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values."""
-        return {name: value for name, value in asdict(self).items() if name != "samples"}
+        found = {name: value for name, value in asdict(self).items() if name != "samples"}
+        return found | {"bits_model": self.bits_model}
 
     def remeasured(self, weights: Mapping[str, QuantizedWeight]) -> "Report":
         """The record with the formats and sizes that layers have by now, as after a merge of an adapter.

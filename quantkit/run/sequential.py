@@ -249,14 +249,13 @@ class Walker:
 
     def _turns(self, block: nn.Module, order: Order, needs: Mapping[str, Needs]) -> list[list[list[str]]]:
         """The stages in which a block's layers are packed: groups whose statistics one pass gathers."""
-        if not self.true_sequential:
-            return [order.groups] if order.groups else []
 
         def nbytes(layer: str) -> int:
             moments = 2 if needs[layer] >= Needs.CROSS else 1 if needs[layer] > Needs.NOTHING else 0
             return 4 * moments * linear_weight(block.get_submodule(layer)).shape[1] ** 2
 
-        return [turn for stage in order.stages for turn in in_turns(stage, nbytes)]
+        stages = order.stages if self.true_sequential else [order.groups]
+        return [turn for stage in stages for turn in in_turns(stage, nbytes)]
 
     def _token_weights(self, layers: list[str]) -> Sequence[Tensor | None]:
         """Of the tokens of each batch, for layers that share an input; None where all count alike."""
