@@ -1,4 +1,4 @@
-"""Trains quantkit's reference models, a small Llama and a small mixture of experts, for any machine to make and measure.
+"""Trains the reference models, a small Llama and a small mixture of experts, for any machine to make and measure.
 
     python -m quantkit.evals.reference.train --minutes 90 --output evals/reference/model
     python -m quantkit.evals.reference.train --experts 8 --minutes 60 --output evals/reference/experts
