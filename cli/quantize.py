@@ -349,11 +349,18 @@ def _say_estimate(model: str, folder: Path, recipe: Recipe, output: Path, device
     console.print(
         f"layers to pack     {expected.layers}, {expected.packed_weights:,} of {expected.all_weights:,} weights"
     )
-    console.print(f"bits per weight    {expected.bits_per_weight:.3f} in packed layers, every stored byte counted")
+    whole = 8 * expected.bytes_after / expected.all_weights
+    console.print(
+        f"bits per weight    {expected.bits_per_weight:.3f} in packed layers, {whole:.3f} over the whole model, every "
+        "stored byte counted",
+        soft_wrap=True,
+    )
     console.print(f"size               {size(expected.bytes_before)} -> {size(expected.bytes_after)}")
     console.print(f"memory of the run  about {size(expected.memory_bytes)} on {expected.device}")
     beside = ", and its blocks' tuning" if recipe.tuner else ""
     console.print(f"time of the run    about {duration(expected.seconds)}{beside}, on this machine as it is now")
+    for note in expected.notes:
+        console.print(f"note               {escape(note)}", soft_wrap=True)
 
 
 def _interrupted(output: Path) -> Interrupted:

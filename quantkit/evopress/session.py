@@ -26,6 +26,7 @@ from quantkit.evopress.fitness import Measure, ModelFitness
 from quantkit.evopress.settings import Evolution
 from quantkit.io.run_folder import RunFolder
 from quantkit.io.source import load_tokenizer
+from quantkit.models.experts import take_apart
 from quantkit.run.recipe import Calibration, Recipe
 from quantkit.run.teacher import CachedTeacher, predict
 
@@ -151,6 +152,7 @@ class Session:
     ) -> None:
         self.settings, self._told, self._processes = settings, told, PartialState()
         model = quantkit.io.hf.load(folder, dtype=compute_dtype(device) or "auto", device=device).eval()
+        take_apart(model)
         sequences = search_text(text, load_tokenizer(folder), model, settings)
         mixed = multiplies_bf16(device)
         self.text_digest = hashlib.sha256(f"{settings.top} ".encode() + sequences.numpy().tobytes()).hexdigest()[:12]

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 """Names of stacked weights, in the order in which an expert uses them."""
@@ -174,6 +175,10 @@ class Apart(nn.Module):
         if self.records:
             self.taken = index, weights
         result = torch.zeros_like(x)
+        if isinstance(x, FakeTensor) or x.is_meta:  # where sizes are followed, nobody has chosen: all alike
+            for expert in range(self.num_experts):
+                self.run(expert, x[: -(-len(x) * index.shape[1] // self.num_experts)])
+            return result.view_as(hidden_states)
         if len(x) == 1 and not self.everywhere:
             for nth, expert in enumerate(index[0].tolist()):
                 if 0 <= expert < self.num_experts:

@@ -18,6 +18,7 @@ from quantkit.run import fisher
 from quantkit.run.check import LOGITS
 from quantkit.run.ranks import with_ranks
 from quantkit.run.recipe import Recipe, sequence_length
+from quantkit.run.record import model_notes
 from quantkit.run.report import peak_memory_bytes
 from quantkit.run.samples import LARGEST
 from quantkit.run.sequential import BATCH_TOKENS, REPLAY_FRACTION
@@ -43,6 +44,7 @@ class Estimate:
             activations and the largest layer's statistics and working copies.
         seconds: of the run, roughly, on this machine as it is now; without block-wise tuning.
         device: where the run would take place.
+        notes: what a user should know, such as parts that would stay dense.
     """
 
     layers: int
@@ -54,6 +56,7 @@ class Estimate:
     memory_bytes: int
     seconds: float
     device: str
+    notes: tuple[str, ...] = ()
 
 
 @full_width()
@@ -96,6 +99,7 @@ def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimat
         memory_bytes=max(int(IMPORTS * peak_memory_bytes()), resident_bytes() + working),
         seconds=seconds,
         device=str(where),
+        notes=model_notes(model, plan, source.untied, recipe.rotation is not None),
     )
 
 

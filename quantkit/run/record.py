@@ -150,7 +150,8 @@ def model_notes(model: nn.Module, plan: Plan, untied: bool, rotated: bool) -> tu
     if fused:
         fraction = 100 * sum(fused.values()) / sum(p.numel() for p in model.parameters())
         notes.append(
-            f"{len(fused)} fused expert tensors ({fraction:.0f}% of the weights) are no linear layers and stay dense"
+            f"{len(fused)} tensors of stacked experts ({fraction:.0f}% of the weights), {next(iter(fused))} among "
+            "them, stay dense"
         )
     if note := _dense_ends(model, plan):
         notes.append(note)

@@ -13,6 +13,7 @@ from quantkit.io.shards import Shards
 from quantkit.io.source import meta_model, open_folder
 from quantkit.models.experts import Apart, is_stacked, parts, place, put_together, routed, take_apart
 from quantkit.models.linear import QuantizedLinear
+from quantkit.run.estimate import estimate
 from quantkit.run.pipeline import quantize_checkpoint
 
 from ..conftest import CONFIGS, VOCABULARY
@@ -135,7 +136,12 @@ def test_experts_without_a_planned_layer_stay_stacked(model_folder, text_file, t
     calibration = Calibration(str(text_file), 2, 64)
     recipe = Recipe(METHODS["rtn"], {"*experts*": None}, calibration=calibration)
     report = quantize_checkpoint(folder, recipe, tmp_path / "packed")
-    assert any("expert" in note and "dense" in note for note in report.notes)
+    expected = estimate(folder, recipe)
+    for notes in (report.notes, expected.notes):
+        assert any(
+            "stacked experts" in note and "experts.gate_up_proj among them, stay dense" in note for note in notes
+        )
+    assert (expected.bytes_after, expected.packed_weights) == (report.bytes_after, report.packed_weights)
     packed = quantkit.load(tmp_path / "packed")
     assert any(map(is_stacked, packed.modules())) and not any(isinstance(m, Apart) for m in packed.modules())
     assert "model.layers.0.mlp.experts.gate_up_proj" in packed.state_dict()
