@@ -12,10 +12,12 @@ from quantkit.core.device import compute_dtype, free_memory, pick_device
 from quantkit.core.products import full_width
 from quantkit.core.protocols import Needs
 from quantkit.io.source import Loaded, Source, open_folder
+from quantkit.models.experts import place
 from quantkit.models.plan import Plan, plan_needs, tied, with_own_weight
 from quantkit.models.structure import block_linears, context_length, linear_weight
 from quantkit.run import fisher
 from quantkit.run.check import LOGITS
+from quantkit.run.experts import MOMENTS
 from quantkit.run.ranks import with_ranks
 from quantkit.run.recipe import Recipe, sequence_length
 from quantkit.run.record import model_notes
@@ -242,5 +244,14 @@ def _working_bytes(
         width += 2 * model.config.get_text_config().num_attention_heads * tokens.shape[1]
     passing = min(tokens.numel(), BATCH_TOKENS) * width * itemsize
     embedding = sum(p.numel() for p in model.get_input_embeddings().parameters()) * itemsize
-    rounding = layer + 5 * 4 * widest**2
+    rounding = layer + 5 * 4 * widest**2 + _experts_moments(shapes, 2 if needs == Needs.CROSS else 1)
     return loaded + int(HEAP * (source.block_nbytes(itemsize) + streams + max(passing, rounding, embedding)))
+
+
+def _experts_moments(shapes: Mapping[str, tuple[int, ...]], moments: int) -> int:
+    """Bytes of the moments that all experts of a block have at once."""
+    sums: dict[tuple[str, str], int] = {}
+    for name, (_, columns) in shapes.items():
+        if (at := place(name)) is not None:
+            sums[at[0], at[2]] = sums.get((at[0], at[2]), 0) + 4 * moments * columns**2
+    return min(MOMENTS, max(sums.values(), default=0))
