@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from quantkit.evals.memory import REFERENCE, write_untrained_llama
+from quantkit.evals.memory import REFERENCE, write_untrained
 
 RUNS = {
     "rtn": (False, "--method rtn --bits 3"),
@@ -35,7 +35,7 @@ def wide_model(folder: Path) -> Path:
         num_key_value_heads=4, max_position_embeddings=2048, dtype="bfloat16", architectures=["LlamaForCausalLM"],
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    write_untrained_llama(folder, config)
+    write_untrained(folder, config)
     return folder
 
 

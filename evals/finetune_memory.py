@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from quantkit.evals.memory import write_untrained_llama
+from quantkit.evals.memory import write_untrained
 
 _STEPS = """
 import json, sys, torch, psutil, quantkit
@@ -76,7 +76,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as workspace:
         source, packed = Path(workspace) / "llama", Path(workspace) / "packed"
-        write_untrained_llama(source, config)
+        write_untrained(source, config)
         command = [
             "-m",
             "quantkit.cli",

@@ -17,7 +17,7 @@ from statistics import median
 from transformers import LlamaConfig
 
 import quantkit
-from quantkit.evals.memory import write_untrained_llama
+from quantkit.evals.memory import write_untrained
 from quantkit.io.checkpoint import verify
 
 
@@ -35,7 +35,7 @@ def measure(hidden: int, blocks: int, runs: int, home: Path) -> dict[str, float]
         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 256, dtype="bfloat16",
         architectures=["LlamaForCausalLM"], bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    write_untrained_llama(home / "model", config)
+    write_untrained(home / "model", config)
     packed = home / "packed"
     quantkit.quantize(str(home / "model"), method="rtn", bits=3, output=packed, device="cpu")
     files = sorted(packed.glob("*.safetensors"))
