@@ -302,6 +302,31 @@ def _trellis(kernel: str, p: trellis_matmul.Problem, rank: int) -> Build:
     return replace(found, maxnreg=maxnreg)
 
 
+def experts(arch: int, quick: bool) -> Iterator[Build]:
+    """Builds of `experts_matmul`, of the forms in which a GPU holds weights."""
+    for bits in _taken((2, 3, 4, 8), arch, quick):
+        for dtype in (BRAIN,) if quick else (HALF, BRAIN):
+            for zeros, group in ((False, 128),) if quick else ((False, 128), (True, 128), (False, 64), (True, 32)):
+                arranged = int_group_layout.prefers(bits, _SIZE, group)
+                problem = int_group_matmul.Problem(1, _SIZE, _SIZE, bits, group, dtype, arch, arranged=arranged)
+                yield _of_experts(_int_group("decode", problem, zeros, 0), "int_group_kernel")
+    for bits in (3,) if quick else range(1, 9):
+        for dtype in (BRAIN,) if quick else (HALF, BRAIN, torch.float32):
+            for state_bits in (16,) if quick or bits not in (2, 3) else (12, 16):
+                p = trellis_matmul.Problem(1, _SIZE, _SIZE, bits, state_bits, dtype, arch, 132, _SIZE)
+                yield _of_experts(_trellis("multiply", p, 0), "trellis_kernel")
+
+
+def _of_experts(build: Build, kernel: str) -> Build:
+    """The build of a single weight's kernel as that of a stack's."""
+    constants = {name: value for name, value in build.constants.items() if name not in ("BLOCK_R", "ENDS", "PDL")}
+    return replace(
+        build, name=f"experts {build.name}", kernel=f"experts_matmul_triton.{kernel}", bar=NO_BAR,
+        types=build.types | {"chosen_ptr": "*i64"}, values=build.values | {"codes_each": 4096, "scales_each": 4096},
+        constants=constants | {"PER_ROW": 8}, grid=8 * build.grid,
+    )  # fmt: skip
+
+
 def rotation(arch: int, quick: bool) -> Iterator[Build]:
     """Builds of `rotate`: widths with and without a core, few rows and many."""
     widths = (4096, 14336) if quick else (64, 896, 4096, 5120, 11008, 14336, 18944, 28672)
@@ -376,7 +401,7 @@ def viterbi(arch: int, quick: bool) -> Iterator[Build]:
         )  # fmt: skip
 
 
-FAMILIES = (int_group, pyramid, codebook, trellis, rotation, kv_cache, viterbi)
+FAMILIES = (int_group, pyramid, codebook, trellis, experts, rotation, kv_cache, viterbi)
 
 
 def _product(

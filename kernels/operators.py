@@ -4,6 +4,7 @@ x is [..., K], W [N, K] however packed, bias [N]; U [N, r] and D [r, K] are an o
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,6 +58,27 @@ def check(x: Tensor, N: int, expected: dict[str, tuple], bias, up, down) -> None
 
 
 _LIBRARY = torch.library.Library("quantkit", "FRAGMENT")
+
+
+def define(schema: str, launch: Callable[..., Tensor], reference: Callable[..., Tensor], fake: Callable) -> Any:
+    """Makes an operator quantkit::... without gradients.
+
+    Args:
+        schema: its name, arguments and result.
+        launch, reference: it on NVIDIA's GPUs since sm_80 where the kernel is right (`self_check`), and elsewhere.
+        fake: its result's shape and type, as a tensor without data.
+    """
+    name = schema.split("(")[0]
+
+    def on_gpu(x, *others):
+        fit = launching.properties(x.device)[0] >= 80 and self_check.trusted(name, x.device)
+        return launching.in_own_types(launch if fit else reference, x, *others)
+
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, on_gpu, "CUDA")
+    _LIBRARY.impl(name, partial(launching.in_own_types, reference), "CPU")
+    torch.library.register_fake(f"quantkit::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.quantkit, name)
 
 
 def register(

@@ -7,6 +7,7 @@ element in thousands is seen.
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from quantkit.kernels import (
     codebook_matmul,
+    experts_matmul,
     hadamard,
     int_group_layout,
     int_group_matmul,
@@ -226,10 +228,37 @@ def _search(device: torch.device) -> Iterator[Case]:
         yield Case(f"search of 2^{state_bits} states at {bits} bits", error, 1e-4)
 
 
+def _experts(device: torch.device, trellises: bool) -> Iterator[Case]:
+    """Some experts out of a few, in the form of files and in that of a GPU; two rows with two choices each, and one."""
+    random = _Random(device)
+    chosen, (N, K), experts = torch.tensor([2, 0, 1, 2], device=device), EVEN, 3
+    for bits, dtype, rows, arranged in ((3, BRAIN, 2, False), (4, HALF, 1, True), (2, BRAIN, 2, True)):
+        x = random.normal(rows, K).to(dtype)
+        if trellises:
+            weight: Any = (
+                random.codes(-(2**31), 2**31, experts, trellis.ring_length(N) * bits // 32, K).int(),
+                random.codes(200, 256, experts, 1, K).to(torch.uint8), random.uniform(experts, 1) + 0.5, bits, 16, N,
+            )  # fmt: skip
+            ways = experts_matmul.launch_trellis, experts_matmul.reference_trellis
+        else:
+            codes = pack(random.codes(0, 1 << bits, experts * N, K).int(), bits).view(experts, N, -1)
+            scales = (random.uniform(experts, K // 128, N) + 0.5).half()
+            streams = [int_group_layout.arranged(c, s, None, bits, 128) for c, s in zip(codes, scales, strict=True)]
+            weight = (torch.stack(streams), None) if arranged else (codes, scales)
+            weight = *weight, None, bits, 128, N, False
+            ways = experts_matmul.launch_integers, experts_matmul.reference_integers
+        found, exact = ways[0](x, chosen, *weight), ways[1](x.float(), chosen, *weight)
+        form = "trellis codes" if trellises else f"integers, {'tiles' if arranged else 'rows'}"
+        name = f"experts of {bits} bits, {form}, {rows} rows in {_NAMES[dtype]}"
+        yield Case(name, _off(found, exact.double()), MOST[dtype])
+
+
 FAMILIES = {
     "int_group_matmul": _int_group,
     "int_group_arranged_matmul": _int_group_arranged,
     "trellis_matmul": _trellis,
+    "int_group_experts": partial(_experts, trellises=False),
+    "trellis_experts": partial(_experts, trellises=True),
     "codebook_matmul": _codebook,
     "pyramid_matmul": _pyramid,
     "pyramid_table_matmul": _pyramid_table,

@@ -99,6 +99,37 @@ class QuantizedWeight(ABC):
         """`side_by_side` for weights of this format."""
         return None
 
+    @staticmethod
+    def stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
+        """The weights of experts as one: each tensor holds theirs, with a dimension in front; None where they differ.
+
+        Such a stack has nothing but `chosen` and `part`.
+        """
+        first = weights[0]
+        if any(weight.metadata() != first.metadata() for weight in weights[1:]):
+            return None
+        fields: dict[str, Any] = {name: torch.stack([w.tensors()[name] for w in weights]) for name in first.tensors()}
+        for name in first.nested():
+            fields[name] = QuantizedWeight.stacked([weight.nested()[name] for weight in weights])
+        return first._changed(fields)
+
+    def part(self, index: int) -> QuantizedWeight:
+        """One of the weights of a stack; its tensors are views."""
+        return self.map(lambda tensor: tensor[index])
+
+    def chosen(self, x: Tensor, experts: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """Of a stack on a GPU: each row's products with the experts that it chose, in one launch.
+
+        Args:
+            x: [rows, in_features].
+            experts: int [pairs], those of the first row, then those of the second, and so on.
+            bias: [experts, out_features].
+
+        Returns:
+            [pairs, out_features] in x's dtype; None where the format has no such kernel for these numbers.
+        """
+        return None
+
     def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
         """The inverse of `side_by_side`: views of `sizes` outputs each.
 

@@ -22,6 +22,7 @@ from quantkit.core.weight import QuantizedWeight
 from quantkit.kernels import int_group_layout, plans
 from quantkit.kernels.bitpack import TILE, pack, planes, row_words
 from quantkit.kernels.cpu import has_numba
+from quantkit.kernels.experts_matmul import int_group_experts, integer_problem
 from quantkit.kernels.int_group_matmul import (
     Problem,
     int_group_arranged_matmul,
@@ -138,6 +139,15 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         y: Tensor = int_group_matmul(x, self.codes, self.scales, self.zeros, self.bits, self.group_size, bias, up, down)
         return y
 
+    def chosen(self, x: Tensor, experts: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """See `kernels.experts_matmul`."""
+        N = self.codes.shape[1]
+        if not integer_problem(x, N, self.bits, self.group_size, False).decodes:
+            return None
+        form = self.bits, self.group_size, N, self.zeros is not None
+        y: Tensor = int_group_experts(x, experts, self.codes, self.scales, self.zeros, *form, bias)
+        return y
+
     def launch(self, x: Tensor, config: Config) -> Tensor:
         """x [..., in_features] -> [..., out_features] by the kernel for few rows, with given launch sizes."""
         return launch(x, self.codes, self.scales, self.zeros, self.bits, self.group_size, config=config)
@@ -244,6 +254,14 @@ class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
         if plans.direct(x, bias, up, down):
             return self._planned(x, bias, up, down)
         y: Tensor = int_group_arranged_matmul(x, self.stream, *self._form, bias, up, down)
+        return y
+
+    def chosen(self, x: Tensor, experts: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """See `kernels.experts_matmul`."""
+        if not integer_problem(x, self.out_features, self.bits, self.group_size, True).decodes:
+            return None
+        form = self.bits, self.group_size, self.out_features, self.has_zeros
+        y: Tensor = int_group_experts(x, experts, self.stream, None, None, *form, bias)
         return y
 
     def launch(self, x: Tensor, config: Config) -> Tensor:

@@ -97,6 +97,21 @@ class RotatedWeight(QuantizedWeight, format="rotated"):
         y = self.outputs_back(self.base.matmul(rotated))
         return corrected(y if bias is None else y + bias.to(y.dtype), x, up, down)
 
+    def chosen(self, x: Tensor, experts: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """Of a stack whose weights are rotated alike, as those of one run are: rotates once for all."""
+        if self.out_parts is not None or not self._alike:
+            return None
+        y = self.base.chosen(rotate(x, self.in_signs[0], False), experts)
+        if y is not None and self.out_signs is not None:
+            y = rotate(y, self.out_signs[0], True)
+        return y if y is None or bias is None else y + bias.to(y.dtype)[experts.long().clamp(0, len(bias) - 1)]
+
+    @cached_property
+    def _alike(self) -> bool:
+        """Whether all weights of a stack have the same signs."""
+        signs = [self.in_signs] if self.out_signs is None else [self.in_signs, self.out_signs]
+        return all(bool((own == own[0]).all()) for own in signs)
+
     @cached_property
     def _rotation(self) -> plans.Planned:
         return plans.Planned(rotate, launch, self.in_signs, False, product=False)

@@ -21,6 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from quantkit.kernels import plans
+from quantkit.kernels.experts_matmul import MOST
+from quantkit.models.stacking import Stack, stack
+
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 """Names of stacked weights, in the order in which an expert uses them."""
 _SORTED = {"Llama4TextExperts"}
@@ -148,6 +152,7 @@ class Apart(nn.Module):
         records: whether to remember the choice of the last call.
         taken: that choice, as (index, weights).
         given: the choice to use instead of what is handed in; None for none.
+        at_once: the layers stacked, where they are on a GPU and have been tried; see `models.stacking`.
     """
 
     num_experts: int
@@ -159,6 +164,7 @@ class Apart(nn.Module):
     records: bool = False
     taken: tuple[Tensor, Tensor] | None = None
     given: tuple[Tensor, Tensor] | None = None
+    at_once: tuple[Stack, ...] | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Any = None) -> Tensor:
         """As the class does it: what the chosen experts make of each token, weighted and added up.
@@ -179,6 +185,11 @@ class Apart(nn.Module):
             for expert in range(self.num_experts):
                 self.run(expert, x[: -(-len(x) * index.shape[1] // self.num_experts)])
             return result.view_as(hidden_states)
+        if x.is_cuda and not self.everywhere and plans.direct(x) and index.numel() <= MOST:
+            outputs = self._at_once(x, index)
+            if outputs is not None:
+                outputs = outputs.view(*index.shape, -1) * weights.unsqueeze(-1)
+                return outputs.sum(1).to(result.dtype).view_as(hidden_states)
         if len(x) == 1 and not self.everywhere:
             for nth, expert in enumerate(index[0].tolist()):
                 if 0 <= expert < self.num_experts:
@@ -204,11 +215,37 @@ class Apart(nn.Module):
                 result[own][chosen] = self.run(expert, hidden_states[own][chosen])
         return result
 
+    def _at_once(self, x: Tensor, index: Tensor) -> Tensor | None:
+        """[pairs, hidden_size] of all chosen experts in one launch a projection, without a word to the host.
+
+        None where their layers are not packed alike, or no kernel takes them.
+        """
+        own = self.at_once
+        if own is None or not all(found.whole for found in own):
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                return None
+            found = [stack(self._layers(name)) for name in self.stacks]
+            own = self.at_once = tuple(one for one in found if one is not None)
+        if len(own) < len(self.stacks):
+            return None
+        chosen = index.reshape(-1)
+        inner = own[0].chosen(x, chosen)
+        output = None if inner is None else own[1].chosen(self._gated(inner), chosen)
+        return None if output is None else self._finished(output)
+
+    def _layers(self, stack: str) -> list[nn.Module]:
+        """What all experts have at one place."""
+        return [self.get_submodule(f"{expert}.{stack}") for expert in range(self.num_experts)]
+
     def run(self, expert: int, x: Tensor) -> Tensor:
         """One expert's output for x, both [tokens, hidden_size]."""
         first, last = (self._modules[str(expert)]._modules[stack] for stack in self.stacks)  # type: ignore[union-attr]
         assert first is not None and last is not None
-        inner = first(x)
+        output: Tensor = self._finished(last(self._gated(first(x))))
+        return output
+
+    def _gated(self, inner: Tensor) -> Tensor:
+        """What the second layer is given, of what the first gave, [tokens, features] both."""
         if not getattr(self, "has_gate", True):
             inner = self.act_fn(inner)  # type: ignore[operator]
         elif hasattr(self, "_apply_gate"):
@@ -216,23 +253,26 @@ class Apart(nn.Module):
         else:
             gate, up = inner.chunk(2, dim=-1)
             inner = up * self.act_fn(gate)  # type: ignore[operator]
-        output: Tensor = last(inner)
+        return inner
+
+    def _finished(self, output: Tensor) -> Tensor:
+        """What comes of the second layer's outputs, [tokens, hidden_size]."""
         if getattr(self, "has_post_expert_norm", False):
             output = self.post_expert_norm(output)  # type: ignore[operator]
         return output
 
     def put_together(self) -> None:
         """Becomes what it was; the weights are copied."""
-        for stack in self.stacks:
-            own: list[Any] = [self.get_submodule(f"{expert}.{stack}") for expert in range(self.num_experts)]
+        for name in self.stacks:
+            own: list[Any] = self._layers(name)
             weights = torch.stack([layer.weight.T if self.transposed else layer.weight for layer in own])
-            self.register_parameter(stack, nn.Parameter(weights.detach(), requires_grad=False))
+            self.register_parameter(name, nn.Parameter(weights.detach(), requires_grad=False))
             if self.biased:
                 biases = torch.stack([layer.bias for layer in own])
-                self.register_parameter(f"{stack}_bias", nn.Parameter(biases.detach(), requires_grad=False))
+                self.register_parameter(f"{name}_bias", nn.Parameter(biases.detach(), requires_grad=False))
         for expert in range(self.num_experts):
             del self._modules[str(expert)]
-        self.given = self.taken = None
+        self.given = self.taken = self.at_once = None
         self.__class__ = type(self).__mro__[2]
 
 
@@ -243,8 +283,8 @@ def _take_apart(module: nn.Module) -> None:
     count = len(own[stacks[0]])  # type: ignore[arg-type]
     for number in range(count):
         expert = nn.Module()
-        for stack in stacks:
-            expert.add_module(stack, _layer(own[stack], own.get(f"{stack}_bias"), number, transposed))  # type: ignore[arg-type]
+        for name in stacks:
+            expert.add_module(name, _layer(own[name], own.get(f"{name}_bias"), number, transposed))  # type: ignore[arg-type]
         module.add_module(str(number), expert)
     module.num_experts, module.stacks = count, stacks  # type: ignore[assignment]
     module.transposed, module.biased = transposed, f"{stacks[0]}_bias" in own  # type: ignore[assignment]

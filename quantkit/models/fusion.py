@@ -77,6 +77,9 @@ class SharedInput:
         """Copies and files hold no activations."""
         return self.__dict__ | {"_last": None}
 
+    def left(self) -> None:
+        """Nothing to do: the others have theirs of it still."""
+
     def output(self, slot: int, x: Tensor) -> Tensor:
         """One layer's output [..., out_features] for x [..., in_features]; computes all where x is new or changed."""
         last = self._last  # one reading: another thread may put its own there

@@ -18,6 +18,9 @@ class Outputs(Protocol):
     def output(self, slot: int, x: Tensor) -> Tensor:
         """The output [..., out_features] of the layer with this slot for x [..., in_features]."""
 
+    def left(self) -> None:
+        """A layer has its tensors for itself again."""
+
 
 class _Payload(nn.Module):
     """A quantized weight's tensors as buffers, nested weights as child modules of the same names."""
@@ -223,6 +226,7 @@ class QuantizedLinear(Packed, nn.Linear):
     def unshare(self) -> None:
         """Ends `share`: the tensors are this layer's own again."""
         if self.shared is not None:
+            self.shared.left()
             self.shared = None
             self._hold(self.used.map(lambda tensor: tensor.clone(memory_format=torch.contiguous_format)))
 
