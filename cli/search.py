@@ -101,6 +101,14 @@ _Stages = Annotated[str, typer.Option(help="Survivors x tokens of each selection
 _Measure = Annotated[
     Literal["kl", "perplexity"], typer.Option(help="kl (to the full model) or perplexity.", rich_help_panel=_SEARCH)
 ]
+_EachExpert = Annotated[
+    bool,
+    typer.Option(
+        "--each-expert",
+        help="Search each of a mixture's experts by itself, instead of a block's at the same place together.",
+        rich_help_panel=_SEARCH,
+    ),
+]
 _Start = Annotated[
     Literal["best", "uniform", "predicted"],
     typer.Option(
@@ -145,6 +153,7 @@ def search_command(
     measure: _Measure = "kl",
     start: _Start = "best",
     top: _Top = 512,
+    each_expert: _EachExpert = False,
     output: Annotated[Path | None, typer.Option(help="Folder to make; by default NAME-searched.")] = None,
     device: options.Device = "auto",
     seed: Annotated[int, typer.Option(help="Of the search and of its text.")] = 0,
@@ -174,6 +183,7 @@ def search_command(
                 target_shift=target_shift, fisher=fisher, search_samples=search_samples, held_out=held_out,
                 measure=measure,
                 evolution=Evolution(generations, offspring, parse_stages(stages)), start=start, top=top, device=device,
+                each_expert=each_expert,
                 seed=seed, resume=resume, overwrite=overwrite, dry_run=dry_run,
                 watch=Watch(told, progress, notes.append if as_json else aside.print),
             )  # fmt: skip

@@ -175,6 +175,7 @@ def search(
     measure: Measure = "kl",
     start: Literal["best", "uniform", "predicted"] = "best",
     top: int = 512,
+    each_expert: bool = False,
     database: str | Path | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
@@ -204,6 +205,8 @@ def search(
         start: the "best" of uniform, greedy and knapsack, "uniform", or "predicted": by what a pass back through the
             model says, without measuring layers; with no generations that is all of the search.
         top: k of the top-k tokens that are kept of the full model's predictions.
+        each_expert: search each of a mixture's experts by itself; without it a block's experts have the same bits at
+            the same place.
         database: folder of the candidates, NAME-candidates by default; made once, used by all searches.
         device: where the model runs; by default a GPU if there is one.
         seed: of the search and of its text.
@@ -247,7 +250,9 @@ def search(
         candidates=offers,
         recipe=Recipe(first, rules, target_shift, text, head_bits=packed_ends, fisher=back),
         text=replace(text, num_samples=search_samples, seed=1_000_003 + seed),
-        settings=SearchSettings(evolution or Evolution(), measure, start, held_out, top, seed=seed),
+        settings=SearchSettings(
+            evolution or Evolution(), measure, start, held_out, top, seed=seed, each_expert=each_expert
+        ),
     )
     if dry_run:
         from quantkit.evopress.estimate import estimate

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from quantkit.core import spec
 from quantkit.core.device import compute_dtype, pick_device
 from quantkit.core.errors import QuantkitError
+from quantkit.core.products import full_width
 from quantkit.core.protocols import Needs, Quantizer
 from quantkit.core.result import LayerResult
 from quantkit.core.stats import LayerStats
@@ -127,6 +128,7 @@ class Lacking:
     note: str
 
 
+@full_width()
 def build(
     folder: Path,
     recipe: Recipe,

@@ -13,6 +13,7 @@ from quantkit.core.protocols import Needs, Quantizer
 from quantkit.evopress.build import Lacking, lacking
 from quantkit.evopress.fitness import sequences_for
 from quantkit.evopress.session import SearchRun, SearchSettings, check_text, search_text
+from quantkit.evopress.spaces import genes
 from quantkit.evopress.store import end_key
 from quantkit.io.run_folder import Output
 from quantkit.io.source import Source, open_folder
@@ -103,10 +104,14 @@ def estimate(
         )  # fmt: skip
         source, database = found.database.source, found.database
         names = [*database.blocks]
+        shapes = _shapes(source, names)
         costs = [
-            sorted({budget.cost(way.layout(*shape), way) for way in database.quantizers.values()})
-            for shape in _shapes(source, names).values()
-        ]
+            sorted({
+                sum(budget.cost(way.layout(*shapes[layer]), way) for layer in layers)
+                for way in database.quantizers.values()
+            })
+            for layers in genes(names, asked.settings.each_expert).values()
+        ]  # fmt: skip
         allowed = budget.units(source, names, database.fixed)
         notes += [f"note: {found.note}"] if found.note else []
         made = {"database": str(asked.database)} | _candidates(found, asked.recipe, where)

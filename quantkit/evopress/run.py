@@ -174,12 +174,12 @@ def _prepared(
         more = budget.check(made.source, tuple(made.blocks), made.quantizers.values(), made.fixed)
         if processes.is_main_process and more:
             watch.note(f"note: {more}")
-        make_space = partial(CandidateSpace, database=made, cost=budget.cost)
+        together = {"each_expert": asked.settings.each_expert}
+        make_space = partial(CandidateSpace, database=made, cost=budget.cost, **together)
     else:
         predictions = output.own("predictions") if processes.is_main_process else output.path("predictions")
     session = Session(asked.folder, make_space, predictions, asked.text, asked.settings, device, watch.progress)
-    names = session.space.names
-    allowed = budget.units(made.source, names, made.fixed) if made else budget.units(None, names)
+    allowed = budget.units(made.source, [*made.blocks], made.fixed) if made else budget.units(None, session.space.names)
     session.space.index.check_budget(allowed)
     return made, session, allowed
 

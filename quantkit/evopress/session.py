@@ -60,6 +60,7 @@ class SearchSettings:
         top: likeliest tokens of each token that are kept of the full model's predictions.
         sensitivity_tokens: on which each layer's sensitivity is measured.
         seed: of the search.
+        each_expert: whether each expert is searched by itself, instead of all of a block's at the same place together.
     """
 
     evolution: Evolution = field(default_factory=Evolution)
@@ -69,6 +70,7 @@ class SearchSettings:
     top: int = 512
     sensitivity_tokens: int = 8192
     seed: int = 0
+    each_expert: bool = False
 
     def __post_init__(self) -> None:
         for name in ("held_out", "top", "sensitivity_tokens"):

@@ -1,7 +1,7 @@
 """What an assignment means on a model in memory: which candidate each layer has, or which blocks are left out."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from quantkit.core.weight import QuantizedWeight
 from quantkit.evopress.evolve import Assignment, Index
 from quantkit.evopress.store import Candidate, Database
 from quantkit.models.embedding import put
+from quantkit.models.experts import of_all
 from quantkit.models.forward import Wrap, bare
 from quantkit.models.linear import Packed, QuantizedLinear, new_linear
 from quantkit.models.structure import find_blocks
@@ -31,6 +32,15 @@ def _nbytes(weight: QuantizedWeight, _quantizer: Quantizer) -> int:
     return weight.nbytes
 
 
+def genes(layers: Iterable[str], each_expert: bool) -> dict[str, tuple[str, ...]]:
+    """What a search gives a level: a layer, or all of a block's experts at the same place, by name -> its layers."""
+    found: dict[str, tuple[str, ...]] = {}
+    for layer in layers:
+        name = layer if each_expert else of_all(layer)
+        found[name] = (*found.get(name, ()), layer)
+    return found
+
+
 class CandidateSpace:
     """Layers that take one of their candidates. Only layers that changed are touched.
 
@@ -42,42 +52,56 @@ class CandidateSpace:
         database: of its candidates.
         dtype: of unpacked weights.
         cost: of a candidate; by default its bytes.
+        each_expert: whether each expert has levels of its own, instead of all of a block's at the same place.
     """
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, database: Database, cost: Cost = _nbytes) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        dtype: torch.dtype,
+        database: Database,
+        cost: Cost = _nbytes,
+        each_expert: bool = False,
+    ) -> None:
         self.model, self._dtype, self.database = model, dtype, database
         for name, result in database.ends().items():
             _unpack(put(model, name, result.weight.map(lambda tensor: tensor.to(model.device))), dtype)
-        self.names = list(database.blocks)
+        self._genes = genes(database.blocks, each_expert)
+        self.names = list(self._genes)
         self.keys: list[tuple[str, ...]] = []
         self.losses = []
         self.predicted: list[tuple[float, ...]] = []
         costs = []
-        for name in self.names:
-            offers = [
-                (cost(QuantizedWeight.empty(candidate.metadata), quantizer), candidate.relative_error, key, candidate)
-                for key, quantizer in database.quantizers.items()
-                for candidate in [database.store.candidates(database.blocks[name], key)[name]]
-            ]
-            kept: list[tuple[int, float, str, Candidate]] = []
+        for layers in self._genes.values():
+            offers = []
+            for key, quantizer in database.quantizers.items():
+                own = [database.store.candidates(database.blocks[layer], key)[layer] for layer in layers]
+                price = sum(cost(QuantizedWeight.empty(candidate.metadata), quantizer) for candidate in own)
+                offers.append((price, sum(candidate.relative_error for candidate in own), key, own))
+            kept: list[tuple[int, float, str, list[Candidate]]] = []
             for offer in sorted(offers, key=lambda offer: offer[:3]):
                 if not kept or (offer[0] > kept[-1][0] and offer[1] < kept[-1][1]):
                     kept.append(offer)
             costs.append(tuple(price for price, *_ in kept))
             self.losses.append(tuple(loss for _, loss, *_ in kept))
             self.keys.append(tuple(key for *_, key, _ in kept))
-            expected = [candidate.predicted_kl for *_, candidate in kept]
-            self.predicted.append(() if None in expected else tuple(kl for kl in expected if kl is not None))
+            expected = [[candidate.predicted_kl for candidate in own] for *_, own in kept]
+            known = not any(None in kls for kls in expected)
+            self.predicted.append(tuple(sum(kl for kl in kls if kl is not None) for kls in expected) if known else ())
         self.index = Index(tuple(costs))
         fixed = {name: spec.write(quantizer) for name, quantizer in database.fixed.items()}
         self.identity: Any = [database.store.identity, self.keys, fixed]
-        self._present: list[str | None] = [None] * len(self.names)
+        self._present: dict[str, str] = {}
         self._linears: OrderedDict[tuple[str, str], QuantizedLinear] = OrderedDict()
         self._budget = int(CACHE_FRACTION * free_memory(model.device))
 
     def chosen(self, assignment: Assignment) -> dict[str, str]:
         """Each layer's candidate."""
-        return {name: keys[level] for name, keys, level in zip(self.names, self.keys, assignment, strict=True)}
+        return {
+            layer: keys[level]
+            for layers, keys, level in zip(self._genes.values(), self.keys, assignment, strict=True)
+            for layer in layers
+        }
 
     def apply(self, assignment: Assignment) -> None:
         """See `Space`.
@@ -85,10 +109,10 @@ class CandidateSpace:
         Raises:
             CheckpointError: a candidate's file is damaged.
         """
-        for item, (name, key) in enumerate(self.chosen(assignment).items()):
-            if self._present[item] != key:
+        for name, key in self.chosen(assignment).items():
+            if self._present.get(name) != key:
                 self.model.set_submodule(name, self._linear(name, key))
-                self._present[item] = key
+                self._present[name] = key
         self._make_room()
 
     def _linear(self, name: str, key: str) -> QuantizedLinear:
@@ -107,7 +131,7 @@ class CandidateSpace:
 
         Those in the model stay, and stay unpacked, so that a figure does not depend on what was measured before it.
         """
-        present = set(zip(self.names, self._present, strict=True))
+        present = set(self._present.items())
         size = sum(_held_bytes(linear, self._dtype) for linear in self._linears.values())
         for old in [old for old in self._linears if old not in present]:
             if size <= self._budget:

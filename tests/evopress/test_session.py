@@ -19,6 +19,8 @@ from quantkit.evopress.settings import Evolution
 from quantkit.evopress.spaces import BlockSpace, CandidateSpace
 from quantkit.evopress.store import candidate_key
 from quantkit.io.run_folder import Output, RunFolder
+from quantkit.models.experts import take_apart
+from quantkit.models.linear import QuantizedLinear
 from quantkit.models.plan import tied
 from quantkit.quantizers.target_shift import unshifted
 from quantkit.run.recipe import Recipe, read_plan
@@ -223,6 +225,28 @@ def test_a_tied_head_is_one_weight_in_a_search_too(model_folder, tmp_path):
     named = Recipe(RTN(3, 32), {"model.embed_tokens": RTN(3, 32)}, calibration=recipe.calibration)
     with pytest.raises(QuantkitError, match="is an embedding, and candidates are for linear layers"):
         build(folder, named, (RTN(4, 32),), tmp_path / "no", device="cpu")
+
+
+@pytest.mark.parametrize("each_expert", [False, True])
+def test_a_block_s_experts_are_one_choice_or_many(each_expert, model_folder, tmp_path):
+    folder = model_folder("mixtral")
+    recipe = Recipe(GPTQ(2, 32), calibration=Calibration("stdlib", 4, 64))
+    made = build(folder, recipe, (GPTQ(4, 32),), tmp_path / "c", device="cpu")
+    model = quantkit.load(folder, dtype=torch.float32)
+    take_apart(model)
+    space = CandidateSpace(model, torch.float32, made, each_expert=each_expert)
+    assert len(space.names) == (8 + 16 if each_expert else 8 + 4)
+    assert each_expert or "model.layers.0.mlp.experts.*.down_proj" in space.names
+    level = [0] * len(space.names)
+    level[4] = 1  # the first experts' first layers
+    space.apply(level)
+    bits = {name: module.packed.bits for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    wide = sorted(name for name, count in bits.items() if count == 4)
+    assert len(bits) == 24 and len(wide) == (1 if each_expert else 4) and all("gate_up_proj" in name for name in wide)
+    costs = space.index.costs[4]
+    own = [made.store.candidates(0, candidate_key(GPTQ(b, 32)))[wide[0]].nbytes for b in (2, 4)]
+    assert costs == tuple(len(wide) * nbytes for nbytes in own)
+    assert space.chosen(level)[wide[0]] == candidate_key(GPTQ(4, 32))
 
 
 def test_impossible_budgets_say_what_is_possible(session):
