@@ -65,7 +65,8 @@ def write_untrained(folder: Path, config: LlamaConfig | Qwen3MoeConfig, seed: in
 
 def _block(config: LlamaConfig | Qwen3MoeConfig) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
     """(shapes of a block's matrices, sizes of its norms), by their names in files."""
-    hidden, head = config.hidden_size, config.head_dim or config.hidden_size // config.num_attention_heads
+    hidden = config.hidden_size
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = (head * (n or config.num_attention_heads) for n in (None, config.num_key_value_heads))
     matrices = {"self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden)}
     matrices |= {"self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, queries)}
@@ -86,7 +87,7 @@ def _config(blocks: int, experts: int) -> LlamaConfig | Qwen3MoeConfig:
     if experts:
         return Qwen3MoeConfig(
             vocab_size=32000, hidden_size=1024, moe_intermediate_size=768, num_hidden_layers=blocks,
-            num_attention_heads=16, num_key_value_heads=4, head_dim=64, num_experts=experts, num_experts_per_tok=8,
+            num_attention_heads=16, num_key_value_heads=4, num_experts=experts, num_experts_per_tok=8,
             tie_word_embeddings=False, dtype="bfloat16", architectures=["Qwen3MoeForCausalLM"],
         )  # fmt: skip
     return LlamaConfig(

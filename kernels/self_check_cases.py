@@ -239,7 +239,7 @@ def _experts(device: torch.device, trellises: bool) -> Iterator[Case]:
                 random.codes(-(2**31), 2**31, experts, trellis.ring_length(N) * bits // 32, K).int(),
                 random.codes(200, 256, experts, 1, K).to(torch.uint8), random.uniform(experts, 1) + 0.5, bits, 16, N,
             )  # fmt: skip
-            ways = experts_matmul.launch_trellis, experts_matmul.reference_trellis
+            ways: tuple[Callable, Callable] = experts_matmul.launch_trellis, experts_matmul.reference_trellis
         else:
             codes = pack(random.codes(0, 1 << bits, experts * N, K).int(), bits).view(experts, N, -1)
             scales = (random.uniform(experts, K // 128, N) + 0.5).half()

@@ -69,7 +69,6 @@ def experts_config(experts: int) -> Qwen3MoeConfig:
         num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=64,
         num_experts=experts,
         num_experts_per_tok=2,
         norm_topk_prob=True,

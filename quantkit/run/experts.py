@@ -92,7 +92,7 @@ def starved_experts(results: Mapping[str, LayerResult]) -> tuple[str, ...]:
     Args:
         results: of experts' layers, by name, with their tokens.
     """
-    few, none = set(), set()
+    few, none = set[tuple[str, int]](), set[tuple[str, int]]()
     for name, result in results.items():
         experts = place(name)
         assert experts is not None and result.tokens is not None

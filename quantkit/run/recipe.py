@@ -334,15 +334,15 @@ class Recipe:
 
     def _for_experts(self, layers: Iterable[str]) -> dict[str, Quantizer | Tied | None]:
         """What `experts_bits` gives experts' layers."""
-        experts = [layer for layer in layers if place(layer) is not None]
+        bits, experts = self.experts_bits, [layer for layer in layers if place(layer) is not None]
+        assert bits is not None
         if not experts or self.quantizer is None or not hasattr(core(self.quantizer), "bits"):
             raise QuantkitError(
-                f"{self.experts_bits:g} bits for experts: "
+                f"{bits:g} bits for experts: "
                 + ("the method has no bits to set" if experts else "the model has no experts that are packed")
                 + "; leave `experts_bits` out"
             )
         try:
-            bits = self.experts_bits
             other = with_bits(self.quantizer, int(bits) if bits == int(bits) else bits)
         except ValueError as error:
             raise QuantkitError(f"`experts_bits`: {error}") from error
