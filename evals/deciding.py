@@ -36,7 +36,7 @@ from quantkit.core import errors
 from quantkit.core.errors import QuantkitError, UnknownName, one_line
 from quantkit.evals.deciding_records import Records, setting_of
 from quantkit.evals.deciding_row import Task
-from quantkit.evals.deciding_rows import SETS, Protocol, Row
+from quantkit.evals.deciding_rows import SETS, Protocol, Row, protocol_of
 from quantkit.evals.deciding_table import DONE, FAILED, MISSING, draw, markdown
 from quantkit.evals.machine import cpu_name
 from quantkit.evals.peers import PeerGrid
@@ -210,24 +210,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--output", type=Path, required=True, metavar="JSON", help="the rows")
     made.add_argument("--png", type=Path, help="draw KL over bits there; needs matplotlib")
     return made
-
-
-def protocol_of(arguments: argparse.Namespace) -> Protocol:
-    """The protocol that was asked for.
-
-    Raises:
-        QuantkitError: a text is missing.
-    """
-    found = {}
-    for name, file in (("calibration", "valid.txt"), ("test", "test.txt")):
-        given = getattr(arguments, name)
-        if given is None and arguments.data is None:
-            raise QuantkitError(f"no text: give `--data`, a folder with {file}, or `--{name}`")
-        found[name] = str((arguments.data / file).resolve()) if given is None else given
-    return Protocol(
-        found["calibration"], found["test"], arguments.num_samples, arguments.seqlen, arguments.seed,
-        arguments.test_sequences, arguments.test_seqlen,
-    )  # fmt: skip
 
 
 def main() -> None:

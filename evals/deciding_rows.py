@@ -4,11 +4,13 @@ To add a row, add it to `ROWS`: a name without its bits, a label, the bits that 
 known again by its way, so that one whose settings are changed is measured anew, whatever it is called.
 """
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from quantkit.core.constants import TARGET_SHIFT
+from quantkit.core.errors import QuantkitError
 from quantkit.evals.peers import PeerGrid
 from quantkit.run.recipe import Calibration
 
@@ -36,6 +38,24 @@ class Protocol:
     def text(self) -> Calibration:
         """The calibration text."""
         return Calibration(self.calibration, self.num_samples, self.seqlen, self.seed)
+
+
+def protocol_of(arguments: argparse.Namespace) -> Protocol:
+    """The protocol that was asked for.
+
+    Raises:
+        QuantkitError: a text is missing.
+    """
+    found = {}
+    for name, file in (("calibration", "valid.txt"), ("test", "test.txt")):
+        given = getattr(arguments, name)
+        if given is None and arguments.data is None:
+            raise QuantkitError(f"no text: give `--data`, a folder with {file}, or `--{name}`")
+        found[name] = str((arguments.data / file).resolve()) if given is None else given
+    return Protocol(
+        found["calibration"], found["test"], arguments.num_samples, arguments.seqlen, arguments.seed,
+        arguments.test_sequences, arguments.test_seqlen,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

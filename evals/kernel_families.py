@@ -303,25 +303,30 @@ def _trellis(kernel: str, p: trellis_matmul.Problem, rank: int) -> Build:
 
 
 def experts(arch: int, quick: bool) -> Iterator[Build]:
-    """Builds of `experts_matmul`, of the forms in which a GPU holds weights."""
+    """Builds of experts' kernels, of the forms in which a GPU holds weights."""
     for bits in _taken((2, 3, 4, 8), arch, quick):
         for dtype in (BRAIN,) if quick else (HALF, BRAIN):
             for zeros, group in ((False, 128),) if quick else ((False, 128), (True, 128), (False, 64), (True, 32)):
                 arranged = int_group_layout.prefers(bits, _SIZE, group)
                 problem = int_group_matmul.Problem(1, _SIZE, _SIZE, bits, group, dtype, arch, arranged=arranged)
-                yield _of_experts(_int_group("decode", problem, zeros, 0), "int_group_kernel")
+                build = _of_experts(_int_group("decode", problem, zeros, 0), "int_group_matmul_triton")
+                config = int_group_matmul.expert_rule(problem, zeros)
+                constants = build.constants | {"BLOCK_N": config.block_n}
+                weights = 128 * config.block_n
+                yield replace(build, constants=constants, num_warps=config.num_warps, weights=weights)
     for bits in (3,) if quick else range(1, 9):
         for dtype in (BRAIN,) if quick else (HALF, BRAIN, torch.float32):
             for state_bits in (16,) if quick or bits not in (2, 3) else (12, 16):
                 p = trellis_matmul.Problem(1, _SIZE, _SIZE, bits, state_bits, dtype, arch, 132, _SIZE)
-                yield _of_experts(_trellis("multiply", p, 0), "trellis_kernel")
+                most = trellis_matmul.expert_registers(p, trellis_matmul.rule(p))
+                yield replace(_of_experts(_trellis("multiply", p, 0), "trellis_matmul_triton"), maxnreg=most)
 
 
-def _of_experts(build: Build, kernel: str) -> Build:
+def _of_experts(build: Build, module: str) -> Build:
     """The build of a single weight's kernel as that of a stack's."""
     constants = {name: value for name, value in build.constants.items() if name not in ("BLOCK_R", "ENDS", "PDL")}
     return replace(
-        build, name=f"experts {build.name}", kernel=f"experts_matmul_triton.{kernel}", bar=NO_BAR,
+        build, name=f"experts {build.name}", kernel=f"{module}.experts_kernel", bar=NO_BAR,
         types=build.types | {"chosen_ptr": "*i64"}, values=build.values | {"codes_each": 4096, "scales_each": 4096},
         constants=constants | {"PER_ROW": 8}, grid=8 * build.grid,
     )  # fmt: skip

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.core.errors import QuantkitError
-from quantkit.evals.deciding import protocol_of
 from quantkit.evals.deciding_records import Records, setting_of
-from quantkit.evals.deciding_rows import ROWS, Protocol, Quantized, Row
+from quantkit.evals.deciding_rows import ROWS, Protocol, Quantized, Row, protocol_of
 from quantkit.evals.deciding_table import DONE
 from quantkit.evals.real import model_folder
 from quantkit.io.files import parse_json

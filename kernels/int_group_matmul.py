@@ -19,7 +19,7 @@ All accumulate in fp32 and are deterministic; x = I gives exactly the dequantize
 `int_group_matmul_triton.py`, so that this file imports where there is no Triton.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -28,6 +28,8 @@ from torch import Tensor
 
 from quantkit.kernels import cpu, launching, operators, plans
 from quantkit.kernels.bitpack import TILE, row_words, unpack
+from quantkit.kernels.experts import check as check_experts
+from quantkit.kernels.experts import configured, products
 from quantkit.kernels.int_group_layout import ROWS, arranges, restored, words_of_block
 from quantkit.kernels.launching import or_stand_in
 from quantkit.kernels.tuning import Config, chosen, shares
@@ -379,4 +381,109 @@ int_group_arranged_matmul = operators.register(
     dequantized_arranged,
     reference_arranged,
     launch_arranged,
+)
+
+
+def problem_of_expert(x: Tensor, N: int, bits: int, group_size: int, arranged: bool) -> Problem:
+    """The problem of one row and one expert; its `decodes` says whether there is a kernel for it."""
+    return replace(problem_of(x[:1], N, bits, group_size, arranged), M=1)
+
+
+def expert_rule(problem: Problem, has_zeros: bool) -> Config:
+    """Sizes for `experts_kernel`: those of a single weight, where registers suffice for an expert's place too."""
+    config = rule(problem)
+    return replace(config, block_n=32, num_warps=2) if has_zeros and problem.group_size == 32 else config
+
+
+def launch_experts(
+    x: Tensor,
+    chosen: Tensor,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    has_zeros: bool,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y [pairs, N] for x [rows, K], of a stack of weights; see `kernels.experts`.
+
+    Args:
+        x, chosen, bias: see there.
+        codes: int32 [experts, N, words]; or, without `scales`, streams of `int_group_layout` [experts, blocks, tiles,
+            words].
+        scales, zeros: fp16 [experts, groups, N].
+        bits, group_size, out_features, has_zeros: of each weight.
+
+    Raises:
+        ValueError: shapes or dtypes that the kernel's addresses do not allow.
+    """
+    from quantkit.kernels.int_group_matmul_triton import experts_kernel  # Triton exists on Linux alone
+
+    K, N, experts, arranged = x.shape[-1], out_features, len(codes), scales is None
+    problem = problem_of_expert(x, N, bits, group_size, arranged)
+    if not problem.decodes:
+        raise ValueError(f"{K} columns in groups of {group_size}, x of {x.dtype}: no kernel takes such rows")
+    if scales is None:
+        shape = experts, -(-N // 64), K // TILE, words_of_block(bits, group_size, has_zeros)
+        check_experts(x, chosen, experts, bias, N, {"streams": (codes, torch.int32, shape)})
+        halves, words = codes.view(torch.float16), shape[2] * shape[3]
+        own = codes, halves, halves
+        each = shape[1] * words, 2 * shape[1] * words
+    else:
+        words, groups = codes.shape[-1], (experts, -(-K // group_size), N)
+        tensors = {"codes": (codes, torch.int32, (experts, N, row_words(K, bits)))}
+        check_experts(x, chosen, experts, bias, N, tensors | {
+            "scales": (scales, torch.float16, groups), "zeros": (zeros, torch.float16, groups),
+        })  # fmt: skip
+        own, each = (codes, scales, or_stand_in(zeros, scales)), (N * words, groups[1] * N)
+    rows, y = launching.rows_of(x), plans.result((len(chosen), N), x)
+    config = configured(expert_rule(problem, has_zeros), N, len(chosen), K // TILE, problem.multiprocessors)
+    blocks = -(-N // config.block_n) * len(y)
+    partial, arrived = plans.scratch(blocks, config.split_k, config.block_n * config.block_m, y)
+    with torch.cuda.device_of(x):
+        plans.start(
+            experts_kernel, (-(-N // config.block_n), len(chosen), config.split_k),
+            rows, chosen, *own, or_stand_in(bias, y), y, partial, arrived,
+            experts, N, K // TILE, words, min(group_size, K), rows.stride(0), *each,
+            PER_ROW=len(chosen) // len(x), **flags(problem, has_zeros), HAS_BIAS=bias is not None,
+            SPLIT_K=config.split_k, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            PAIRS=launching.pairs(problem.capability, config.block_m), **launching.machine(y),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return y
+
+
+def reference_experts(
+    x: Tensor,
+    chosen: Tensor,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    has_zeros: bool,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The specification of `launch_experts`, on any device: y [pairs, N] for x [rows, K]."""
+    K = x.shape[-1]
+
+    def weight(expert: int) -> Tensor:
+        if scales is None:
+            form = bits, group_size, has_zeros, out_features
+            return dequantized_arranged(codes[expert], *form, K)
+        own = None if zeros is None else zeros[expert]
+        return dequantized(codes[expert], scales[expert], own, bits, group_size, K)
+
+    return products(x, chosen, weight, bias)
+
+
+int_group_experts = operators.define(
+    "int_group_experts(Tensor x, Tensor chosen, Tensor codes, Tensor? scales, Tensor? zeros, int bits, int group_size, "
+    "int out_features, bool has_zeros, Tensor? bias=None) -> Tensor",
+    launch_experts,
+    reference_experts,
+    lambda x, chosen, *others: x.new_empty(len(chosen), others[5]),
 )

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from quantkit.kernels.tiles import (
+    chosen_expert,
     column_order,
     dot,
     finish,
@@ -281,3 +282,23 @@ def dequantize_kernel(
     column = tile * 128 + tl.arange(0, 128)
     inside = (rows_n < N)[:, None] & (column < K)[None, :]
     tl.store(weight_ptr + rows_n[:, None] * K + column[None, :], weight, mask=inside)
+
+
+@triton.jit
+def experts_kernel(
+    x_ptr, chosen_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, y_ptr, partial_ptr, arrived_ptr,
+    experts, N, full_tiles, words, group_size, stride_xm, codes_each, scales_each,
+    PER_ROW: tl.constexpr, BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr,
+    ARRANGED: tl.constexpr, BLOCK_WORDS: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PAIRS: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """y[p] = x[p // PER_ROW] @ W[chosen[p]]^T + bias[chosen[p]] of a stack; a program BLOCK_N rows of W and one p."""
+    pair, expert = chosen_expert(chosen_ptr, experts)
+    scales = expert.to(tl.int64) * scales_each
+    row = pair.to(tl.int64) * BLOCK_M  # which the kernel takes for its first of M rows
+    decode_kernel(
+        x_ptr + (pair // PER_ROW).to(tl.int64) * stride_xm, codes_ptr + expert.to(tl.int64) * codes_each,
+        scales_ptr + scales, zeros_ptr + scales, bias_ptr + expert.to(tl.int64) * N, y_ptr, y_ptr,
+        y_ptr + (pair - row) * N, partial_ptr, arrived_ptr, row + 1, N, full_tiles, words, group_size, 0, 0,
+        BITS, HAS_ZEROS, HAS_BIAS, 0, GROUPS, ARRANGED, BLOCK_WORDS, SPLIT_K, BLOCK_M, BLOCK_N, PAIRS, ASM, INTERPRETED,
+    )  # fmt: skip

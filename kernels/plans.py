@@ -164,6 +164,11 @@ def counters(x: Tensor, count: int) -> Tensor:
     return _made(launching.counters(device, count), lambda _: launching.counters(device, count))
 
 
+def scratch(blocks: int, split_k: int, block: int, y: Tensor) -> tuple[Tensor, Tensor]:
+    """What shares of K leave their sums and their counts in, where there are shares: `blocks` of `block` numbers."""
+    return (workspace(blocks * split_k * block, y), counters(y, blocks)) if split_k > 1 else (y, y)
+
+
 def inner(rows: Tensor, down: Tensor) -> Tensor:
     """rows [M, K] @ down^T [K, r], of a low-rank correction."""
     shape, transposed = rows.shape, down.T

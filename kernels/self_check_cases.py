@@ -15,7 +15,6 @@ from torch import Tensor
 
 from quantkit.kernels import (
     codebook_matmul,
-    experts_matmul,
     hadamard,
     int_group_layout,
     int_group_matmul,
@@ -239,14 +238,14 @@ def _experts(device: torch.device, trellises: bool) -> Iterator[Case]:
                 random.codes(-(2**31), 2**31, experts, trellis.ring_length(N) * bits // 32, K).int(),
                 random.codes(200, 256, experts, 1, K).to(torch.uint8), random.uniform(experts, 1) + 0.5, bits, 16, N,
             )  # fmt: skip
-            ways: tuple[Callable, Callable] = experts_matmul.launch_trellis, experts_matmul.reference_trellis
+            ways: tuple[Callable, Callable] = trellis_matmul.launch_experts, trellis_matmul.reference_experts
         else:
             codes = pack(random.codes(0, 1 << bits, experts * N, K).int(), bits).view(experts, N, -1)
             scales = (random.uniform(experts, K // 128, N) + 0.5).half()
             streams = [int_group_layout.arranged(c, s, None, bits, 128) for c, s in zip(codes, scales, strict=True)]
             weight = (torch.stack(streams), None) if arranged else (codes, scales)
             weight = *weight, None, bits, 128, N, False
-            ways = experts_matmul.launch_integers, experts_matmul.reference_integers
+            ways = int_group_matmul.launch_experts, int_group_matmul.reference_experts
         found, exact = ways[0](x, chosen, *weight), ways[1](x.float(), chosen, *weight)
         form = "trellis codes" if trellises else f"integers, {'tiles' if arranged else 'rows'}"
         name = f"experts of {bits} bits, {form}, {rows} rows in {_NAMES[dtype]}"

@@ -291,3 +291,10 @@ def sum_of_shares(
         part_ptr = partial_ptr + other * (BLOCK_N * BLOCK_M)
         total += tl.load(part_ptr, mask=exist, other=other_value, cache_modifier=".cg")
     return total
+
+
+@triton.jit
+def chosen_expert(chosen_ptr, experts):
+    """(a program's pair, its expert); numbers beyond the last stand for no expert, and nobody reads their outputs."""
+    pair = tl.program_id(1)
+    return pair, tl.minimum(tl.maximum(tl.load(chosen_ptr + pair), 0), experts - 1)

@@ -31,6 +31,8 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels import cpu, launching, operators, plans, trellis
+from quantkit.kernels.experts import check as check_experts
+from quantkit.kernels.experts import configured, products
 from quantkit.kernels.launching import or_stand_in
 from quantkit.kernels.trellis import STATE_BITS
 from quantkit.kernels.tuning import Config, chosen
@@ -283,4 +285,91 @@ trellis_matmul = operators.register(
     launch,
     COMPILED,
     check,
+)
+
+
+def expert_registers(problem: Problem, config: Config) -> int:
+    """As `registers`, for `experts_kernel`, which keeps an expert's place too."""
+    least = 255 if problem.dtype == torch.float32 and problem.bits > 5 else 168 if problem.bits == 5 else 0
+    return max(registers(problem, config), least)
+
+
+def launch_experts(
+    x: Tensor,
+    chosen: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    scale: Tensor,
+    bits: int,
+    state_bits: int,
+    out_features: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y [pairs, N] for x [rows, K], of a stack of weights of one part each; see `kernels.experts`.
+
+    Args:
+        x, chosen, bias: see there.
+        codes: int32 [experts, words, K].
+        scales: uint8 [experts, 1, K].
+        scale: fp32 [experts, 1].
+        bits, state_bits, out_features: of each weight.
+
+    Raises:
+        ValueError: shapes or dtypes that the kernel's addresses do not allow.
+    """
+    from quantkit.kernels.trellis_matmul_triton import experts_kernel
+
+    (experts, lines), K, N = codes.shape[:2], x.shape[-1], out_features
+    wanted = sum(trellis.lines([N], bits))
+    check_experts(x, chosen, experts, bias, N, {
+        "codes": (codes, torch.int32, (experts, wanted, K)), "scales": (scales, torch.uint8, (experts, 1, K)),
+        "scale": (scale, torch.float32, (experts, 1)),
+    })  # fmt: skip
+    rows, y = launching.rows_of(x), plans.result((len(chosen), N), x)
+    capability, multiprocessors, _ = launching.properties(x.device)
+    problem = Problem(1, N, K, bits, state_bits, x.dtype, capability, multiprocessors, rows.stride(0))
+    config = rule(problem)
+    config = configured(config, N, len(chosen), -(-K // 128), multiprocessors)
+    blocks = -(-N // BLOCK_N) * len(y)
+    partial, arrived = plans.scratch(blocks, config.split_k, BLOCK_N * config.block_m, y)
+    shared = constants(problem, config.num_warps)
+    shared.pop("ENDS")
+    with torch.cuda.device_of(x):
+        plans.start(
+            experts_kernel, (-(-N // BLOCK_N), len(chosen), config.split_k),
+            rows, chosen, codes, scales, scale, or_stand_in(bias, y), y, partial, arrived,
+            experts, N, K, lines, rows.stride(0),
+            PER_ROW=len(chosen) // len(x), **shared, **tile_constants(problem, config),
+            HAS_BIAS=bias is not None, **launching.machine(y), num_warps=config.num_warps, num_stages=1,
+            maxnreg=expert_registers(problem, config),
+        )  # fmt: skip
+    return y
+
+
+def reference_experts(
+    x: Tensor,
+    chosen: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    scale: Tensor,
+    bits: int,
+    state_bits: int,
+    out_features: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The specification of `launch_experts`, on any device: y [pairs, N] for x [rows, K]."""
+
+    def weight(expert: int) -> Tensor:
+        own = codes[expert], scales[expert], scale[expert], bits, state_bits
+        return dequantized(*own, [out_features], x.shape[-1])
+
+    return products(x, chosen, weight, bias)
+
+
+trellis_experts = operators.define(
+    "trellis_experts(Tensor x, Tensor chosen, Tensor codes, Tensor scales, Tensor scale, int bits, int state_bits, "
+    "int out_features, Tensor? bias=None) -> Tensor",
+    launch_experts,
+    reference_experts,
+    lambda x, chosen, *others: x.new_empty(len(chosen), others[5]),
 )

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from quantkit.kernels import trellis
-from quantkit.kernels.tiles import dot, finish, leave_share, mask_or, round_to, row_order, sum_of_shares
+from quantkit.kernels.tiles import chosen_expert, dot, finish, leave_share, mask_or, round_to, row_order, sum_of_shares
 
 _MULTIPLIER, _INCREMENT = tl.constexpr(trellis.MULTIPLIER), tl.constexpr(trellis.INCREMENT)
 _MASK, _FLIP = tl.constexpr(trellis.MASK), tl.constexpr(trellis.FLIP)
@@ -423,3 +423,22 @@ def dequantize_kernel(
     rows_n, columns = first_row + tl.arange(0, 128), at + tl.arange(0, COLUMNS)
     inside = (rows_n < N)[:, None] & (columns < K)[None, :]
     tl.store(weight_ptr + rows_n[:, None] * K + columns[None, :], weight, mask=inside)
+
+
+@triton.jit
+def experts_kernel(
+    x_ptr, chosen_ptr, codes_ptr, scales_ptr, scale_ptr, bias_ptr, y_ptr, partial_ptr, arrived_ptr,
+    experts, N, K, lines, stride_xm,
+    PER_ROW: tl.constexpr, BITS: tl.constexpr, STATE_BITS: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WARPS: tl.constexpr, CHUNKS: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    ASM: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """y[p] = x[p // PER_ROW] @ W[chosen[p]]^T + bias[chosen[p]] of a stack; a program 128 rows of W and one p."""
+    pair, expert = chosen_expert(chosen_ptr, experts)
+    far, row = expert.to(tl.int64), pair.to(tl.int64) * BLOCK_M
+    multiply_kernel(
+        x_ptr + (pair // PER_ROW).to(tl.int64) * stride_xm, codes_ptr + far * lines * K, scales_ptr + far * K,
+        scale_ptr + expert, bias_ptr + far * N, y_ptr, y_ptr, y_ptr + (pair - row) * N, partial_ptr, arrived_ptr,
+        row + 1, N, K, lines, 0, 0,
+        BITS, STATE_BITS, (), WIDE, RAGGED, HAS_BIAS, 0, WARPS, CHUNKS, SPLIT_K, BLOCK_M, ASM, INTERPRETED, False,
+    )  # fmt: skip

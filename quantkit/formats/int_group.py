@@ -22,14 +22,15 @@ from quantkit.core.weight import QuantizedWeight
 from quantkit.kernels import int_group_layout, plans
 from quantkit.kernels.bitpack import TILE, pack, planes, row_words
 from quantkit.kernels.cpu import has_numba
-from quantkit.kernels.experts_matmul import int_group_experts, integer_problem
 from quantkit.kernels.int_group_matmul import (
     Problem,
     int_group_arranged_matmul,
+    int_group_experts,
     int_group_matmul,
     launch,
     launch_arranged,
     problem_of,
+    problem_of_expert,
     unpacked,
 )
 from quantkit.kernels.launching import prepare, properties
@@ -140,9 +141,9 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         return y
 
     def chosen(self, x: Tensor, experts: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """See `kernels.experts_matmul`."""
+        """See `kernels.experts`."""
         N = self.codes.shape[1]
-        if not integer_problem(x, N, self.bits, self.group_size, False).decodes:
+        if not problem_of_expert(x, N, self.bits, self.group_size, False).decodes:
             return None
         form = self.bits, self.group_size, N, self.zeros is not None
         y: Tensor = int_group_experts(x, experts, self.codes, self.scales, self.zeros, *form, bias)
@@ -257,8 +258,8 @@ class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
         return y
 
     def chosen(self, x: Tensor, experts: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """See `kernels.experts_matmul`."""
-        if not integer_problem(x, self.out_features, self.bits, self.group_size, True).decodes:
+        """See `kernels.experts`."""
+        if not problem_of_expert(x, self.out_features, self.bits, self.group_size, True).decodes:
             return None
         form = self.bits, self.group_size, self.out_features, self.has_zeros
         y: Tensor = int_group_experts(x, experts, self.stream, None, None, *form, bias)

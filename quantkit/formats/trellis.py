@@ -20,8 +20,7 @@ from quantkit.core.schema import TensorSpec, extent, unset
 from quantkit.core.weight import QuantizedWeight
 from quantkit.kernels import launching, plans, trellis
 from quantkit.kernels.cpu import has_numba
-from quantkit.kernels.experts_matmul import trellis_experts
-from quantkit.kernels.trellis_matmul import BLOCK_N, launch, trellis_matmul, unpacked
+from quantkit.kernels.trellis_matmul import BLOCK_N, launch, trellis_experts, trellis_matmul, unpacked
 
 LARGEST_WIDTH = 256
 
@@ -105,7 +104,7 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
         return y
 
     def chosen(self, x: Tensor, experts: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """See `kernels.experts_matmul`."""
+        """See `kernels.experts`."""
         if self.width > 1 or len(self.parts) > 1:
             return None
         form = self.bits, self.state_bits, self.parts[0]

@@ -15,15 +15,17 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from quantkit.kernels import plans
-from quantkit.kernels.experts_matmul import MOST
-from quantkit.models.stacking import Stack, stack
+from quantkit.kernels.experts import MOST
+
+if TYPE_CHECKING:
+    from quantkit.models.stacking import Stack
 
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 """Names of stacked weights, in the order in which an expert uses them."""
@@ -164,7 +166,7 @@ class Apart(nn.Module):
     records: bool = False
     taken: tuple[Tensor, Tensor] | None = None
     given: tuple[Tensor, Tensor] | None = None
-    at_once: tuple[Stack, ...] | None = None
+    at_once: "tuple[Stack, ...] | None" = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Any = None) -> Tensor:
         """As the class does it: what the chosen experts make of each token, weighted and added up.
@@ -224,6 +226,8 @@ class Apart(nn.Module):
         if own is None or not all(found.whole for found in own):
             if x.is_cuda and torch.cuda.is_current_stream_capturing():
                 return None
+            from quantkit.models.stacking import stack  # of packed layers, of which there may be none
+
             found = [stack(self._layers(name)) for name in self.stacks]
             own = self.at_once = tuple(one for one in found if one is not None)
         if len(own) < len(self.stacks):

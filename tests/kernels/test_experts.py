@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import quantkit
 from quantkit import GPTQ, RTN, Calibration, Hadamard, Trellis
 from quantkit.core.weight import QuantizedWeight
-from quantkit.kernels import experts_matmul, int_group_layout, int_group_matmul
+from quantkit.kernels import int_group_layout, int_group_matmul, trellis_matmul
+from quantkit.kernels.experts import products
 from quantkit.models.experts import Apart
 from quantkit.models.linear import QuantizedLinear
 from quantkit.models.stacking import stack
@@ -44,14 +45,14 @@ def test_integers(shape, bits, group_size, symmetric, arranged, dtype):
         form = bits, group_size
         own = torch.stack([int_group_layout.arranged(w.codes, w.scales, w.zeros, *form) for w in weights]), None, None
     weight = *own, bits, group_size, shape[0], not symmetric
-    found = experts_matmul.launch_integers(x, chosen, *weight, bias)
-    exact = experts_matmul.reference(x.float(), chosen, dense.__getitem__, bias.float())
+    found = int_group_matmul.launch_experts(x, chosen, *weight, bias)
+    exact = products(x.float(), chosen, dense.__getitem__, bias.float())
     assert found.dtype == dtype and found.shape == (6, shape[0])
     most = (2e-2 if dtype == torch.bfloat16 else 2e-3) * float(exact.abs().max())
     torch.testing.assert_close(found.float(), exact, rtol=0, atol=most)
-    again = experts_matmul.reference_integers(x.float(), chosen, *weight, bias.float())
+    again = int_group_matmul.reference_experts(x.float(), chosen, *weight, bias.float())
     torch.testing.assert_close(again, exact, rtol=1e-4, atol=1e-4)
-    assert torch.equal(experts_matmul.launch_integers(x, chosen.int(), *weight, bias), found)
+    assert torch.equal(int_group_matmul.launch_experts(x, chosen.int(), *weight, bias), found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -61,11 +62,11 @@ def test_trellis_codes(shape, bits, state_bits, dtype):
     whole, dense = stacked(weights)
     x, chosen = torch.randn(3, shape[1]).to(dtype), torch.tensor([2, 0, 2])
     weight = whole.codes, whole.scales, whole.scale, bits, state_bits, shape[0]
-    found = experts_matmul.launch_trellis(x, chosen, *weight)
-    exact = experts_matmul.reference(x.float(), chosen, dense.__getitem__)
+    found = trellis_matmul.launch_experts(x, chosen, *weight)
+    exact = products(x.float(), chosen, dense.__getitem__)
     torch.testing.assert_close(found.float(), exact, rtol=0, atol=2e-3 * float(exact.abs().max()))
     torch.testing.assert_close(
-        experts_matmul.reference_trellis(x.float(), chosen, *weight), exact, rtol=1e-4, atol=1e-4
+        trellis_matmul.reference_experts(x.float(), chosen, *weight), exact, rtol=1e-4, atol=1e-4
     )
 
 
@@ -73,8 +74,8 @@ def test_a_number_of_no_expert_reads_nothing_beyond_the_stack():
     whole, _ = stacked(integers(64, 128, 4, 128))
     weight = whole.codes, whole.scales, None, 4, 128, 64, False
     x = torch.randn(1, 128).half()
-    found = experts_matmul.launch_integers(x, torch.tensor([4, -1, 2**40]), *weight)
-    first, last = experts_matmul.launch_integers(x, torch.tensor([0, 3]), *weight)
+    found = int_group_matmul.launch_experts(x, torch.tensor([4, -1, 2**40]), *weight)
+    first, last = int_group_matmul.launch_experts(x, torch.tensor([0, 3]), *weight)
     assert torch.equal(found[0], last) and torch.equal(found[1], first)
 
 
@@ -97,7 +98,7 @@ def test_addresses_outside_of_the_tensors_are_refused(change, why):
         "zeros": None, "bits": 4, "group_size": 128, "out_features": 64, "has_zeros": False, "bias": None,
     } | change  # fmt: skip
     with pytest.raises(ValueError, match=why):
-        experts_matmul.launch_integers(**given)
+        int_group_matmul.launch_experts(**given)
 
 
 def test_a_stack_is_views_that_a_move_takes_apart():
