@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from quantkit.evals import kernel_peers, kv_speed, suite_deep, suite_models
+from quantkit.evals import kernel_peers, kv_speed, suite_deep, suite_experts, suite_models
 from quantkit.evals.absent_gpu import Compiled, listener
 from quantkit.evals.kernel_kinds import TIMED, Kind, codebooks, integers, rotated, trellises
 from quantkit.evals.suite_groups import (
@@ -34,6 +34,8 @@ from quantkit.kernels.timing import copy_bandwidth
 
 ENDS = SHAPES[0], SHAPES[3]
 """The smallest shape and the largest, for what has many forms."""
+MIXED = integers(4), integers(3), trellises(2), trellises(3)
+"""Kinds of experts."""
 LONG = ((32768, 1), (131072, 1), (8192, 16))
 FORMS = [form for form in kv_speed.FORMS if form.bits in (4, 2)] + [kv_speed.Form(3), kv_speed.Form(8)]
 
@@ -67,6 +69,7 @@ PARTS = {
     **{f"check {name}": Contents(partial(_check, name), False) for name in ("int", "trellis", "codebook", "pyramid")},
     "check rotation": Contents(lambda: [*rotations((4096, 14336)), *_check("rotation")], False),
     "check attention": Contents(lambda: kv_speed.groups([(8192, 1)], FORMS), False),
+    "check experts": Contents(lambda: suite_experts.groups(MIXED), False),
     "check search": Contents(lambda: searches([(16, 2)]), False),
     "int4": Contents(lambda: products([integers(4)], SHAPES)),
     "trellis": Contents(lambda: products(_of("trellis", 0, 2), SHAPES)),
@@ -75,6 +78,7 @@ PARTS = {
     "host": Contents(lambda: host([integers(4), rotated(integers(4)), trellises(2), codebooks(4, 8)])),
     "codebook": Contents(lambda: products(_of("codebook"), ENDS)),
     "attention": Contents(lambda: kv_speed.groups(LONG, FORMS)),
+    "experts": Contents(lambda: suite_experts.groups(MIXED), seconds=4),
     "pyramid": Contents(lambda: products(_of("pyramid"), ENDS)),
     "decode": Contents(suite_models.decoding, seconds=4),
     "search": Contents(lambda: searches([(16, 2), (16, 4)]), seconds=3),

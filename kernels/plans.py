@@ -67,6 +67,11 @@ def direct(x: Tensor, *others: Tensor | None) -> bool:
     return True
 
 
+def launches(family: str, x: Tensor) -> bool:
+    """Whether a product with x [..., in_features] may go straight to a family's kernels, which are right there."""
+    return direct(x) and launching.properties(x.device)[0] >= 80 and self_check.trusted(family, x.device)
+
+
 class _Recorder(threading.local):
     """What the launch of a plan in the making has done so far; None where none is."""
 

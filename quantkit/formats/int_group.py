@@ -29,6 +29,7 @@ from quantkit.kernels.int_group_matmul import (
     int_group_matmul,
     launch,
     launch_arranged,
+    launch_experts,
     problem_of,
     problem_of_expert,
     unpacked,
@@ -145,8 +146,9 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         N = self.codes.shape[1]
         if not problem_of_expert(x, N, self.bits, self.group_size, False).decodes:
             return None
+        product = launch_experts if plans.launches("int_group_experts", x) else int_group_experts
         form = self.bits, self.group_size, N, self.zeros is not None
-        y: Tensor = int_group_experts(x, experts, self.codes, self.scales, self.zeros, *form, bias)
+        y: Tensor = product(x, experts, self.codes, self.scales, self.zeros, *form, bias)
         return y
 
     def launch(self, x: Tensor, config: Config) -> Tensor:
@@ -261,8 +263,9 @@ class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
         """See `kernels.experts`."""
         if not problem_of_expert(x, self.out_features, self.bits, self.group_size, True).decodes:
             return None
+        product = launch_experts if plans.launches("int_group_experts", x) else int_group_experts
         form = self.bits, self.group_size, self.out_features, self.has_zeros
-        y: Tensor = int_group_experts(x, experts, self.stream, None, None, *form, bias)
+        y: Tensor = product(x, experts, self.stream, None, None, *form, bias)
         return y
 
     def launch(self, x: Tensor, config: Config) -> Tensor:

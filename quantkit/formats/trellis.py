@@ -20,7 +20,7 @@ from quantkit.core.schema import TensorSpec, extent, unset
 from quantkit.core.weight import QuantizedWeight
 from quantkit.kernels import launching, plans, trellis
 from quantkit.kernels.cpu import has_numba
-from quantkit.kernels.trellis_matmul import BLOCK_N, launch, trellis_experts, trellis_matmul, unpacked
+from quantkit.kernels.trellis_matmul import BLOCK_N, launch, launch_experts, trellis_experts, trellis_matmul, unpacked
 
 LARGEST_WIDTH = 256
 
@@ -107,8 +107,9 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
         """See `kernels.experts`."""
         if self.width > 1 or len(self.parts) > 1:
             return None
+        product = launch_experts if plans.launches("trellis_experts", x) else trellis_experts
         form = self.bits, self.state_bits, self.parts[0]
-        y: Tensor = trellis_experts(x, experts, self.codes, self.scales, self.scale, *form, bias)
+        y: Tensor = product(x, experts, self.codes, self.scales, self.scale, *form, bias)
         return y
 
     @property

@@ -11,11 +11,12 @@ import time
 import pytest
 import torch
 
-from quantkit.evals import gpu_suite, kernel_build, kernel_check, kv_speed, suite_deep, suite_models
+from quantkit.evals import gpu_suite, kernel_build, kernel_check, kv_speed, suite_deep, suite_experts, suite_models
 from quantkit.evals.absent_gpu import GPU, absent_gpu
 from quantkit.evals.kernel_kinds import Kind, codebooks, integers, rotated, trellises
 from quantkit.evals.suite_driver import RESULTS, read, table
 from quantkit.evals.suite_groups import Report, Run, host, products, rotations, run_groups, searches
+from quantkit.models import stacking
 
 from ..conftest import ROOT
 
@@ -211,6 +212,18 @@ def test_other_groups_run(cpu_run, monkeypatch):
     assert [check["detail"] for check in cpu_run.records("check") if not check["ok"]] == []
     timed = {t["what"] for t in cpu_run.records("time")}
     assert timed >= {"rotation", "rotated trellis K=2", "int4 g128", "trellis K=2 L=8", "dense bf16", "trellis K=2"}
+
+
+def test_experts_are_checked_and_timed_beside_torch(cpu_run, monkeypatch):
+    monkeypatch.setattr(suite_experts, "TOKENS", (1, 3))
+    run_groups(suite_experts.groups([integers(3), trellises(2)], (64, 256), 8), cpu_run)
+    checks = cpu_run.records("check")
+    assert len(checks) == 4 and all(check["ok"] for check in checks)
+    assert all(record["speed_up"] > 0 for record in cpu_run.records("time") if not record.get("baseline"))
+    original = stacking.Stack.chosen
+    monkeypatch.setattr(stacking.Stack, "chosen", lambda *given: 1.1 * original(*given))
+    run_groups(suite_experts.groups([integers(4)], (64, 256), 8), cpu_run)
+    assert not cpu_run.records("check")[-1]["ok"]
 
 
 def test_launch_sizes_are_searched():
