@@ -42,6 +42,17 @@ def table_of(content: Mapping[str, Any]) -> str:
     return markdown(row for row in content["rows"] if row["current"])
 
 
+def predictions_of(content: Mapping[str, Any]) -> str:
+    """The table of a file that `quantkit.evals.predicted` has written, for a document."""
+    head = ("model", "method", "bits/weight", "KL x 1000, measured", "predicted", "predicted / measured")
+    lines = [head, ("---",) * len(head)]
+    for row in sorted(content["rows"], key=lambda row: (row["model"] != "reference", row["bits"])):
+        measured = f"{1000 * row['kl']:.1f} +- {1000 * row['kl_se']:.1f}"
+        figures = f"{row['bits_per_weight']:.3f}", measured, f"{1000 * row['predicted']:.1f}", f"{row['ratio']:.2f}"
+        lines.append((row["model"], row["label"], *figures))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def draw(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     """KL over bits, a line for each method: of the packed layers, and of the whole model.
 

@@ -9,7 +9,9 @@ from quantkit.evals.benchmarks.tables_runs import (
     FINETUNE_MEMORY,
     KV_MEMORY,
     MEMORY,
+    PREDICTIONS,
     REAL_MODEL,
+    REFERENCE_ROWS,
 )
 
 KL = "{kl:k.2f} +- {kl_se:k.2f}"
@@ -447,5 +449,7 @@ TABLES: dict[str, Table | Printed] = {
     "kv-memory": KV_MEMORY,
     "checksums": CHECKSUMS,
     "real-model": REAL_MODEL,
+    "reference-rows": REFERENCE_ROWS,
+    "predictions": PREDICTIONS,
 }
 """Tables by the name in a document's mark."""

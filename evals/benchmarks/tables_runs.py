@@ -1,7 +1,7 @@
 """The documents' tables about runs: what they give on a real model, survive, need and cost."""
 
 from quantkit.evals.benchmarks.table import Printed, Table
-from quantkit.evals.deciding_table import table_of
+from quantkit.evals.deciding_table import predictions_of, table_of
 
 _COUNTS = ("variants", "refused", "equal", "taken", "different", "unrecorded", "faults")
 _DOORS = """load; load, config alone; load, tied head; load, saved by transformers; load verify=True; inspect --verify
@@ -74,3 +74,5 @@ CHECKSUMS = Table(
 )  # fmt: skip
 
 REAL_MODEL = Printed("2026-11-29-cpu-smollm2.json", table_of)
+REFERENCE_ROWS = Printed("2026-11-29-cpu-reference.json", table_of)
+PREDICTIONS = Printed("2026-11-29-cpu-predicted.json", predictions_of)

@@ -45,17 +45,20 @@ def in_turns(stage: Sequence[list[str]], nbytes: Callable[[str], int]) -> list[l
     return turns
 
 
-def pooled(stats: Mapping[str, LayerStats], layers: Iterable[str], strength: float = STRENGTH) -> dict[str, LayerStats]:
+def pooled(
+    stats: Mapping[str, LayerStats], layers: Iterable[str], strength: float | None = None
+) -> dict[str, LayerStats]:
     """Statistics with those of experts drawn towards their layer's mean.
 
     Args:
         stats: by layer; of experts, those that some token chose.
         layers: all whose statistics are wanted.
-        strength: see the module's text.
+        strength: see the module's text; None for `STRENGTH`.
 
     Returns:
         By layer; without experts whose whole layer no token reached, and as they are for all other layers.
     """
+    strength = STRENGTH if strength is None else strength
     found, beside = dict(stats), dict[tuple[str, str], list[str]]()
     for layer in layers:
         if (at := place(layer)) is not None:
