@@ -58,7 +58,7 @@ def measure(model: Path, way: str, strength: float, text: Calibration, test: str
             folder = Path(workspace) / "packed"
             report = quantkit.quantize(model, output=folder, method=way, calibration=text, device="cpu")
             found = evaluate(
-                folder, test, seqlen=512, num_samples=windows, baseline=model, device="cpu", dtype="float32"
+                folder, test, seqlen=text.seqlen, num_samples=windows, baseline=model, device="cpu", dtype="float32"
             )  # fmt: skip
     finally:
         experts.STRENGTH = before
@@ -76,7 +76,8 @@ def main() -> None:
     made.add_argument("--calibration", default="stdlib")
     made.add_argument("--test", default="stdlib")
     made.add_argument("--strengths", type=float, nargs="+", default=[0, 0.25, 1, 4])
-    made.add_argument("--samples", type=int, nargs="+", default=[4, 64], help="calibration sequences of 512 tokens")
+    made.add_argument("--samples", type=int, nargs="+", default=[4, 64], help="calibration sequences")
+    made.add_argument("--seqlen", type=int, default=512, help="tokens of each, and of those that are measured")
     made.add_argument("--rare", type=int, nargs="+", default=[0, 3], help="experts of each block that are made rare")
     made.add_argument("--ways", nargs="+", default=list(WAYS), help="texts of quantizers")
     made.add_argument("--windows", type=int, default=24, help="sequences that are measured")
@@ -99,7 +100,7 @@ def main() -> None:
                         key = {"rare": rare, "samples": samples, "way": way, "strength": strength}
                         if tuple(key.values()) in known:
                             continue
-                        text = Calibration(asked.calibration, samples, 512)
+                        text = Calibration(asked.calibration, samples, asked.seqlen)
                         found = measure(folder, way, strength, text, asked.test, asked.windows)
                         rows.append(key | found)
                         print(f"{key}: KL {found['kl']:.4f} +- {found['kl_se']:.4f}", flush=True)
