@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import quantkit
+from quantkit.api import quantize
 from quantkit.core.errors import QuantkitError
 from quantkit.evals.evaluate import evaluate
 from quantkit.io.source import load_tokenizer
@@ -56,7 +56,7 @@ def measure(model: Path, way: str, strength: float, text: Calibration, test: str
     try:
         with tempfile.TemporaryDirectory() as workspace:
             folder = Path(workspace) / "packed"
-            report = quantkit.quantize(model, output=folder, method=way, calibration=text, device="cpu")
+            report = quantize(model, output=folder, method=way, calibration=text, device="cpu")
             found = evaluate(
                 folder, test, seqlen=text.seqlen, num_samples=windows, baseline=model, device="cpu", dtype="float32"
             )  # fmt: skip

@@ -5,6 +5,7 @@ has too, takes all of it, and is used where products may be rounded to bf16 on t
 A CPU without units for such products does not round them; one that has them is left alone, as a probe tells.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -16,14 +17,33 @@ EXACT = 2e-6
 """Relative error below which a product was not rounded to bf16, which leaves 2e-3."""
 
 
+_lock = threading.Lock()
+_within = 0
+_before = ""
+
+
 @contextmanager
 def full_width() -> Iterator[None]:
-    """While it lasts, this process multiplies fp32 matrices at full width where that costs no accuracy."""
+    """While it lasts, this process multiplies fp32 matrices at full width where that costs no accuracy.
+
+    Threads may be in it at once; the setting is torch's of the whole process, and goes back when the last one leaves.
+    """
+    global _within, _before
     if not _widens():
         yield
         return
-    with _with_onednn():
+    settings = _settings()
+    with _lock:
+        if not _within:
+            _before, settings.fp32_precision = settings.fp32_precision, "bf16"
+        _within += 1
+    try:
         yield
+    finally:
+        with _lock:
+            _within -= 1
+            if not _within:
+                settings.fp32_precision = _before
 
 
 @lru_cache
@@ -31,13 +51,18 @@ def _widens() -> bool:
     """Whether oneDNN can be had, in all of AVX-512, and with fp32's accuracy."""
     if _settings() is None or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    generator = torch.Generator().manual_seed(0)
+    with _lock, torch.autocast("cpu", enabled=False):
+        return _stays_exact()
+
+
+def _stays_exact() -> bool:
+    kind = {"generator": torch.Generator("cpu").manual_seed(0), "dtype": torch.float32, "device": "cpu"}
     for rows, inner, columns in ((512, 512, 512), (64, 1536, 576), (2048, 64, 2048)):
-        x = torch.randn(rows, inner, generator=generator)
-        y = torch.randn(inner, columns, generator=generator)
+        x = torch.randn(rows, inner, **kind)
+        y = torch.randn(inner, columns, **kind)
         exact = x.double() @ y.double()
         with _with_onednn():
-            found = x @ y, torch.zeros(rows, columns).addmm_(x, y), torch.nn.functional.linear(x, y.T)
+            found = x @ y, torch.zeros_like(exact, dtype=x.dtype).addmm_(x, y), torch.nn.functional.linear(x, y.T)
         if any(float((one - exact).norm() / exact.norm()) > EXACT for one in found):
             return False
     return True

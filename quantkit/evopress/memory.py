@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from quantkit.core.errors import first_line
 from quantkit.kernels.int_group_matmul import AT_ONCE, CROSSOVERS
 from quantkit.kvcache.config import KVCacheConfig
+from quantkit.models.experts import routed
 from quantkit.models.structure import key_heads, linear_weight
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def prompt_bytes(model: PreTrainedModel, context: int, batch: int) -> tuple[int,
         tokens = torch.zeros(batch, context, dtype=torch.int64, device="cpu")
         live = LiveBytes([*model.parameters(), *model.buffers()])
         few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        with live:
+        with live, routed(model, sizes_only=True):
             outputs = model(input_ids=tokens, use_cache=True, **few)
         left = live.bytes
         del outputs

@@ -6,7 +6,7 @@ stored one by one, no more than those that are wanted.
 """
 
 import copy
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -125,6 +125,7 @@ def origins(model: nn.Module, shards: Shards) -> dict[str, Origin] | None:
             return None
         made |= {name: (group, tensor) for name, tensor in found.items()}
     tied, mapping = tied_names(model), {}
+    counts = Counter(part.stack for part in taken.values())
     for name, tensor in state.items():
         part = taken.get(name)
         key = part.stack if part is not None else name
@@ -134,6 +135,7 @@ def origins(model: nn.Module, shards: Shards) -> dict[str, Origin] | None:
             return None
         group, whole = made[key]
         _check_kind(group, shards, key, tensor, model)
+        _check_experts(group, key, whole, counts)
         shape = part.of(whole).shape if part is not None else whole.shape
         if shape != tensor.shape:
             return None
@@ -173,6 +175,17 @@ def _check_kind(group: _Group, shards: Shards, name: str, tensor: Tensor, model:
                 f"{stored} is {kind} in its file, and {type(model).__name__} has floating-point numbers there; "
                 "fetch it anew"
             )
+
+
+def _check_experts(group: _Group, stack: str, whole: Tensor, counts: Mapping[str, int]) -> None:
+    """Raises QuantkitError where files hold more or fewer experts than the model has."""
+    wanted = counts.get(stack)
+    stored = {len(whole), *(len(names) for names in group.sources.values() if group.by_expert)}
+    if wanted is not None and stored != {wanted}:
+        raise QuantkitError(
+            f"{stack}: the files hold {' and '.join(map(str, sorted(stored)))} experts, and config.json says {wanted}; "
+            "fetch the model anew"
+        )
 
 
 def read(shards: Shards, mapping: Mapping[str, Origin], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

@@ -305,7 +305,7 @@ class Loaded(Source):
 
     def _read(self, names: list[str]) -> Iterable[tuple[str, Tensor]]:
         state = self.model.state_dict()
-        return [(name, state[name].contiguous()) for name in names]
+        return ((name, state[name].contiguous()) for name in names)
 
 
 class Sharded(Source):

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from quantkit.kernels import plans
 from quantkit.kernels.experts import MOST
@@ -74,7 +73,8 @@ def is_stacked(module: nn.Module) -> bool:
         return False
     known = all(hasattr(module, flag) for flag in _FLAGS) and hasattr(type(module), "_apply_gate")
     rest = set(module._parameters) - set(stacks) - {f"{name}_bias" for name in stacks}
-    return (known or type(module).__name__ in _SORTED) and not rest
+    hooked = "forward" in vars(module)  # as accelerate's hooks put one there, which is the class's still
+    return (known or type(module).__name__ in _SORTED) and not rest and not hooked
 
 
 def is_apart(module: nn.Module) -> bool:
@@ -149,7 +149,9 @@ class Apart(nn.Module):
         num_experts: how many; each is a child named by its number.
         stacks: names of an expert's layers, as the stacked weights were called.
         transposed, biased: whether the weights were stacked as [experts, in, out], and whether there are biases.
+        trained: whether the stacks were parameters that want gradients.
         chooses: whether it is told which experts each token has chosen.
+        sizes_only: run as though all experts were chosen alike, on tensors whose numbers nobody knows.
         everywhere: run all experts on all tokens, though each counts for those alone that chose it.
         records: whether to remember the choice of the last call.
         taken: that choice, as (index, weights).
@@ -161,7 +163,9 @@ class Apart(nn.Module):
     stacks: tuple[str, ...]
     transposed: bool
     biased: bool
+    trained: bool
     chooses: bool
+    sizes_only: bool = False
     everywhere: bool = False
     records: bool = False
     taken: tuple[Tensor, Tensor] | None = None
@@ -179,17 +183,19 @@ class Apart(nn.Module):
         if top_k_index is None:
             return self._of_sorted(hidden_states)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        index, weights = self.given or (top_k_index.reshape(len(x), -1), top_k_weights.reshape(len(x), -1))
+        choices = top_k_index.shape[-1]
+        index, weights = self.given or (top_k_index.reshape(-1, choices), top_k_weights.reshape(-1, choices))
         if self.records:
             self.taken = index, weights
         result = torch.zeros_like(x)
-        if isinstance(x, FakeTensor) or x.is_meta:  # where sizes are followed, nobody has chosen: all alike
+        if self.sizes_only:
             for expert in range(self.num_experts):
                 self.run(expert, x[: -(-len(x) * index.shape[1] // self.num_experts)])
             return result.view_as(hidden_states)
         if x.is_cuda and not self.everywhere and plans.direct(x) and index.numel() <= MOST:
             outputs = self._at_once(x, index)
             if outputs is not None:
+                weights = weights * ((index >= 0) & (index < self.num_experts))  # others stand for none
                 outputs = outputs.view(*index.shape, -1) * weights.unsqueeze(-1)
                 return outputs.sum(1).to(result.dtype).view_as(hidden_states)
         if len(x) == 1 and not self.everywhere:
@@ -270,14 +276,18 @@ class Apart(nn.Module):
         for name in self.stacks:
             own: list[Any] = self._layers(name)
             weights = torch.stack([layer.weight.T if self.transposed else layer.weight for layer in own])
-            self.register_parameter(name, nn.Parameter(weights.detach(), requires_grad=False))
+            self.register_parameter(name, nn.Parameter(weights.detach(), requires_grad=self.trained))
             if self.biased:
                 biases = torch.stack([layer.bias for layer in own])
-                self.register_parameter(f"{name}_bias", nn.Parameter(biases.detach(), requires_grad=False))
+                self.register_parameter(f"{name}_bias", nn.Parameter(biases.detach(), requires_grad=self.trained))
         for expert in range(self.num_experts):
             del self._modules[str(expert)]
         self.given = self.taken = self.at_once = None
         self.__class__ = type(self).__mro__[2]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and files know the class by that which it was made of."""
+        return _made_again, (type(self).__mro__[2],), self.__dict__
 
 
 def _take_apart(module: nn.Module) -> None:
@@ -293,6 +303,7 @@ def _take_apart(module: nn.Module) -> None:
     module.num_experts, module.stacks = count, stacks  # type: ignore[assignment]
     module.transposed, module.biased = transposed, f"{stacks[0]}_bias" in own  # type: ignore[assignment]
     module.chooses = type(module).__name__ not in _SORTED  # type: ignore[assignment]
+    module.trained = bool(own[stacks[0]].requires_grad)  # type: ignore[union-attr, assignment]
     module._is_hf_initialized = True  # type: ignore[assignment]  # transformers would draw the stacks anew
     module.__class__ = _apart(type(module))  # type: ignore[arg-type]
 
@@ -302,10 +313,15 @@ def _layer(stacked: Tensor, bias: Tensor | None, number: int, transposed: bool) 
     weight = stacked.detach()[number]
     weight = weight.T if transposed else weight
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.weight = nn.Parameter(weight, requires_grad=stacked.requires_grad)
     if bias is not None:
-        layer.bias = nn.Parameter(bias.detach()[number], requires_grad=False)
+        layer.bias = nn.Parameter(bias.detach()[number], requires_grad=bias.requires_grad)
     return layer
+
+
+def _made_again(cls: type[nn.Module]) -> nn.Module:
+    made = _apart(cls)  # type: ignore[arg-type]
+    return made.__new__(made)
 
 
 @lru_cache

@@ -9,7 +9,7 @@ and likewise C. An expert that no token chose gets the mean.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,31 +45,54 @@ def in_turns(stage: Sequence[list[str]], nbytes: Callable[[str], int]) -> list[l
     return turns
 
 
+@dataclass
+class _Mean:
+    """Sums over the tokens of all experts at one place, fp32 [in_features, in_features]."""
+
+    hessian: Tensor
+    cross: Tensor | None
+    count: int
+
+
+Means = dict[tuple[str, str], _Mean]
+"""What is known so far of all experts at one place: their module's name, and what the layer is there."""
+
+
+def place_of(layer: str) -> tuple[str, str] | None:
+    """The place of an expert's layer; None for all other layers."""
+    found = place(layer)
+    return None if found is None else (found[0], found[2])
+
+
 def pooled(
-    stats: Mapping[str, LayerStats], layers: Iterable[str], strength: float | None = None
+    stats: Mapping[str, LayerStats], layers: Iterable[str], means: Means | None = None, strength: float | None = None
 ) -> dict[str, LayerStats]:
     """Statistics with those of experts drawn towards their layer's mean.
 
     Args:
         stats: by layer; of experts, those that some token chose.
         layers: all whose statistics are wanted.
+        means: of experts that were gathered in earlier turns; gets these too.
         strength: see the module's text; None for `STRENGTH`.
 
     Returns:
         By layer; without experts whose whole layer no token reached, and as they are for all other layers.
     """
-    strength = STRENGTH if strength is None else strength
-    found, beside = dict(stats), dict[tuple[str, str], list[str]]()
+    strength, means = STRENGTH if strength is None else strength, {} if means is None else means
+    found = dict(stats)
+    beside: dict[tuple[str, str], list[str]] = {}
     for layer in layers:
-        if (at := place(layer)) is not None:
-            beside.setdefault((at[0], at[2]), []).append(layer)
-    for names in beside.values():
-        seen = [stats[name] for name in names if name in stats]
-        if not seen or len(names) == 1:
+        if (at := place_of(layer)) is not None:
+            beside.setdefault(at, []).append(layer)
+    for at, names in beside.items():
+        for name in names:
+            if name in stats:
+                _add(means, at, stats[name])
+        alone = stats.get(names[0]) if len(names) == 1 else None
+        if at not in means or (alone is not None and means[at].count == alone.num_tokens):
             continue
-        hessian = _mean([one.hessian for one in seen], seen)
-        crosses = [one.cross for one in seen if one.cross is not None]
-        cross = _mean(crosses, seen) if len(crosses) == len(seen) else None
+        hessian = means[at].hessian / means[at].count
+        cross = None if (summed := means[at].cross) is None else summed / means[at].count
         for name in names:
             own = stats.get(name)
             if own is None:
@@ -81,12 +104,16 @@ def pooled(
     return found
 
 
-def _mean(moments: Sequence[Tensor], seen: Sequence[LayerStats]) -> Tensor:
-    """Over all tokens of all experts."""
-    total = torch.zeros_like(moments[0])
-    for moment, own in zip(moments, seen, strict=True):
-        total.add_(moment, alpha=own.num_tokens)
-    return total / sum(own.num_tokens for own in seen)
+def _add(means: Means, at: tuple[str, str], own: LayerStats) -> None:
+    known = means.get(at)
+    if known is None:
+        cross = None if own.cross is None else own.cross * own.num_tokens
+        means[at] = _Mean(own.hessian * own.num_tokens, cross, own.num_tokens)
+        return
+    known.hessian.add_(own.hessian, alpha=own.num_tokens)
+    if known.cross is not None and own.cross is not None:
+        known.cross.add_(own.cross, alpha=own.num_tokens)
+    known.count += own.num_tokens
 
 
 def starved_experts(results: Mapping[str, LayerResult]) -> tuple[str, ...]:

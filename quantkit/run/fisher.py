@@ -56,7 +56,7 @@ class Fisher:
 
     folder: Path
     prefix: str
-    _means: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False)
+    _means: dict[tuple[str, str], Tensor | None] = field(default_factory=dict, repr=False)
 
     def token_weights(self, layers: Sequence[str]) -> Tensor | None:
         """s of layers that share their inputs, fp32 [sequences, tokens] with a mean of 1, and cut at `LARGEST_WEIGHT`.
@@ -80,16 +80,19 @@ class Fisher:
         An expert's is drawn towards the mean of its layer's, as its inputs' moments are (`run.experts`).
         """
         found, at = self._mean(layer), place(layer)
-        if found is None or at is None:
+        if at is None:
             return found
         known = (at[0], at[2])
         if known not in self._means:
             self._means.clear()  # those of other blocks
             self._means[known] = self._mean_of_experts(layer)
+        mean = self._means[known]
+        if mean is None:
+            return None
         count = self._count(layer)
-        tokens = max(count, 1)
-        share = STRENGTH * len(found) / (count + STRENGTH * len(found))
-        return torch.lerp(found / tokens, self._means[known], share) * tokens
+        own = torch.zeros_like(mean) if found is None else found / max(count, 1)
+        share = STRENGTH * len(mean) / (count + STRENGTH * len(mean))
+        return torch.lerp(own, mean, share) * max(count, 1)
 
     def _mean(self, layer: str) -> Tensor | None:
         """H_O as it was measured."""
@@ -100,23 +103,25 @@ class Fisher:
         count = self._read(layer, "count")
         return 0 if count is None else int(count)
 
-    def _mean_of_experts(self, layer: str) -> Tensor:
-        """H_O of a token that has chosen one of the experts, over all tokens of all experts."""
-        experts, _, what = place(layer)  # type: ignore[misc]
-        total, count, number = None, 0, 0
-        while self._read(other := f"{experts}.{number}.{what}", "outputs") is not None:
-            number += 1
-            if (own := self._mean(other)) is not None:
-                total, count = own if total is None else total + own, count + self._count(other)
-        assert total is not None
-        return total / count
+    def _mean_of_experts(self, layer: str) -> Tensor | None:
+        """H_O of a token that has chosen one of the experts, over all tokens of all; None where nothing is felt."""
+        own, total, count = place(layer), None, 0
+        with safe_open(self._file(layer), "pt") as file:
+            others = [name.removesuffix(".outputs") for name in file.keys() if name.endswith(".outputs")]
+        for other in others:
+            at = place(other)
+            if own is not None and at is not None and at[::2] == own[::2] and (found := self._mean(other)) is not None:
+                total, count = found if total is None else total + found, count + self._count(other)
+        return None if total is None or not count else total / count
 
     def _read(self, layer: str, what: str) -> Tensor | None:
-        index = int(layer.removeprefix(f"{self.prefix}.").split(".")[0])
-        with safe_open(_path(self.folder, index), "pt") as file:
+        with safe_open(self._file(layer), "pt") as file:
             name = f"{layer}.{what}"
             found: Tensor | None = file.get_tensor(name) if name in set(file.keys()) else None
             return found
+
+    def _file(self, layer: str) -> Path:
+        return _path(self.folder, int(layer.removeprefix(f"{self.prefix}.").split(".")[0]))
 
 
 def _path(folder: Path, index: int) -> Path:

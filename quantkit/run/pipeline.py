@@ -21,6 +21,7 @@ from quantkit.io.checkpoint import CheckpointWriter
 from quantkit.io.hf import attach
 from quantkit.io.run_folder import Output
 from quantkit.io.source import Loaded, Source, open_folder
+from quantkit.models.experts import put_together
 from quantkit.models.linear import Packed
 from quantkit.models.plan import Plan
 from quantkit.models.structure import ends, find_blocks
@@ -302,8 +303,13 @@ def quantize_model(
     Raises:
         QuantkitError: bad input; the message says what would work.
     """
-    source = Loaded(model, tokenizer)
-    model.quantkit_report = run(source, recipe, InMemory(model), device=device, progress=progress)  # type: ignore[assignment]
+    try:
+        source = Loaded(model, tokenizer)
+        model.quantkit_report = run(source, recipe, InMemory(model), device=device, progress=progress)  # type: ignore[assignment]
+    except BaseException:
+        if not any(isinstance(module, Packed) for module in model.modules()):
+            put_together(model, ())  # experts as the model came with them
+        raise
     return model
 
 

@@ -36,7 +36,7 @@ from quantkit.models.plan import Plan, tied
 from quantkit.models.replay import Order, Replay, execution_order, settings
 from quantkit.models.structure import ends, find_blocks, is_lookup, linear_weight
 from quantkit.run.aside import Aside
-from quantkit.run.experts import in_turns, pooled
+from quantkit.run.experts import Means, in_turns, place_of, pooled
 from quantkit.run.fisher import Fisher
 from quantkit.run.packing import Pack, packed
 
@@ -221,12 +221,15 @@ class Walker:
         if reference is not None:
             full = _Stream(reference, Replay(reference, local, order, budget), set(local))
         results: dict[str, LayerResult] = {}
+        means: Means = {}
         for stage in stages:
             needs = {group[0]: max(local[one] for one in group) for group in stage}
             weights = {group[0]: self._token_weights([f"{name}.{one}" for one in group]) for group in stage}
-            stats = self._gather(quantized, full, f"{name}.", needs, weights, index, advance=stage is stages[-1])
-            if not self.all_experts:
-                stats = pooled(stats, [layer for layer, need in needs.items() if need > Needs.NOTHING])
+            last = stage is stages[-1]
+            stats = self._gather(quantized, full, f"{name}.", needs, weights, index, last, means)
+            wanted = [layer for layer, need in needs.items() if need > Needs.NOTHING]
+            if not self.all_experts or len(stats) < len(wanted):
+                stats = pooled(stats, wanted, means)
             for group in stage:
                 for one in group:
                     layer = f"{name}.{one}"
@@ -297,6 +300,7 @@ class Walker:
         weights: Mapping[str, Sequence[Tensor | None]],
         index: int,
         advance: bool,
+        means: Means,
     ) -> dict[str, LayerStats]:
         """Statistics of some groups' shared inputs, by each group's first layer; one pass of each stream.
 
@@ -319,7 +323,7 @@ class Walker:
                     accumulators[name] = StatsAccumulator(x_q.shape[-1], x is not None, x_q.device)
                 accumulators[name].add(x_q, x, weights[name][number])
         for name in probes:
-            if name not in accumulators and not self._is_beside(name, accumulators):
+            if name not in accumulators and not self._is_beside(name, accumulators) and place_of(name) not in means:
                 raise CalibrationError(
                     f"{prefix}{name}: no calibration token reached this layer; leave it out (`ignore` '*{name}') or "
                     "use RTN"

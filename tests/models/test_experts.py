@@ -1,5 +1,9 @@
 """Experts taken apart: the same model, whatever form they came in, packed like all other layers."""
 
+import copy
+import json
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
 from quantkit import Calibration, Recipe
-from quantkit.core.errors import CheckpointError
+from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.io.conversion import origins, read
 from quantkit.io.shards import Shards
 from quantkit.io.source import meta_model, open_folder
@@ -167,3 +171,41 @@ def test_a_checkpoint_with_experts_of_another_number_is_refused(model_folder, te
     path.write_text(path.read_text().replace('"num_local_experts": 4', '"num_local_experts": 3'))
     with pytest.raises(CheckpointError, match=r"no layer .*experts\.3"):
         quantkit.load(tmp_path / "packed")
+
+
+def test_a_refused_run_leaves_the_model_as_it_was(tmp_path):
+    model, tokens = build("mixtral"), torch.arange(9).view(1, 9)
+    before, names = logits(model, tokens), {*model.state_dict()}
+    with pytest.raises(QuantkitError, match="tokenizer"):
+        quantkit.quantize(model, group_size=32)
+    assert {*model.state_dict()} == names and not any(isinstance(m, Apart) for m in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert torch.equal(logits(again, tokens), before)
+
+
+def test_copies_and_files_of_a_model_that_was_taken_apart(tmp_path):
+    model, tokens = build("gpt_oss"), torch.arange(9).view(1, 9)
+    take_apart(model)
+    before = logits(model, tokens)
+    torch.save(model, tmp_path / "model.pt")
+    for again in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert any(isinstance(m, Apart) for m in again.modules())
+        assert torch.equal(logits(again, tokens), before)
+    module = next(m for m in model.modules() if isinstance(m, Apart))
+    none = module(torch.zeros(0, 64), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2))
+    assert none.shape == (0, 64)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama4"])
+def test_files_with_another_number_of_experts_are_refused(family, model_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder(family), folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    key = "num_experts" if "num_experts" in config else "num_local_experts"
+    for count in (config[key] - 1, config[key] + 1):
+        path.write_text(json.dumps(config | {key: count}))
+        with pytest.raises(QuantkitError, match=f"experts, and config.json says {count}"):
+            open_folder(folder)
