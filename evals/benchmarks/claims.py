@@ -239,6 +239,11 @@ CLAIMS = [
         (_held_out("held_out_perplexity"), _held_out("unigram_perplexity"), _held_out("recall_accuracy")),
     ),
     Claim(
+        "docs/results/reference-model.md",
+        "its held-out perplexity is {:.1f}",
+        (Value("../reference/experts/held_out.json", "held_out_perplexity"),),
+    ),
+    Claim(
         "docs/results/real-model.md",
         "{:.0f} sequences of {:.0f} tokens of wikitext-2's validation part, and measured on the first {:.0f} sequences "
         "of {:.0f} tokens",

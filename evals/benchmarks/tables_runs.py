@@ -44,6 +44,15 @@ MEMORY = Table(
     },
 )  # fmt: skip
 
+EXPERTS_MEMORY = Table(
+    "2026-11-29-experts-memory.json", "method | blocks | weights | checkpoint, GiB | peak, GiB",
+    ("{parameters:,.0f}", "{checkpoint_gib:.2f}", "{peak_rss_gib:.2f}"),
+    {
+        f"{method} | {blocks}": [{"method": method, "blocks": blocks}]
+        for method, blocks in (("rtn", 10), ("rtn", 20), ("gptq", 2), ("gptq", 4))
+    },
+)  # fmt: skip
+
 FINETUNE_MEMORY = Table(
     "2026-11-29-finetune-memory.json", "trained | numbers trained | peak, GiB",
     ("{trained:,.0f}", "{peak_gib:.2f}"),
