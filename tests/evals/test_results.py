@@ -30,8 +30,9 @@ def copy(tmp_path):
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     shutil.copytree(ROOT / "evals" / "results", tmp_path / "evals" / "results", ignore=shutil.ignore_patterns("*.png"))
-    (tmp_path / "evals" / "reference" / "model").mkdir(parents=True)
-    shutil.copy(REFERENCE / "held_out.json", tmp_path / "evals" / "reference" / "model")
+    for model in ("model", "experts"):
+        (tmp_path / "evals" / "reference" / model).mkdir(parents=True)
+        shutil.copy(REFERENCE.parent / model / "held_out.json", tmp_path / "evals" / "reference" / model)
     return tmp_path
 
 
