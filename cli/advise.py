@@ -109,8 +109,11 @@ def _say(found: Advice, more: str) -> None:
             duration(choice.seconds) if choice.method else "",
         )
     aside.print(table)
+    from quantkit.advice.advise import MEASURED
+
     sure = (
-        "expected KL (nats a token) is predicted from a pass over text, and taken to hold within half of itself"
+        "expected KL (nats a token) is predicted from a pass over text, and taken to hold within "
+        f"{100 * MEASURED:.0f}%, below half a nat"
         if found.measured
         else "expected KL (nats a token) is a law's, from the model's size alone: a range of nine; --measure narrows it"
     )
