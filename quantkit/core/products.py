@@ -56,7 +56,7 @@ def _widens() -> bool:
 
 
 def _stays_exact() -> bool:
-    kind = {"generator": torch.Generator("cpu").manual_seed(0), "dtype": torch.float32, "device": "cpu"}
+    kind: dict[str, Any] = {"generator": torch.Generator("cpu").manual_seed(0), "dtype": torch.float32, "device": "cpu"}
     for rows, inner, columns in ((512, 512, 512), (64, 1536, 576), (2048, 64, 2048)):
         x = torch.randn(rows, inner, **kind)
         y = torch.randn(inner, columns, **kind)

@@ -174,8 +174,9 @@ def _prepared(
         more = budget.check(made.source, tuple(made.blocks), made.quantizers.values(), made.fixed)
         if processes.is_main_process and more:
             watch.note(f"note: {more}")
-        together = {"each_expert": asked.settings.each_expert}
-        make_space = partial(CandidateSpace, database=made, cost=budget.cost, **together)
+        make_space = partial(
+            CandidateSpace, database=made, cost=budget.cost, each_expert=asked.settings.each_expert
+        )  # fmt: skip
     else:
         predictions = output.own("predictions") if processes.is_main_process else output.path("predictions")
     session = Session(asked.folder, make_space, predictions, asked.text, asked.settings, device, watch.progress)
