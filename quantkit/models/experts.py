@@ -31,7 +31,7 @@ STACKS = ("gate_up_proj", "up_proj", "down_proj")
 _SORTED = {"Llama4TextExperts"}
 """Classes that are given [experts * tokens, features], sorted by expert, and no choice of experts."""
 _PLACE = re.compile(r"(?P<experts>(?:.*\.)?\w*experts\w*)\.(?P<number>\d+)\.(?P<what>.+)")
-_FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+_FLAGS = ("has_gate", "has_bias", "is_transposed")  # newer ones are asked for where they matter
 
 
 @dataclass(frozen=True)
