@@ -102,7 +102,7 @@ def test_kernels_are_checked_anew_where_there_are_any(verdict, code, monkeypatch
     ("device", "capability", "triton", "runs", "why"),
     [
         (CPU, 0, "3.7", False, "no GPU"),
-        (GPU, 90, "3.7", True, "all 9 families"),
+        (GPU, 90, "3.7", True, "all 11 families"),
         (GPU, 80, "3.7", True, "8.0"),
         (GPU, 75, "3.7", False, "here is 7.5"),
         (GPU, 90, None, False, "Triton is not installed"),

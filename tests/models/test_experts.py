@@ -30,7 +30,7 @@ each = pytest.mark.parametrize("family", EXPERTS)
 
 def build(family):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    model = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.1)
