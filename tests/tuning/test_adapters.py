@@ -50,7 +50,7 @@ def test_a_packed_model_trains_saves_and_reloads(method, teacher, tokenizer, tmp
     trained = logits(model)
     assert float((trained - before).abs().max()) > 0.02
     loaded = quantkit.load(tmp_path / "checkpoint-3", dtype=torch.float32, unpack=False)
-    torch.testing.assert_close(logits(loaded), trained, atol=5e-4 * float(trained.abs().max()), rtol=0)  # saved in fp16
+    torch.testing.assert_close(logits(loaded), trained, atol=2e-3 * float(trained.abs().max()), rtol=0)  # saved in fp16
     quantkit.finished(model)
     assert {type(module) for module in model.modules()} & {QuantizedLinear, AdaptedLinear} == {QuantizedLinear}
     assert torch.equal(logits(model), logits(loaded))
