@@ -142,6 +142,17 @@ def routed(model: nn.Module, **settings: Any) -> Iterator[None]:
                 setattr(module, name, value)
 
 
+class Expert(nn.Module):
+    """The layers of one expert; `changes` counts how often any expert got another one in a layer's place."""
+
+    changes = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module):
+            Expert.changes += 1
+        super().__setattr__(name, value)
+
+
 class Apart(nn.Module):
     """Mixed into the class of a module whose experts have been taken apart.
 
@@ -157,6 +168,7 @@ class Apart(nn.Module):
         taken: that choice, as (index, weights).
         given: the choice to use instead of what is handed in; None for none.
         at_once: the layers stacked, where they are on a GPU and have been tried; see `models.stacking`.
+        changes: `Expert.changes` of that time.
     """
 
     num_experts: int
@@ -171,6 +183,7 @@ class Apart(nn.Module):
     taken: tuple[Tensor, Tensor] | None = None
     given: tuple[Tensor, Tensor] | None = None
     at_once: "tuple[Stack, ...] | None" = None
+    changes: int = 0
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Any = None) -> Tensor:
         """As the class does it: what the chosen experts make of each token, weighted and added up.
@@ -229,19 +242,30 @@ class Apart(nn.Module):
         None where their layers are not packed alike, or no kernel takes them.
         """
         own = self.at_once
-        if own is None or not all(found.whole for found in own):
+        if own is None or self.changes != Expert.changes or not all(found.whole for found in own):
             if x.is_cuda and torch.cuda.is_current_stream_capturing():
                 return None
-            from quantkit.models.stacking import stack  # of packed layers, of which there may be none
-
-            found = [stack(self._layers(name)) for name in self.stacks]
-            own = self.at_once = tuple(one for one in found if one is not None)
+            own = self.at_once = self._stacked()
+            self.changes = Expert.changes
         if len(own) < len(self.stacks):
             return None
         chosen = index.reshape(-1)
         inner = own[0].chosen(x, chosen)
         output = None if inner is None else own[1].chosen(self._gated(inner), chosen)
         return None if output is None else self._finished(output)
+
+    def _stacked(self) -> "tuple[Stack, ...]":
+        """The stacks of the layers that are in place now; of a projection that cannot be stacked none."""
+        from quantkit.models.stacking import stack  # of packed layers, of which there may be none
+
+        before = self.at_once or ()
+        if len(before) == len(self.stacks) and all(
+            old.whole and old.of(self._layers(name)) for old, name in zip(before, self.stacks, strict=True)
+        ):
+            return before
+        for old in before:
+            old.take_apart()
+        return tuple(one for name in self.stacks if (one := stack(self._layers(name))) is not None)
 
     def _layers(self, stack: str) -> list[nn.Module]:
         """What all experts have at one place."""
@@ -296,7 +320,7 @@ def _take_apart(module: nn.Module) -> None:
     transposed = bool(getattr(module, "is_transposed", True))  # Llama 4's are
     count = len(own[stacks[0]])  # type: ignore[arg-type]
     for number in range(count):
-        expert = nn.Module()
+        expert = Expert()
         for name in stacks:
             expert.add_module(name, _layer(own[name], own.get(f"{name}_bias"), number, transposed))  # type: ignore[arg-type]
         module.add_module(str(number), expert)

@@ -27,7 +27,7 @@ class Stack:
     """
 
     def __init__(self, weight: QuantizedWeight, layers: Sequence[QuantizedLinear]) -> None:
-        self.weight, self.whole = weight, True
+        self.weight, self.whole, self._own = weight, True, list(layers)
         biases = [layer.bias for layer in layers if layer.bias is not None]
         self._bias = torch.stack([bias.detach() for bias in biases]) if biases else None
         self._parts = [weight.part(index) for index in range(len(layers))]
@@ -37,6 +37,16 @@ class Stack:
     def output(self, slot: int, x: Tensor) -> Tensor:
         """One expert's output [..., out_features] for x [..., in_features]."""
         return self._parts[slot].matmul(x, None if self._bias is None else self._bias[slot])
+
+    def of(self, layers: Sequence[Any]) -> bool:
+        """Whether these are its layers, none of which another has replaced."""
+        return all(own is layer for own, layer in zip(self._own, layers, strict=True))
+
+    def take_apart(self) -> None:
+        """Gives all layers their tensors for themselves again."""
+        for layer in self._own:
+            if layer.shared is self:
+                layer.unshare()
 
     def left(self) -> None:
         """A layer has gone."""

@@ -238,6 +238,7 @@ def _with_allocated_ranks(
         recipe.true_sequential,
         progress=lambda done, total, name: progress(done, total, f"ranks: {name}" if name else name),
         fisher=fisher,
+        all_experts=recipe.all_experts,
     ).run(InMemory(source.model))
     ranks = allocate_ranks(survey.spectra, recipe.low_rank_bits)
     return again(), with_ranks(plan, ranks), summary(survey.spectra, ranks, recipe.low_rank_bits)

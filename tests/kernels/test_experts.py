@@ -1,5 +1,7 @@
 """Products with the experts that each row chose: against their specification, in the interpreter."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,8 +42,6 @@ def test_integers(shape, bits, group_size, symmetric, arranged, dtype):
     bias = torch.randn(4, shape[0]).to(dtype)
     own = whole.codes, whole.scales, whole.zeros
     if arranged:
-        if not int_group_layout.arranges(shape[1], group_size):
-            pytest.skip("no such form")
         form = bits, group_size
         own = torch.stack([int_group_layout.arranged(w.codes, w.scales, w.zeros, *form) for w in weights]), None, None
     weight = *own, bits, group_size, shape[0], not symmetric
@@ -139,3 +139,11 @@ def test_all_chosen_experts_at_once(family, method, model_folder, text_file, mon
         module.double().float()
         assert not any(found.whole for found in module.at_once)
         torch.testing.assert_close(module._at_once(x, index).view(3, 2, -1), at_once)
+        stacks = module.at_once
+        other = copy.deepcopy(module.get_submodule("1.down_proj"))
+        other.unshare()
+        module.set_submodule("1.down_proj", other)  # as a search, an adapter or a tuned layer comes
+        assert module._at_once(x, index) is not None and module.at_once is not stacks
+        module.set_submodule("1.down_proj", torch.nn.Linear(other.in_features, other.out_features))
+        assert module._at_once(x, index) is None, "one of them is not packed any more"
+        torch.testing.assert_close(module(x, index, weights)[0], one_by_one[0], rtol=1e-4, atol=1e-5)
