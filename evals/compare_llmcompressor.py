@@ -42,8 +42,9 @@ from quantkit.run.recipe import Calibration
 folder, sequences, bits, group_size, shift = sys.argv[1:]
 
 class Fixed(Calibration):
-    def sequences(self, tokenizer, model):
-        return torch.load(sequences)
+    def sequences_apart(self, tokenizer, model, held_out):
+        found = torch.load(sequences)
+        return found, found[:0]
 
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(folder)

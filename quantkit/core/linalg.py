@@ -7,6 +7,7 @@ which factors the inverse.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,6 +23,33 @@ def inverse_power(value: float) -> float:
     To multiply by it rounds nothing, and keeps what is squared afterwards within the range of fp32.
     """
     return 2.0 ** -min(max(math.frexp(value)[1], -126), 126) if math.isfinite(value) else 1.0
+
+
+PANELS, LEAST = 4, 256
+"""Panels in which a symmetric sum is added up, and columns from which on."""
+
+
+def _panels(columns: int) -> list[tuple[int, int]]:
+    count = PANELS if columns >= LEAST else 1
+    return list(pairwise(columns * panel // count for panel in range(count + 1)))
+
+
+def add_moments(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Adds x^T y, which is to be symmetric, at two thirds of a product's cost; `mirrored` completes the sum.
+
+    Args:
+        total: [n, n], of which only panels of rows, each from its diagonal block on, are brought up to date.
+        x, y: [tokens, n].
+    """
+    for start, stop in _panels(len(total)):
+        total[start:stop, start:].addmm_(x[:, start:stop].T, y[:, start:])
+
+
+def mirrored(total: Tensor) -> Tensor:
+    """The sum that `add_moments` has made, completed in place."""
+    for start, stop in _panels(len(total)):
+        total[stop:, start:stop] = total[start:stop, stop:].T
+    return total
 
 
 def inverse_factor(matrix: Tensor) -> Tensor | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantkit.core.errors import CalibrationError
-from quantkit.core.linalg import NotPositiveDefinite, damped_inverse_factor, elimination_order
+from quantkit.core.linalg import NotPositiveDefinite, add_moments, damped_inverse_factor, elimination_order, mirrored
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class StatsAccumulator:
         """
         x_q = x_q.reshape(-1, x_q.shape[-1]).float()
         weighted = x_q if weights is None else x_q * weights.to(x_q).reshape(-1, 1)
-        self._hessian.addmm_(weighted.T, x_q)
+        add_moments(self._hessian, weighted, x_q)
         if self._cross is not None:
             if x is None:
                 raise ValueError("this accumulator gathers C and needs the full-precision inputs too")
@@ -168,7 +168,7 @@ class StatsAccumulator:
         """
         if not self._num_tokens:
             raise CalibrationError(f"{name}: no calibration token reached this layer; leave it out or use RTN")
-        hessian = self._hessian / self._weight
+        hessian = mirrored(self._hessian) / self._weight
         cross = None if self._cross is None else self._cross / self._weight
         for matrix in (hessian, cross):
             if matrix is not None and not bool(torch.isfinite(matrix).all()):

@@ -309,6 +309,14 @@ class Apart(nn.Module):
         self.given = self.taken = self.at_once = None
         self.__class__ = type(self).__mro__[2]
 
+    def let_go(self) -> None:
+        """Copies what others have been packed beside: as views, a few dense layers would keep the whole stack."""
+        for name in self.stacks:
+            own = self._layers(name)
+            dense = [(layer, weight) for layer in own if (weight := layer._parameters.get("weight")) is not None]
+            for layer, weight in dense if len(dense) < len(own) else ():
+                layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and files know the class by that which it was made of."""
         return _made_again, (type(self).__mro__[2],), self.__dict__

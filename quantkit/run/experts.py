@@ -65,21 +65,21 @@ def place_of(layer: str) -> tuple[str, str] | None:
 
 
 def pooled(
-    stats: Mapping[str, LayerStats], layers: Iterable[str], means: Means | None = None, strength: float | None = None
+    stats: dict[str, LayerStats], layers: Iterable[str], means: Means | None = None, strength: float | None = None
 ) -> dict[str, LayerStats]:
     """Statistics with those of experts drawn towards their layer's mean.
 
     Args:
-        stats: by layer; of experts, those that some token chose.
+        stats: by layer; of experts, those that some token chose. Changed in place: all moments of a layer's experts
+            are not to be in memory twice.
         layers: all whose statistics are wanted.
         means: of experts that were gathered in earlier turns; gets these too.
         strength: see the module's text; None for `STRENGTH`.
 
     Returns:
-        By layer; without experts whose whole layer no token reached, and as they are for all other layers.
+        The same dict, with experts that no token chose too, unless none reached their whole layer.
     """
     strength, means = STRENGTH if strength is None else strength, {} if means is None else means
-    found = dict(stats)
     beside: dict[tuple[str, str], list[str]] = {}
     for layer in layers:
         if (at := place_of(layer)) is not None:
@@ -96,12 +96,12 @@ def pooled(
         for name in names:
             own = stats.get(name)
             if own is None:
-                found[name] = LayerStats(hessian, cross, 0, name)
+                stats[name] = LayerStats(hessian, cross, 0, name)
                 continue
             share = strength * len(hessian) / (own.num_tokens + strength * len(hessian))
             drawn = None if own.cross is None or cross is None else torch.lerp(own.cross, cross, share)
-            found[name] = replace(own, hessian=torch.lerp(own.hessian, hessian, share), cross=drawn)
-    return found
+            stats[name] = replace(own, hessian=torch.lerp(own.hessian, hessian, share), cross=drawn)
+    return stats
 
 
 def _add(means: Means, at: tuple[str, str], own: LayerStats) -> None:

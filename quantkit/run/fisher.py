@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from quantkit.core.device import free_memory
 from quantkit.core.errors import CalibrationError
+from quantkit.core.linalg import add_moments, mirrored
 from quantkit.io.files import write_durably
 from quantkit.models.experts import place
 from quantkit.models.forward import Batch, WeightSource, Wrap, capture, head_logits, run_block
@@ -307,7 +308,7 @@ class _Reverse:
             for name, d in seen.items():
                 rows = d.reshape(-1, d.shape[-1]).float()
                 known = sums.setdefault(name, _Sums(rows.new_zeros(rows.shape[1], rows.shape[1]), []))
-                known.outputs.addmm_(rows.T, rows)
+                add_moments(known.outputs, rows, rows)
                 known.count += len(rows)
                 if place(name) is not None or len(rows) != batch.tokens.numel():  # tokens have chosen it
                     known.squares = None
@@ -332,7 +333,7 @@ class _Reverse:
             if name not in sums:  # no token came this way
                 out_features = linear_weight(self.model.get_submodule(name)).shape[0]
                 sums[name] = _Sums(torch.zeros(out_features, out_features), None)
-            outputs, squares = sums[name].outputs.cpu(), sums[name].squares
+            outputs, squares = mirrored(sums[name].outputs).cpu(), sums[name].squares
             state[f"{name}.count"] = torch.tensor(sums[name].count)
             if not bool(torch.isfinite(outputs).all()):
                 raise CalibrationError(f"{name}: the gradients at its outputs hold NaN or Inf; leave out `fisher`")

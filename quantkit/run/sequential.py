@@ -246,8 +246,10 @@ class Walker:
         for batch_index, batch in enumerate(self._batches):
             with quantized.replay.running(batch_index, quantized.settled, keep=False):
                 batch.quantized = run_block(block, batch.quantized, batch.calls[index])
-        for module in filter(is_apart, block.modules()):
-            module.taken = None  # type: ignore[assignment]
+        for module in block.modules():
+            if isinstance(module, Apart):
+                module.taken = None
+                module.let_go()
         return {layer: results[layer] for layer in layers}
 
     def _turns(self, block: nn.Module, order: Order, needs: Mapping[str, Needs]) -> list[list[list[str]]]:
@@ -328,7 +330,7 @@ class Walker:
                     f"{prefix}{name}: no calibration token reached this layer; leave it out (`ignore` '*{name}') or "
                     "use RTN"
                 )
-        return {name: accumulator.finish(prefix + name) for name, accumulator in accumulators.items()}
+        return {name: accumulators.pop(name).finish(prefix + name) for name in [*accumulators]}
 
     def _inputs(self, stream: "_Stream", probes: list[str], batch: Batch, number: int, index: int) -> dict[str, Tensor]:
         """Inputs of some layers in the quantized stream; that moves no further than to the last of them."""

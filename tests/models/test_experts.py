@@ -30,7 +30,7 @@ each = pytest.mark.parametrize("family", EXPERTS)
 
 def build(family):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), dtype=torch.float32).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.1)
@@ -149,6 +149,14 @@ def test_experts_without_a_planned_layer_stay_stacked(model_folder, text_file, t
     packed = quantkit.load(tmp_path / "packed")
     assert any(map(is_stacked, packed.modules())) and not any(isinstance(m, Apart) for m in packed.modules())
     assert "model.layers.0.mlp.experts.gate_up_proj" in packed.state_dict()
+
+
+def test_a_layer_left_dense_does_not_keep_the_experts_beside_it():
+    model = build("mixtral")
+    kept = model.model.layers[0].mlp.experts.down_proj[1].clone()
+    quantkit.quantize(model, method="rtn", group_size=32, rules={"*layers.0*experts.1.down_proj": None})
+    left = model.get_submodule("model.layers.0.mlp.experts.1.down_proj").weight
+    assert torch.equal(left, kept) and left.untyped_storage().nbytes() == 4 * left.numel()
 
 
 def test_tensors_that_cannot_be_had_are_loaded_by_transformers(model_folder, monkeypatch):

@@ -28,7 +28,7 @@ def test_an_expert_s_moments_are_drawn_towards_all_tokens_of_its_layer():
     (x, few), (y, many), (_, other) = moments(3, 0), moments(50, 1), moments(7, 2)
     names = [f"mlp.experts.{number}.down_proj" for number in range(3)]
     stats = {names[0]: few, names[1]: many, "mlp.gate": other, "mlp.experts.0.gate_up_proj": other}
-    found = pooled(stats, [*stats, names[2]], strength=2.0)
+    found = pooled(stats.copy(), [*stats, names[2]], strength=2.0)
     mean = (x.T @ x + y.T @ y) / 53
     for name, own in ((names[0], few), (names[1], many)):
         share = 12 / (own.num_tokens + 12)
@@ -39,7 +39,7 @@ def test_an_expert_s_moments_are_drawn_towards_all_tokens_of_its_layer():
     torch.testing.assert_close(found[names[2]].hessian, mean)
     assert found[names[2]].num_tokens == 0
     assert found["mlp.gate"] is other and found["mlp.experts.0.gate_up_proj"] is other, "nobody beside them"
-    exact = pooled(stats, stats, strength=0.0)
+    exact = pooled(stats.copy(), stats, strength=0.0)
     torch.testing.assert_close(exact[names[0]].hessian, few.hessian)
 
 
