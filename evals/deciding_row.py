@@ -12,12 +12,15 @@ import pickle
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from quantkit.api import quantize, search, tune
 from quantkit.core.errors import QuantkitError, first_line, one_line
@@ -28,7 +31,8 @@ from quantkit.evals.peers import DENSE, PACKED, PeerGrid, Stored, quantize_by_pe
 from quantkit.evopress.settings import Evolution
 from quantkit.io.checkpoint import contents
 from quantkit.io.source import load_tokenizer, meta_model
-from quantkit.models.structure import block_linears, linear_weight
+from quantkit.models.structure import find_blocks
+from quantkit.run import pipeline
 from quantkit.run.recipe import Calibration
 from quantkit.run.report import peak_memory_bytes
 from quantkit.tuning.settings import PVSettings, TuningSettings
@@ -78,8 +82,8 @@ def measure(task: Task) -> dict[str, Any]:
         QuantkitError: the way cannot be gone with this model.
     """
     model = meta_model(task.model, None)
-    weights = {name: linear_weight(module).numel() for name, module in block_linears(model).items()}
-    made = _by_peer(task, task.way, weights) if isinstance(task.way, PeerGrid) else _by_quantkit(task, task.way)
+    blocks, _ = find_blocks(model)
+    made = _by_peer(task, task.way, blocks) if isinstance(task.way, PeerGrid) else _by_quantkit(task, task.way)
     protocol, stored = task.protocol, made.stored
     judged = evaluate(
         made.folder, protocol.test, seqlen=protocol.test_seqlen, num_samples=protocol.test_sequences,
@@ -114,14 +118,40 @@ def _by_quantkit(task: Task, way: Quantized | Searched) -> Made:
     return Made(folder, stored, seconds, peak, more)
 
 
+@dataclass(frozen=True)
+class _FirstLeftOut:
+    """Stands in for what a reverse pass finds: no curvature at the outputs, and first tokens that count for nothing.
+
+    Attributes:
+        shape: of the calibration tokens, (sequences, tokens of each).
+        count: tokens of each sequence that are left out.
+    """
+
+    shape: tuple[int, int]
+    count: int
+
+    def token_weights(self, _layers: Sequence[str]) -> Tensor:
+        weights = torch.ones(self.shape)
+        weights[:, : self.count] = 0
+        return weights
+
+    def outputs(self, _layer: str) -> None:
+        return None
+
+
 def _quantize(task: Task, way: Quantized, folder: Path) -> tuple[dict[str, Any], Path]:
     """(what is to be recorded beside the figures, the folder of the packed model)."""
-    report = quantize(
-        task.model, output=folder, method=way.method, target_shift=way.target_shift, low_rank_bits=way.low_rank_bits,
-        tune_blocks=way.tune_blocks, head_bits=way.head_bits, fisher=way.fisher,
-        calibration=way.text(task.protocol), device="cpu",
-        progress=_told,
-    )  # fmt: skip
+
+    def stand_in(_model: Any, _layers: Any, tokens: Tensor, *_rest: Any, **_more: Any) -> _FirstLeftOut:
+        return _FirstLeftOut((len(tokens), tokens.shape[1]), way.left_out)
+
+    with patch.object(pipeline, "measure", stand_in) if way.left_out else nullcontext():
+        report = quantize(
+            task.model, output=folder, method=way.method, target_shift=way.target_shift,
+            low_rank_bits=way.low_rank_bits, tune_blocks=way.tune_blocks, head_bits=way.head_bits,
+            fisher=True if way.left_out else way.fisher, calibration=way.text(task.protocol), device="cpu",
+            progress=_told,
+        )  # fmt: skip
     more: dict[str, Any] = {"seconds_of": {"quantize": report.seconds}, "notes": list(report.notes)}
     if way.tuning is None:
         return more, folder
@@ -155,10 +185,10 @@ def _search(task: Task, way: Searched, folder: Path) -> dict[str, Any]:
     return {"plan": dict(found.plan), "generations": len(found.outcome.history)}
 
 
-def _by_peer(task: Task, grid: PeerGrid, weights: dict[str, int]) -> Made:
+def _by_peer(task: Task, grid: PeerGrid, blocks: str) -> Made:
     sequences = task.protocol.text.sequences(load_tokenizer(task.model), meta_model(task.model, None))
     ran = quantize_by_peer(task.python, grid, task.model, sequences, task.work)
-    stored = stored_by_peer(task.work / PACKED, task.model, weights)
+    stored = stored_by_peer(task.work / PACKED, task.model, blocks)
     more = {"peer_versions": ran.versions, "dense_layer_names": list(stored.dense_layers)}
     return Made(task.work / DENSE, stored, ran.seconds, ran.peak_bytes, more)
 

@@ -89,6 +89,7 @@ class Quantized:
             `low_rank` in the text.
         tuning: of the packed model, end to end; None for none.
         sequences: (how many, tokens of each) of the calibration text; None for the protocol's.
+        left_out: tokens at each sequence's beginning that statistics do not count.
     """
 
     method: str
@@ -99,6 +100,7 @@ class Quantized:
     fisher: bool | None = None
     tuning: EndToEnd | None = None
     sequences: tuple[int, int] | None = None
+    left_out: int = 0
 
     def text(self, protocol: Protocol) -> Calibration:
         """Its calibration text."""
@@ -160,7 +162,8 @@ class Row:
     @property
     def settings(self) -> dict[str, Any]:
         """JSON of the way; with the model, the text and the protocol a row is known by it."""
-        way = {name: value for name, value in asdict(self.way).items() if (name, value) != ("sequences", None)}
+        later = {"sequences": None, "left_out": 0}  # rows that do without were measured before these were settings
+        way = {name: value for name, value in asdict(self.way).items() if name not in later or value != later[name]}
         return {"way": type(self.way).__name__} | way
 
 
@@ -253,6 +256,9 @@ def _other_settings() -> Iterator[Row]:
     for order in ("none", "act"):
         yield Row(f"order-{order}", f"order {order}", 3, Quantized(gptq.format(f", order={order!r}")))
     yield Row("range", "grids by range, not by error", 3, Quantized(gptq.format(", search=False")))
+    for count in (1, 4):
+        way = Quantized(gptq.format(""), left_out=count)
+        yield Row(f"sinks{count}", f"the first {count} tokens of a sequence not counted", 3, way)
     yield Row("hadamard", "in a rotated basis", 3, Quantized(f"hadamard({gptq.format('')})"))
     yield Row("fisher", "with the reverse pass", 3, Quantized(gptq.format(""), fisher=True))
     yield Row("hadamard-fisher", "both", 3, Quantized(f"hadamard({gptq.format('')})", fisher=True))

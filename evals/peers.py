@@ -26,6 +26,7 @@ from torch import Tensor
 
 from quantkit.core.errors import QuantkitError, one_line
 from quantkit.io.shards import DTYPES, Shards
+from quantkit.models.structure import ROUTERS
 
 PEERS = ("llm-compressor", "auto-round")
 DENSE, PACKED = "dense", "packed"
@@ -44,13 +45,23 @@ asked = json.loads(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(asked["model"], dtype=torch.float32)
 sequences = torch.load(asked["sequences"])
 
+def stacked(made, name):  # a tensor, or the stack of what a peer has as gate_proj, up_proj and down_proj of each expert
+    if name in made:
+        return made[name]
+    place, _, stack = name.rpartition(".")
+    names = ("gate_proj", "up_proj") if stack == "gate_up_proj" else (stack,)
+    experts = []
+    while f"{place}.{len(experts)}.{names[0]}.weight" in made:
+        experts.append(torch.cat([made[f"{place}.{len(experts)}.{one}.weight"] for one in names]))
+    return torch.stack(experts)
+
 def finish(model, start, packages, save):
     seconds = time.monotonic() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if asked["output"]:
         dense = AutoModelForCausalLM.from_pretrained(asked["model"], dtype=torch.float32)
         made = model.state_dict()
-        dense.load_state_dict({name: made[name] for name in dense.state_dict()})
+        dense.load_state_dict({name: stacked(made, name) for name in dense.state_dict()})
         dense.save_pretrained(Path(asked["output"]) / "dense")
         AutoTokenizer.from_pretrained(asked["model"]).save_pretrained(Path(asked["output"]) / "dense")
         save(str(Path(asked["output"]) / "packed"))
@@ -68,7 +79,10 @@ weights = {
     "num_bits": asked["bits"], "type": "int", "symmetric": asked["symmetric"], "strategy": "group",
     "group_size": asked["group_size"],
 }
-recipe = GPTQModifier(config_groups={"all": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
+ignore = ["lm_head"]
+if any(name.endswith(".experts") for name, _ in model.named_modules()):
+    ignore.append("re:.*mlp[.]gate$")
+recipe = GPTQModifier(config_groups={"all": {"targets": ["Linear"], "weights": weights}}, ignore=ignore)
 start = time.monotonic()
 oneshot(
     model=model, dataset=rows, recipe=recipe, max_seq_length=sequences.shape[1], num_calibration_samples=len(sequences)
@@ -205,7 +219,7 @@ class Stored:
     dense_layers: tuple[str, ...] = ()
 
 
-def stored_by_peer(folder: Path, model: Path, layers: dict[str, int]) -> Stored:
+def stored_by_peer(folder: Path, model: Path, blocks: str) -> Stored:
     """What a peer's packed folder stores, counted in its files.
 
     Peers run in fp32 here, and so they save some of their scales, and all that is dense. Tensors that the model has too
@@ -215,14 +229,19 @@ def stored_by_peer(folder: Path, model: Path, layers: dict[str, int]) -> Stored:
     Args:
         folder: in the peer's own format.
         model: folder of the full-precision model.
-        layers: weights of each linear layer in the decoder blocks, by name.
+        blocks: name of the decoder blocks' list.
     """
     original, specs = Shards(model), Shards(folder).specs
     sizes = {
         name: original.tensor_nbytes(name) if name in original.specs else _nbytes(*spec) for name, spec in specs.items()
     }
-    dense = tuple(name for name in layers if f"{name}.weight" in specs)
-    packed = {name: weights for name, weights in layers.items() if name not in dense}
+    weights = {
+        name.removesuffix(".weight"): math.prod(shape)
+        for name, (_, shape) in original.specs.items()
+        if name.startswith(f"{blocks}.") and name.endswith(".weight") and len(shape) == 2
+    }
+    dense = tuple(name for name in weights if f"{name}.weight" in specs and name.rpartition(".")[2] not in ROUTERS)
+    packed = {name: count for name, count in weights.items() if f"{name}.weight" not in specs}
     return Stored(
         sum(size for name, size in sizes.items() if _layer_of(name) in packed and not name.endswith(".bias")),
         sum(packed.values()), sum(sizes.values()), dense,

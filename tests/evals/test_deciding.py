@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from quantkit.core import spec
-from quantkit.core.errors import QuantkitError, UnknownName
+from quantkit.core.errors import CalibrationError, QuantkitError, UnknownName
 from quantkit.evals import deciding, deciding_row
 from quantkit.evals.deciding import Runner, picked, run
 from quantkit.evals.deciding_records import Records, Setting, setting_of
@@ -209,6 +209,19 @@ def test_ways_of_quantkit(way, model_folder, protocol, tmp_path):
     elif way.tuning:
         assert len(found["tuning"]) == 3 and found["seconds_of"]["tune"] > 0
         assert found["seconds"] >= sum(found["seconds_of"].values())
+
+
+def test_first_tokens_left_out_of_statistics(model_folder, protocol, tmp_path):
+    folder, found = model_folder("llama_small"), {}
+    for count in (0, 4, 32):
+        (tmp_path / str(count)).mkdir()
+        task = Task(Quantized("gptq(2, group_size=32)", left_out=count), folder, protocol, tmp_path / str(count))
+        if count == 32:  # all of a sequence: not a token is counted
+            with pytest.raises(CalibrationError):
+                measure(task)
+        else:
+            found[count] = measure(task)["kl"]
+    assert found[0] != found[4]
 
 
 def test_a_peer_s_row(model_folder, protocol, tmp_path, monkeypatch):

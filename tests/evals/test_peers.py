@@ -78,7 +78,7 @@ def test_bits_are_those_of_the_files(model_folder, tmp_path):
         saved[f"{name}.weight_scale"] = torch.zeros(weights // 32)  # fp32, counted as fp16: half a bit
         saved[f"{name}.weight_shape"] = torch.zeros(2, dtype=torch.int64)
     save_file(saved, tmp_path / "model.safetensors")
-    found = stored_by_peer(tmp_path, model, layers)
+    found = stored_by_peer(tmp_path, model, "model.layers")
     assert found.dense_layers == (dense,) and found.packed_weights == sum(layers.values()) - 64 * 96
     assert found.packed_bytes == found.packed_weights * 2.5 / 8 + 16 * (len(layers) - 1)
     assert found.bytes == found.packed_bytes + 2 * (2 * 2048 * 64 + 64 * 96)
