@@ -15,7 +15,7 @@ from rich.markup import escape
 from quantkit.cli import options
 from quantkit.cli.display import aside, console, made, report_table
 from quantkit.cli.progress import block_progress, duration
-from quantkit.core.constants import TARGET_SHIFT
+from quantkit.core.constants import TARGET_SHIFT, TOWER_BITS
 from quantkit.core.errors import Interrupted, QuantkitError
 from quantkit.core.units import size
 
@@ -142,6 +142,14 @@ _Plan = Annotated[
     typer.Option(help="quantkit_plan.json of a search: each layer's own method and bits, instead of --bits."),
 ]
 _Ignore = Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave dense; may be repeated.")]
+_Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN[=BITS]",
+        help="Pattern of layers outside the blocks to pack too, such as 'model.visual*' of a model that sees, by "
+        f"default at {TOWER_BITS} bits (RTN, since text does not reach them); may be repeated.",
+    ),
+]
 _Check = Annotated[
     int,
     typer.Option(
@@ -182,6 +190,7 @@ def quantize_command(
     head_bits: options.HeadBits = None,
     experts_bits: options.ExpertsBits = None,
     all_experts: options.AllExperts = False,
+    include: _Include = None,
     ignore: _Ignore = None,
     group_size: _GroupSize = None,
     symmetric: _Symmetric = None,
@@ -241,6 +250,7 @@ def quantize_command(
         0 if no_check else check,
         all_experts,
         experts_bits,
+        dict(map(_bits_of, include or ())),
     )
     if push_to_hub is not None:  # hours before it is needed
         push_to_hub = hub_id(push_to_hub) if dry_run else check_push(push_to_hub)
@@ -272,6 +282,14 @@ def quantize_command(
             print(json.dumps(report.to_json() | {"eval_command": more, "hub": address}, indent=2))
     if address is not None and not as_json:
         aside.print(f"on the hub: {escape(address)}", soft_wrap=True)
+
+
+def _bits_of(word: str) -> tuple[str, int]:
+    """A pattern and its bits, of PATTERN[=BITS]."""
+    pattern, given, bits = word.partition("=")
+    if not pattern or (given and not bits.isdecimal()):
+        raise QuantkitError(f"--include {word}: give a pattern of layers' names, and bits as in 'model.visual*=6'")
+    return pattern, int(bits) if given else TOWER_BITS
 
 
 def _take_preset(context: typer.Context, preset: str, plan: Path | None) -> dict[str, Any]:

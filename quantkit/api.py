@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from quantkit.core.constants import TARGET_SHIFT
+from quantkit.core.constants import TARGET_SHIFT, TOWER_BITS
 from quantkit.core.device import compute_dtype, pick_device
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Quantizer
@@ -52,6 +52,7 @@ def quantize(
     fisher: bool | None = None,
     all_experts: bool = False,
     experts_bits: float | None = None,
+    include: Mapping[str, int] | Sequence[str] = (),
     target_shift: float = TARGET_SHIFT,
     calibration: str | Path | Sequence[Any] | Calibration = "wikitext2",
     num_samples: int = 128,
@@ -89,6 +90,8 @@ def quantize(
         all_experts: gather the statistics of a mixture's experts from all tokens, not from those alone that the router
             sends to each; for text in which some are rarely chosen.
         experts_bits: of experts, where they are not to have those of the other layers.
+        include: patterns over names of layers outside the blocks to pack too, such as "model.visual*"; a mapping says
+            at how many bits, else they are 8.
         target_shift: 0 (off) to 1; see `quantizers.target_shift`.
         calibration: a dataset name, file, hub id, list of documents, or a `Calibration`.
         num_samples, seqlen, seed: the calibration's sequences, where `calibration` is not a `Calibration`.
@@ -121,6 +124,7 @@ def quantize(
     recipe = Recipe(
         quantizer, rules or {}, target_shift, text, true_sequential, rotation, low_rank_bits, tuner, head_bits, fisher,
         check, all_experts, experts_bits,
+        include if isinstance(include, Mapping) else dict.fromkeys(include, TOWER_BITS),
     )  # fmt: skip
     if output is None and (resume or overwrite):
         raise QuantkitError("`resume` and `overwrite` are about an `output`; give one, or leave them out")

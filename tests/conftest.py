@@ -15,6 +15,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma4TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -49,6 +50,15 @@ CONFIGS = {
     "qwen2": Qwen2Config(**_ODD, tie_word_embeddings=True),
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=320, n_inner=704, n_layer=2, n_head=5, n_positions=256),
     "neox": GPTNeoXConfig(**{k: v for k, v in _SMALL.items() if k != "num_key_value_heads"}),
+    "gemma4": Gemma4TextConfig(  # whose last two layers have no keys and values of their own
+        **_SMALL | {"num_hidden_layers": 4, "num_key_value_heads": 2},
+        head_dim=16,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=32,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=VOCABULARY,
+    ),
 } | EXPERTS
 
 

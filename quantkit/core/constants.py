@@ -11,3 +11,5 @@ TARGET_SHIFT = 0.7
 HEAD_BITS = 6
 """Of head and embedding, where they are packed without anyone saying how: no loss that can be measured
 (evals/results, head-bits)."""
+TOWER_BITS = 8
+"""Of vision towers and the like, where they are packed without anyone saying how: text says nothing of their inputs."""

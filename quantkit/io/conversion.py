@@ -27,6 +27,9 @@ from quantkit.io.shards import DTYPES, Shards
 from quantkit.models.experts import Part, parts
 from quantkit.models.ties import tied_names
 
+_COMPUTED = ("inv_freq", "masked_bias")
+"""Last words of names that older versions of transformers stored, and that nothing reads any more."""
+
 
 class _Group:
     """Stored tensors that together become one or several of a model's.
@@ -141,6 +144,19 @@ def origins(model: nn.Module, shards: Shards) -> dict[str, Origin] | None:
             return None
         mapping[name] = Origin(group, key, part, tensor.numel() * whole.element_size())
     return mapping
+
+
+def others(model: nn.Module, shards: Shards, mapping: Mapping[str, Origin]) -> list[str]:
+    """Stored tensors that belong to no part of a model, such as layers that predict several tokens ahead.
+
+    Those that the model works out by itself, rotary frequencies and masks, are not among them.
+    """
+    used = {name for origin in mapping.values() for name in origin.group.names()}
+    used |= {stored for stored in shards.specs if stored.rpartition(".")[2] in _COMPUTED}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for name, _ in model.named_buffers():
+        used |= {name, name.removeprefix(prefix)}
+    return [name for name in shards.specs if name not in used]
 
 
 def _groups(model: nn.Module, shards: Shards, wanted: Mapping[str, Tensor]) -> list[_Group]:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from quantkit.core.constants import METHOD
 from quantkit.core.errors import CheckpointError, QuantkitError, first_line
 from quantkit.io.checkpoint import is_packed, packed_layers, read_config
 from quantkit.io.checkpoint import verify as verify_folder
+from quantkit.io.classes import class_of, config_of
 from quantkit.io.gguf import gguf_folder
 from quantkit.io.gguf_header import is_gguf
 from quantkit.io.registration import QuantkitConfig, QuantkitHfQuantizer
@@ -137,7 +138,7 @@ def load(
         Shards(folder)
     asked = ASKED.set(unpack)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        loaded: Any = class_of(config_of(folder)).from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except QuantkitError:
         raise
     except Exception as error:  # transformers raises many kinds

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from quantkit.core.errors import QuantkitError, first_line
 from quantkit.io.beside import files_beside, readme_of
 from quantkit.io.checkpoint import ADAPTER, MERGE, packed_layers, read_config
-from quantkit.io.conversion import Origin, origins
+from quantkit.io.classes import class_of, config_of
+from quantkit.io.conversion import Origin, origins, others
 from quantkit.io.hf import load
 from quantkit.io.registration import QuantkitConfig, QuantkitHfQuantizer
 from quantkit.io.shards import Shards
@@ -104,7 +105,7 @@ class Source(ABC):
         """Tensors of a block as they will be stored, but for the weights of packed layers.
 
         Args:
-            index: of the block; -1 for all that is outside the blocks.
+            index: of the block; -1 for all that is outside the blocks, and what belongs to no part of the model.
             packed: names of the packed layers.
 
         Returns:
@@ -113,7 +114,8 @@ class Source(ABC):
         Raises:
             CheckpointError: a shard cannot be read.
         """
-        inside = f"{self.prefix}." if index < 0 else f"{self.prefix}.{index}."
+        blocks = tuple(f"{self.prefix}.{block}." for block in range(len(self.blocks)))
+        inside = blocks if index < 0 else blocks[index]
         here = [name for name in self._stored() if name.startswith(inside) == (index >= 0)]
         return dict(self._read([name for name in here if not belongs(name, packed)]))
 
@@ -331,9 +333,10 @@ class Sharded(Source):
         self._folder, self._shards, self._structure_only = folder, shards, structure_only
         self._tensors = ModelTensors(shards, mapping)
         self._rotation: Rotation | None = None
-        unused = sorted(set(shards.specs) - {name for origin in mapping.values() for name in origin.group.names()})
-        if unused:
-            logger.info("%d stored tensors belong to no part of the model, %s among them", len(unused), unused[0])
+        self._others = others(model, shards, mapping)
+        if self._others:
+            words = "%d stored tensors belong to no part of the model, %s among them, and go along as they are"
+            logger.info(words, len(self._others), self._others[0])
 
     def settle(self, plan: Plan) -> None:
         """See `Source`."""
@@ -396,10 +399,13 @@ class Sharded(Source):
         return self.model
 
     def _stored(self) -> dict[str, int]:
-        return {name: origin.nbytes for name, origin in self._tensors.mapping.items()}
+        others = {name: self._shards.tensor_nbytes(name) for name in self._others}
+        return {name: origin.nbytes for name, origin in self._tensors.mapping.items()} | others
 
     def _read(self, names: list[str]) -> Iterable[tuple[str, Tensor]]:
-        return self._tensors.read(names)
+        others = set(self._others).intersection(names)
+        yield from self._tensors.read([name for name in names if name not in others])
+        yield from self._shards.read(others)
 
 
 def open_folder(folder: Path, dtype: torch.dtype | None = None, structure_only: bool = False) -> Source:
@@ -458,15 +464,14 @@ def meta_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     Raises:
         QuantkitError: transformers knows no such causal language model.
     """
+    config = config_of(folder)
+    made = class_of(config)
+    kept = dtype or getattr(config, "dtype", None) or torch.float32
     try:
-        config = AutoConfig.from_pretrained(folder)
-        kept = dtype or getattr(config, "dtype", None) or torch.float32
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=kept)
-    except Exception as error:  # transformers and huggingface_hub raise many kinds on a bad config
-        raise QuantkitError(
-            f"{folder} is not a causal language model that transformers knows ({first_line(error)})"
-        ) from error
+            model: PreTrainedModel = made._from_config(config, dtype=kept)
+    except Exception as error:  # models raise many kinds on a bad config
+        raise QuantkitError(f"{folder}: its config.json makes no {made.__name__} ({first_line(error)})") from error
     model.tie_weights()
     take_apart(model)
     return model.eval()

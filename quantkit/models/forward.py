@@ -4,7 +4,8 @@ Blocks are run on their own with the arguments that the model's own forward pass
 stubs in their places. A pass stops as soon as what it was run for is known.
 """
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -39,12 +40,23 @@ class Batch:
         full: hidden states of the full-precision model, of the same shape.
         calls: for each block, positional and keyword arguments behind the hidden states.
         tokens: int64 [sequences, tokens].
+        full_calls: those of the full stream; None for the same. What a block leaves there for later ones, as layers do
+            that share keys and values, is each stream's own.
     """
 
     quantized: Tensor
     full: Tensor
-    calls: list[tuple[tuple, dict[str, Any]]]
+    calls: list["Call"]
     tokens: Tensor
+    full_calls: list["Call"] | None = None
+
+    def call(self, index: int, full: bool = False) -> "Call":
+        """What a block is called with, in one of the streams."""
+        return (self.full_calls or self.calls)[index] if full else self.calls[index]
+
+
+Call = tuple[tuple, dict[str, Any]]
+"""Positional and keyword arguments behind the hidden states."""
 
 
 def bare(hidden: Tensor) -> Tensor:
@@ -196,9 +208,11 @@ def capture(
         if not all(torch.equal(other, hidden) for _, other, *_ in calls):
             raise QuantkitError(f"{type(model).__name__} changes the hidden states between its blocks; not supported")
         arguments = [(args, kwargs) for _, _, args, kwargs in calls]
-        if batches and _same(batches[0].calls, arguments):
+        states: dict[int, Any] = {}
+        of_full_stream = _with_states(arguments, states)
+        if batches and not states and _same(batches[0].calls, arguments):
             arguments = batches[0].calls
-        batches.append(Batch(hidden, hidden, arguments, tokens))
+        batches.append(Batch(hidden, hidden, arguments, tokens, of_full_stream if states else None))
     source.release("", model)
     return batches, wrap
 
@@ -287,6 +301,22 @@ def logits_of(
     with patched_forwards(nn.ModuleList([*blocks, head]), [*stubs, lambda *_args, **_kwargs: product()]):
         logits: Tensor = model(input_ids=token, use_cache=False).logits
     return logits
+
+
+def _with_states(value: Any, states: dict[int, Any]) -> Any:
+    """Nested arguments with other objects in the places of those that blocks write into: mappings, empty as yet.
+
+    Args:
+        value: the arguments.
+        states: gets these other objects, by the id of those whose places they take.
+    """
+    if isinstance(value, MutableMapping) and not value:
+        return states.setdefault(id(value), copy.copy(value))
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return type(value)(_with_states(each, states) for each in value)
+    if type(value) is dict:
+        return {name: _with_states(each, states) for name, each in value.items()}
+    return value
 
 
 def _same(left: Any, right: Any) -> bool:

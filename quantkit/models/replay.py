@@ -91,7 +91,7 @@ def execution_order(block: nn.Module, layers: Collection[str], batches: list[Bat
     handles += [block.get_submodule(name).register_forward_hook(leave(name)) for name in {*layers, *children}]
     try:
         with torch.inference_mode(False), torch.no_grad():  # versions are counted
-            run_block(block, batches[0].quantized, batches[0].calls[index])
+            run_block(block, batches[0].quantized, batches[0].call(index))
     finally:
         for handle in handles:
             handle.remove()

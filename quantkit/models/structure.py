@@ -1,8 +1,12 @@
 """Finds a transformers model's decoder blocks, linear layers and input embedding."""
 
+import inspect
+import re
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.core.errors import QuantkitError
@@ -15,6 +19,8 @@ def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies by a weight matrix that can be packed (Conv1D is GPT-2's linear)."""
     if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
         return type(module).__name__ in _LINEAR_IN_OTHER_WORDS
+    if isinstance(module, NonDynamicallyQuantizableLinear):  # whose weight nn.MultiheadAttention takes itself
+        return False
     return isinstance(module, nn.Linear | Conv1D)
 
 
@@ -52,6 +58,8 @@ def linear_weight(module: nn.Module) -> Tensor:
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The decoder blocks: of all module lists with linear layers inside, the one with most parameters.
 
+    Of a model that sees or hears too, those of its language model.
+
     Returns:
         (name of the list in the model, the list).
 
@@ -60,10 +68,11 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise QuantkitError(f"{type(model).__name__} is an encoder-decoder; quantkit quantizes decoder-only models")
+    inside = set(_language_model(model).modules())
     candidates = [
         (sum(p.numel() for p in module.parameters()), name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and any(is_linear(child) for child in module.modules())
+        if isinstance(module, nn.ModuleList) and module in inside and any(map(is_linear, module.modules()))
     ]
     if not candidates:
         raise QuantkitError(
@@ -74,6 +83,16 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, blocks
 
 
+def _language_model(model: nn.Module) -> nn.Module:
+    """What turns embeddings into the last hidden states of text; the model itself where that cannot be told."""
+    give = getattr(model, "get_decoder", None)
+    try:
+        found = None if give is None else give()
+    except (AttributeError, NotImplementedError):  # of models that give it in no way
+        return model
+    return found if isinstance(found, nn.Module) and any(True for _ in found.children()) else model
+
+
 def key_heads(config: Any) -> tuple[int, int]:
     """(heads of keys, channels of a head) of a model's config."""
     config = config.get_text_config(decoder=True)
@@ -82,23 +101,53 @@ def key_heads(config: Any) -> tuple[int, int]:
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """All linear layers inside the decoder blocks but routers, by full name, in model order."""
+    """All linear layers inside the decoder blocks but routers and `bypassed` ones, by full name, in model order."""
     prefix, blocks = find_blocks(model)
+    left = set(bypassed(model))
     return {
-        f"{prefix}.{name}": module
-        for name, module in blocks.named_modules()
-        if is_linear(module) and name.rsplit(".", 1)[-1] not in ROUTERS
+        name: module
+        for name, module in blocks.named_modules(prefix=prefix)
+        if is_linear(module) and name.rsplit(".", 1)[-1] not in ROUTERS and name not in left
     }
 
 
 def outer_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """All linear layers outside the decoder blocks, e.g. lm_head, by full name."""
+    """All linear layers outside the decoder blocks but `bypassed` ones, e.g. lm_head, by full name."""
     prefix, _ = find_blocks(model)
+    left = set(bypassed(model))
     return {
         name: module
         for name, module in model.named_modules()
-        if is_linear(module) and not name.startswith(f"{prefix}.")
+        if is_linear(module) and not name.startswith(f"{prefix}.") and name not in left
     }
+
+
+def bypassed(model: nn.Module) -> list[str]:
+    """Linear layers whose weight the module that they are in multiplies by itself, as Mamba's does with dt_proj's."""
+    return [
+        f"{name}.{child}" if name else child
+        for name, module in model.named_modules()
+        for child in _bypassed(module.__class__)  # type: ignore[arg-type]
+        if isinstance(getattr(module, child, None), nn.Linear)
+    ]
+
+
+@lru_cache
+def _bypassed(cls: type) -> frozenset[str]:
+    """Children whose weight a class's methods multiply by."""
+    found: set[str] = set()
+    for own in cls.__mro__:
+        if own.__module__.partition(".")[0] not in ("torch", "builtins"):
+            try:
+                source = inspect.getsource(own)
+            except (OSError, TypeError):  # made at run time
+                continue
+            found |= {name for pair in _PRODUCT.findall(source) for name in pair if name}
+    return frozenset(found)
+
+
+_PRODUCT = re.compile(r"self\.(\w+)\.weight @|F\.linear\([^\n]*?self\.(\w+)\.weight(?!\[)\b")
+"""A weight as a factor; BLOOM's, which is sliced, is one only where a training on many devices is retraced."""
 
 
 def fused_expert_parameters(model: nn.Module) -> dict[str, int]:

@@ -96,13 +96,13 @@ class HeldOut(Aside):
         """Passes a block as the full model has it."""
         with self.timed():
             for batch in self._batches:
-                batch.full = run_block(self._blocks[index], batch.full, batch.calls[index])
+                batch.full = run_block(self._blocks[index], batch.full, batch.call(index, full=True))
 
     def through_packed(self, index: int) -> None:
         """Passes it as the packed model has it."""
         with self.timed():
             for batch in self._batches:
-                batch.quantized = run_block(self._blocks[index], batch.quantized, batch.calls[index])
+                batch.quantized = run_block(self._blocks[index], batch.quantized, batch.call(index))
 
     def full_ends(self) -> None:
         """Brings the full stream to the head, which is about to be packed, and keeps the head as it is."""

@@ -241,7 +241,8 @@ def _working_bytes(
         layer = max(layer, 6 * source.block_nbytes(4))
     width = 3 * max(max(shape) for name, shape in shapes.items() if name in inside) + 3 * hidden  # of a block's pass
     if model.config._attn_implementation == "eager":  # writes out its scores, and their softmax
-        width += 2 * model.config.get_text_config().num_attention_heads * tokens.shape[1]
+        heads = getattr(model.config.get_text_config(), "num_attention_heads", 0)  # none without attention
+        width += 2 * heads * tokens.shape[1]
     passing = min(tokens.numel(), BATCH_TOKENS) * width * itemsize
     embedding = sum(p.numel() for p in model.get_input_embeddings().parameters()) * itemsize
     rounding = layer + 5 * 4 * widest**2 + _experts_moments(shapes, 2 if needs == Needs.CROSS else 1)

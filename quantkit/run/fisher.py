@@ -234,7 +234,7 @@ class _Reverse:
             with self._loaded(f"{prefix}.{index}", block), torch.no_grad():
                 kept.append([batch.quantized.cpu() for batch in batches])
                 for batch in batches:
-                    batch.quantized = run_block(block, batch.quantized, batch.calls[index])
+                    batch.quantized = run_block(block, batch.quantized, batch.call(index))
         gradients = self._at_the_head(batches, wrap, first)
         for index in reversed(range(len(blocks))):
             self.progress(done + 2 * len(blocks) - 1 - index, total, f"{prefix}.{index}, in reverse")
@@ -303,7 +303,7 @@ class _Reverse:
             hidden = hidden.to(self.device).requires_grad_()
             seen: dict[str, Tensor] = {}
             with torch.enable_grad(), _watched(block, f"{prefix}.{index}", self.names[index], seen):
-                output = run_block(block, hidden, batch.calls[index])
+                output = run_block(block, hidden, batch.call(index))
             before.append(torch.autograd.grad(output, hidden, gradient)[0])
             for name, d in seen.items():
                 rows = d.reshape(-1, d.shape[-1]).float()

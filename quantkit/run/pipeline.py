@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantkit.core.device import compute_dtype, pick_device
-from quantkit.core.errors import QuantkitError
+from quantkit.core.errors import CalibrationError, QuantkitError
 from quantkit.core.products import full_width
 from quantkit.core.protocols import Needs
 from quantkit.core.result import LayerResult
@@ -24,14 +24,14 @@ from quantkit.io.source import Loaded, Source, open_folder
 from quantkit.models.experts import put_together
 from quantkit.models.linear import Packed
 from quantkit.models.plan import Plan
-from quantkit.models.structure import ends, find_blocks
+from quantkit.models.structure import ends, find_blocks, linear_weight
 from quantkit.models.unpacking import choose_unpacked
 from quantkit.run.aside import Aside
 from quantkit.run.check import HeldOut
 from quantkit.run.fisher import Fisher, measure
 from quantkit.run.ranks import Survey, allocate_ranks, summary, with_ranks
 from quantkit.run.recipe import Recipe
-from quantkit.run.record import Run, begin, count_weights, files_of, model_notes
+from quantkit.run.record import Run, and_others, begin, count_weights, files_of, model_notes
 from quantkit.run.report import Check, Report, Samples
 from quantkit.run.samples import Readings
 from quantkit.run.sequential import Sink, Walker
@@ -130,8 +130,17 @@ def run(
             aside=checked.aside,
         ).run(destination)
         check, samples, more = checked.results(destination.finished)
-        this = Run(start, where, before, counts, recipe.settings(plan, tokens), (*notes, *more))
-        report = this.report(name or source.name, plan, destination.results(), dense_bytes, check, samples)
+        settings, results = recipe.settings(plan, tokens), destination.results()
+        if unreached := [layer for layer in plan if layer not in results]:
+            plan = {layer: quantizer for layer, quantizer in plan.items() if layer in results}
+            if not plan:
+                raise CalibrationError("no token of the calibration text passes through any layer")
+            dense_bytes += source.packed_nbytes(unreached)
+            weights = sum(linear_weight(source.model.get_submodule(layer)).numel() for layer in unreached)
+            counts = counts[0] - weights, counts[1]
+            more = (*more, f"{and_others(unreached)} stay dense: no token of the text passes through them")
+        this = Run(start, where, before, counts, settings, (*notes, *more))
+        report = this.report(name or source.name, plan, results, dense_bytes, check, samples)
         config = source.config | ({"tie_word_embeddings": False} if source.untied else {})
         destination.finish(config, lambda: source.files() | files_of(report, source))
     return report

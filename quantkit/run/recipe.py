@@ -2,8 +2,10 @@
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -237,6 +239,11 @@ def _group(in_features: int) -> int:
     return next((size for size in (128, 64, 32) if in_features % size == 0), min(128, in_features))
 
 
+def _stars(names: Iterable[str]) -> list[str]:
+    """Patterns that cover names, one for what comes before a number, or before the last dot."""
+    return [*dict.fromkeys(re.sub(r"\.(\d+\..*|[^.]+)$", ".*", name) if "." in name else name for name in names)]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What to do to a model.
@@ -260,6 +267,8 @@ class Recipe:
             run's end (see `run.check`); 0 for none. Packed bytes do not depend on it.
         all_experts: gather each expert's statistics from all tokens, not from those alone that the router sends to it.
         experts_bits: of experts' layers; None for the quantizer's own.
+        include: patterns over names of layers outside the blocks -> bits, such as those of a vision tower, to pack
+            them too: as `head_bits` packs the head and, by RTN, all that text does not reach.
     """
 
     quantizer: Quantizer | None
@@ -275,6 +284,7 @@ class Recipe:
     check: int = 0
     all_experts: bool = False
     experts_bits: float | None = None
+    include: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.check < 0:
@@ -315,6 +325,8 @@ class Recipe:
         if self.experts_bits is not None:
             defaults |= self._for_experts(block_linears(model))
         defaults |= dict.fromkeys(outer_linears(model))
+        for pattern, bits in self.include.items():
+            defaults |= self._for_outer(model, pattern, bits, head)
         if self.head_bits is not None:
             defaults |= self._for_ends(model, embedding, head)
         plan = make_plan(defaults, rules, [] if embedding is None else [embedding])
@@ -348,6 +360,25 @@ class Recipe:
             raise QuantkitError(f"`experts_bits`: {error}") from error
         return dict.fromkeys(experts, self._shifted(other))
 
+    def _for_outer(self, model: nn.Module, pattern: str, bits: int, head: str | None) -> Plan:
+        """What `include` gives the layers outside the blocks whose names a pattern matches."""
+        if bits not in range(1, 9):
+            raise QuantkitError(f"{bits} bits for {pattern!r}: give 1 to 8")
+        outer = {name: linear_weight(layer).shape[1] for name, layer in outer_linears(model).items()}
+        names = [name for name in outer if fnmatchcase(name, pattern)]
+        if not names:
+            known = f"; there are {', '.join(_stars(outer))}" if outer else ""
+            raise QuantkitError(f"`include` {pattern!r} matches no linear layer outside the blocks{known}")
+        return {name: self._of_end("gptq" if name == head else "rtn", bits, outer[name]) for name in names}
+
+    def _of_end(self, method: str, bits: int, in_features: int) -> Quantizer:
+        """A quantizer of a layer outside the blocks; RTN where nothing else reads text."""
+        others = [quantizer for quantizer in (self.quantizer, *self.rules.values()) if quantizer is not None]
+        text = self.tuner or self.low_rank_bits or any(quantizer.needs > Needs.NOTHING for quantizer in others)
+        made = self._shifted(spec.make(method if text else "rtn", bits, _group(in_features)))
+        assert made is not None
+        return made
+
     def _for_ends(self, model: nn.Module, embedding: str | None, head: str | None) -> Plan:
         """What `head_bits` gives the input embedding and the head."""
         if embedding is None or head not in outer_linears(model):
@@ -357,13 +388,9 @@ class Recipe:
             )
         assert self.head_bits is not None and head is not None
         bits = int(self.head_bits)
-        groups = {name: _group(linear_weight(model.get_submodule(name)).shape[1]) for name in (embedding, head)}
-        others = [quantizer for quantizer in (self.quantizer, *self.rules.values()) if quantizer is not None]
-        text = self.tuner or self.low_rank_bits or any(quantizer.needs > Needs.NOTHING for quantizer in others)
-        last = self._shifted(spec.make("gptq" if text else "rtn", bits, groups[head]))
-        assert last is not None
-        tied = self._keeps_tie(model, embedding, head)
-        return {embedding: Tied(head) if tied else spec.make("rtn", bits, groups[embedding]), head: last}
+        widths = {name: linear_weight(model.get_submodule(name)).shape[1] for name in (embedding, head)}
+        first = Tied(head) if self._keeps_tie(model, embedding, head) else self._of_end("rtn", bits, widths[embedding])
+        return {embedding: first, head: self._of_end("gptq", bits, widths[head])}
 
     def _keeps_tie(self, model: nn.Module, embedding: str, head: str) -> bool:
         """Whether the head's weight is the embedding's; a rotation of the model ends that."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core import spec
-from quantkit.core.constants import HEAD_BITS
+from quantkit.core.constants import HEAD_BITS, TOWER_BITS
 from quantkit.core.device import pick_device
 from quantkit.core.result import LayerResult
 from quantkit.core.units import size
 from quantkit.models.plan import Plan, tied
-from quantkit.models.structure import ends, fused_expert_parameters, linear_weight
+from quantkit.models.structure import bypassed, ends, find_blocks, fused_expert_parameters, is_linear, linear_weight
 from quantkit.run.card import model_card
 from quantkit.run.experts import starved_experts
 from quantkit.run.page import report_page
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from quantkit.io.source import Source
 
 
-MANY = 0.1
-"""Share of a model's weights from which a dense head and embedding are worth a word."""
+MANY, FEW = 0.1, 0.01
+"""Shares of a model's weights from which a dense head and embedding, and what is beside the language model, are worth a
+word."""
 
 
 def begin(device: str | torch.device | None) -> tuple[torch.device, float]:
@@ -153,9 +154,37 @@ def model_notes(model: nn.Module, plan: Plan, untied: bool, rotated: bool) -> tu
             f"{len(fused)} tensors of stacked experts ({fraction:.0f}% of the weights), {next(iter(fused))} among "
             "them, stay dense"
         )
+    inside, _ = find_blocks(model)
+    if left := [name for name in bypassed(model) if name.startswith(f"{inside}.")]:
+        notes.append(f"{and_others(left)} stay dense: the model's own code multiplies by their weights")
     if note := _dense_ends(model, plan):
         notes.append(note)
-    return tuple(notes)
+    return (*notes, *_dense_towers(model, plan))
+
+
+def and_others(names: Sequence[str]) -> str:
+    """A few of some names."""
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} others" if len(names) > 2 else "")
+
+
+def _dense_towers(model: nn.Module, plan: Plan) -> list[str]:
+    """What stays dense beside the language model, such as a vision tower, with its share of the weights."""
+    blocks, _ = find_blocks(model)
+    path = blocks.split(".")
+    around = {".".join(path[:depth]) for depth in range(len(path))}  # modules that the blocks are in
+    found, whole = [], sum(p.numel() for p in model.parameters())
+    for name, module in model.named_modules():
+        if name in (*around, blocks, *ends(model)) or name.rpartition(".")[0] not in around:
+            continue
+        layers = {layer: one for layer, one in module.named_modules(prefix=name) if layer not in plan}
+        weights = [p for one in layers.values() for p in one.parameters(recurse=False) if p.dim() > 1]
+        count = sum(p.numel() for p in weights)
+        if count >= FEW * whole and any(map(is_linear, layers.values())):
+            found.append(
+                f"{name} stays dense: {100 * count / whole:.0f}% of the weights; `include` '{name}*' packs its linear "
+                f"layers at {TOWER_BITS} bits"
+            )
+    return found
 
 
 def _dense_ends(model: nn.Module, plan: Plan) -> str:

@@ -193,14 +193,14 @@ class Walker:
         for layer, weight in done.items():
             _swap(block, layer.removeprefix(f"{name}."), weight.map(lambda tensor: tensor.to(self.device)))
         for batch in self._batches:
-            batch.quantized = run_block(block, batch.quantized, batch.calls[index])
+            batch.quantized = run_block(block, batch.quantized, batch.call(index))
         self._advance_full(reference, index)
 
     def _advance_full(self, reference: nn.Module | None, index: int) -> None:
         """Moves the full stream past a block that gathers nothing."""
         if reference is not None:
             for batch in self._batches:
-                batch.full = run_block(reference, batch.full, batch.calls[index])
+                batch.full = run_block(reference, batch.full, batch.call(index, full=True))
 
     def _quantize_block(self, index: int, name: str) -> dict[str, LayerResult]:
         """Quantizes one block's layers in the order of their execution, and moves both streams past the block."""
@@ -231,12 +231,15 @@ class Walker:
             if not self.all_experts or len(stats) < len(wanted):
                 stats = pooled(stats, wanted, means)
             for group in stage:
+                if needs[group[0]] > Needs.NOTHING and group[0] not in stats:
+                    continue  # no token passes through it, and it stays as it is
                 for one in group:
                     layer = f"{name}.{one}"
                     known = self._with_outputs(stats.get(group[0]), layer)
                     results[layer] = packed(self._hook, block.get_submodule(one), known, layer)
             for one in (one for group in stage for one in group):
-                _swap(block, one, results[f"{name}.{one}"].weight)
+                if (layer := f"{name}.{one}") in results:
+                    _swap(block, one, results[layer].weight)
                 quantized.settled.add(one)
         if not stages:
             self._advance_full(reference, index)
@@ -245,12 +248,12 @@ class Walker:
             results = self._tuned(index, name, results)
         for batch_index, batch in enumerate(self._batches):
             with quantized.replay.running(batch_index, quantized.settled, keep=False):
-                batch.quantized = run_block(block, batch.quantized, batch.calls[index])
+                batch.quantized = run_block(block, batch.quantized, batch.call(index))
         for module in block.modules():
             if isinstance(module, Apart):
                 module.taken = None
                 module.let_go()
-        return {layer: results[layer] for layer in layers}
+        return {layer: results[layer] for layer in layers if layer in results}
 
     def _turns(self, block: nn.Module, order: Order, needs: Mapping[str, Needs]) -> list[list[list[str]]]:
         """The stages in which a block's layers are packed: groups whose statistics one pass gathers."""
@@ -325,9 +328,10 @@ class Walker:
                     accumulators[name] = StatsAccumulator(x_q.shape[-1], x is not None, x_q.device)
                 accumulators[name].add(x_q, x, weights[name][number])
         for name in probes:
-            if name not in accumulators and not self._is_beside(name, accumulators) and place_of(name) not in means:
+            lost = name not in accumulators and not self._is_beside(name, accumulators) and place_of(name) not in means
+            if lost and place_of(name) is not None:
                 raise CalibrationError(
-                    f"{prefix}{name}: no calibration token reached this layer; leave it out (`ignore` '*{name}') or "
+                    f"{prefix}{name}: no calibration token reached any expert; leave it out (`ignore` '*{name}') or "
                     "use RTN"
                 )
         return {name: accumulators.pop(name).finish(prefix + name) for name in [*accumulators]}
@@ -338,7 +342,7 @@ class Walker:
             stream.replay.running(number, stream.settled, keep=True),
             routed(stream.block, everywhere=self.all_experts, records=True),
         ):
-            inputs, _ = inputs_of(stream.block, probes, batch.quantized, batch.calls[index], to_the_end=False)
+            inputs, _ = inputs_of(stream.block, probes, batch.quantized, batch.call(index), to_the_end=False)
         stream.replay.reached(number, inputs)
         return inputs
 
@@ -356,7 +360,7 @@ class Walker:
 
         Experts see the tokens that have chosen them in the quantized stream.
         """
-        call, wanted = batch.calls[index], dict[str, Tensor]()
+        call, wanted = batch.call(index, full=True), dict[str, Tensor]()
         apart = any(place(name) is not None for name in crossed)
         if crossed and (apart or not advance):
             alike, everywhere = (

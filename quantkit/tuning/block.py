@@ -60,7 +60,7 @@ class BlockTuning:
             block: on its device.
             names: of its packed layers.
             batches: `quantized` holds the block's inputs and `full` the wanted outputs.
-            index: of the block, by which `Batch.calls` finds its arguments.
+            index: of the block, by which `Batch.call` finds its arguments.
             progress: called with (steps taken, steps in all).
 
         Returns:
@@ -122,7 +122,7 @@ class BlockTuning:
 
 def _divergence(block: nn.Module, batch: Batch, index: int) -> Tensor:
     """Each token's squared error, relative to the wanted output."""
-    found = run_block(block, batch.quantized, batch.calls[index]).float()
+    found = run_block(block, batch.quantized, batch.call(index)).float()
     wanted = batch.full.float()
     return (found - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-30)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
@@ -14,6 +15,7 @@ from quantkit.run.pipeline import quantize_checkpoint
 from quantkit.run.sequential import Walker
 
 from ..conftest import CONFIGS, VOCABULARY
+from ..helpers.checkpoints import digest, interrupted
 from ..helpers.experts import EXPERTS
 from ..helpers.methods import spy
 
@@ -220,7 +222,7 @@ def test_senseless_requests_are_refused(model_folder, tokenizer, texts):
 
 def test_every_config_of_the_zoo_is_used():
     here = {"llama", "llama_tied", "qwen2", "gpt2"}
-    elsewhere = {"llama_small", "gpt2_small", "llama_tied_small", "llama_even", "neox", *EXPERTS}
+    elsewhere = {"llama_small", "gpt2_small", "llama_tied_small", "llama_even", "neox", "gemma4", *EXPERTS}
     assert set(CONFIGS) == here | elsewhere, "test_methods, test_embedding, test_search, test_experts have the others"
 
 
@@ -317,3 +319,29 @@ def test_layers_in_front_of_the_blocks_are_read_from_disk(tokenizer, texts, tmp_
     tokens = torch.randint(0, VOCABULARY, (2, 50))
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, loaded(tokens).logits)
+
+
+def test_a_layer_that_no_token_reaches_stays_dense(model_folder, tokenizer, text_file):
+    """Here: one that nothing calls."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder("llama_small"))
+    for block in model.model.layers:
+        block.mlp.spare = nn.Linear(64, 96, bias=False)
+    quantkit.quantize(model, tokenizer, method="gptq", group_size=32, calibration=Calibration(str(text_file), 2, 64))
+    report = model.quantkit_report
+    spare = [f"model.layers.{index}.mlp.spare" for index in (0, 1)]
+    assert f"{spare[0]}, {spare[1]} stay dense: no token of the text passes through them" in report.notes
+    assert len(report.layers) == 14 and type(model.get_submodule(spare[0])) is nn.Linear
+    ways = [f"{layer.name}." for layer in report.layers]
+    packed = sum(8 * model.get_submodule(layer.name).packed.nbytes for layer in report.layers)
+    assert report.bits_per_weight == packed / report.packed_weights
+    dense = sum(t.nbytes for name, t in model.state_dict().items() if not name.startswith(tuple(ways)))
+    assert report.bytes_after == dense + packed / 8
+
+
+def test_keys_and_values_that_later_layers_share_resume_alike(model_folder, text_file, tmp_path):
+    folder = model_folder("gemma4")
+    recipe = Recipe(GPTQ(3, 32), calibration=Calibration(str(text_file), 4, 64))
+    quantize_checkpoint(folder, recipe, tmp_path / "whole")
+    interrupted(folder, recipe, tmp_path / "resumed", after=3)
+    quantize_checkpoint(folder, recipe, tmp_path / "resumed", resume=True)
+    assert digest(tmp_path / "resumed") == digest(tmp_path / "whole")
