@@ -19,6 +19,7 @@ from quantkit.io.gguf import gguf_folder
 from quantkit.io.gguf_header import is_gguf
 from quantkit.io.registration import QuantkitConfig, QuantkitHfQuantizer
 from quantkit.io.shards import Shards
+from quantkit.io.stored_forms import FORMS, quantization_of
 from quantkit.models.unpacking import ASKED, choose_unpacked
 
 REFERENCE = Path(__file__).resolve().parents[1] / "evals" / "reference" / "model"
@@ -115,7 +116,7 @@ def load(
     unpack: bool | None = None,
     verify: bool = False,
 ) -> PreTrainedModel:
-    """Loads a packed checkpoint, or any transformers causal language model.
+    """Loads a packed checkpoint, or any transformers causal language model, dequantized if need be.
 
     Args:
         folder: a folder, or an id on the hub.
@@ -132,8 +133,11 @@ def load(
     folder = resolve_folder(folder)
     if verify:
         verify_folder(folder)
-    if is_packed(read_config(folder)):
+    config = read_config(folder)
+    if is_packed(config):
         packed_layers(folder)
+    elif quantization_of(config).get("quant_method") in FORMS:
+        return _dequantized(folder, dtype, device)
     elif any(folder.glob("*.safetensors*")):
         Shards(folder)
     asked = ASKED.set(unpack)
@@ -155,3 +159,13 @@ def load(
     if torch.cuda.is_available():
         choose_unpacked(model, unpack)
     return model
+
+
+def _dequantized(folder: Path, dtype: str | torch.dtype, device: str | torch.device | None) -> PreTrainedModel:
+    """A model whose files hold quantized weights, with the weights that these stand for."""
+    from quantkit.io.source import open_folder  # which loads models by this module
+
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    source = open_folder(folder, kind)
+    source.settle({})
+    return source.in_memory(torch.device(device or "cpu"))

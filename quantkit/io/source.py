@@ -15,12 +15,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from quantkit.core.errors import QuantkitError, first_line
 from quantkit.io.beside import files_beside, readme_of
-from quantkit.io.checkpoint import ADAPTER, MERGE, packed_layers, read_config
+from quantkit.io.checkpoint import ADAPTER, MERGE, is_packed, packed_layers, read_config
 from quantkit.io.classes import class_of, config_of
 from quantkit.io.conversion import Origin, origins, others
 from quantkit.io.hf import load
 from quantkit.io.registration import QuantkitConfig, QuantkitHfQuantizer
 from quantkit.io.shards import Shards
+from quantkit.io.stored_forms import Dequantized, quantization_of, without_quantization
 from quantkit.io.weights import LoadedWeights, ModelTensors, ShardedWeights
 from quantkit.models.experts import put_together, take_apart
 from quantkit.models.forward import WeightSource
@@ -82,6 +83,7 @@ class Source(ABC):
 
     Attributes:
         model, name, config: the same.
+        notes: what is to be said of the files.
         prefix, blocks: of its decoder blocks; see `models.structure.find_blocks`.
 
     Raises:
@@ -93,6 +95,7 @@ class Source(ABC):
         refuse_adapters(name, (module for module, _ in model.named_modules()))
         take_apart(model)
         self.model, self.name, self.config = model, name, config
+        self.notes: tuple[str, ...] = ()
         self.prefix, self.blocks = find_blocks(model)
         self._ties = len(tied_names(model))
 
@@ -329,7 +332,11 @@ class Sharded(Source):
         mapping: dict[str, Origin],
         structure_only: bool = False,
     ) -> None:
-        super().__init__(model, folder.name, read_config(folder))
+        super().__init__(model, folder.name, without_quantization(read_config(folder)))
+        if isinstance(shards, Dequantized):
+            self.notes = (
+                f"the files hold the model as {shards.form}, from which it is read; sizes are in its own dtype",
+            )
         self._folder, self._shards, self._structure_only = folder, shards, structure_only
         self._tensors = ModelTensors(shards, mapping)
         self._rotation: Rotation | None = None
@@ -423,8 +430,11 @@ def open_folder(folder: Path, dtype: torch.dtype | None = None, structure_only: 
     Raises:
         QuantkitError: not a loadable causal language model, quantized already, with adapters, or damaged shards.
     """
-    refuse_quantized(read_config(folder))
+    config = read_config(folder)
     shards = Shards(folder)
+    if quantization_of(config) and not is_packed(config):
+        shards = Dequantized(shards, config)
+    refuse_quantized(without_quantization(config))
     refuse_adapters(folder.name, shards.specs)
     if (folder / ADAPTER).is_file():  # transformers would put it on the model, and a run would leave it out
         raise QuantkitError(f"{folder} holds an adapter beside the model; {MERGE}")
@@ -432,6 +442,8 @@ def open_folder(folder: Path, dtype: torch.dtype | None = None, structure_only: 
     mapping = origins(model, shards)
     if mapping:
         return Sharded(folder, model, shards, mapping, structure_only)
+    if isinstance(shards, Dequantized):
+        raise QuantkitError(f"{folder} is stored as {shards.form}, and as tensors that do not make this model's")
     if structure_only:
         return Loaded(meta_model(folder, None), folder=folder)
     logger.warning("%s stores tensors in another form than the model; loading all of it at once", folder)
@@ -465,6 +477,8 @@ def meta_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         QuantkitError: transformers knows no such causal language model.
     """
     config = config_of(folder)
+    if getattr(config, "quantization_config", None):
+        del config.quantization_config
     made = class_of(config)
     kept = dtype or getattr(config, "dtype", None) or torch.float32
     try:

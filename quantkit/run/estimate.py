@@ -101,7 +101,7 @@ def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimat
         memory_bytes=max(int(IMPORTS * peak_memory_bytes()), resident_bytes() + working),
         seconds=seconds,
         device=str(where),
-        notes=model_notes(model, plan, source.untied, recipe.rotation is not None),
+        notes=(*source.notes, *model_notes(model, plan, source.untied, recipe.rotation is not None)),
     )
 
 

@@ -109,7 +109,7 @@ def run(
     source.settle(plan)
     dense_bytes = source.nbytes() - source.packed_nbytes(plan)
     counts = count_weights(source.model, plan)
-    notes = (*model_notes(source.model, plan, source.untied, recipe.rotation is not None), *unchecked)
+    notes = (*source.notes, *model_notes(source.model, plan, source.untied, recipe.rotation is not None), *unchecked)
     with destination.begin(identity), source.walked(), destination.scratch("fisher") as folder:
         fisher = _fisher(source, plan, tokens, where, folder, progress) if recipe.runs_back(plan) else None
         if recipe.low_rank_bits:

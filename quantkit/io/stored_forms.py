@@ -1,0 +1,302 @@
+"""Models whose files hold quantized weights already, as some exist in no other form: dequantized as they are read.
+
+Each form is a function that finds a checkpoint's quantized matrices by the names and shapes of their tensors, and says
+how each is made of them. To the rest of quantkit such files are ordinary ones (`Dequantized`); no more than a matrix is
+in memory for that. What the forms look like is said by their writers: transformers' `integrations.finegrained_fp8` and
+`integrations.mxfp4`, AutoGPTQ and AutoAWQ, and compressed-tensors.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.core.errors import QuantkitError
+from quantkit.io.shards import DTYPES, Shards
+
+Specs = Mapping[str, tuple[str, list[int]]]
+"""(safetensors dtype, shape) by tensor name."""
+_SAYING = ("quantization_config", "compression_config")
+"""Where a config.json says how a model is quantized."""
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""Values of E2M1's codes."""
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which of eight columns AutoAWQ puts into a word's nibbles, the lowest first."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix of which its quantized parts are stored.
+
+    Attributes:
+        parts: name of each stored tensor that it is made of, by what it is.
+        shape: of the matrix.
+        make: gives it in fp32, of those tensors.
+    """
+
+    parts: Mapping[str, str]
+    shape: tuple[int, ...]
+    make: Callable[[Mapping[str, Tensor]], Tensor]
+
+
+class Dequantized(Shards):
+    """Shards as though they held the dequantized matrices, in the dtype of the model.
+
+    Args:
+        shards: as they are.
+        config: JSON of the model's config.json.
+
+    Attributes:
+        form: in which they are stored, for people.
+
+    Raises:
+        QuantkitError: another form than the known ones, or a matrix lacks a part.
+    """
+
+    def __init__(self, shards: Shards, config: Mapping[str, Any]) -> None:
+        self.folder, self.files = shards.folder, shards.files
+        self._shards, asked = shards, quantization_of(config)
+        method = str(asked.get("quant_method"))
+        find = FORMS.get(method)
+        if find is None:
+            raise QuantkitError(
+                f"the model is quantized already, by {method}, which quantkit does not read; it reads "
+                f"{', '.join(FORMS)}, or give the full-precision model"
+            )
+        self.form = method
+        try:
+            self._made = find(shards.specs, asked)
+        except KeyError as error:
+            raise QuantkitError(f"{shards.folder}: config.json or the files lack {error} of {method}") from error
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+        self._dtype = getattr(torch, dtype, torch.bfloat16)
+        kind = next(name for name, known in DTYPES.items() if known == self._dtype)
+        hidden = {name for made in self._made.values() for name in made.parts.values()}
+        left = {name: spec for name, spec in shards.specs.items() if name not in hidden}
+        self.specs = left | {name: (kind, list(made.shape)) for name, made in self._made.items()}
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """See `Shards.read`."""
+        names = list(names)
+        wanted = {name: self._made[name] for name in names if name in self._made}
+        users: dict[str, list[str]] = defaultdict(list)
+        for name, made in wanted.items():
+            for part in made.parts.values():
+                users[part].append(name)
+        kept: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for stored, tensor in self._shards.read({*users, *(name for name in names if name not in wanted)}):
+            if stored not in users:
+                yield stored, tensor
+            for name in users.get(stored, ()):
+                made, parts = wanted[name], kept[name]
+                parts |= {what: tensor for what, part in made.parts.items() if part == stored}
+                if len(parts) == len(made.parts):
+                    yield name, made.make(kept.pop(name)).to(self._dtype)
+
+    def checksums(self) -> dict[str, str]:
+        """See `Shards.checksums`: of what is stored."""
+        return self._shards.checksums()
+
+
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says of a quantization, of the model or of its language model; {} where it says nothing."""
+    text = config.get("text_config")
+    for place in (config, text if isinstance(text, Mapping) else {}):
+        for name in _SAYING:
+            found = place.get(name)
+            if found:
+                return dict(found) if isinstance(found, Mapping) else {"quant_method": str(found)}
+    return {}
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that says nothing of a quantization that is undone as the model is read."""
+    if quantization_of(config).get("quant_method") not in FORMS:
+        return dict(config)
+    left = {name: value for name, value in config.items() if name not in _SAYING}
+    text = left.get("text_config")
+    if isinstance(text, Mapping):
+        left["text_config"] = {name: value for name, value in text.items() if name not in _SAYING}
+    return left
+
+
+def _places(specs: Specs, *suffixes: str) -> dict[str, dict[str, str]]:
+    """Beginnings of names that are followed by the first suffix -> names by suffix, of those that are there."""
+    first = [name.removesuffix(suffixes[0]) for name in specs if name.endswith(suffixes[0])]
+    return {place: {s: f"{place}{s}" for s in suffixes if f"{place}{s}" in specs} for place in first}
+
+
+def _fp8(specs: Specs, config: Mapping[str, Any]) -> dict[str, Quantized]:
+    """E4M3 with a factor for each block of a weight, or for all of it."""
+    block = config.get("weight_block_size") or None
+    found = {}
+    for place, names in _places(specs, "_scale_inv", "").items():
+        parts = {"weight": names[""], "scale": names["_scale_inv"]}
+        found[place] = Quantized(parts, tuple(specs[place][1]), partial(_of_blocks, block))
+    return _with_inputs(found, specs, ".activation_scale")
+
+
+def _with_inputs(found: dict[str, Quantized], specs: Specs, suffix: str) -> dict[str, Quantized]:
+    """Matrices with the factors of their layers' inputs, which are left as they are here, among their parts."""
+    for names in _places(specs, suffix, ".weight").values():
+        made = found.get(names.get(".weight", ""))
+        if made is not None:
+            found[names[".weight"]] = Quantized({**made.parts, "inputs": names[suffix]}, made.shape, made.make)
+    return found
+
+
+def _of_blocks(block: list[int] | None, parts: Mapping[str, Tensor]) -> Tensor:
+    weight, scale = parts["weight"], parts["scale"]
+    scale = _exponents(scale) if scale.dtype == torch.uint8 else scale.float()
+    if block is not None and scale.dim() >= 2:
+        rows, columns = weight.shape[-2:]
+        scale = scale.repeat_interleave(block[0], -2)[..., :rows, :].repeat_interleave(block[1], -1)[..., :columns]
+    return weight.float() * scale
+
+
+def _exponents(scale: Tensor) -> Tensor:
+    """Powers of two that are stored as their biased exponents."""
+    return torch.exp2(scale.float() - 127)
+
+
+def _fbgemm(specs: Specs, _config: Mapping[str, Any]) -> dict[str, Quantized]:
+    """E4M3 with a factor for each row."""
+    return {
+        names[".weight"]: Quantized(
+            {"weight": names[".weight"], "scale": names[".weight_scale"]}, tuple(specs[names[".weight"]][1]),
+            lambda p: p["weight"].float() * p["scale"].float(),
+        )
+        for names in _places(specs, ".weight_scale", ".weight").values()
+    }  # fmt: skip
+
+
+def _mxfp4(specs: Specs, _config: Mapping[str, Any]) -> dict[str, Quantized]:
+    """E2M1 with a power of two for each 32, of stacked experts whose matrices are transposed."""
+    found = {}
+    for place, names in _places(specs, "_blocks", "_scales").items():
+        *stack, rows, groups, half = specs[names["_blocks"]][1]
+        parts = {"codes": names["_blocks"], "scale": names["_scales"]}
+        found[place] = Quantized(parts, (*stack, groups * half * 2, rows), _of_fp4)
+    return found
+
+
+def _of_fp4(parts: Mapping[str, Tensor]) -> Tensor:
+    codes = parts["codes"]
+    values = torch.tensor(_FP4)[torch.stack([codes & 15, codes >> 4], -1).long()].flatten(-2)
+    return (values * _exponents(parts["scale"])[..., None]).flatten(-2).transpose(-1, -2)
+
+
+def _gptq(specs: Specs, config: Mapping[str, Any]) -> dict[str, Quantized]:
+    """Codes along the inputs, one bit stream a column; zeros, less one in the older version, along the outputs."""
+    bits, offset = int(config["bits"]), 0 if config.get("checkpoint_format") == "gptq_v2" else 1
+    found = {}
+    for place, names in _places(specs, ".qweight", ".qzeros", ".scales", ".g_idx").items():
+        words, outputs = specs[names[".qweight"]][1]
+        inputs, groups = words * 32 // bits, specs[names[".scales"]][1][0]
+
+        def make(p: Mapping[str, Tensor], inputs: int = inputs, outputs: int = outputs, groups: int = groups) -> Tensor:
+            codes = _stream(p[".qweight"].T, bits, inputs).T
+            zeros = _stream(p[".qzeros"], bits, outputs) + offset
+            group = torch.arange(inputs) // -(-inputs // groups)
+            group = p[".g_idx"].long() if ".g_idx" in p else group
+            return ((codes - zeros[group]) * p[".scales"].float()[group]).T
+
+        found[f"{place}.weight"] = Quantized(names, (outputs, inputs), make)
+    return found
+
+
+def _awq(specs: Specs, config: Mapping[str, Any]) -> dict[str, Quantized]:
+    """Codes and zeros of 4 bits along the outputs, eight to a word, in an order of their own."""
+    if int(config.get("bits") or config.get("w_bit") or 4) != 4 or str(config.get("version", "gemm")).lower() != "gemm":
+        raise QuantkitError("of AWQ quantkit reads 4 bits in the gemm version; give the full-precision model")
+    found = {}
+    for place, names in _places(specs, ".qweight", ".qzeros", ".scales").items():
+        inputs, words = specs[names[".qweight"]][1]
+        groups = specs[names[".scales"]][1][0]
+
+        def make(p: Mapping[str, Tensor], inputs: int = inputs, groups: int = groups) -> Tensor:
+            group = torch.arange(inputs) // -(-inputs // groups)
+            return ((_nibbles(p[".qweight"]) - _nibbles(p[".qzeros"])[group]) * p[".scales"].float()[group]).T
+
+        found[f"{place}.weight"] = Quantized(names, (words * 8, inputs), make)
+    return found
+
+
+def _nibbles(words: Tensor) -> Tensor:
+    shifts = torch.empty(8, dtype=torch.int32)
+    shifts[list(_AWQ_ORDER)] = torch.arange(0, 32, 4, dtype=torch.int32)
+    return ((words[..., None] >> shifts) & 15).flatten(-2)
+
+
+def _compressed(specs: Specs, config: Mapping[str, Any]) -> dict[str, Quantized]:
+    """compressed-tensors' packed and plain integers and E4M3, with factors by group, row or tensor."""
+    groups = [group["weights"] for group in config["config_groups"].values() if group.get("weights")]
+    widths = {int(weights["num_bits"]) for weights in groups}
+    found = {}
+    for place, names in _places(
+        specs, ".weight_scale", ".weight", ".weight_packed", ".weight_shape", ".weight_zero_point", ".weight_g_idx",
+        ".weight_global_scale",
+    ).items():  # fmt: skip
+        if ".weight_global_scale" in names or len(widths) > 1:
+            raise QuantkitError(
+                f"{place} is stored in a form of compressed-tensors that quantkit does not read (NVFP4, or several "
+                "widths); give the full-precision model"
+            )
+        if ".weight_packed" in names:
+            bits = next(iter(widths))
+            rows, words = specs[names[".weight_packed"]][1]
+            columns = _columns(specs[names[".weight_scale"]][1], groups, words * 32 // bits)
+            found[f"{place}.weight"] = Quantized(names, (rows, columns), partial(_of_packed, bits, columns))
+        elif ".weight" in names:
+            shape = tuple(specs[names[".weight"]][1])
+            found[f"{place}.weight"] = Quantized(names, shape, partial(_of_groups, 8))
+    return _with_inputs(found, specs, ".input_scale")
+
+
+def _columns(scale: list[int], groups: list[Mapping[str, Any]], most: int) -> int:
+    """Columns of a packed matrix, of which its words tell no more than the next multiple."""
+    sizes = {int(weights["group_size"]) for weights in groups if weights.get("strategy") == "group"}
+    return scale[-1] * next(iter(sizes)) if len(sizes) == 1 and scale[-1] > 1 else most
+
+
+def _of_packed(bits: int, columns: int, parts: Mapping[str, Tensor]) -> Tensor:
+    codes = _stream(parts[".weight_packed"], bits, columns) - 2 ** (bits - 1)
+    return _of_groups(bits, {**parts, ".weight": codes})
+
+
+def _of_groups(bits: int, parts: Mapping[str, Tensor]) -> Tensor:
+    """(codes - zeros) * factors, [rows, columns] and [rows or 1, groups]."""
+    codes, scale, zeros = parts[".weight"].float(), parts[".weight_scale"].float(), parts.get(".weight_zero_point")
+    scale = scale.reshape(-1, scale.shape[-1]) if scale.dim() > 1 else scale.reshape(-1, 1)
+    group = torch.arange(codes.shape[1]) // -(-codes.shape[1] // scale.shape[1])
+    if ".weight_g_idx" in parts:
+        group = parts[".weight_g_idx"].long()
+    if zeros is not None:
+        if zeros.dtype == torch.int32:
+            zeros = _stream(zeros.T, bits, len(codes)).T - 2 ** (bits - 1)
+        codes = codes - zeros.float().reshape(-1, scale.shape[1])[:, group]
+    return codes * scale[:, group]
+
+
+def _stream(words: Tensor, bits: int, count: int) -> Tensor:
+    """The first codes of a bit stream in each row of int32 [rows, words], lowest bits first: int64 [rows, count]."""
+    start = torch.arange(count) * bits
+    word, shift = start // 32, start % 32
+    stream = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, 1))
+    low, high = stream[:, word], stream[:, (word + 1).clamp(max=stream.shape[1] - 1)]
+    return ((low | high << 32) >> shift) & (2**bits - 1)
+
+
+FORMS: dict[str, Callable[[Specs, Mapping[str, Any]], dict[str, Quantized]]] = {
+    "fp8": _fp8,
+    "fbgemm_fp8": _fbgemm,
+    "mxfp4": _mxfp4,
+    "gptq": _gptq,
+    "awq": _awq,
+    "compressed-tensors": _compressed,
+}
+"""How matrices are found, by the `quant_method` of a config.json."""

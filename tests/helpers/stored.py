@@ -1,0 +1,143 @@
+"""Models in the forms in which other toolkits store quantized weights: packed here, by their formats' descriptions."""
+
+import json
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def words(codes, bits):
+    """int32 [rows, n * bits / 32] of a bit stream of codes [rows, n], lowest bits first."""
+    ones = ((codes[..., None].long() >> torch.arange(bits)) & 1).flatten(1)
+    ones = torch.nn.functional.pad(ones, (0, -ones.shape[1] % 32)).view(len(codes), -1, 32)
+    return (ones << torch.arange(32)).sum(-1).to(torch.uint32).view(torch.int32)
+
+
+def rounded(weight, bits, group):
+    """(codes, zeros, factors) of [rows, columns] in groups along the columns, all within their widths."""
+    grouped = weight.float().unflatten(1, (-1, group))
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    scale = ((high - low) / (2**bits - 1)).clamp(min=1e-6).half()
+    zeros = (-low / scale.float()).round().clamp(1, 2**bits - 1)  # AutoGPTQ stores them less one
+    codes = (grouped / scale.float()[..., None] + zeros[..., None]).round().clamp(0, 2**bits - 1)
+    return codes.flatten(1).long(), zeros.long(), scale
+
+
+def spread(of_groups, columns):
+    return of_groups.repeat_interleave(columns // of_groups.shape[1], 1)
+
+
+def fp8(weight):
+    rows, columns = weight.shape
+    whole = torch.nn.functional.pad(weight.float(), (0, -columns % 32, 0, -rows % 32))
+    scale = whole.unfold(0, 32, 32).unfold(1, 32, 32).abs().amax((-1, -2)) / 448
+    whole = scale.repeat_interleave(32, 0)[:rows].repeat_interleave(32, 1)[:, :columns]
+    codes = (weight.float() / whole).to(torch.float8_e4m3fn)
+    return {"": codes, "_scale_inv": scale}, codes.float() * whole
+
+
+def fbgemm(weight):
+    scale = weight.float().abs().amax(1, keepdim=True) / 448
+    codes = (weight.float() / scale).to(torch.float8_e4m3fn)
+    return {"": codes, "_scale": scale}, codes.float() * scale
+
+
+def gptq(bits, version):
+    def pack(weight):
+        codes, zeros, scale = rounded(weight, bits, 32)
+        order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(1))  # of activations
+        group = torch.empty_like(order)
+        group[order] = torch.arange(weight.shape[1]) // 32
+        codes = codes[:, order.argsort()]
+        less = zeros - int(version == "gptq")
+        parts = {
+            ".qweight": words(codes, bits).T.contiguous(), ".qzeros": words(less.T, bits),
+            ".scales": scale.T.contiguous(), ".g_idx": group.int(),
+        }  # fmt: skip
+        return parts, (codes - zeros[:, group]) * scale.float()[:, group]
+
+    return pack
+
+
+def awq(weight):
+    codes, zeros, scale = rounded(weight, 4, 32)
+
+    def along_outputs(values):
+        return (values.unflatten(1, (-1, 8))[..., list(AWQ)] << torch.arange(0, 32, 4)).sum(-1).to(torch.uint32)
+
+    parts = {
+        ".qweight": along_outputs(codes.T).view(torch.int32), ".qzeros": along_outputs(zeros.T).view(torch.int32),
+        ".scales": scale.T.contiguous(),
+    }  # fmt: skip
+    columns = weight.shape[1]
+    return parts, (codes - spread(zeros, columns)) * spread(scale.float(), columns)
+
+
+def compressed(bits, symmetric):
+    def pack(weight):
+        codes, zeros, scale = rounded(weight, bits, 32)
+        middle = torch.full_like(zeros, 2 ** (bits - 1))
+        zeros = middle if symmetric else zeros
+        parts = {"_packed": words(codes, bits), "_scale": scale, "_shape": torch.tensor(weight.shape)}
+        if not symmetric:
+            parts["_zero_point"] = words(zeros.T, bits).T.contiguous()
+        columns = weight.shape[1]
+        return parts, (codes - spread(zeros, columns)) * spread(scale.float(), columns)
+
+    return pack
+
+
+def channel_fp8(weight):
+    scale = weight.float().abs().amax(1, keepdim=True) / 448
+    codes = (weight.float() / scale).to(torch.float8_e4m3fn)
+    return {"": codes, "_scale": scale.bfloat16()}, codes.float() * scale.bfloat16().float()
+
+
+def _group(bits, symmetric=True, strategy="group"):
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy, "group_size": 32}
+    return {"config_groups": {"all": {"targets": ["Linear"], "weights": weights}}}
+
+
+FORMS = {
+    "fp8": (fp8, ".weight", {"quant_method": "fp8", "weight_block_size": [32, 32]}),
+    "fbgemm_fp8": (fbgemm, ".weight", {"quant_method": "fbgemm_fp8"}),
+    "gptq-4": (gptq(4, "gptq"), "", {"quant_method": "gptq", "bits": 4, "group_size": 32}),
+    "gptq-3": (gptq(3, "gptq"), "", {"quant_method": "gptq", "bits": 3, "group_size": 32}),
+    "gptq-8-v2": (
+        gptq(8, "gptq_v2"), "", {"quant_method": "gptq", "bits": 8, "group_size": 32, "checkpoint_format": "gptq_v2"}
+    ),
+    "awq": (awq, "", {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}),
+    "compressed-4": (compressed(4, True), ".weight", {"quant_method": "compressed-tensors"} | _group(4)),
+    "compressed-3-asym": (compressed(3, False), ".weight", {"quant_method": "compressed-tensors"} | _group(3, False)),
+    "compressed-fp8": (
+        channel_fp8, ".weight", {"quant_method": "compressed-tensors"} | _group(8, strategy="channel")
+    ),
+}  # fmt: skip
+"""How a weight is packed, what its tensors' names begin with behind the layer's, and the quantization_config."""
+
+
+def store(folder, form, output):
+    """Writes a model's folder anew with its blocks' matrices in a form; the matrices that this stands for, by name."""
+    pack, beginning, said = FORMS[form]
+    output.mkdir()
+    meant, tensors = {}, {}
+    with safe_open(folder / "model.safetensors", "pt") as shard:
+        for name in shard.keys():
+            tensor = shard.get_tensor(name)
+            if ".layers." not in name or tensor.dim() != 2 or name.endswith(("gate.weight", "router.weight")):
+                tensors[name] = tensor
+                continue
+            parts, meant[name] = pack(tensor)
+            place = name.removesuffix(".weight") + beginning
+            tensors |= {f"{place}{suffix}": part.contiguous() for suffix, part in parts.items()}
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            (output / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (output / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    return meant
