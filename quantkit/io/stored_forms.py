@@ -209,6 +209,17 @@ def _gptq(specs: Specs, config: Mapping[str, Any]) -> dict[str, Quantized]:
     return found
 
 
+def _auto_round(specs: Specs, config: Mapping[str, Any]) -> dict[str, Quantized]:
+    """One of the two before, or GPTQ's with zeros as they are."""
+    packing = str(config.get("packing_format", ""))
+    if packing.endswith("auto_awq"):
+        return _awq(specs, config)
+    version = {"auto_round": "gptq_v2", "auto_round:auto_gptq": "gptq"}.get(packing)
+    if version is None:
+        raise QuantkitError(f"auto-round's packing_format {packing!r} is not read; give the full-precision model")
+    return _gptq(specs, {**config, "checkpoint_format": version})
+
+
 def _awq(specs: Specs, config: Mapping[str, Any]) -> dict[str, Quantized]:
     """Codes and zeros of 4 bits along the outputs, eight to a word, in an order of their own."""
     if int(config.get("bits") or config.get("w_bit") or 4) != 4 or str(config.get("version", "gemm")).lower() != "gemm":
@@ -297,6 +308,7 @@ FORMS: dict[str, Callable[[Specs, Mapping[str, Any]], dict[str, Quantized]]] = {
     "mxfp4": _mxfp4,
     "gptq": _gptq,
     "awq": _awq,
+    "auto-round": _auto_round,
     "compressed-tensors": _compressed,
 }
 """How matrices are found, by the `quant_method` of a config.json."""

@@ -110,6 +110,7 @@ FORMS = {
     "gptq-8-v2": (
         gptq(8, "gptq_v2"), "", {"quant_method": "gptq", "bits": 8, "group_size": 32, "checkpoint_format": "gptq_v2"}
     ),
+    "auto-round": (gptq(2, "gptq_v2"), "", {"quant_method": "auto-round", "bits": 2, "packing_format": "auto_round"}),
     "awq": (awq, "", {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}),
     "compressed-4": (compressed(4, True), ".weight", {"quant_method": "compressed-tensors"} | _group(4)),
     "compressed-3-asym": (compressed(3, False), ".weight", {"quant_method": "compressed-tensors"} | _group(3, False)),
