@@ -53,6 +53,37 @@ def predictions_of(content: Mapping[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def shrinkage_of(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The table of a file that `quantkit.evals.experts` has written, for a document: KL x 1000 by strength."""
+    rows = list(rows)
+    strengths = sorted({row["strength"] for row in rows})
+    found: dict[tuple[Any, ...], dict[float, Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["rare"], row["samples"], row["way"]), {})[row["strength"]] = row
+    head = ("rare experts a block", "sequences", "method", *(f"strength {strength:g}" for strength in strengths))
+    lines = [head, ("---",) * len(head)]
+    for (rare, samples, way), own in sorted(found.items()):
+        cells = (
+            f"{1000 * own[at]['kl']:.1f} +- {1000 * own[at]['kl_se']:.1f}" if at in own else "" for at in strengths
+        )
+        lines.append((f"{rare:.0f}", f"{samples:.0f}", f"`{way}`", *cells))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def architectures_of(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The table of a file that `quantkit.evals.architectures` has written, for a document."""
+    by_state: dict[str, list[str]] = {}
+    for row in rows:
+        by_state.setdefault(row["state"], []).append(row["kind"])
+    lines = ["| | kinds of models |", "| --- | --- |"]
+    lines += [
+        f"| {state} | {', '.join(sorted(by_state[state]))} |"
+        for state in ("ok", "refused", "wrong", "not made")
+        if state in by_state
+    ]
+    return "\n".join(lines)
+
+
 def draw(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     """KL over bits, a line for each method: of the packed layers, and of the whole model.
 

@@ -39,7 +39,7 @@ def class_of(config: Any) -> type[PreTrainedModel]:
     Classes for text alone are known for some models that see and hear too; by those their towers would be lost.
 
     Raises:
-        QuantkitError: it is an encoder, or transformers has no class that generates text for it.
+        QuantkitError: it is an encoder, or has one, or transformers has no class that generates text for it.
     """
     name = next(iter(getattr(config, "architectures", None) or ()), None)
     called = name or type(config).__name__.removesuffix("Config")
@@ -47,6 +47,8 @@ def class_of(config: Any) -> type[PreTrainedModel]:
         getattr(config, "is_decoder", False) or config.is_encoder_decoder
     ):
         raise QuantkitError(f"{called} is an encoder; quantkit quantizes models that predict the next token")
+    if config.is_encoder_decoder:
+        raise QuantkitError(f"{called} is an encoder-decoder; quantkit quantizes decoder-only models")
     named = getattr(transformers, name or "", None)
     if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.can_generate():
         return named

@@ -196,8 +196,10 @@ def _check_kind(group: _Group, shards: Shards, name: str, tensor: Tensor, model:
 def _check_experts(group: _Group, stack: str, whole: Tensor, counts: Mapping[str, int]) -> None:
     """Raises QuantkitError where files hold more or fewer experts than the model has."""
     wanted = counts.get(stack)
+    if wanted is None:
+        return
     stored = {len(whole), *(len(names) for names in group.sources.values() if group.by_expert)}
-    if wanted is not None and stored != {wanted}:
+    if stored != {wanted}:
         raise QuantkitError(
             f"{stack}: the files hold {' and '.join(map(str, sorted(stored)))} experts, and config.json says {wanted}; "
             "fetch the model anew"

@@ -1,0 +1,228 @@
+"""Which architectures of transformers quantkit packs, tried one by one on small untrained models.
+
+    python -m quantkit.evals.architectures --json FILE
+    python -m quantkit.evals.architectures --only llama qwen3_moe --json FILE
+
+Every kind of model that generates text is made small by one rule (`small`), written to disk with a tokenizer, and
+packed from there by GPTQ and by trellis codes. What is packed is loaded, and has to give the logits of the same model
+with dequantized weights, to generate, to be the same byte by byte where the run was interrupted and resumed, and to
+hold every tensor of the source but for those of packed layers. A kind that this rule makes nothing of is listed as
+such, one that quantkit refuses with its words.
+"""
+
+import argparse
+import json
+import signal
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoTokenizer
+from transformers.models.auto import modeling_auto
+
+from quantkit.core.errors import Interrupted, QuantkitError, first_line
+from quantkit.io.classes import class_of
+from quantkit.io.conversion import origins
+from quantkit.io.hf import REFERENCE, load
+from quantkit.io.shards import Shards
+from quantkit.io.source import meta_model
+from quantkit.models.linear import QuantizedLinear
+from quantkit.quantizers.gptq import GPTQ
+from quantkit.quantizers.hadamard import Hadamard
+from quantkit.quantizers.trellis import Trellis
+from quantkit.run.pipeline import quantize_checkpoint
+from quantkit.run.recipe import Calibration, Recipe
+
+WAYS = {"gptq": GPTQ(4, 32), "trellis": Hadamard(Trellis(3, state_bits=8))}
+LIMIT = 240
+"""Seconds for a kind of model."""
+TOKENS = 2048
+_SIZES = {
+    64: "hidden_size d_model n_embd dim embed_dim model_dim d_embed out_hidden_size",
+    96: "intermediate_size ffn_dim n_inner d_ff ffn_hidden_size intermediate_size_mlp mlp_hidden_size encoder_ffn_dim "
+    "decoder_ffn_dim",
+    2: "num_hidden_layers n_layer num_layers n_layers depth encoder_layers decoder_layers layers num_experts_per_tok "
+    "num_experts_per_token moe_topk moe_k top_k num_key_value_heads num_kv_heads num_query_groups",
+    4: "num_attention_heads n_head num_heads n_heads encoder_attention_heads decoder_attention_heads num_experts "
+    "num_local_experts n_routed_experts moe_num_experts linear_num_key_heads linear_num_value_heads num_linear_heads",
+    16: "head_dim linear_key_head_dim linear_value_head_dim state_size ssm_state_size mamba_d_state mamba_headdim "
+    "mamba_d_head mamba_head_dim v_head_dim rotary_dim hidden_size_per_layer_input",
+    8: "qk_rope_head_dim qk_nope_head_dim mamba_n_heads mamba_num_heads n_mamba_heads laurel_rank adapter_rank",
+    32: "moe_intermediate_size kv_lora_rank q_lora_rank shared_expert_intermediate_size sliding_window",
+    1: "n_group topk_group n_groups mamba_n_groups n_shared_experts first_k_dense_replace",
+    256: "max_position_embeddings n_positions max_seq_len seq_length n_ctx",
+    TOKENS: "vocab_size vocab_size_per_layer_input",
+}
+"""Sizes by what configs call them."""
+_SIZE_OF = {name: size for size, names in _SIZES.items() for name in names.split()}
+
+
+def small(config: Any) -> Any:
+    """A config made small in place, its parts too: whatever has a usual name gets a usual size."""
+    for name, value in [*vars(config).items()]:
+        if hasattr(value, "to_dict"):
+            small(value)
+        elif name in _SIZE_OF and isinstance(value, int) and not isinstance(value, bool):
+            setattr(config, name, _SIZE_OF[name])
+        elif name.endswith("_token_id") and isinstance(value, int):
+            setattr(config, name, min(value, TOKENS - 1))
+    if hasattr(config, "qk_rope_head_dim"):
+        config.head_dim = config.qk_rope_head_dim  # of which rotary embeddings are made
+    if hasattr(config, "expand") and hasattr(config, "num_heads"):
+        config.num_heads = config.expand * config.hidden_size // config.head_dim
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict):
+        if rope.get("rope_theta") is None:
+            rope["rope_theta"] = 1e4
+        if "mrope_section" in rope:
+            half = int(_SIZE_OF["head_dim"] * rope.get("partial_rotary_factor", 1)) // 2
+            rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+    for name in ("layer_types", "layers_block_type", "mlp_layer_types"):
+        value = getattr(config, name, None)
+        if isinstance(value, list) and len(value) > 2:  # one of each of the first two kinds
+            setattr(config, name, [value[0], next((kind for kind in value if kind != value[0]), value[0])])
+    return config
+
+
+def kinds() -> list[str]:
+    """Model types of transformers that generate text, alone or of what they see and hear."""
+    texts, images = (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    return sorted({*texts, *images})
+
+
+@contextmanager
+def _limited(seconds: int) -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def made(kind: str, folder: Path) -> None:
+    """Writes a small model of a kind, random matrices in it, with the reference model's tokenizer."""
+    torch.manual_seed(0)
+    config = small(transformers.CONFIG_MAPPING[kind]())
+    model = class_of(config)._from_config(config, dtype=torch.bfloat16)
+    if sum(p.numel() for p in model.parameters()) > 30_000_000:
+        raise ValueError("does not become small")
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(folder)
+    full = load(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        full(torch.arange(10, 34).view(2, 12))
+
+
+def tried(folder: Path, quantizer: Any, work: Path) -> dict[str, Any]:
+    """What comes of packing a model's folder in one way.
+
+    Raises:
+        QuantkitError: it is refused.
+        AssertionError: what comes of it is wrong.
+    """
+    recipe = Recipe(quantizer, calibration=Calibration("stdlib", 2, 64))
+    report = quantize_checkpoint(folder, recipe, work / "whole", device="cpu")
+
+    def stop(done: int, _total: int, name: str) -> None:
+        if done >= 1 and not name.startswith("reverse"):
+            raise Interrupted("here")
+
+    try:
+        quantize_checkpoint(folder, recipe, work / "resumed", device="cpu", progress=stop)
+    except Interrupted:
+        quantize_checkpoint(folder, recipe, work / "resumed", device="cpu", resume=True)
+    whole, again = (Shards(work / name).checksums() for name in ("whole", "resumed"))
+    assert whole == again, "a resumed run gives other bytes"
+
+    layers = {f"{layer.name}." for layer in report.layers}
+    model = meta_model(folder, None)
+    mapping = origins(model, Shards(folder))
+    assert mapping is not None, "its tensors are found by transformers alone"
+    lost = [name for name in mapping if name not in whole and not name.startswith(tuple(layers))]
+    assert not lost, f"{lost[0]} is lost"
+
+    packed, tokens = load(work / "whole", dtype=torch.float32).eval(), torch.arange(10, 50).view(2, 20)
+    with torch.no_grad():
+        found = packed(tokens).logits
+        packed.generate(tokens, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        for name, layer in [*packed.named_modules()]:
+            if isinstance(layer, QuantizedLinear):
+                dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+                dense.weight.copy_(layer.used.dequantize())
+                if layer.bias is not None:
+                    dense.bias.copy_(layer.bias)
+                packed.set_submodule(name, dense)
+        error = float((packed(tokens).logits - found).abs().max() / found.abs().max())
+    assert error <= 1e-5, f"logits differ by {error:.1e}"
+    inside = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and _in_blocks(name, mapping, layers))
+    return {"layers": len(report.layers), "error": error, "dense": 1 - report.packed_weights / max(inside, 1)}
+
+
+def _in_blocks(name: str, mapping: Mapping[str, Any], layers: set[str]) -> bool:
+    """Whether a tensor lies where layers are packed: in the list of blocks that the first of them is in."""
+    first = next(iter(layers))
+    blocks = first[: next(i for i in range(len(first)) if first[i : i + 2].strip(".").isdigit())]
+    return name in mapping and name.startswith(blocks)
+
+
+def row(kind: str, ways: Mapping[str, Any] = WAYS) -> dict[str, Any]:
+    """What was found of a kind of model: "ok", "refused", "wrong" or "not made", with words, and each way's figures."""
+    found: dict[str, Any] = {"kind": kind}
+    with tempfile.TemporaryDirectory() as workspace, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = Path(workspace) / "model"
+        try:
+            with _limited(LIMIT):
+                made(kind, folder)
+        except QuantkitError as error:
+            return found | {"state": "refused", "words": str(error).replace(str(folder), "MODEL")}
+        except Exception as error:  # of transformers, on sizes that do not go together
+            return found | {"state": "not made", "words": f"{type(error).__name__}: {first_line(error)}"[:200]}
+        for name, quantizer in ways.items():
+            work = Path(workspace) / name
+            try:
+                with _limited(LIMIT):
+                    found[name] = tried(folder, quantizer, work)
+            except QuantkitError as error:
+                return found | {"state": "refused", "words": str(error).replace(str(folder), "MODEL")}
+            except Exception as error:  # anything, which is what is to be found out
+                return found | {"state": "wrong", "words": f"{name}: {type(error).__name__}: {first_line(error)}"[:200]}
+    return found | {"state": "ok", "words": ""}
+
+
+def main() -> None:
+    """Parses the command line, tries what is missing, and prints a line for each kind."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="KIND", help="by their names in transformers; by default all")
+    parser.add_argument("--json", type=Path, required=True)
+    asked = parser.parse_args()
+    rows = json.loads(asked.json.read_text()) if asked.json.exists() else []
+    for kind in asked.only or kinds():
+        if any(known["kind"] == kind for known in rows):
+            continue
+        rows.append(row(kind))
+        print(f"{kind:24s} {rows[-1]['state']:9s} {rows[-1]['words']}", flush=True)
+        asked.json.write_text(json.dumps(rows, indent=1) + "\n")
+    counts = {state: sum(one["state"] == state for one in rows) for state in ("ok", "refused", "wrong", "not made")}
+    print(", ".join(f"{count} {state}" for state, count in counts.items()))
+
+
+if __name__ == "__main__":
+    main()
