@@ -1,4 +1,4 @@
-"""How much the program says: the options that all verbs have, and what they set."""
+"""The options that all verbs have, and what they set: how much the program says, and whether models' own code runs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from inspect import Parameter, Signature, signature
 from typing import Annotated, Any, get_type_hints
 
 import typer
+
+from quantkit.core.remote import REMOTE
 
 
 class Voice(IntEnum):
@@ -57,16 +59,35 @@ _COMMON = {
 }
 
 
+def _trusted(value: bool) -> None:
+    REMOTE.set(value)
+
+
+_OF_MODELS = {
+    "trust_remote_code": Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            callback=_trusted,
+            is_eager=True,
+            help="Run the code that comes with a model that needs its own; it may do anything.",
+        ),
+    ]
+}
+
+
 def verb(command: Callable[..., None]) -> Callable[..., None]:
     """The command with the options that all verbs have; they have taken effect when it is called."""
 
+    common = _COMMON | (_OF_MODELS if "model" in signature(command).parameters else {})
+
     @wraps(command)
-    def called(*, quiet: bool = False, verbose: bool = False, **settings: Any) -> None:
-        command(**settings)
+    def called(**settings: Any) -> None:
+        command(**{name: value for name, value in settings.items() if name not in common})
 
     hints = get_type_hints(command, include_extras=True)
     known = [entry.replace(annotation=hints[name]) for name, entry in signature(command).parameters.items()]
-    more = [Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=hint) for name, hint in _COMMON.items()]
+    more = [Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=hint) for name, hint in common.items()]
     called.__signature__ = Signature([*known, *more])  # type: ignore[attr-defined]
-    called.__annotations__ = hints | _COMMON
+    called.__annotations__ = hints | common
     return called

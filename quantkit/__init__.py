@@ -14,6 +14,7 @@ from quantkit.core.post_import import after_import
 if TYPE_CHECKING:
     from quantkit.advice.advise import advise
     from quantkit.api import quantize, search, tune
+    from quantkit.core.remote import trust_remote_code
     from quantkit.evals.evaluate import CacheTest, evaluate
     from quantkit.io.hf import load
     from quantkit.io.hub import push_to_hub
@@ -68,9 +69,11 @@ __all__ = [
     "report",
     "rotate_model",
     "search",
+    "trust_remote_code",
     "tune",
 ]
 _PLACES = {
+    "core.remote": ("trust_remote_code",),
     "models.fusion": ("fuse",),
     "io.hf": ("load",),
     "io.hub": ("push_to_hub",),

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from quantkit.core import spec
 from quantkit.core.constants import HEAD_BITS
@@ -14,6 +13,7 @@ from quantkit.core.units import parse_size, size
 from quantkit.evopress.budget import Budget, read_timings
 from quantkit.evopress.memory import beside_weights
 from quantkit.evopress.settings import CANDIDATES
+from quantkit.io.classes import config_of
 from quantkit.io.source import open_folder
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.models.structure import block_linears, ends
@@ -92,7 +92,7 @@ class Wanted:
         if self.sparsity is not None:
             return Budget(1 - self.sparsity, "weights"), ""
         if self.drop_blocks is not None:
-            blocks = AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
+            blocks = config_of(folder).get_text_config().num_hidden_layers
             if self.drop_blocks >= blocks:
                 raise QuantkitError(
                     f"`drop_blocks` {self.drop_blocks}: the model has {blocks} blocks, and one must stay"

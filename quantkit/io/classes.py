@@ -1,7 +1,11 @@
-"""The class of a model: the one that its config.json names, towers and projectors included."""
+"""The class of a model: the one that its config.json names, towers and projectors included.
+
+A model may bring code of its own, named by `auto_map` in its config.json; that is run where it is trusted, and only
+there (`core.remote`).
+"""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from transformers import (
@@ -12,8 +16,10 @@ from transformers import (
     AutoModelForMultimodalLM,
     PreTrainedModel,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from quantkit.core.errors import QuantkitError, first_line
+from quantkit.core.remote import REMOTE
 
 _TEXT, _MORE = (AutoModelForCausalLM,), (AutoModelForImageTextToText, AutoModelForMultimodalLM)
 """Where a config's class is looked up if it names none."""
@@ -23,11 +29,16 @@ def config_of(folder: Path) -> Any:
     """transformers' config of a model's folder.
 
     Raises:
-        QuantkitError: transformers knows no such model.
+        QuantkitError: transformers knows no such model, or it needs code of its own, which is not trusted.
     """
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=REMOTE.get())
     except Exception as error:  # transformers and huggingface_hub raise many kinds on a bad config
+        if "trust_remote_code" in str(error) and not REMOTE.get():
+            code = ", ".join(sorted(file.name for file in folder.glob("*.py"))) or "which is not there"
+            raise QuantkitError(
+                f"{folder.name} needs code of its own ({code}); read it, and give `trust_remote_code` if it may be run"
+            ) from error
         raise QuantkitError(
             f"{folder} is not a causal language model that transformers knows ({first_line(error)})"
         ) from error
@@ -49,12 +60,16 @@ def class_of(config: Any) -> type[PreTrainedModel]:
         raise QuantkitError(f"{called} is an encoder; quantkit quantizes models that predict the next token")
     if config.is_encoder_decoder:
         raise QuantkitError(f"{called} is an encoder-decoder; quantkit quantizes decoder-only models")
+    own = getattr(config, "auto_map", None) or {}
+    for auto in (*_TEXT, *_MORE) if REMOTE.get() else ():
+        if auto.__name__ in own:
+            found = get_class_from_dynamic_module(own[auto.__name__], config._name_or_path)
+            return cast(type[PreTrainedModel], found)
     named = getattr(transformers, name or "", None)
     if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.can_generate():
         return named
     for auto in _TEXT + _MORE if config.get_text_config() is config else _MORE + _TEXT:
         if type(config) in auto._model_mapping:
-            found: Any = auto._model_mapping[type(config)]
-            made: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
-            return made
+            made: Any = auto._model_mapping[type(config)]
+            return cast(type[PreTrainedModel], made[0] if isinstance(made, tuple) else made)
     raise QuantkitError(f"{called} is not a causal language model that transformers knows")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from quantkit.core.constants import METHOD
 from quantkit.core.errors import CheckpointError, QuantkitError, first_line
+from quantkit.core.remote import REMOTE
 from quantkit.io.checkpoint import is_packed, packed_layers, read_config
 from quantkit.io.checkpoint import verify as verify_folder
 from quantkit.io.classes import class_of, config_of
@@ -76,7 +77,7 @@ def resolve_folder(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md", *["*.py"] * REMOTE.get()]
         folder = Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:  # huggingface_hub raises its own, requests' and OS errors
         raise QuantkitError(

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from quantkit.core.errors import QuantkitError, first_line
+from quantkit.core.remote import REMOTE
 from quantkit.io.beside import files_beside, readme_of
 from quantkit.io.checkpoint import ADAPTER, MERGE, is_packed, packed_layers, read_config
 from quantkit.io.classes import class_of, config_of
@@ -44,7 +45,7 @@ def load_tokenizer(folder: Path) -> Any:
         QuantkitError: there is none that loads.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=REMOTE.get())
     except Exception as error:  # transformers and tokenizers raise many kinds
         raise QuantkitError(
             f"{folder} holds no tokenizer that loads ({first_line(error)}); put its tokenizer files there"

@@ -1,5 +1,7 @@
 """Which class a model is loaded by, and which models there is none for."""
 
+import json
+
 import pytest
 import torch
 from transformers import (
@@ -15,9 +17,11 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from typer.testing import CliRunner
 
 import quantkit
 from quantkit import Calibration
+from quantkit.cli.main import app
 from quantkit.core.errors import QuantkitError
 from quantkit.io.classes import class_of
 from quantkit.run.estimate import estimate
@@ -72,3 +76,49 @@ def test_layers_whose_weights_are_multiplied_by_elsewhere_stay_dense(method, tok
     assert any(words in note for note in estimate(tmp_path / "model", recipe).notes)
     packed, tokens = quantkit.load(tmp_path / "packed", dtype=torch.float32).eval(), torch.arange(40).view(2, 20)
     assert packed(tokens).logits.isfinite().all() and packed.generate(tokens, max_new_tokens=2).shape == (2, 22)
+
+
+_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_of_these_tests"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+    own = True
+"""
+
+
+def test_a_model_s_own_code_is_run_where_it_is_trusted(model_folder, text_file, tmp_path, monkeypatch):
+    """And nowhere else: not by default, not because it was trusted before."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in model_folder("llama_small").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "modeling_own.py").write_text(_CODE)
+    config = json.loads((folder / "config.json").read_text()) | {
+        "model_type": "own_of_these_tests", "architectures": ["OwnForCausalLM"],
+        "auto_map": {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    settings = {"method": "gptq", "group_size": 32, "calibration": Calibration(str(text_file), 2, 64)}
+    words = r"needs code of its own \(modeling_own.py\); read it, and give `trust_remote_code`"
+    for try_it in (
+        lambda: quantkit.quantize(folder, output=tmp_path / "no", **settings),
+        lambda: quantkit.load(folder),
+    ):
+        with pytest.raises(QuantkitError, match=words):
+            try_it()
+    with quantkit.trust_remote_code():
+        quantkit.quantize(folder, output=tmp_path / "packed", **settings)
+        packed = quantkit.load(tmp_path / "packed")
+    assert packed.own and (tmp_path / "packed" / "modeling_own.py").read_text() == _CODE
+    with pytest.raises(QuantkitError, match=words):
+        quantkit.load(tmp_path / "packed")
+    asked = ["quantize", str(folder), "--method", "rtn", "--group-size", "32", "--no-check", "--output"]
+    refused = CliRunner().invoke(app, [*asked, str(tmp_path / "a")])
+    assert refused.exit_code and "needs code of its own" in str(refused.exception)
+    assert CliRunner().invoke(app, [*asked, str(tmp_path / "a"), "--trust-remote-code"]).exit_code == 0
+    assert CliRunner().invoke(app, [*asked, str(tmp_path / "b")]).exit_code, "trusted for one command"
