@@ -12,6 +12,7 @@ such, one that quantkit refuses with its words.
 
 import argparse
 import json
+import re
 import signal
 import tempfile
 import warnings
@@ -40,19 +41,19 @@ from quantkit.run.pipeline import quantize_checkpoint
 from quantkit.run.recipe import Calibration, Recipe
 
 WAYS = {"gptq": GPTQ(4, 32), "trellis": Hadamard(Trellis(3, state_bits=8))}
-LIMIT = 240
+LIMIT = 100
 """Seconds for a kind of model."""
 TOKENS = 2048
 _SIZES = {
     64: "hidden_size d_model n_embd dim embed_dim model_dim d_embed out_hidden_size",
     96: "intermediate_size ffn_dim n_inner d_ff ffn_hidden_size intermediate_size_mlp mlp_hidden_size encoder_ffn_dim "
-    "decoder_ffn_dim",
+    "decoder_ffn_dim dim_ff",
     2: "num_hidden_layers n_layer num_layers n_layers depth encoder_layers decoder_layers layers num_experts_per_tok "
     "num_experts_per_token moe_topk moe_k top_k num_key_value_heads num_kv_heads num_query_groups",
     4: "num_attention_heads n_head num_heads n_heads encoder_attention_heads decoder_attention_heads num_experts "
     "num_local_experts n_routed_experts moe_num_experts linear_num_key_heads linear_num_value_heads num_linear_heads",
     16: "head_dim linear_key_head_dim linear_value_head_dim state_size ssm_state_size mamba_d_state mamba_headdim "
-    "mamba_d_head mamba_head_dim v_head_dim rotary_dim hidden_size_per_layer_input",
+    "mamba_d_head mamba_head_dim dim_head v_head_dim rotary_dim hidden_size_per_layer_input",
     8: "qk_rope_head_dim qk_nope_head_dim mamba_n_heads mamba_num_heads n_mamba_heads laurel_rank adapter_rank",
     32: "moe_intermediate_size kv_lora_rank q_lora_rank shared_expert_intermediate_size sliding_window",
     1: "n_group topk_group n_groups mamba_n_groups n_shared_experts first_k_dense_replace",
@@ -60,6 +61,8 @@ _SIZES = {
     TOKENS: "vocab_size vocab_size_per_layer_input",
 }
 """Sizes by what configs call them."""
+_INNER = re.compile("inner|ff|intermediate|feed_forward")
+"""What else configs call the width inside an MLP."""
 _SIZE_OF = {name: size for size, names in _SIZES.items() for name in names.split()}
 
 
@@ -70,6 +73,8 @@ def small(config: Any) -> Any:
             small(value)
         elif name in _SIZE_OF and isinstance(value, int) and not isinstance(value, bool):
             setattr(config, name, _SIZE_OF[name])
+        elif _INNER.search(name) and isinstance(value, int) and value > 512:
+            setattr(config, name, 96)
         elif name.endswith("_token_id") and isinstance(value, int):
             setattr(config, name, min(value, TOKENS - 1))
     if hasattr(config, "qk_rope_head_dim"):
@@ -118,7 +123,7 @@ def made(kind: str, folder: Path) -> None:
     torch.manual_seed(0)
     config = small(transformers.CONFIG_MAPPING[kind]())
     model = class_of(config)._from_config(config, dtype=torch.bfloat16)
-    if sum(p.numel() for p in model.parameters()) > 30_000_000:
+    if sum(p.numel() for p in model.parameters()) > 6_000_000:
         raise ValueError("does not become small")
     for parameter in model.parameters():
         if parameter.dim() > 1:

@@ -88,7 +88,7 @@ class Source(ABC):
         prefix, blocks: of its decoder blocks; see `models.structure.find_blocks`.
 
     Raises:
-        QuantkitError: it is quantized already, has adapters, or no decoder blocks.
+        QuantkitError: it is quantized already, has adapters, no decoder blocks, or such as share weights.
     """
 
     def __init__(self, model: PreTrainedModel, name: str, config: dict[str, Any]) -> None:
@@ -99,6 +99,9 @@ class Source(ABC):
         self.notes: tuple[str, ...] = ()
         self.prefix, self.blocks = find_blocks(model)
         self._ties = len(tied_names(model))
+        shared = [tensor for tensor in tied_names(model) if tensor.startswith(f"{self.prefix}.")]
+        if shared:
+            raise QuantkitError(f"blocks of {name} share weights, {shared[0]} among them, which are packed by none yet")
 
     @property
     def untied(self) -> bool:
