@@ -52,7 +52,7 @@ def quantize(
     fisher: bool | None = None,
     all_experts: bool = False,
     experts_bits: float | None = None,
-    include: Mapping[str, int] | Sequence[str] = (),
+    include: Mapping[str, int] | Sequence[str] | str = (),
     target_shift: float = TARGET_SHIFT,
     calibration: str | Path | Sequence[Any] | Calibration = "wikitext2",
     num_samples: int = 128,
@@ -124,7 +124,7 @@ def quantize(
     recipe = Recipe(
         quantizer, rules or {}, target_shift, text, true_sequential, rotation, low_rank_bits, tuner, head_bits, fisher,
         check, all_experts, experts_bits,
-        include if isinstance(include, Mapping) else dict.fromkeys(include, TOWER_BITS),
+        include if isinstance(include, Mapping) else dict.fromkeys(_patterns(include), TOWER_BITS),
     )  # fmt: skip
     if output is None and (resume or overwrite):
         raise QuantkitError("`resume` and `overwrite` are about an `output`; give one, or leave them out")
@@ -333,6 +333,10 @@ def tune(
     )  # fmt: skip
     made = run(asked, device, dtype, resume=resume, overwrite=overwrite, watch=watch)
     return None if made is None else made.history
+
+
+def _patterns(given: str | Sequence[str]) -> Sequence[str]:
+    return [given] if isinstance(given, str) else given
 
 
 def _calibration(

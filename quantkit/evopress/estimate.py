@@ -122,7 +122,7 @@ def estimate(
     sequences = search_text(asked.text, source.tokenizer(), source.model, asked.settings)
     predicted = asked.wanted.drop_blocks is None and _runs_back(asked.recipe)
     evaluations, tokens = measured(asked.settings, sequences, len(costs), predicted)
-    kept = min(asked.settings.top, source.model.config.vocab_size)
+    kept = min(asked.settings.top, source.model.config.get_text_config().vocab_size)
     return SearchEstimate(
         items=len(costs),
         levels=max(map(len, costs)),

@@ -13,12 +13,13 @@ _LARGEST = 2**28
 
 def files_beside(folder: Path) -> dict[str, bytes]:
     """A model's tokenizer, chat templates, code and licence, by name; hidden files are no part of it."""
-    found = (path for place in ("*", "additional_chat_templates/*") for path in sorted(folder.glob(place)))
+    found = (path for place in ("*", "additional_chat_templates/*", "*/**/*.py") for path in sorted(folder.glob(place)))
     return {
         path.relative_to(folder).as_posix(): _bytes(path)
         for path in found
         if path.is_file()
-        and not path.name.startswith((".", "quantkit_"))
+        and not path.name.startswith("quantkit_")
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.suffix.lower() not in _WEIGHTS
         and path.name not in WRITTEN_ANEW
         and path.stat().st_size <= _LARGEST

@@ -17,9 +17,11 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from quantkit.core.errors import QuantkitError, first_line
 from quantkit.core.remote import REMOTE
+from quantkit.io.checkpoint import read_config
 
 _TEXT, _MORE = (AutoModelForCausalLM,), (AutoModelForImageTextToText, AutoModelForMultimodalLM)
 """Where a config's class is looked up if it names none."""
@@ -35,7 +37,9 @@ def config_of(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=REMOTE.get())
     except Exception as error:  # transformers and huggingface_hub raise many kinds on a bad config
         if "trust_remote_code" in str(error) and not REMOTE.get():
-            code = ", ".join(sorted(file.name for file in folder.glob("*.py"))) or "which is not there"
+            named = read_config(folder).get("auto_map")
+            places = {str(place).split("--")[-1].rpartition(".")[0] for place in (named or {}).values()}
+            code = ", ".join(f"{place}.py" for place in sorted(places)) or "which its config.json does not name"
             raise QuantkitError(
                 f"{folder.name} needs code of its own ({code}); read it, and give `trust_remote_code` if it may be run"
             ) from error
@@ -67,9 +71,16 @@ def class_of(config: Any) -> type[PreTrainedModel]:
             return cast(type[PreTrainedModel], found)
     named = getattr(transformers, name or "", None)
     if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.can_generate():
-        return named
+        return _repaired(named)
     for auto in _TEXT + _MORE if config.get_text_config() is config else _MORE + _TEXT:
         if type(config) in auto._model_mapping:
             made: Any = auto._model_mapping[type(config)]
-            return cast(type[PreTrainedModel], made[0] if isinstance(made, tuple) else made)
+            return _repaired(cast(type[PreTrainedModel], made[0] if isinstance(made, tuple) else made))
     raise QuantkitError(f"{called} is not a causal language model that transformers knows")
+
+
+def _repaired(found: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class; Llama 4's reads, in transformers 5.24, what the output of its language model lacks."""
+    if found.__name__ == "Llama4ForConditionalGeneration" and not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
+        MoeCausalLMOutputWithPast.image_outputs = None  # type: ignore[attr-defined]
+    return found

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.core.errors import QuantkitError
+from quantkit.core.errors import CheckpointError, QuantkitError, first_line
 from quantkit.io.shards import DTYPES, Shards
 
 Specs = Mapping[str, tuple[str, list[int]]]
 """(safetensors dtype, shape) by tensor name."""
+_ODD = (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError)
+"""What comes of files and settings that are not what their form says."""
 _SAYING = ("quantization_config", "compression_config")
 """Where a config.json says how a model is quantized."""
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -54,29 +56,36 @@ class Dequantized(Shards):
         form: in which they are stored, for people.
 
     Raises:
-        QuantkitError: another form than the known ones, or a matrix lacks a part.
+        QuantkitError: another form than the known ones, or a matrix lacks a part. `read` raises it where parts do not
+            go together.
     """
 
     def __init__(self, shards: Shards, config: Mapping[str, Any]) -> None:
         self.folder, self.files = shards.folder, shards.files
         self._shards, asked = shards, quantization_of(config)
-        method = str(asked.get("quant_method"))
+        self.form = method = str(asked.get("quant_method")).lower()
         find = FORMS.get(method)
         if find is None:
             raise QuantkitError(
                 f"the model is quantized already, by {method}, which quantkit does not read; it reads "
                 f"{', '.join(FORMS)}, or give the full-precision model"
             )
-        self.form = method
         try:
             self._made = find(shards.specs, asked)
-        except KeyError as error:
-            raise QuantkitError(f"{shards.folder}: config.json or the files lack {error} of {method}") from error
+        except _ODD as error:
+            raise QuantkitError(
+                f"{shards.folder}: its config.json or its tensors are not what {method} has "
+                f"({type(error).__name__}: {first_line(error)}); fetch it anew"
+            ) from error
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-        self._dtype = getattr(torch, dtype, torch.bfloat16)
-        kind = next(name for name, known in DTYPES.items() if known == self._dtype)
+        kinds = {str(known).removeprefix("torch."): name for name, known in DTYPES.items() if known.is_floating_point}
+        kind = kinds.get(dtype, "BF16")
+        self._dtype = DTYPES[kind]
         hidden = {name for made in self._made.values() for name in made.parts.values()}
         left = {name: spec for name, spec in shards.specs.items() if name not in hidden}
+        for name, (stored, _) in left.items():
+            if stored.startswith("F8"):
+                raise QuantkitError(f"{name} is stored in FP8, and its factors are not there; fetch the model anew")
         self.specs = left | {name: (kind, list(made.shape)) for name, made in self._made.items()}
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -95,7 +104,18 @@ class Dequantized(Shards):
                 made, parts = wanted[name], kept[name]
                 parts |= {what: tensor for what, part in made.parts.items() if part == stored}
                 if len(parts) == len(made.parts):
-                    yield name, made.make(kept.pop(name)).to(self._dtype)
+                    yield name, self._matrix(name, made, kept.pop(name))
+
+    def _matrix(self, name: str, made: Quantized, parts: Mapping[str, Tensor]) -> Tensor:
+        try:
+            matrix = made.make(parts)
+        except (*_ODD, RuntimeError) as error:
+            raise CheckpointError(
+                f"{name}: its parts do not go together ({first_line(error)}); the {self.form} files are damaged"
+            ) from error
+        if matrix.shape != made.shape:
+            raise CheckpointError(f"{name}: its parts make {list(matrix.shape)}, not {list(made.shape)}")
+        return matrix.to(self._dtype)
 
     def checksums(self) -> dict[str, str]:
         """See `Shards.checksums`: of what is stored."""
@@ -132,7 +152,8 @@ def _places(specs: Specs, *suffixes: str) -> dict[str, dict[str, str]]:
 
 def _fp8(specs: Specs, config: Mapping[str, Any]) -> dict[str, Quantized]:
     """E4M3 with a factor for each block of a weight, or for all of it."""
-    block = config.get("weight_block_size") or None
+    block = config.get("weight_block_size")
+    block = None if block is None else [int(size) for size in block]
     found = {}
     for place, names in _places(specs, "_scale_inv", "").items():
         parts = {"weight": names[""], "scale": names["_scale_inv"]}
@@ -152,8 +173,12 @@ def _with_inputs(found: dict[str, Quantized], specs: Specs, suffix: str) -> dict
 def _of_blocks(block: list[int] | None, parts: Mapping[str, Tensor]) -> Tensor:
     weight, scale = parts["weight"], parts["scale"]
     scale = _exponents(scale) if scale.dtype == torch.uint8 else scale.float()
-    if block is not None and scale.dim() >= 2:
+    if scale.numel() > 1:
+        if block is None:
+            raise ValueError("several factors, and no weight_block_size")
         rows, columns = weight.shape[-2:]
+        if scale.shape[-2:] != (-(-rows // block[0]), -(-columns // block[1])):
+            raise ValueError(f"factors {list(scale.shape)} for blocks of {block}")
         scale = scale.repeat_interleave(block[0], -2)[..., :rows, :].repeat_interleave(block[1], -1)[..., :columns]
     return weight.float() * scale
 
@@ -192,17 +217,24 @@ def _of_fp4(parts: Mapping[str, Tensor]) -> Tensor:
 
 def _gptq(specs: Specs, config: Mapping[str, Any]) -> dict[str, Quantized]:
     """Codes along the inputs, one bit stream a column; zeros, less one in the older version, along the outputs."""
-    bits, offset = int(config["bits"]), 0 if config.get("checkpoint_format") == "gptq_v2" else 1
+    bits, version = int(config["bits"]), str(config.get("checkpoint_format") or "gptq")
+    if version not in ("gptq", "gptq_v2") or bits != config["bits"]:
+        raise QuantkitError(f"of GPTQ quantkit reads whole bits, in the versions gptq and gptq_v2, not {version}")
+    offset = 0 if version == "gptq_v2" else 1
     found = {}
     for place, names in _places(specs, ".qweight", ".qzeros", ".scales", ".g_idx").items():
         words, outputs = specs[names[".qweight"]][1]
-        inputs, groups = words * 32 // bits, specs[names[".scales"]][1][0]
+        inputs, (groups, _) = words * 32 // bits, specs[names[".scales"]][1]
+        if ".g_idx" not in names and config.get("desc_act"):
+            raise KeyError(f"{place}.g_idx")
+        names = {part: names[part] for part in (".qweight", ".qzeros", ".scales")} | {
+            part: name for part, name in names.items() if part == ".g_idx"
+        }
 
         def make(p: Mapping[str, Tensor], inputs: int = inputs, outputs: int = outputs, groups: int = groups) -> Tensor:
             codes = _stream(p[".qweight"].T, bits, inputs).T
             zeros = _stream(p[".qzeros"], bits, outputs) + offset
-            group = torch.arange(inputs) // -(-inputs // groups)
-            group = p[".g_idx"].long() if ".g_idx" in p else group
+            group = p[".g_idx"].long() if ".g_idx" in p else _groups_of(inputs, groups, config)
             return ((codes - zeros[group]) * p[".scales"].float()[group]).T
 
         found[f"{place}.weight"] = Quantized(names, (outputs, inputs), make)
@@ -227,14 +259,24 @@ def _awq(specs: Specs, config: Mapping[str, Any]) -> dict[str, Quantized]:
     found = {}
     for place, names in _places(specs, ".qweight", ".qzeros", ".scales").items():
         inputs, words = specs[names[".qweight"]][1]
-        groups = specs[names[".scales"]][1][0]
+        groups, _ = specs[names[".scales"]][1]
+        names = {part: names[part] for part in (".qweight", ".qzeros", ".scales")}
 
         def make(p: Mapping[str, Tensor], inputs: int = inputs, groups: int = groups) -> Tensor:
-            group = torch.arange(inputs) // -(-inputs // groups)
+            group = _groups_of(inputs, groups, config)
             return ((_nibbles(p[".qweight"]) - _nibbles(p[".qzeros"])[group]) * p[".scales"].float()[group]).T
 
         found[f"{place}.weight"] = Quantized(names, (words * 8, inputs), make)
     return found
+
+
+def _groups_of(columns: int, groups: int, config: Mapping[str, Any]) -> Tensor:
+    """Each column's group, int64 [columns], of groups side by side."""
+    size = int(config.get("group_size") or -1)
+    size = columns if size < 0 else size
+    if -(-columns // size) != groups:
+        raise ValueError(f"{groups} groups of {size} for {columns} columns")
+    return torch.arange(columns) // size
 
 
 def _nibbles(words: Tensor) -> Tensor:
@@ -245,22 +287,27 @@ def _nibbles(words: Tensor) -> Tensor:
 
 def _compressed(specs: Specs, config: Mapping[str, Any]) -> dict[str, Quantized]:
     """compressed-tensors' packed and plain integers and E4M3, with factors by group, row or tensor."""
-    groups = [group["weights"] for group in config["config_groups"].values() if group.get("weights")]
-    widths = {int(weights["num_bits"]) for weights in groups}
+    asked = [group["weights"] for group in config["config_groups"].values()]
+    facts = ("num_bits", "strategy", "group_size", "symmetric")
+    kinds = {tuple(one.get(fact) for fact in facts) for one in asked}
     found = {}
     for place, names in _places(
         specs, ".weight_scale", ".weight", ".weight_packed", ".weight_shape", ".weight_zero_point", ".weight_g_idx",
         ".weight_global_scale",
     ).items():  # fmt: skip
-        if ".weight_global_scale" in names or len(widths) > 1:
+        bits, strategy, size, symmetric = next(iter(kinds))
+        if ".weight_global_scale" in names or len(kinds) > 1 or strategy not in ("group", "channel", "tensor"):
             raise QuantkitError(
-                f"{place} is stored in a form of compressed-tensors that quantkit does not read (NVFP4, or several "
-                "widths); give the full-precision model"
+                f"{place} is stored in a form of compressed-tensors that quantkit does not read (NVFP4, by block, or "
+                "several widths); give the full-precision model"
             )
+        if symmetric is False and ".weight_zero_point" not in names:
+            raise KeyError(f"{place}.weight_zero_point")
         if ".weight_packed" in names:
-            bits = next(iter(widths))
             rows, words = specs[names[".weight_packed"]][1]
-            columns = _columns(specs[names[".weight_scale"]][1], groups, words * 32 // bits)
+            if strategy != "group" and 32 % bits:
+                raise QuantkitError(f"{place}: of compressed-tensors' {bits} bits quantkit reads those in groups")
+            columns = specs[names[".weight_scale"]][1][1] * int(size) if strategy == "group" else words * 32 // bits
             found[f"{place}.weight"] = Quantized(names, (rows, columns), partial(_of_packed, bits, columns))
         elif ".weight" in names:
             shape = tuple(specs[names[".weight"]][1])
@@ -268,14 +315,8 @@ def _compressed(specs: Specs, config: Mapping[str, Any]) -> dict[str, Quantized]
     return _with_inputs(found, specs, ".input_scale")
 
 
-def _columns(scale: list[int], groups: list[Mapping[str, Any]], most: int) -> int:
-    """Columns of a packed matrix, of which its words tell no more than the next multiple."""
-    sizes = {int(weights["group_size"]) for weights in groups if weights.get("strategy") == "group"}
-    return scale[-1] * next(iter(sizes)) if len(sizes) == 1 and scale[-1] > 1 else most
-
-
 def _of_packed(bits: int, columns: int, parts: Mapping[str, Tensor]) -> Tensor:
-    codes = _stream(parts[".weight_packed"], bits, columns) - 2 ** (bits - 1)
+    codes = _codes(parts[".weight_packed"], bits, columns) - 2 ** (bits - 1)
     return _of_groups(bits, {**parts, ".weight": codes})
 
 
@@ -283,14 +324,26 @@ def _of_groups(bits: int, parts: Mapping[str, Tensor]) -> Tensor:
     """(codes - zeros) * factors, [rows, columns] and [rows or 1, groups]."""
     codes, scale, zeros = parts[".weight"].float(), parts[".weight_scale"].float(), parts.get(".weight_zero_point")
     scale = scale.reshape(-1, scale.shape[-1]) if scale.dim() > 1 else scale.reshape(-1, 1)
-    group = torch.arange(codes.shape[1]) // -(-codes.shape[1] // scale.shape[1])
+    if codes.shape[1] % scale.shape[1]:
+        raise ValueError(f"{scale.shape[1]} groups for {codes.shape[1]} columns")
+    group = torch.arange(codes.shape[1]) // (codes.shape[1] // scale.shape[1])
     if ".weight_g_idx" in parts:
         group = parts[".weight_g_idx"].long()
     if zeros is not None:
         if zeros.dtype == torch.int32:
-            zeros = _stream(zeros.T, bits, len(codes)).T - 2 ** (bits - 1)
+            zeros = _codes(zeros.T, bits, len(codes)).T - 2 ** (bits - 1)
         codes = codes - zeros.float().reshape(-1, scale.shape[1])[:, group]
     return codes * scale[:, group]
+
+
+def _codes(words: Tensor, bits: int, count: int) -> Tensor:
+    """Codes of int32 [rows, words]: one bit stream, or, as older versions have it, as many as a word holds whole."""
+    whole = 32 // bits
+    if words.shape[1] == -(-count * bits // 32):
+        return _stream(words, bits, count)
+    if words.shape[1] != -(-count // whole):
+        raise ValueError(f"{words.shape[1]} words for {count} codes of {bits} bits")
+    return ((words.long()[..., None] >> torch.arange(whole) * bits) & (2**bits - 1)).flatten(1)[:, :count]
 
 
 def _stream(words: Tensor, bits: int, count: int) -> Tensor:

@@ -217,12 +217,12 @@ def capture(
     return batches, wrap
 
 
-def _forward_until_reached(model: nn.Module, tokens: Tensor) -> Any:
+def _forward_until_reached(model: nn.Module, tokens: Tensor, what: str = "its decoder blocks") -> Any:
     try:
         model(input_ids=tokens, use_cache=False)
     except _Reached as reached:
         return reached.value
-    raise QuantkitError(f"the forward pass of {type(model).__name__} never reached its decoder blocks")
+    raise QuantkitError(f"the forward pass of {type(model).__name__} never reached {what} with text")
 
 
 def _output_form(
@@ -264,7 +264,7 @@ def outer_input(
     handle = model.get_submodule(layer).register_forward_pre_hook(_stop_with_input, with_kwargs=True)
     try:
         with patched_forwards(blocks, _stubs(blocks, lambda _: wrap(hidden), [], wrap)):
-            return _forward_until_reached(model, tokens)
+            return _forward_until_reached(model, tokens, layer)
     finally:
         handle.remove()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.core.errors import QuantkitError
@@ -68,7 +69,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise QuantkitError(f"{type(model).__name__} is an encoder-decoder; quantkit quantizes decoder-only models")
-    inside = set(_language_model(model).modules())
+    inside = language_modules(model)
     candidates = [
         (sum(p.numel() for p in module.parameters()), name, module)
         for name, module in model.named_modules()
@@ -83,14 +84,29 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, blocks
 
 
-def _language_model(model: nn.Module) -> nn.Module:
-    """What turns embeddings into the last hidden states of text; the model itself where that cannot be told."""
+def language_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules of what turns embeddings into the last hidden states of text; all where that cannot be told."""
     give = getattr(model, "get_decoder", None)
     try:
         found = None if give is None else give()
     except (AttributeError, NotImplementedError):  # of models that give it in no way
-        return model
-    return found if isinstance(found, nn.Module) and any(True for _ in found.children()) else model
+        found = None
+    root = found if isinstance(found, nn.Module) and any(True for _ in found.children()) else model
+    own = {type(config) for config in (getattr(model, "config", None), _text_config(model)) if config is not None}
+    beside = {
+        inner
+        for tower in root.modules()
+        if isinstance(tower, PreTrainedModel) and own and type(tower.config) not in own
+        for inner in tower.modules()
+    }
+    return set(root.modules()) - beside
+
+
+def _text_config(model: nn.Module) -> Any:
+    try:
+        return model.config.get_text_config()  # type: ignore[union-attr, operator]
+    except (AttributeError, ValueError):  # no config, or one with several texts
+        return None
 
 
 def key_heads(config: Any) -> tuple[int, int]:
@@ -153,7 +169,12 @@ _PRODUCT = re.compile(r"self\.(\w+)\.weight @|F\.linear\([^\n]*?self\.(\w+)\.wei
 def fused_expert_parameters(model: nn.Module) -> dict[str, int]:
     """3-D parameters inside the blocks (fused experts) and their sizes: weights that no linear layer holds."""
     prefix, blocks = find_blocks(model)
-    return {f"{prefix}.{name}": p.numel() for name, p in blocks.named_parameters() if p.dim() == 3}
+    return {
+        name: p.numel()
+        for place, module in blocks.named_modules(prefix=prefix)
+        for name, p in module.named_parameters(prefix=place, recurse=False)
+        if p.dim() == 3 and len(p) > 1 and not isinstance(module, nn.Conv1d)
+    }
 
 
 def context_length(model: nn.Module) -> int | None:

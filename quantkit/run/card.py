@@ -30,7 +30,7 @@ def model_card(report: Report, config: dict[str, Any], original: str) -> str:
     data = ModelCardData(
         base_model=base_model(report.model, config),
         library_name="quantkit",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if "vision_config" in config else "text-generation",
         tags=["quantkit", "quantized", "compressed"],
         model_name=results and f"{name}, {report.bits_per_weight:.2f} bits per weight",
         eval_results=results,

@@ -27,6 +27,7 @@ from quantkit.models.structure import (
     context_length,
     ends,
     is_lookup,
+    language_modules,
     linear_weight,
     outer_linears,
 )
@@ -239,6 +240,16 @@ def _group(in_features: int) -> int:
     return next((size for size in (128, 64, 32) if in_features % size == 0), min(128, in_features))
 
 
+def _check_reached(model: nn.Module, plan: Mapping[str, Quantizer], head: str | None) -> None:
+    """Raises QuantkitError where a quantizer is to read text at a layer of a tower, which text does not reach."""
+    reached = language_modules(model)
+    for name, quantizer in plan.items():
+        if quantizer.needs > Needs.NOTHING and name != head and model.get_submodule(name) not in reached:
+            raise QuantkitError(
+                f"text does not reach {name}, and {spec.write(quantizer)} reads it; give it rtn, or `include` it"
+            )
+
+
 def _stars(names: Iterable[str]) -> list[str]:
     """Patterns that cover names, one for what comes before a number, or before the last dot."""
     return [*dict.fromkeys(re.sub(r"\.(\d+\..*|[^.]+)$", ".*", name) if "." in name else name for name in names)]
@@ -325,15 +336,16 @@ class Recipe:
         if self.experts_bits is not None:
             defaults |= self._for_experts(block_linears(model))
         defaults |= dict.fromkeys(outer_linears(model))
-        for pattern, bits in self.include.items():
-            defaults |= self._for_outer(model, pattern, bits, head)
         if self.head_bits is not None:
             defaults |= self._for_ends(model, embedding, head)
+        for pattern, bits in self.include.items():
+            defaults |= self._for_outer(model, pattern, bits, head)
         plan = make_plan(defaults, rules, [] if embedding is None else [embedding])
         if embedding is not None and embedding in plan:
             if head in plan and plan[head] == plan[embedding] and self._keeps_tie(model, embedding, head):
                 plan[embedding] = Tied(head)
             _check_embedding(model, embedding, plan[embedding])
+        _check_reached(model, with_own_weight(plan), head)
         plan = allocate_fractions(plan, {name: linear_weight(model.get_submodule(name)).numel() for name in plan})
         widest = max(linear_weight(model.get_submodule(name)).shape[1] for name in plan)
         for quantizer in dict.fromkeys(map(core, with_own_weight(plan).values())):

@@ -135,7 +135,7 @@ class CachedTeacher:
         """
         if top < 1:
             raise QuantkitError(f"{top} kept tokens: keep at least 1")
-        top = min(top, model.config.vocab_size)
+        top = min(top, model.config.get_text_config().vocab_size)
         with torch.no_grad():
             probe = predict(model, sequences[:1]).logits.double().sum()
         identity = {

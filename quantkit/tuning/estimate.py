@@ -103,7 +103,7 @@ def estimate(
         "best": sum(tensor.nbytes for part in tuned for tensor in part.state()),
     }
     seqlen = sequences.shape[1]
-    top = min(settings.top, teacher.config.vocab_size)
+    top = min(settings.top, teacher.config.get_text_config().vocab_size)
     return TuningEstimate(
         steps=settings.steps,
         step_tokens=settings.batch * seqlen,

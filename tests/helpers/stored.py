@@ -91,6 +91,20 @@ def compressed(bits, symmetric):
     return pack
 
 
+def whole_codes(bits):
+    """As compressed-tensors packed before 0.18: as many whole codes as a word holds."""
+
+    def pack(weight):
+        parts, meant = compressed(bits, True)(weight)
+        codes, _, _ = rounded(weight, bits, 32)
+        held = 32 // bits
+        codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % held)).unflatten(1, (-1, held))
+        packed = (codes << torch.arange(0, held * bits, bits)).sum(-1).to(torch.uint32).view(torch.int32)
+        return parts | {"_packed": packed}, meant
+
+    return pack
+
+
 def channel_fp8(weight):
     scale = weight.float().abs().amax(1, keepdim=True) / 448
     codes = (weight.float() / scale).to(torch.float8_e4m3fn)
@@ -113,6 +127,7 @@ FORMS = {
     "auto-round": (gptq(2, "gptq_v2"), "", {"quant_method": "auto-round", "bits": 2, "packing_format": "auto_round"}),
     "awq": (awq, "", {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}),
     "compressed-4": (compressed(4, True), ".weight", {"quant_method": "compressed-tensors"} | _group(4)),
+    "compressed-3-whole": (whole_codes(3), ".weight", {"quant_method": "compressed-tensors"} | _group(3)),
     "compressed-3-asym": (compressed(3, False), ".weight", {"quant_method": "compressed-tensors"} | _group(3, False)),
     "compressed-fp8": (
         channel_fp8, ".weight", {"quant_method": "compressed-tensors"} | _group(8, strategy="channel")

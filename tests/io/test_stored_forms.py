@@ -102,21 +102,40 @@ def test_stacked_experts_in_mxfp4(model_folder, text_file, tmp_path):
     assert 0 < (logits(full) - logits(packed)).norm() < 0.5 * logits(full).norm()
 
 
-def test_other_forms_and_missing_parts_are_refused(model_folder, tmp_path):
-    store(model_folder("llama_even"), "gptq-4", tmp_path / "stored")
+ODD = {
+    "another method": ("gptq-4", {"quant_method": "hqq"}, None, "quantized already, by hqq, .* it reads fp8, "),
+    "no bits": ("gptq-4", {"quant_method": "gptq"}, None, "are not what gptq has .KeyError: 'bits'"),
+    "bits in words": ("gptq-4", {"bits": "four"}, None, "are not what gptq has"),
+    "half a bit": ("gptq-4", {"bits": 4.5}, None, "whole bits"),
+    "another layout": ("gptq-4", {"checkpoint_format": "marlin"}, None, "not marlin"),
+    "other groups": ("gptq-4", {"group_size": 64}, ".g_idx", "groups of 64"),
+    "an order that is lost": ("gptq-4", {"desc_act": True}, ".g_idx", "are not what gptq has .*g_idx"),
+    "no scales": ("gptq-4", {}, "0.mlp.up_proj.scales", "are not what gptq has .*scales"),
+    "no zeros": ("awq", {}, "0.mlp.up_proj.qzeros", "are not what awq has .*qzeros"),
+    "3 bits": ("awq", {"bits": 3}, None, "of AWQ quantkit reads 4 bits"),
+    "no factors": ("fp8", {}, "1.mlp.up_proj.weight_scale_inv", "stored in FP8, and its factors are not there"),
+    "other blocks": ("fp8", {"weight_block_size": [64, 64]}, None, "parts do not go together"),
+    "blocks unsaid": ("fp8", {"weight_block_size": None}, None, "parts do not go together"),
+    "no zeros of 3 bits": ("compressed-3-asym", {}, "up_proj.weight_zero_point", "are not what compressed-tensors has"),
+    "by block": (
+        "compressed-fp8", {"config_groups": {"a": {"weights": {"num_bits": 8, "strategy": "block"}}}}, None, "by block"
+    ),
+    "no groups": ("compressed-4", {"config_groups": []}, None, "are not what compressed-tensors has"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_files_are_refused_in_a_line(case, model_folder, tmp_path):
+    form, changed, without, words = ODD[case]
+    store(model_folder("llama_even"), form, tmp_path / "stored")
     path = tmp_path / "stored" / "config.json"
     config = json.loads(path.read_text())
-    for said, words in (
-        ({"quant_method": "hqq"}, "quantized already, by hqq, which quantkit does not read; it reads fp8, "),
-        ({"quant_method": "gptq"}, "config.json or the files lack 'bits' of gptq"),
-        ({"quant_method": "awq", "bits": 3}, "of AWQ quantkit reads 4 bits"),
-    ):
-        path.write_text(json.dumps(config | {"quantization_config": said}))
-        with pytest.raises(QuantkitError, match=words):
-            quantkit.quantize(tmp_path / "stored", output=tmp_path / "packed", method="rtn")
-    with safe_open(tmp_path / "stored" / "model.safetensors", "pt") as shard:
-        tensors = {name: shard.get_tensor(name) for name in shard.keys() if not name.endswith("0.mlp.up_proj.scales")}
-    save_file(tensors, tmp_path / "stored" / "model.safetensors", {"format": "pt"})
-    path.write_text(json.dumps(config))
-    with pytest.raises(QuantkitError, match=r"the files lack '\.scales' of gptq"):
-        quantkit.quantize(tmp_path / "stored", output=tmp_path / "packed", method="rtn")
+    said = changed if "quant_method" in changed else config["quantization_config"] | changed
+    path.write_text(json.dumps(config | {"quantization_config": said}))
+    if without:
+        file = tmp_path / "stored" / "model.safetensors"
+        with safe_open(file, "pt") as shard:
+            tensors = {name: shard.get_tensor(name) for name in shard.keys() if not name.endswith(without)}
+        save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(QuantkitError, match=words):
+        quantkit.quantize(tmp_path / "stored", output=tmp_path / "packed", method="rtn", group_size=32)

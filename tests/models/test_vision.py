@@ -7,10 +7,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from typer.testing import CliRunner
 
 import quantkit
 from quantkit import Calibration, Recipe
+from quantkit.cli.main import app
 from quantkit.core.errors import QuantkitError
 from quantkit.io.checkpoint import read_config
 from quantkit.io.classes import class_of
@@ -26,12 +27,6 @@ from ..helpers.methods import METHODS
 from ..helpers.vision import SEEING
 
 each = pytest.mark.parametrize("family", SEEING)
-
-
-@pytest.fixture(autouse=True)
-def _llama4_runs(monkeypatch):
-    """transformers 5.24's asks its language model's output for something that it does not have."""
-    monkeypatch.setattr(MoeCausalLMOutputWithPast, "image_outputs", None, raising=False)
 
 
 @pytest.fixture
@@ -149,3 +144,16 @@ def test_all_that_is_stored_goes_along(seeing_folder, text_file, tmp_path):
     assert [name for name in mapping if name not in after and not name.startswith(tuple(packed))] == []
     assert all(torch.equal(after[name], tensor) for name, tensor in more.items())
     assert quantkit.load(tmp_path / "packed")
+
+
+def test_the_command_packs_towers(seeing_folder, tmp_path):
+    asked = ["quantize", str(seeing_folder("llava")), "--method", "rtn", "--group-size", "32", "--no-check", "--output"]
+    more = ["--include", "model.vision_tower*=4", "--include", "model.multi_modal_projector*"]
+    assert CliRunner().invoke(app, [*asked, str(tmp_path / "packed"), *more]).exit_code == 0
+    layers = read_config(tmp_path / "packed")["quantization_config"]["layers"]
+    bits = {name: layer["bits"] for name, layer in layers.items() if "language_model" not in name}
+    assert {bit for name, bit in bits.items() if "tower" in name} == {4}
+    assert {bit for name, bit in bits.items() if "projector" in name} == {8}
+    for wrong in ("=4", "model.*=four", "model.vision_tower*=9"):
+        refused = CliRunner().invoke(app, [*asked, str(tmp_path / "no"), "--include", wrong])
+        assert isinstance(refused.exception, QuantkitError)
