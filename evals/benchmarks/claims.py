@@ -89,6 +89,7 @@ TRUST = "docs/results/trust.md"
 DAMAGE = "2026-11-29-fuzz.json"
 BUILDS = "kernel-build-triton-3.7.1.json"
 PEER = "2026-11-21-cpu-llmcompressor.json"
+REAL_PEER = "2026-11-30-cpu-llmcompressor-smollm2.json"
 REAL = "2026-11-29-cpu-smollm2.json"
 
 
@@ -259,6 +260,11 @@ CLAIMS = [
         "({:.2f} and {:.2f} in two measurements), with its default, which runs a second stream of activations, "
         "{:.2f} and {:.2f}",
         tuple(_beside_peer(who, run) for who in ("quantkit, target shift 0", "quantkit") for run in (0, 1)),
+    ),
+    Claim(
+        MEMORY,
+        "with `--target-shift 0` in {:.2f} of its time, by default in {:.2f}",
+        tuple(Value(REAL_PEER, who, "ratios") for who in ("quantkit, target shift 0", "quantkit")),
     ),
     Claim(
         TRELLIS,

@@ -2,9 +2,11 @@
 
 from quantkit.evals.benchmarks.table import Pick, Printed, Table
 from quantkit.evals.benchmarks.tables_runs import (
+    ARCHITECTURES,
     CHECKSUMS,
     DAMAGE,
     DRY_RUN,
+    EXPERTS,
     EXPERTS_MEMORY,
     FAULTS,
     FINETUNE_MEMORY,
@@ -13,6 +15,8 @@ from quantkit.evals.benchmarks.tables_runs import (
     PREDICTIONS,
     REAL_MODEL,
     REFERENCE_ROWS,
+    SETTINGS,
+    SHRINKAGE,
 )
 
 KL = "{kl:k.2f} +- {kl_se:k.2f}"
@@ -453,5 +457,9 @@ TABLES: dict[str, Table | Printed] = {
     "real-model": REAL_MODEL,
     "reference-rows": REFERENCE_ROWS,
     "predictions": PREDICTIONS,
+    "settings": SETTINGS,
+    "experts": EXPERTS,
+    "shrinkage": SHRINKAGE,
+    "architectures": ARCHITECTURES,
 }
 """Tables by the name in a document's mark."""

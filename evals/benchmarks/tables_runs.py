@@ -1,7 +1,7 @@
 """The documents' tables about runs: what they give on a real model, survive, need and cost."""
 
 from quantkit.evals.benchmarks.table import Printed, Table
-from quantkit.evals.deciding_table import predictions_of, table_of
+from quantkit.evals.deciding_table import architectures_of, predictions_of, shrinkage_of, table_of
 
 _COUNTS = ("variants", "refused", "equal", "taken", "different", "unrecorded", "faults")
 _DOORS = """load; load, config alone; load, tied head; load, saved by transformers; load verify=True; inspect --verify
@@ -85,3 +85,7 @@ CHECKSUMS = Table(
 REAL_MODEL = Printed("2026-11-29-cpu-smollm2.json", table_of)
 REFERENCE_ROWS = Printed("2026-11-29-cpu-reference.json", table_of)
 PREDICTIONS = Printed("2026-11-29-cpu-predicted.json", predictions_of)
+SETTINGS = Printed("2026-11-30-cpu-settings-smollm2.json", table_of)
+EXPERTS = Printed("2026-11-30-cpu-experts.json", table_of)
+SHRINKAGE = Printed("2026-11-30-cpu-shrinkage.json", shrinkage_of)
+ARCHITECTURES = Printed("2026-11-30-architectures.json", architectures_of)
