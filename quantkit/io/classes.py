@@ -21,7 +21,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from quantkit.core.errors import QuantkitError, first_line
 from quantkit.core.remote import REMOTE
-from quantkit.io.checkpoint import read_config
+from quantkit.io.files import parse_json
 
 _TEXT, _MORE = (AutoModelForCausalLM,), (AutoModelForImageTextToText, AutoModelForMultimodalLM)
 """Where a config's class is looked up if it names none."""
@@ -37,7 +37,7 @@ def config_of(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=REMOTE.get())
     except Exception as error:  # transformers and huggingface_hub raise many kinds on a bad config
         if "trust_remote_code" in str(error) and not REMOTE.get():
-            named = read_config(folder).get("auto_map")
+            named = parse_json(folder / "config.json").get("auto_map")
             places = {str(place).split("--")[-1].rpartition(".")[0] for place in (named or {}).values()}
             code = ", ".join(f"{place}.py" for place in sorted(places)) or "which its config.json does not name"
             raise QuantkitError(
