@@ -93,7 +93,7 @@ def test_quantized_resumed_loaded_and_seeing(family, seeing_folder, text_file, t
     torch.testing.assert_close(logits(packed, inputs), found, rtol=1e-5, atol=1e-5)
 
 
-@each
+@pytest.mark.parametrize("family", ["gemma3", "llama4", "llava", "qwen2_5_vl", "qwen3_5", "smolvlm"])
 def test_packed_in_memory_and_saved(family, seeing_folder, tokenizer, text_file, tmp_path):
     model = quantkit.load(seeing_folder(family), dtype=torch.float32).eval()
     calibration = Calibration(str(text_file), 2, 64)
