@@ -135,6 +135,16 @@ def made(kind: str, folder: Path) -> None:
         full(torch.arange(10, 34).view(2, 12))
 
 
+def dequantize_layers(model: nn.Module) -> None:
+    """Puts linear layers with dequantized weights in the places of packed ones."""
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, QuantizedLinear):
+            dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+            bias = {} if layer.bias is None else {"bias": layer.bias}
+            dense.load_state_dict({"weight": layer.used.dequantize()} | bias)
+            model.set_submodule(name, dense)
+
+
 def tried(folder: Path, quantizer: Any, work: Path) -> dict[str, Any]:
     """What comes of packing a model's folder in one way.
 
@@ -167,13 +177,7 @@ def tried(folder: Path, quantizer: Any, work: Path) -> dict[str, Any]:
     with torch.no_grad():
         found = packed(tokens).logits
         packed.generate(tokens, max_new_tokens=3, do_sample=False, pad_token_id=0)
-        for name, layer in [*packed.named_modules()]:
-            if isinstance(layer, QuantizedLinear):
-                dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-                dense.weight.copy_(layer.used.dequantize())
-                if layer.bias is not None:
-                    dense.bias.copy_(layer.bias)
-                packed.set_submodule(name, dense)
+        dequantize_layers(packed)
         error = float((packed(tokens).logits - found).abs().max() / found.abs().max())
     assert error <= 1e-5, f"logits differ by {error:.1e}"
     inside = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and _in_blocks(name, mapping, layers))

@@ -1,4 +1,4 @@
-"""The table that decides, as it is printed, stands in the document and is drawn."""
+"""Tables of recorded runs as they are printed and stand in documents, and the picture of the one that decides."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

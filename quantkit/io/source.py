@@ -410,13 +410,13 @@ class Sharded(Source):
         return self.model
 
     def _stored(self) -> dict[str, int]:
-        others = {name: self._shards.tensor_nbytes(name) for name in self._others}
-        return {name: origin.nbytes for name, origin in self._tensors.mapping.items()} | others
+        apart = {name: self._shards.tensor_nbytes(name) for name in self._others}
+        return {name: origin.nbytes for name, origin in self._tensors.mapping.items()} | apart
 
     def _read(self, names: list[str]) -> Iterable[tuple[str, Tensor]]:
-        others = set(self._others).intersection(names)
-        yield from self._tensors.read([name for name in names if name not in others])
-        yield from self._shards.read(others)
+        apart = set(self._others).intersection(names)
+        yield from self._tensors.read([name for name in names if name not in apart])
+        yield from self._shards.read(apart)
 
 
 def open_folder(folder: Path, dtype: torch.dtype | None = None, structure_only: bool = False) -> Source:

@@ -63,7 +63,7 @@ class Dequantized(Shards):
     def __init__(self, shards: Shards, config: Mapping[str, Any]) -> None:
         self.folder, self.files = shards.folder, shards.files
         self._shards, asked = shards, quantization_of(config)
-        self.form = method = str(asked.get("quant_method")).lower()
+        self.form = method = asked["quant_method"]
         find = FORMS.get(method)
         if find is None:
             raise QuantkitError(
@@ -129,7 +129,8 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
         for name in _SAYING:
             found = place.get(name)
             if found:
-                return dict(found) if isinstance(found, Mapping) else {"quant_method": str(found)}
+                said = dict(found) if isinstance(found, Mapping) else {"quant_method": found}
+                return said | {"quant_method": str(said.get("quant_method")).lower()}
     return {}
 
 

@@ -10,7 +10,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-_SIZES = {
+SIZES = {
     "vocab_size": 2048,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -21,22 +21,22 @@ _SIZES = {
 }
 _FEW = {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 2, "topk_group": 1}
 EXPERTS = {
-    "mixtral": MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": Qwen3MoeConfig(
-        **_SIZES, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16, norm_topk_prob=True
+        **SIZES, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16, norm_topk_prob=True
     ),
     "gpt_oss": GptOssConfig(
-        **_SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=32,
+        **SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=32,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     ),  # transposed, interleaved, with biases
     "deepseek_v3": DeepseekV3Config(
-        **_SIZES, **_FEW, first_k_dense_replace=1, n_shared_experts=1, q_lora_rank=32, kv_lora_rank=32,
+        **SIZES, **_FEW, first_k_dense_replace=1, n_shared_experts=1, q_lora_rank=32, kv_lora_rank=32,
         qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
     ),
-    "glm4_moe": Glm4MoeConfig(**_SIZES, **_FEW, first_k_dense_replace=1, head_dim=16),
+    "glm4_moe": Glm4MoeConfig(**SIZES, **_FEW, first_k_dense_replace=1, head_dim=16),
     "llama4": Llama4TextConfig(
-        **_SIZES, num_local_experts=4, num_experts_per_tok=1, head_dim=16, intermediate_size_mlp=96,
+        **SIZES, num_local_experts=4, num_experts_per_tok=1, head_dim=16, intermediate_size_mlp=96,
         interleave_moe_layer_step=1,
     ),  # all tokens through all experts, sorted
-    "granitemoe": GraniteMoeConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "granitemoe": GraniteMoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
 }  # fmt: skip

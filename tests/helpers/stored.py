@@ -6,7 +6,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -120,7 +119,7 @@ FORMS = {
     "fp8": (fp8, ".weight", {"quant_method": "fp8", "weight_block_size": [32, 32]}),
     "fbgemm_fp8": (fbgemm, ".weight", {"quant_method": "fbgemm_fp8"}),
     "gptq-4": (gptq(4, "gptq"), "", {"quant_method": "gptq", "bits": 4, "group_size": 32}),
-    "gptq-3": (gptq(3, "gptq"), "", {"quant_method": "gptq", "bits": 3, "group_size": 32}),
+    "gptq-3": (gptq(3, "gptq"), "", {"quant_method": "GPTQ", "bits": 3, "group_size": 32}),
     "gptq-8-v2": (
         gptq(8, "gptq_v2"), "", {"quant_method": "gptq", "bits": 8, "group_size": 32, "checkpoint_format": "gptq_v2"}
     ),

@@ -19,18 +19,11 @@ from transformers import (
     SmolVLMConfig,
 )
 
+from .experts import SIZES
+
 IMAGE = 2000
 """The token in whose place an image's features go."""
-_TEXT = {
-    "vocab_size": 2048,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-}
+_TEXT = SIZES | {"head_dim": 16}
 _TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 _QWEN = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 64}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import quantkit
 from quantkit import Calibration, Recipe
 from quantkit.core.errors import CheckpointError, QuantkitError
+from quantkit.evals.architectures import dequantize_layers
 from quantkit.io.conversion import origins, read
 from quantkit.io.shards import Shards
 from quantkit.io.source import meta_model, open_folder
 from quantkit.models.experts import Apart, is_stacked, parts, place, put_together, routed, take_apart
-from quantkit.models.linear import QuantizedLinear
 from quantkit.run.estimate import estimate
 from quantkit.run.pipeline import quantize_checkpoint
 
@@ -108,13 +108,7 @@ def test_quantized_resumed_loaded_and_run(family, model_folder, text_file, tmp_p
     assert torch.equal(logits(memory, tokens), found) and generated.shape == (2, 12)
     memory.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(quantkit.load(tmp_path / "saved", dtype=torch.float32).eval(), tokens), found)
-    for name, layer in [*packed.named_modules()]:
-        if isinstance(layer, QuantizedLinear):
-            dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-            dense.load_state_dict(
-                {"weight": layer.used.dequantize()} | ({"bias": layer.bias} if dense.bias is not None else {})
-            )
-            packed.set_submodule(name, dense)
+    dequantize_layers(packed)
     torch.testing.assert_close(logits(packed, tokens), found, rtol=1e-5, atol=1e-5)
 
 
