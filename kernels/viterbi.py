@@ -126,7 +126,7 @@ def _search(x: Tensor, values: Tensor, bits: int, first: Tensor, last: Tensor) -
         from quantkit.kernels import viterbi_triton
 
         return viterbi_triton.search(x, values, bits, first, last)
-    if x.is_cpu and _has_numba():
+    if x.is_cpu and has_numba():
         from quantkit.kernels import viterbi_numba
 
         numbers, table, start, end = (tensor.numpy() for tensor in (x, values, first, last))
@@ -163,7 +163,8 @@ def reference(x: Tensor, values: Tensor, bits: int, first: Tensor, last: Tensor)
 
 
 @lru_cache
-def _has_numba() -> bool:
+def has_numba() -> bool:
+    """Whether searches on a CPU are compiled; says once what they would gain by it."""
     try:
         import numba  # noqa: F401
     except ImportError:

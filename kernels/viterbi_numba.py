@@ -11,7 +11,7 @@ longer, for they write every intermediate result to memory.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -52,6 +52,41 @@ def search(x: Any, values: Any, bits: int, first: Any, last: Any, threads: int) 
     return states
 
 
+class ColumnInParts:
+    """Finds columns' rings part by part, with the feedback of `quantizers.row_feedback` between parts.
+
+    Args:
+        values: float32 [2^L].
+        bits: K.
+        places: of a ring.
+        order: int64 [rows], the rows of one part after the other's.
+        bounds: int64 [parts + 1], where parts begin in it.
+        runs: int64 [runs, 5], in the order of parts: the part, the first place, how many, and how many places before
+            and behind are looked at. In the first part they find nothing beside them, in later ones the state before
+            them, in the last one that behind them too.
+        onward: of each part, [its rows, rows after it]: what an error there moves each of these by.
+    """
+
+    def __init__(
+        self, values: Any, bits: int, places: int, order: Any, bounds: Any, runs: Any, onward: Sequence[Any]
+    ) -> None:
+        self._values, self._places, self._order, self._bounds, self._runs = values, places, order, bounds, runs
+        self._onward = np.concatenate([np.ascontiguousarray(part).reshape(-1) for part in onward])
+        self._longest = int((runs[:, 2] + runs[:, 3] + runs[:, 4]).max())
+        self._column = _column(bits, len(values) >> bits)
+        self._count = len(values) >> bits
+
+    def __call__(self, column: Any, step: float) -> tuple[Any, Any]:
+        """(the column as it is rounded, int32 [places] states) for a column [rows] in units of its step."""
+        found, states = np.empty_like(column), np.empty(self._places, dtype=np.int32)
+        spread, choice = _scratch(len(self._values), self._count, self._longest)
+        self._column(
+            column.copy(), np.float32(step), self._values, self._order, self._bounds, self._runs,
+            self._onward.astype(column.dtype, copy=False), found, states, spread, choice,
+        )  # fmt: skip
+        return found, states
+
+
 @lru_cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
@@ -88,6 +123,49 @@ def _sequence(bits: int, count: int) -> Callable:
             u = state >> bits
 
     return sequence
+
+
+@lru_cache
+def _column(bits: int, count: int) -> Callable:
+    """The compiled work of `ColumnInParts`."""
+    sequence, mask = _sequence(bits, count), count - 1
+
+    @_compiled
+    def column(left, step, values, order, bounds, runs, onward, found, states, spread, choice):
+        """Writes `found` [rows] and `states` [places]; `left` [rows] is what each row is to be by then."""
+        rows, places, parts = len(left), len(states), len(bounds) - 1
+        x, path = np.empty(len(choice), dtype=np.float32), np.empty(len(choice), dtype=np.int32)
+        moved, used, run = np.empty_like(left), 0, 0
+        for part in range(parts):
+            while run < len(runs) and runs[run, 0] == part:
+                start, length, before, beyond = runs[run, 1], runs[run, 2], runs[run, 3], runs[run, 4]
+                steps = before + length + beyond
+                for i in range(steps):  # paths run from high places to low ones
+                    place = (start - before + i) % places
+                    x[steps - 1 - i] = np.float32(left[place]) / step if place < rows else np.float32(0)
+                above, below = np.int64(-1), np.int64(-1)
+                if part > 0:
+                    below = np.int64(states[(start - 1) % places]) >> bits
+                if part == parts - 1:
+                    above = np.int64(states[(start + length) % places]) & mask
+                sequence(x[:steps], values, above, below, path[:steps], spread, choice[:steps])
+                for i in range(length):
+                    states[(start + i) % places] = path[steps - 1 - before - i]
+                run += 1
+            begin, end = bounds[part], bounds[part + 1]
+            after = rows - end
+            moved[:after] = 0
+            for i in range(begin, end):
+                row = order[i]
+                found[row] = values[states[row]] * step
+                error = left[row] - found[row]
+                for j in range(after):
+                    moved[j] += error * onward[used + j]
+                used += after
+            for j in range(after):
+                left[order[end + j]] -= moved[j]
+
+    return column
 
 
 def _few_ways(bits: int) -> Callable:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from quantkit.core.stats import LayerStats
 
-PARTS, LEAST_ROWS = 8, 32
+PARTS, LEAST_ROWS = 16, 32
 """Parts into which a column is divided, and the rows of a part at least."""
 
 
@@ -82,6 +82,11 @@ class RowFeedback:
             found[here] = rounded(left, part)
             left[after] -= onward.T.to(left) @ (left[here] - found[here])
         return found
+
+    @property
+    def onward(self) -> list[Tensor]:
+        """Of each part, by what an error there moves the rows after it: [its rows, rows after it]."""
+        return [onward for _, _, onward in self._steps]
 
     def unexplained(self) -> float:
         """tr(H_O), damped, with each part of the rows as those after it leave it."""

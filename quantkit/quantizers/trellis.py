@@ -17,7 +17,9 @@ square when its turn comes: a byte a column.
 Rotate first (`Hadamard`): the code is made for Gaussian numbers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -27,7 +29,7 @@ from quantkit.core.protocols import Needs
 from quantkit.core.stats import LayerStats
 from quantkit.formats.trellis import TrellisWeight, columns_of, rings_of
 from quantkit.kernels import trellis
-from quantkit.kernels.viterbi import between, encode
+from quantkit.kernels.viterbi import between, encode, has_numba
 from quantkit.quantizers.feedback import check_feedback, error_feedback, required
 from quantkit.quantizers.row_feedback import RowFeedback
 
@@ -157,6 +159,26 @@ def _runs(rows: RowFeedback, out_features: int, device: torch.device) -> list[li
     return found
 
 
+def _compiled(rows: RowFeedback, values: Tensor, bits: int, weight: Tensor) -> Callable | None:
+    """What finds a column's ring in one compiled call on a CPU, part by part; None elsewhere, or without numba."""
+    if not weight.is_cpu or not has_numba():
+        return None
+    from quantkit.kernels.viterbi_numba import ColumnInParts
+
+    places, last = trellis.ring_length(len(weight)), len(rows.runs) - 1
+    runs = [
+        (part, start, (places if stop == len(weight) else stop) - start, AHEAD * (part == 0), AHEAD * (part < last))
+        for part, spans in enumerate(rows.runs)
+        for start, stop in spans
+    ]
+    order = torch.cat([torch.arange(*span) for spans in rows.runs for span in spans])
+    bounds = torch.tensor([0, *accumulate(sum(stop - start for start, stop in spans) for spans in rows.runs)])
+    onward = [part.to(weight.dtype).numpy() for part in rows.onward]
+    return ColumnInParts(
+        values.numpy(), bits, places, order.numpy(), bounds.numpy(), torch.tensor(runs).numpy(), onward
+    )
+
+
 class _Paths:
     """Rounds `width` columns at a time to the nearest path through them."""
 
@@ -172,6 +194,7 @@ class _Paths:
         self._scales = torch.empty(in_features, dtype=torch.uint8, device=weight.device)
         self._codes: list[Tensor] = []
         self._runs = _runs(rows, out_features, weight.device)
+        self._compiled = _compiled(rows, self._values, bits, weight) if self._runs else None
 
     def group_size(self) -> int:
         return self.width
@@ -196,6 +219,10 @@ class _Paths:
 
     def _in_parts(self, column: Tensor, step: Tensor) -> Tensor:
         """A column whose ring is found part by part, the runs of a part side by side."""
+        if self._compiled is not None:
+            result, states = (torch.from_numpy(part) for part in self._compiled(column.numpy(), float(step)))
+            self._take(states)
+            return result
         places, mask = trellis.ring_length(self._out_features), (len(self._values) >> self._bits) - 1
         states = torch.empty(places, dtype=torch.int64, device=column.device)
 
@@ -209,9 +236,13 @@ class _Paths:
             return (self._values[states[self._rows.rows[part]]] * step).to(rows.dtype)
 
         result = self._rows.round(column, rounded)
+        self._take(states)
+        return result
+
+    def _take(self, states: Tensor) -> None:
+        """Keeps a ring's codes."""
         symbols = (states & (1 << self._bits) - 1).to(torch.uint8)
         self._codes.append(trellis.pack_rings(symbols.unsqueeze(1), self._bits))
-        return result
 
     def packed(self, inverse: Tensor | None) -> TrellisWeight:
         """The weight; `inverse` int64 [in_features] puts columns back in order, None where they came in it."""

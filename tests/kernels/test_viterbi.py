@@ -164,12 +164,12 @@ def test_without_numba_torch_searches_and_says_so_once(monkeypatch, caplog):
     first, last = ends(64, 3)
     monkeypatch.setitem(sys.modules, "numba", None)  # importing it now fails
     monkeypatch.delitem(sys.modules, viterbi_numba.__name__)
-    viterbi._has_numba.cache_clear()
+    viterbi.has_numba.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             found = [search(x, values, 2, first, last) for _ in range(2)]
     finally:
-        viterbi._has_numba.cache_clear()
+        viterbi.has_numba.cache_clear()
     assert [record.name for record in caplog.records] == [viterbi.__name__]
     assert "pip install numba" in caplog.text
     assert all(torch.equal(states, reference(x, values, 2, first, last)) for states in found)

@@ -84,9 +84,9 @@ def test_rings_of_parts_close_and_cost_little(rows):
 
 def test_runs_of_a_part_follow_those_of_the_part_before():
     _, stats, outputs = layer(805, 32)
-    feedback = RowFeedback(805, stats.of_layer("x", outputs), 48)
+    feedback = RowFeedback(805, stats.of_layer("x", outputs), 24)
     spans = sorted(span for part in feedback.runs for span in part)
-    assert len(feedback.runs) == 8 and {len(part) for part in feedback.runs} == {2}
+    assert len(feedback.runs) == 16 and {len(part) for part in feedback.runs} == {2}
     assert [start for start, _ in spans] == [0, *(stop for _, stop in spans[:-1])] and spans[-1][1] == 805
     for before, after in pairwise(feedback.runs):
         assert [stop for _, stop in before] == [start for start, _ in after]
@@ -94,14 +94,28 @@ def test_runs_of_a_part_follow_those_of_the_part_before():
     assert RowFeedback(805, stats, 48).rows == [slice(None)]
 
 
-def test_runs_gain_as_much_as_whole_parts(monkeypatch):
-    """Which rows go together does not matter, and ends of runs cost little."""
+def test_runs_gain_nearly_as_much_as_whole_parts(monkeypatch):
+    """Which rows go together does not matter; every further run is one more whose both ends are given."""
     weight, stats, outputs = layer(768, 48)
+    monkeypatch.setattr(row_feedback, "PARTS", 8)
     known = stats.of_layer("x", outputs)
-    side_by_side = loss(weight, Trellis(2, 10).quantize(weight, known), stats, outputs)
-    monkeypatch.setattr(quantizers.trellis, "RUN", 96)
     whole = loss(weight, Trellis(2, 10).quantize(weight, known), stats, outputs)
-    assert side_by_side < 1.05 * whole
+    monkeypatch.setattr(quantizers.trellis, "RUN", 48)
+    side_by_side = loss(weight, Trellis(2, 10).quantize(weight, known), stats, outputs)
+    assert (
+        whole < side_by_side < 1.3 * whole < 1.2 * loss(weight, Trellis(2, 10).quantize(weight, stats), stats, outputs)
+    )
+
+
+@pytest.mark.parametrize(("rows", "bits", "run", "dtype"), [(205, 2, 96, torch.float32), (805, 3, 24, torch.float64)])
+def test_one_compiled_call_a_column_finds_what_single_steps_find(rows, bits, run, dtype, monkeypatch):
+    pytest.importorskip("numba")
+    weight, stats, outputs = layer(rows, 32)
+    monkeypatch.setattr(quantizers.trellis, "RUN", run)
+    known, quantizer = stats.of_layer("x", outputs), Trellis(bits, 8)
+    compiled = quantizer.quantize(weight.to(dtype), known)
+    monkeypatch.setattr(quantizers.trellis, "_compiled", lambda *_: None)
+    assert torch.equal(compiled.codes, quantizer.quantize(weight.to(dtype), known).codes)
 
 
 def test_outputs_that_do_not_factor_are_named():
