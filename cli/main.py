@@ -22,7 +22,7 @@ from quantkit.cli.quantize import quantize_command
 from quantkit.cli.search import search_command
 from quantkit.cli.tune import tune_command
 from quantkit.cli.voice import Voice, speak, verb
-from quantkit.core.errors import Interrupted, QuantkitError
+from quantkit.core.errors import Elsewhere, Interrupted, QuantkitError
 
 _STOPPED = "stopped; nothing is kept"
 
@@ -86,6 +86,8 @@ def main() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch, huge pages on a CPU: a lower, steadier peak, no slower
     try:
         app()
+    except Elsewhere as error:
+        sys.exit(error.exit_code)
     except QuantkitError as error:
         _end(console, error)
     except RuntimeError as error:

@@ -67,6 +67,11 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def process_count() -> int:
+    """Of the processes that torchrun or accelerate started; 1 without."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def own_settings(context: typer.Context, method: str, known: Collection[str]) -> dict[str, Any]:
     """A method's settings from the options that a verb does not know by itself.
 

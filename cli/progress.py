@@ -6,7 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -144,9 +144,9 @@ def telling(every: float = OFTEN) -> Iterator[Teller]:
 
 
 @contextmanager
-def block_progress() -> Iterator[Callable[[int, int, str], None]]:
+def block_progress(shown: bool = True) -> Iterator[Callable[[int, int, str], None]]:
     """Over blocks: yields a callback (blocks done, blocks in all, name of the block begun)."""
-    with telling(every=0) as tell:
+    with telling(every=0) if shown else nullcontext(lambda *_: None) as tell:
         yield lambda done, total, name: tell("blocks", done, total, name)
 
 

@@ -165,6 +165,10 @@ _PushToHub = Annotated[
     typer.Option(metavar="ID", help="Upload the finished folder to this repository on the hub, made where it is new."),
 ]
 _Private = Annotated[bool, typer.Option("--private", help="Make it a private one.")]
+_Processes = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --dry-run: processes that are to share the run; those of torchrun are known."),
+]
 _Output = Annotated[Path | None, typer.Option(help="Folder to make; by default NAME-METHOD-Nbit.")]
 _Seed = Annotated[int, typer.Option(help="Of the choice of calibration sequences; methods have fixed seeds.")]
 
@@ -213,12 +217,14 @@ def quantize_command(
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
+    processes: _Processes = None,
     as_json: options.Json = False,
 ) -> None:
     """Quantize a model: blocks are read, quantized and written one at a time.
 
     An interrupted run continues with --resume and gives the same bytes. The report is printed and written beside the
-    checkpoint: quantkit_report.json, and quantkit_report.html to read.
+    checkpoint: quantkit_report.json, and quantkit_report.html to read. Several processes share the work, and make the
+    same bytes: torchrun --nproc-per-node N -m quantkit.cli quantize ..., or accelerate launch.
     """
     if private and push_to_hub is None:
         raise QuantkitError("--private says nothing without --push-to-hub; add the repository's id")
@@ -256,17 +262,20 @@ def quantize_command(
         push_to_hub = hub_id(push_to_hub) if dry_run else check_push(push_to_hub)
     folder = resolve_folder(model)
     output = output or Path(f"{Path(model).resolve().name}-{words}")
+    if processes is not None and not dry_run:
+        raise QuantkitError("--processes is for --dry-run; torchrun --nproc-per-node N -m quantkit.cli starts them")
     if dry_run:
         Output(output, folder, resume=resume, overwrite=overwrite)  # refused where the run would be
-        _say_estimate(model, folder, recipe, output, device, as_json)
-        return
+        return _say_estimate(model, folder, recipe, output, device, processes, as_json)
     try:
-        with block_progress() as progress:
+        with block_progress(options.is_first_process()) as progress:
             report = quantize_checkpoint(
                 folder, recipe, output, name=model, device=device, resume=resume, overwrite=overwrite, progress=progress
             )
     except KeyboardInterrupt:
         raise _interrupted(output) from None
+    if not options.is_first_process():
+        return
     known = report.check or report.settings["calibration"]  # else nobody has read that text
     more = _eval_command(output, model, calibration if known else "wikitext2")
     if not as_json:
@@ -356,10 +365,15 @@ def _quantizer(
     return quantizer, words + ("" if bits is None else f"-{bits:g}bit")
 
 
-def _say_estimate(model: str, folder: Path, recipe: Recipe, output: Path, device: str, as_json: bool) -> None:
+def _say_estimate(
+    model: str, folder: Path, recipe: Recipe, output: Path, device: str, processes: int | None, as_json: bool
+) -> None:
     from quantkit.run.estimate import estimate
 
-    expected = estimate(folder, recipe, device=device)
+    processes = processes or options.process_count()
+    if not options.is_first_process():
+        return
+    expected = estimate(folder, recipe, device, processes)
     if as_json:
         print(json.dumps(asdict(expected), indent=2))
         return
@@ -374,7 +388,8 @@ def _say_estimate(model: str, folder: Path, recipe: Recipe, output: Path, device
         soft_wrap=True,
     )
     console.print(f"size               {size(expected.bytes_before)} -> {size(expected.bytes_after)}")
-    console.print(f"memory of the run  about {size(expected.memory_bytes)} on {expected.device}")
+    each = f" in each of {processes} processes" if processes > 1 else ""
+    console.print(f"memory of the run  about {size(expected.memory_bytes)} on {expected.device}{each}")
     beside = ", and its blocks' tuning" if recipe.tuner else ""
     console.print(f"time of the run    about {duration(expected.seconds)}{beside}, on this machine as it is now")
     for note in expected.notes:

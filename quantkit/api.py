@@ -67,6 +67,8 @@ def quantize(
 ) -> Any:
     """Quantizes a model: one in memory in place, one in a folder block by block into another folder.
 
+    With a folder for output, processes that torchrun or `accelerate launch` has started share the work.
+
     Args:
         model: a decoder-only transformers model; or its folder, hub id or GGUF file.
         tokenizer: of a model in memory; methods that read no statistics do without.

@@ -16,6 +16,7 @@ from quantkit.evals.benchmarks.tables_runs import (
     REAL_MODEL,
     REFERENCE_ROWS,
     SETTINGS,
+    SHARED,
     SHRINKAGE,
 )
 
@@ -449,6 +450,7 @@ TABLES: dict[str, Table | Printed] = {
     "damage": DAMAGE,
     "faults": FAULTS,
     "dry-run": DRY_RUN,
+    "shared": SHARED,
     "memory": MEMORY,
     "experts-memory": EXPERTS_MEMORY,
     "finetune-memory": FINETUNE_MEMORY,

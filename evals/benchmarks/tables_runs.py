@@ -35,6 +35,17 @@ DRY_RUN = Table(
     },
 )  # fmt: skip
 
+SHARED = Table(
+    "2026-11-30-cpu-shared.json", "model | run | bytes | time of the run | of the whole command",
+    ("{bytes}", "{ratio:.2f}", "{whole_ratio:.2f}"),
+    {
+        f"{model} | {run}": [{"model": name, "run": run, "processes": 2}]
+        for name, model in (("smollm2", "SmolLM2-135M, its first 4 blocks"), ("reference", "reference model"))
+        for run in ("GPTQ, groups of 64", "trellis, 2^12 states")
+    },
+    "rows",
+)  # fmt: skip
+
 MEMORY = Table(
     "2026-11-29-memory.json", "method | blocks | weights | checkpoint, GiB | peak, GiB",
     ("{parameters:,.0f}", "{checkpoint_gib:.2f}", "{peak_rss_gib:.2f}"),

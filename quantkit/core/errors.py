@@ -51,6 +51,10 @@ class Interrupted(QuantkitError):
     exit_code = 130
 
 
+class Elsewhere(QuantkitError):
+    """What another process of this run has raised, and tells of by itself."""
+
+
 class CheckpointError(QuantkitError):
     """A checkpoint that is missing, damaged, or of a format that is not installed."""
 

@@ -7,6 +7,7 @@ which factors the inverse.
 """
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -34,19 +35,22 @@ def _panels(columns: int) -> list[tuple[int, int]]:
     return list(pairwise(columns * panel // count for panel in range(count + 1)))
 
 
-def add_moments(total: Tensor, x: Tensor, y: Tensor) -> None:
-    """Adds x^T y, which is to be symmetric, at two thirds of a product's cost; `mirrored` completes the sum.
+def moments(total: Tensor, x: Tensor, y: Tensor, symmetric: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+    """What x^T y adds to a sum of such products: places in it, each with its product; `mirrored` completes the sum.
 
     Args:
-        total: [n, n], of which only panels of rows, each from its diagonal block on, are brought up to date.
+        total: the sum, [n, n]; of a symmetric one only panels of rows, each from its diagonal block on, are brought up
+            to date, at two thirds of the cost.
         x, y: [tokens, n].
+        symmetric: whether x^T y is.
     """
     for start, stop in _panels(len(total)):
-        total[start:stop, start:].addmm_(x[:, start:stop].T, y[:, start:])
+        first = start if symmetric else 0
+        yield total[start:stop, first:], x[:, start:stop].T @ y[:, first:]
 
 
 def mirrored(total: Tensor) -> Tensor:
-    """The sum that `add_moments` has made, completed in place."""
+    """The sum that `moments` has made, completed in place."""
     for start, stop in _panels(len(total)):
         total[stop:, start:stop] = total[start:stop, stop:].T
     return total

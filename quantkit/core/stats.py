@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from quantkit.core.errors import CalibrationError
-from quantkit.core.linalg import NotPositiveDefinite, add_moments, damped_inverse_factor, elimination_order, mirrored
+from quantkit.core.linalg import (
+    NotPositiveDefinite,
+    damped_inverse_factor,
+    elimination_order,
+    mirrored,
+    moments,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -137,13 +143,21 @@ class StatsAccumulator:
     def __init__(self, in_features: int, with_cross: bool, device: torch.device) -> None:
         self._hessian = torch.zeros(in_features, in_features, device=device)
         self._cross = torch.zeros_like(self._hessian) if with_cross else None
-        self._num_tokens, self._weight, self._squares = 0, 0.0, 0.0
+        self._counts = torch.zeros(3, dtype=torch.float64)  # tokens, their weights, the squares of these
 
     def add(self, x_q: Tensor, x: Tensor | None = None, weights: Tensor | None = None) -> None:
-        """Adds inputs [..., in_features]; `x`, of their shape, are the same tokens in the full-precision stream.
+        """Adds inputs; see `products`."""
+        for place, product in self.products(x_q, x, weights):
+            place += product
+
+    def products(
+        self, x_q: Tensor, x: Tensor | None = None, weights: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What inputs [..., in_features] add to the sums: places in them, each with its product.
 
         Args:
-            x_q, x: the inputs.
+            x_q: the inputs.
+            x: of their shape, the same tokens in the full-precision stream.
             weights: fp32 [...] of the tokens; None where all count alike.
 
         Raises:
@@ -151,14 +165,15 @@ class StatsAccumulator:
         """
         x_q = x_q.reshape(-1, x_q.shape[-1]).float()
         weighted = x_q if weights is None else x_q * weights.to(x_q).reshape(-1, 1)
-        add_moments(self._hessian, weighted, x_q)
+        yield from moments(self._hessian, weighted, x_q)
         if self._cross is not None:
             if x is None:
                 raise ValueError("this accumulator gathers C and needs the full-precision inputs too")
-            self._cross.addmm_(x.reshape(-1, x.shape[-1]).float().T, weighted)
-        self._num_tokens += len(x_q)
-        self._weight += len(x_q) if weights is None else float(weights.sum())
-        self._squares += len(x_q) if weights is None else float(weights.square().sum())
+            x = x.reshape(-1, x.shape[-1]).float()
+            yield from moments(self._cross, x, weighted, symmetric=False)
+        count = float(len(x_q))
+        sums = (count, count) if weights is None else (float(weights.sum()), float(weights.square().sum()))
+        yield self._counts, torch.tensor([count, *sums])
 
     def finish(self, name: str) -> LayerStats:
         """The means over all tokens.
@@ -166,13 +181,14 @@ class StatsAccumulator:
         Raises:
             CalibrationError: no token reached the layer, or an input was NaN or Inf.
         """
-        if not self._num_tokens:
+        count, weight, squares = self._counts.tolist()
+        if not count:
             raise CalibrationError(f"{name}: no calibration token reached this layer; leave it out or use RTN")
-        hessian = mirrored(self._hessian) / self._weight
-        cross = None if self._cross is None else self._cross / self._weight
+        hessian = mirrored(self._hessian) / weight
+        cross = None if self._cross is None else self._cross / weight
         for matrix in (hessian, cross):
             if matrix is not None and not bool(torch.isfinite(matrix).all()):
                 raise CalibrationError(
                     f"{name}: its inputs hold NaN or Inf; check the weights, and save an fp16 model as bf16 first"
                 )
-        return LayerStats(hessian, cross, round(self._weight**2 / self._squares), name)
+        return LayerStats(hessian, cross, round(weight**2 / squares), name)

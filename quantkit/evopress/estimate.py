@@ -185,8 +185,10 @@ def _seconds(
     rounding = {f"{layer} {key}": (quantizer, shapes[layer]) for (layer, key), quantizer in missing.items()}
     least = Needs.CROSS if recipe.target_shift else Needs.HESSIAN
     needs = max(least, *(quantizer.needs for quantizer in missing.values()))
-    walk = multiplications(shapes, found.tokens.numel(), needs, _runs_back(recipe))
-    return rounding_seconds(rounding, device) + pass_seconds(walk, found.database.source.model.dtype, device)
+    felt = _runs_back(recipe)
+    walk = multiplications(shapes, found.tokens.numel(), needs, felt)
+    model = found.database.source.model
+    return rounding_seconds(rounding, device, felt=felt) + pass_seconds(walk, model.dtype, device)
 
 
 def _runs_back(recipe: Recipe) -> bool:

@@ -17,6 +17,8 @@ from quantkit.core.errors import QuantkitError
 from quantkit.models.experts import is_apart, place
 from quantkit.models.structure import find_blocks
 
+BATCH_TOKENS = 8192
+"""Tokens that run through a block together."""
 Wrap = Callable[[Tensor], Any]
 """Puts hidden states into the form in which a model's blocks return them."""
 
@@ -164,6 +166,11 @@ def _stubs(blocks: nn.ModuleList, last: Callable[[Tensor], Any], calls: list, wr
     return [make(index) for index in range(len(blocks))]
 
 
+def divided(sequences: Tensor, batch_tokens: int) -> tuple[Tensor, ...]:
+    """Sequences int64 [sequences, tokens] in batches of at most so many tokens, unless a sequence alone has more."""
+    return sequences.split(max(1, batch_tokens // sequences.shape[1]))
+
+
 def capture(
     model: nn.Module,
     blocks: nn.ModuleList,
@@ -172,6 +179,7 @@ def capture(
     device: torch.device,
     batch_tokens: int,
     wrap: Wrap | None = None,
+    only: slice = slice(None),
 ) -> tuple[list[Batch], Wrap]:
     """The first block's inputs and what else each block is called with, from running the model with stubbed blocks.
 
@@ -183,6 +191,7 @@ def capture(
         device: where the model runs.
         batch_tokens: tokens of a batch, at most, unless a sequence alone has more.
         wrap: the form in which blocks return hidden states, where it is known; else the first block tells it.
+        only: of the batches, those that are wanted.
 
     Returns:
         (batches, the form in which blocks return hidden states).
@@ -190,11 +199,10 @@ def capture(
     Raises:
         QuantkitError: the model does not run its blocks once each, in order and one on the other's output.
     """
-    rows = max(1, batch_tokens // sequences.shape[1])
     source.load("", model, device)
     wrap = wrap or _output_form(model, blocks, sequences[:1].to(device), source, device)
     batches: list[Batch] = []
-    for tokens in sequences.split(rows):
+    for tokens in divided(sequences, batch_tokens)[only]:
         calls: list[tuple[int, Tensor, tuple, dict[str, Any]]] = []
 
         def stop(hidden: Tensor) -> Any:

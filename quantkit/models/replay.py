@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from quantkit.models.experts import place
 from quantkit.models.forward import Batch, Wrap, bare, patched_forwards, run_block
 
+REPLAY_FRACTION = 1 / 8
+"""Fraction of the free memory in which a stream may keep what a block need not compute again."""
+
 
 @dataclass(frozen=True)
 class Order:

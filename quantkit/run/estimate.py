@@ -13,17 +13,19 @@ from quantkit.core.products import full_width
 from quantkit.core.protocols import Needs
 from quantkit.io.source import Loaded, Source, open_folder
 from quantkit.models.experts import place
+from quantkit.models.forward import BATCH_TOKENS, divided
 from quantkit.models.plan import Plan, plan_needs, tied, with_own_weight
+from quantkit.models.replay import REPLAY_FRACTION
 from quantkit.models.structure import block_linears, context_length, linear_weight
 from quantkit.run import fisher
 from quantkit.run.check import LOGITS
 from quantkit.run.experts import MOMENTS
+from quantkit.run.processes import BUNDLE, Together
 from quantkit.run.ranks import with_ranks
 from quantkit.run.recipe import Recipe, sequence_length
 from quantkit.run.record import model_notes
 from quantkit.run.report import peak_memory_bytes
 from quantkit.run.samples import LARGEST
-from quantkit.run.sequential import BATCH_TOKENS, REPLAY_FRACTION
 from quantkit.run.trial import pass_seconds, rounding_seconds
 
 IMPORTS = 1.03
@@ -45,6 +47,7 @@ class Estimate:
         memory_bytes: peak of the process, roughly: what this one holds with the libraries, one block, the streams of
             activations and the largest layer's statistics and working copies.
         seconds: of the run, roughly, on this machine as it is now; without block-wise tuning.
+        processes: that share the run, `memory_bytes` being what each of them takes.
         device: where the run would take place.
         notes: what a user should know, such as parts that would stay dense.
     """
@@ -58,17 +61,19 @@ class Estimate:
     memory_bytes: int
     seconds: float
     device: str
+    processes: int = 1
     notes: tuple[str, ...] = ()
 
 
 @full_width()
-def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimate:
+def estimate(folder: Path, recipe: Recipe, device: str | None = None, processes: int = 1) -> Estimate:
     """Sizes of the packed model, memory and time of the run; reads its text, but no weights.
 
     Args:
         folder: the full-precision model.
         recipe: what would be done.
         device: where.
+        processes: that are to share the run, each with such a device.
 
     Raises:
         QuantkitError: bad input; the message says what would work.
@@ -81,14 +86,19 @@ def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimat
     if recipe.reads_text(plan):
         tokens = recipe.calibration.sequences(source.tokenizer(), model)
     shapes = _shapes(source, plan)
-    seconds = expected_seconds(source, recipe, 0 if tokens is None else tokens.numel(), where)
+    seconds = expected_seconds(source, recipe, 0 if tokens is None else tokens.numel(), where, processes)
     laid_out = sizes(source, recipe)
-    working = _working_bytes(source, shapes, tokens, plan_needs(plan), recipe.tuner is not None, where)
+    own = tokens  # of the process that has most
+    if tokens is not None and recipe.tuner is None:
+        own = torch.cat(divided(tokens, BATCH_TOKENS)[Together(0, processes).own])
+    working = _working_bytes(source, shapes, own, plan_needs(plan), recipe.tuner is not None, where)
     if tokens is not None and recipe.runs_back(plan):
-        working = max(working, _reverse_bytes(source, shapes, tokens))
+        back = torch.cat(divided(tokens, fisher.BATCH_TOKENS)[Together(0, processes).own])
+        working = max(working, _reverse_bytes(source, shapes, back))
+    working += (processes > 1) * (processes + 1) * BUNDLE
     if recipe.check:
         length = sequence_length(recipe.calibration.seqlen, context_length(model))
-        working = max(working, _checking_bytes(source, (recipe.check, length), tokens))
+        working = max(working, _checking_bytes(source, (recipe.check, length), own))
         weights = sum(p.numel() for p in model.parameters())
         seconds += pass_seconds(2 * recipe.check * length * weights, model.dtype, where)
     return Estimate(
@@ -101,6 +111,7 @@ def estimate(folder: Path, recipe: Recipe, device: str | None = None) -> Estimat
         memory_bytes=max(int(IMPORTS * peak_memory_bytes()), resident_bytes() + working),
         seconds=seconds,
         device=str(where),
+        processes=processes,
         notes=(*source.notes, *model_notes(model, plan, source.untied, recipe.rotation is not None)),
     )
 
@@ -137,7 +148,7 @@ def sizes(source: Source, recipe: Recipe) -> Sizes:
     return Sizes(packed_weights, 8 * packed_bytes / packed_weights, before, dense_bytes + packed_bytes)
 
 
-def expected_seconds(source: Source, recipe: Recipe, tokens: int, device: torch.device) -> float:
+def expected_seconds(source: Source, recipe: Recipe, tokens: int, device: torch.device, processes: int = 1) -> float:
     """Of a run, roughly, by trials on this machine as it is now.
 
     Args:
@@ -145,14 +156,17 @@ def expected_seconds(source: Source, recipe: Recipe, tokens: int, device: torch.
         recipe: what would be done.
         tokens: of its text.
         device: where.
+        processes: that share it.
     """
     plan = recipe.plan(source.model)
     shapes = _shapes(source, plan)
     own = {name: (quantizer, shapes[name]) for name, quantizer in with_own_weight(plan).items()}
-    seconds = rounding_seconds(own, device)
+    seconds = rounding_seconds(own, device, processes, recipe.runs_back(plan))
     if recipe.reads_text(plan):
         work = multiplications(shapes, tokens, plan_needs(plan), recipe.runs_back(plan))
-        seconds += pass_seconds(work, source.model.dtype, device)
+        batches = 1 if recipe.tuner is not None else max(1, -(-tokens // BATCH_TOKENS))
+        share = len(Together(0, processes).turns(batches)) / batches
+        seconds += share * pass_seconds(work, source.model.dtype, device)
     return seconds
 
 

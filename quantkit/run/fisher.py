@@ -19,6 +19,8 @@ import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -28,12 +30,13 @@ from torch import Tensor, nn
 
 from quantkit.core.device import free_memory
 from quantkit.core.errors import CalibrationError
-from quantkit.core.linalg import add_moments, mirrored
+from quantkit.core.linalg import mirrored, moments
 from quantkit.io.files import write_durably
 from quantkit.models.experts import place
-from quantkit.models.forward import Batch, WeightSource, Wrap, capture, head_logits, run_block
+from quantkit.models.forward import Batch, WeightSource, Wrap, capture, divided, head_logits, run_block
 from quantkit.models.structure import find_blocks, linear_weight
 from quantkit.run.experts import STRENGTH
+from quantkit.run.processes import ALONE, Together
 
 LARGEST_WEIGHT = 8.0
 """Of a token, in units of the mean: a few tokens would otherwise be all that a layer is made for."""
@@ -137,6 +140,15 @@ class _Sums:
     squares: list[Tensor] | None
     count: int = 0
 
+    def take(self, felt: Sequence[tuple[int, Tensor | None]]) -> None:
+        """Takes note of batches: tokens of each, and their |d|^2, or None where not all pass through the layer."""
+        for count, squares in felt:
+            self.count += count
+            if squares is None:
+                self.squares = None
+            elif self.squares is not None:
+                self.squares.append(squares)
+
 
 def measure(
     model: nn.Module,
@@ -147,6 +159,7 @@ def measure(
     folder: Path,
     seed: int = 0,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
+    together: Together = ALONE,
 ) -> Fisher:
     """Runs the reverse pass over a full-precision model.
 
@@ -159,6 +172,7 @@ def measure(
         folder: for the results, a file a block; what an earlier call has finished there is taken as it is.
         seed: of the samples at the logits.
         progress: called with (blocks done, blocks in all, name), a block forth and back counting as two.
+        together: processes that share the pass, each of them some batches; the first one writes the files.
 
     Raises:
         CalibrationError: a gradient is NaN or Inf, or does not come back to the first block.
@@ -166,20 +180,25 @@ def measure(
     prefix, blocks = find_blocks(model)
     names = {i: [layer for layer in layers if layer.startswith(f"{prefix}.{i}.")] for i in range(len(blocks))}
     folder.mkdir(parents=True, exist_ok=True)
-    if _is_whole(folder):
+    if together.first(lambda: _is_whole(folder)):
         return Fisher(folder, prefix)
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise CalibrationError(
             "the model's weights were made in torch.inference_mode, and nothing passes back through them; load it "
             "outside of it, or leave out `fisher`"
         )
-    this = _Reverse(model, tokens, source, device, folder, names, seed, progress)
-    parts = _parts(model, tokens)
+    this = _Reverse(model, tokens, source, device, folder, names, seed, progress, together)
+    parts = tokens.split(together.first(lambda: _at_once(model, tokens)))
     with torch.inference_mode(False):
         for number, part in enumerate(parts):
             this.run(part, number, len(parts))
-    record = json.dumps({_path(folder, index).name: _digest(_path(folder, index)) for index in names}).encode()
-    write_durably(folder / _DONE, lambda path: path.write_bytes(record), len(record))
+
+    def end() -> None:
+        """Says that all files are there, and what is in them."""
+        record = json.dumps({_path(folder, index).name: _digest(_path(folder, index)) for index in names}).encode()
+        write_durably(folder / _DONE, lambda path: path.write_bytes(record), len(record))
+
+    together.lead(end)
     return Fisher(folder, prefix)
 
 
@@ -197,14 +216,14 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _parts(model: nn.Module, tokens: Tensor) -> list[Tensor]:
+def _at_once(model: nn.Module, tokens: Tensor) -> int:
     """Sequences whose blocks' inputs fit in memory together; whole batches, so that sums do not depend on it."""
     _, blocks = find_blocks(model)
     hidden = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
     itemsize = torch.empty(0, dtype=next(model.parameters()).dtype).element_size()
     sequence = tokens.shape[1] * hidden * itemsize * (len(blocks) + 1)
     batch = max(1, BATCH_TOKENS // tokens.shape[1])
-    return list(tokens.split(max(1, int(KEPT_FRACTION * free_memory(torch.device("cpu")) / sequence / batch)) * batch))
+    return max(1, int(KEPT_FRACTION * free_memory(torch.device("cpu")) / sequence / batch)) * batch
 
 
 @dataclass
@@ -219,6 +238,7 @@ class _Reverse:
     names: dict[int, list[str]]
     seed: int
     progress: Callable[[int, int, str], None]
+    together: Together
 
     def run(self, tokens: Tensor, part: int, parts: int) -> None:
         """Takes some sequences through the model and back, and adds what is seen to the files."""
@@ -227,7 +247,11 @@ class _Reverse:
         done = 2 * len(blocks) * part
         first = len(self.tokens) - len(tokens) if part == parts - 1 else part * len(tokens)
         with torch.no_grad():
-            batches, wrap = capture(self.model, blocks, tokens, self.source, self.device, BATCH_TOKENS)
+            batches, wrap = capture(
+                self.model, blocks, tokens, self.source, self.device, BATCH_TOKENS, only=self.together.own
+            )
+        sizes = [len(each) for each in divided(tokens, BATCH_TOKENS)]
+        starts = list(accumulate(sizes[:-1], initial=first))  # the first sequence of each batch
         kept: list[list[Tensor]] = []
         for index, block in enumerate(blocks):
             self.progress(done + index, total, f"{prefix}.{index}")
@@ -235,12 +259,14 @@ class _Reverse:
                 kept.append([batch.quantized.cpu() for batch in batches])
                 for batch in batches:
                     batch.quantized = run_block(block, batch.quantized, batch.call(index))
-        gradients = self._at_the_head(batches, wrap, first)
+        gradients = self._at_the_head(batches, wrap, starts[self.together.own])
         for index in reversed(range(len(blocks))):
             self.progress(done + 2 * len(blocks) - 1 - index, total, f"{prefix}.{index}, in reverse")
             with self._loaded(f"{prefix}.{index}", blocks[index]):
-                last = part == parts - 1
-                gradients = self._back(index, blocks[index], batches, kept.pop(), gradients, part == 0, last)
+                turns = self.together.turns(len(starts))
+                gradients, sums = self._back(index, blocks[index], batches, kept.pop(), gradients, turns, part == 0)
+                if self.together.is_first:
+                    self._write(index, sums, part == parts - 1)
 
     @contextmanager
     def _loaded(self, name: str, module: nn.Module) -> Iterator[None]:
@@ -256,22 +282,24 @@ class _Reverse:
                 parameter.requires_grad_(True)
             self.source.release(name, module)
 
-    def _at_the_head(self, batches: list[Batch], wrap: Wrap, first: int) -> list[Tensor]:
+    def _at_the_head(self, batches: list[Batch], wrap: Wrap, starts: list[int]) -> list[Tensor]:
         """Gradients at the last block's outputs, [sequences, tokens, hidden_size] a batch.
 
         Args:
             batches: behind the last block.
             wrap: the form in which blocks return hidden states.
-            first: number of the first sequence, by which samples are drawn.
+            starts: number of the first sequence of each batch, by which samples are drawn.
         """
         _, blocks = find_blocks(self.model)
         size = max(1, LOGITS // self.model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         found = []
         with self._loaded("", self.model):
-            for batch in batches:
+            for batch, start in zip(batches, starts, strict=True):
                 rows = []
-                for row, tokens in zip(batch.quantized.split(1), batch.tokens.split(1), strict=True):
-                    generator = torch.Generator(row.device).manual_seed(self.seed + first)
+                for number, (row, tokens) in enumerate(
+                    zip(batch.quantized.split(1), batch.tokens.split(1), strict=True), start
+                ):
+                    generator = torch.Generator(row.device).manual_seed(self.seed + number)
                     pieces = []
                     for hidden, own in zip(row.split(size, 1), tokens.split(size, 1), strict=True):
                         hidden = hidden.detach().requires_grad_()
@@ -280,7 +308,6 @@ class _Reverse:
                         sample = _sample(logits.detach(), generator)
                         pieces.append(torch.autograd.grad(logits, hidden, sample.to(logits.dtype))[0])
                     rows.append(torch.cat(pieces, 1))
-                    first += 1
                 found.append(torch.cat(rows))
                 batch.quantized = batch.full = rows[0].new_empty(0)  # gone from here on
         return found
@@ -292,30 +319,36 @@ class _Reverse:
         batches: list[Batch],
         kept: list[Tensor],
         after: list[Tensor],
+        turns: Collection[int],
         first: bool,
-        last: bool,
-    ) -> list[Tensor]:
-        """Takes gradients from a block's outputs to its inputs, and notes what passes its layers' outputs."""
+    ) -> tuple[list[Tensor], dict[str, _Sums]]:
+        """Takes gradients from a block's outputs to its inputs, and notes what passes its layers' outputs.
+
+        Returns:
+            (the gradients; the sums over the batches of all processes, which those of earlier sequences are part of in
+            the first process).
+        """
         prefix, _ = find_blocks(self.model)
-        sums = {} if first else self._so_far(index)
+        sums = {} if first or not self.together.is_first else self._so_far(index)
         before = []
-        for batch, hidden, gradient in zip(batches, kept, after, strict=True):
-            hidden = hidden.to(self.device).requires_grad_()
+        for turn, _ in enumerate(turns):
             seen: dict[str, Tensor] = {}
-            with torch.enable_grad(), _watched(block, f"{prefix}.{index}", self.names[index], seen):
-                output = run_block(block, hidden, batch.call(index))
-            before.append(torch.autograd.grad(output, hidden, gradient)[0])
-            for name, d in seen.items():
-                rows = d.reshape(-1, d.shape[-1]).float()
-                known = sums.setdefault(name, _Sums(rows.new_zeros(rows.shape[1], rows.shape[1]), []))
-                add_moments(known.outputs, rows, rows)
-                known.count += len(rows)
-                if place(name) is not None or len(rows) != batch.tokens.numel():  # tokens have chosen it
-                    known.squares = None
-                if known.squares is not None:
-                    known.squares.append(rows.square().sum(1).view(batch.tokens.shape).cpu())
-        self._write(index, sums, last)
-        return before
+            if turn < len(batches):
+                batch, hidden = batches[turn], kept[turn].to(self.device).requires_grad_()
+                with torch.enable_grad(), _watched(block, f"{prefix}.{index}", self.names[index], seen):
+                    output = run_block(block, hidden, batch.call(index))
+                before.append(torch.autograd.grad(output, hidden, after[turn])[0])
+            facts = {name: _felt(d, batch.tokens, place(name) is not None) for name, d in seen.items()}
+            found: list[dict[str, tuple[int, Tensor | None]]] = self.together.each(partial(dict, facts))
+            reached = {name: felt for name in self.names[index] if (felt := [f[name] for f in found if name in f])}
+            given = {}
+            for name, felt in reached.items():
+                out_features = linear_weight(self.model.get_submodule(name)).shape[0]
+                rows = seen.get(name, torch.empty(0, device=self.device)).reshape(-1, out_features).float()
+                sums.setdefault(name, _Sums(rows.new_zeros(out_features, out_features), [])).take(felt)
+                given[name] = rows
+            self.together.add(pair for name, rows in given.items() for pair in moments(sums[name].outputs, rows, rows))
+        return before, sums
 
     def _so_far(self, index: int) -> dict[str, _Sums]:
         """What earlier sequences have left in a block's file."""
@@ -355,6 +388,14 @@ def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
     p = logits.float().softmax(-1)
     drawn = p.sqrt().mul_(torch.randn(p.shape, generator=generator, device=p.device))
     return drawn - p * drawn.sum(-1, keepdim=True)
+
+
+def _felt(d: Tensor, tokens: Tensor, is_routed: bool) -> tuple[int, Tensor | None]:
+    """(how many tokens there are gradients of, |d|^2 of each, fp32 like `tokens`, where that is all of them)."""
+    rows = d.reshape(-1, d.shape[-1]).float()
+    if is_routed or len(rows) != tokens.numel():
+        return len(rows), None
+    return len(rows), rows.square().sum(1).view(tokens.shape).cpu()
 
 
 @contextmanager

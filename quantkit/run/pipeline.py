@@ -1,7 +1,7 @@
 """A run: a recipe applied to a source, in memory or in a folder, and what comes of it given to a destination."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quantkit.core.device import compute_dtype, pick_device
+from quantkit.core.device import compute_dtype
 from quantkit.core.errors import CalibrationError, QuantkitError
 from quantkit.core.products import full_width
 from quantkit.core.protocols import Needs
@@ -29,6 +29,7 @@ from quantkit.models.unpacking import choose_unpacked
 from quantkit.run.aside import Aside
 from quantkit.run.check import HeldOut
 from quantkit.run.fisher import Fisher, measure
+from quantkit.run.processes import ALONE, Together, together
 from quantkit.run.ranks import Survey, allocate_ranks, summary, with_ranks
 from quantkit.run.recipe import Recipe
 from quantkit.run.record import Run, and_others, begin, count_weights, files_of, model_notes
@@ -77,6 +78,7 @@ def run(
     name: str = "",
     device: str | torch.device | None = None,
     progress: Progress = silent,
+    shared: Together = ALONE,
 ) -> Report:
     """Quantizes a model.
 
@@ -87,6 +89,7 @@ def run(
         name: of the model, for reports; by default the source's.
         device: where blocks are quantized; by default a GPU if there is one.
         progress: called with (blocks done, blocks in all, name).
+        shared: processes that have the same source and recipe, and share the work.
 
     Returns:
         The report.
@@ -96,7 +99,7 @@ def run(
     """
     where, start = begin(device)
     plan = recipe.plan(source.model)
-    source.check_finite()
+    shared.lead(source.check_finite)
     before = source.nbytes()
     tokens, held_out, unchecked = _text(source, recipe, plan)
 
@@ -110,12 +113,13 @@ def run(
     dense_bytes = source.nbytes() - source.packed_nbytes(plan)
     counts = count_weights(source.model, plan)
     notes = (*source.notes, *model_notes(source.model, plan, source.untied, recipe.rotation is not None), *unchecked)
-    with destination.begin(identity), source.walked(), destination.scratch("fisher") as folder:
-        fisher = _fisher(source, plan, tokens, where, folder, progress) if recipe.runs_back(plan) else None
+    with begun(destination, identity, shared), source.walked(), destination.scratch("fisher") as scratch:
+        folder = shared.first(lambda: scratch)
+        fisher = _fisher(source, plan, tokens, where, folder, progress, shared) if recipe.runs_back(plan) else None
         if recipe.low_rank_bits:
-            source, plan, note = _with_allocated_ranks(source, plan, tokens, recipe, where, progress, fisher)
+            source, plan, note = _with_allocated_ranks(source, plan, tokens, recipe, where, progress, fisher, shared)
             notes = (*notes, note)
-        checked = Checked(source, plan, where, held_out, recipe.calibration.source)
+        checked = Checked(source, plan, where, held_out if shared.is_first else None, recipe.calibration.source)
         Walker(
             source.model,
             plan,
@@ -128,26 +132,47 @@ def run(
             fisher=fisher,
             all_experts=recipe.all_experts,
             aside=checked.aside,
+            together=shared,
         ).run(destination)
-        check, samples, more = checked.results(destination.finished)
-        settings, results = recipe.settings(plan, tokens), destination.results()
-        if unreached := [layer for layer in plan if layer not in results]:
-            plan = {layer: quantizer for layer, quantizer in plan.items() if layer in results}
-            if not plan:
-                raise CalibrationError("no token of the calibration text passes through any layer")
-            dense_bytes += source.packed_nbytes(unreached)
-            weights = sum(linear_weight(source.model.get_submodule(layer)).numel() for layer in unreached)
-            counts = counts[0] - weights, counts[1]
-            more = (*more, f"{and_others(unreached)} stay dense: no token of the text passes through them")
-        this = Run(start, where, before, counts, settings, (*notes, *more))
-        report = this.report(name or source.name, plan, results, dense_bytes, check, samples)
-        config = source.config | ({"tie_word_embeddings": False} if source.untied else {})
-        destination.finish(config, lambda: source.files() | files_of(report, source))
-    return report
+
+        def complete() -> Report:
+            """Completes the destination, with all there is to say of it."""
+            check, samples, more = checked.results(destination.finished)
+            kept, settings, results = plan, recipe.settings(plan, tokens), destination.results()
+            dense, counted = dense_bytes, counts
+            if unreached := [layer for layer in plan if layer not in results]:
+                kept = {layer: quantizer for layer, quantizer in plan.items() if layer in results}
+                if not kept:
+                    raise CalibrationError("no token of the calibration text passes through any layer")
+                dense += source.packed_nbytes(unreached)
+                weights = sum(linear_weight(source.model.get_submodule(layer)).numel() for layer in unreached)
+                counted = counts[0] - weights, counts[1]
+                more = (*more, f"{and_others(unreached)} stay dense: no token of the text passes through them")
+            this = Run(start, where, before, counted, settings, (*notes, *more))
+            report = this.report(name or source.name, kept, results, dense, check, samples)
+            config = source.config | ({"tie_word_embeddings": False} if source.untied else {})
+            destination.finish(config, lambda: source.files() | files_of(report, source))
+            return report
+
+        return shared.first(complete)
+
+
+@contextmanager
+def begun(destination: Destination, identity: Callable[[], Mapping[str, Any]], shared: Together) -> Iterator[None]:
+    """The time in which the run holds the destination of the first process, and all know that it does."""
+    with ExitStack() as stack:
+        shared.lead(lambda: stack.enter_context(destination.begin(identity)))
+        yield
 
 
 def _fisher(
-    source: Source, plan: Plan, tokens: Tensor | None, device: torch.device, folder: Path, progress: Progress
+    source: Source,
+    plan: Plan,
+    tokens: Tensor | None,
+    device: torch.device,
+    folder: Path,
+    progress: Progress,
+    shared: Together,
 ) -> Fisher | None:
     """What the reverse pass finds at the planned layers of the blocks; None where there is nothing to find."""
     inside = f"{find_blocks(source.model)[0]}."
@@ -157,6 +182,7 @@ def _fisher(
     return measure(
         source.model, layers, tokens, source.weights(plan, head=True), device, folder,
         progress=lambda done, total, name: progress(done, total, f"reverse pass: {name}" if name else name),
+        together=shared,
     )  # fmt: skip
 
 
@@ -234,6 +260,7 @@ def _with_allocated_ranks(
     device: torch.device,
     progress: Progress,
     fisher: Fisher | None,
+    shared: Together,
 ) -> tuple[Source, Plan, str]:
     """(the source as it was, the plan with the ranks that a first pass finds best, and a sentence about them)."""
     again, survey = source.unpacked(plan), Survey(plan)
@@ -248,9 +275,12 @@ def _with_allocated_ranks(
         progress=lambda done, total, name: progress(done, total, f"ranks: {name}" if name else name),
         fisher=fisher,
         all_experts=recipe.all_experts,
+        together=shared,
     ).run(InMemory(source.model))
-    ranks = allocate_ranks(survey.spectra, recipe.low_rank_bits)
-    return again(), with_ranks(plan, ranks), summary(survey.spectra, ranks, recipe.low_rank_bits)
+    made = {name: one for found in shared.each(lambda: survey.spectra) for name, one in found.items()}
+    spectra = {name: made[name] for name in plan if name in made}
+    ranks = allocate_ranks(spectra, recipe.low_rank_bits)
+    return again(), with_ranks(plan, ranks), summary(spectra, ranks, recipe.low_rank_bits)
 
 
 class InMemory:
@@ -315,7 +345,8 @@ def quantize_model(
     """
     try:
         source = Loaded(model, tokenizer)
-        model.quantkit_report = run(source, recipe, InMemory(model), device=device, progress=progress)  # type: ignore[assignment]
+        made = run(source, recipe, InMemory(model), device=device, progress=progress)
+        model.quantkit_report = made  # type: ignore[assignment]
     except BaseException:
         if not any(isinstance(module, Packed) for module in model.modules()):
             put_together(model, ())  # experts as the model came with them
@@ -358,6 +389,8 @@ def quantize_checkpoint(
 ) -> Report:
     """Quantizes a folder of safetensors shards into another, with one block in memory at a time; see `run`.
 
+    Processes that torchrun or `accelerate launch` has started share the work, and the first one writes.
+
     Args:
         folder: the model, as transformers saves it.
         output: the folder to make; it appears whole or not at all.
@@ -371,7 +404,10 @@ def quantize_checkpoint(
         QuantkitError: bad input, or a folder that cannot be read or written; the message says what would work.
     """
     folder = Path(folder)
-    target = Output(Path(output), folder, resume=resume, overwrite=overwrite)
-    source = open_folder(folder, compute_dtype(pick_device(device)))
-    writer = CheckpointWriter(target, len(source.blocks), source.dense)
-    return run(source, recipe, writer, name=name, device=device, progress=progress)
+    shared, where = together(device)
+    target = shared.lead(lambda: Output(Path(output), folder, resume=resume, overwrite=overwrite))
+    source = open_folder(folder, compute_dtype(where))
+    destination: Destination = InMemory(source.model)  # which the others' results go to
+    if target is not None:
+        destination = CheckpointWriter(target, len(source.blocks), source.dense)
+    return run(source, recipe, destination, name=name, device=where, progress=progress, shared=shared)

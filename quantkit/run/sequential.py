@@ -14,9 +14,9 @@ and a packed embedding.
 
 import copy
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -29,23 +29,30 @@ from quantkit.core.result import LayerResult
 from quantkit.core.stats import LayerStats, StatsAccumulator
 from quantkit.core.weight import QuantizedWeight
 from quantkit.models.embedding import put
-from quantkit.models.experts import Apart, is_apart, place, routed
-from quantkit.models.forward import Batch, WeightSource, Wrap, bare, capture, inputs_of, outer_input, run_block
+from quantkit.models.experts import Apart, routed
+from quantkit.models.forward import (
+    BATCH_TOKENS,
+    Batch,
+    WeightSource,
+    Wrap,
+    bare,
+    capture,
+    divided,
+    outer_input,
+    run_block,
+)
 from quantkit.models.linear import QuantizedLinear
 from quantkit.models.plan import Plan, tied
-from quantkit.models.replay import Order, Replay, execution_order, settings
+from quantkit.models.replay import REPLAY_FRACTION, Order, Replay, execution_order, settings
 from quantkit.models.structure import ends, find_blocks, is_lookup, linear_weight
 from quantkit.run.aside import Aside
-from quantkit.run.experts import Means, in_turns, place_of, pooled
+from quantkit.run.experts import Means, in_turns, pooled
 from quantkit.run.fisher import Fisher
+from quantkit.run.gathering import Gathering, Stream
 from quantkit.run.packing import Pack, packed
+from quantkit.run.processes import ALONE, Together
 
 logger = logging.getLogger(__name__)
-
-BATCH_TOKENS = 8192
-"""Tokens that run through a block together."""
-REPLAY_FRACTION = 1 / 8
-"""Fraction of the free memory in which a stream may keep what a block need not compute again."""
 
 
 class Tuner(Protocol):
@@ -96,6 +103,8 @@ class Walker:
         progress: called with (blocks done, blocks in all, name of the block begun or "").
         fisher: what the model's predictions feel, which weighs tokens and outputs; None where all count alike.
         all_experts: gather each expert's statistics from all tokens, not from those alone that choose it.
+        together: processes that walk over the same model; each moves some batches along, and packs some layers. The
+            first one's `sink` remembers finished blocks, all take them.
     """
 
     model: nn.Module
@@ -112,13 +121,16 @@ class Walker:
     progress: Callable[[int, int, str], None] = lambda done, total, name: None
     fisher: Fisher | None = None
     all_experts: bool = False
+    together: Together = ALONE
 
     def __post_init__(self) -> None:
+        self._streams = self.together if self.tuner is None else ALONE  # who tunes a block needs all batches
         self._prefix, self._blocks = find_blocks(self.model)
         self._hook: LayerHook = Pack(self.plan) if self.hook is None else self.hook
         own = (layer for layer in self.plan if layer not in tied(self.plan))
         self._needs = max(map(self._hook.needs, own), default=Needs.NOTHING)
-        self._batches: list[Batch] = []
+        self._sizes: list[int] = []  # sequences of each batch
+        self._batches: list[Batch] = []  # this process's
         self._wrap: Wrap = bare
         self._order: Order | None = None
 
@@ -147,7 +159,7 @@ class Walker:
             self.progress(index, len(self._blocks), name)
             self.source.load(name, block, self.device)
             self.aside.through_full(index)
-            done = sink.finished(index)
+            done = self.together.first(partial(sink.finished, index))
             if done is None:
                 self._order = self._order if settings(block) == before else None
                 before = settings(block)
@@ -179,8 +191,16 @@ class Walker:
     def _captured(self) -> list[Batch]:
         assert self.tokens is not None
         size = self.batch_tokens if self.tuner is None else min(self.batch_tokens, self.tuner.batch_tokens)
-        batches, self._wrap = capture(self.model, self._blocks, self.tokens, self.source, self.device, size)
+        batches, self._wrap = capture(
+            self.model, self._blocks, self.tokens, self.source, self.device, size, only=self._streams.own
+        )
+        self._sizes = [len(part) for part in divided(self.tokens, size)]
         return batches
+
+    def _turns(self) -> Iterator[tuple[int, Batch | None]]:
+        """Batches in their order, those of all processes at the same time: each with its number, or no batch."""
+        for turn, first in enumerate(self._streams.turns(len(self._sizes))):
+            yield first + self._streams.rank, self._batches[turn] if turn < len(self._batches) else None
 
     def _reference(self, block: nn.Module) -> nn.Module | None:
         """The block as the full stream runs it, where there is such a stream."""
@@ -210,33 +230,36 @@ class Walker:
         local = {layer.removeprefix(f"{name}."): self._hook.needs(layer) for layer in layers}
         if self._order is None or {one for group in self._order.groups for one in group} != set(local):
             with routed(block, everywhere=self.all_experts):
-                self._order = execution_order(block, local, self._batches, index)
+                own = execution_order(block, local, self._batches, index)
+            self._order = replace(own, stages=self.together.first(lambda: own.stages))
         order = self._order  # that of the block before is this block's too where it has the same layers
-        stages = self._turns(block, order, local)
+        stages = self._stages(block, order, local)
         budget = 0
         if self._batches and len(stages) > 1:
             budget = int(REPLAY_FRACTION * free_memory(self._batches[0].quantized.device))
-        quantized = _Stream(block, Replay(block, local, order, budget), set())
+        quantized = Stream(block, Replay(block, local, order, budget), set())
         full = None
         if reference is not None:
-            full = _Stream(reference, Replay(reference, local, order, budget), set(local))
+            full = Stream(reference, Replay(reference, local, order, budget), set(local))
+        gathering = Gathering(
+            f"{name}.", index, quantized, full, self._turns, self.device, self._streams, self.all_experts
+        )
         results: dict[str, LayerResult] = {}
         means: Means = {}
         for stage in stages:
             needs = {group[0]: max(local[one] for one in group) for group in stage}
             weights = {group[0]: self._token_weights([f"{name}.{one}" for one in group]) for group in stage}
-            last = stage is stages[-1]
-            stats = self._gather(quantized, full, f"{name}.", needs, weights, index, last, means)
+            stats = gathering.gather(needs, weights, stage is stages[-1], means)
             wanted = [layer for layer, need in needs.items() if need > Needs.NOTHING]
             if not self.all_experts or len(stats) < len(wanted):
                 stats = pooled(stats, wanted, means)
-            for group in stage:
-                if needs[group[0]] > Needs.NOTHING and group[0] not in stats:
-                    continue  # no token passes through it, and it stays as it is
-                for one in group:
-                    layer = f"{name}.{one}"
-                    known = self._with_outputs(stats.get(group[0]), layer)
-                    results[layer] = packed(self._hook, block.get_submodule(one), known, layer)
+            known = {
+                f"{name}.{one}": stats.get(group[0])
+                for group in stage
+                for one in group
+                if needs[group[0]] == Needs.NOTHING or group[0] in stats  # else no token passes through it
+            }
+            results |= self._packed(known)
             for one in (one for group in stage for one in group):
                 if (layer := f"{name}.{one}") in results:
                     _swap(block, one, results[layer].weight)
@@ -245,7 +268,7 @@ class Walker:
             self._advance_full(reference, index)
         if self.tuner is not None and results:
             quantized.replay.clear()  # its outputs are of layers that are about to change
-            results = self._tuned(index, name, results)
+            results = self._tuned_by_first(index, name, results)
         for batch_index, batch in enumerate(self._batches):
             with quantized.replay.running(batch_index, quantized.settled, keep=False):
                 batch.quantized = run_block(block, batch.quantized, batch.call(index))
@@ -255,7 +278,25 @@ class Walker:
                 module.let_go()
         return {layer: results[layer] for layer in layers if layer in results}
 
-    def _turns(self, block: nn.Module, order: Order, needs: Mapping[str, Needs]) -> list[list[list[str]]]:
+    def _packed(self, stats: Mapping[str, LayerStats | None]) -> dict[str, LayerResult]:
+        """Layers as they are packed, each by one of the processes; those of `stats`, which says what is known of each.
+
+        Layers that share statistics share their factors too, where one process packs them.
+        """
+        modules = {layer: self.model.get_submodule(layer) for layer in stats}
+        mine = self.together.share({layer: linear_weight(module).numel() for layer, module in modules.items()})
+
+        def make() -> dict[str, LayerResult]:
+            found = {}
+            for layer in mine:
+                known = self._with_outputs(stats[layer], layer)
+                found[layer] = packed(self._hook, modules[layer], known, layer)
+            return found if self.together.count == 1 else _moved(found, torch.device("cpu"))
+
+        made = {layer: result for found in self.together.each(make) for layer, result in found.items()}
+        return {layer: made[layer] for layer in stats} if self.together.count == 1 else _moved(made, self.device, stats)
+
+    def _stages(self, block: nn.Module, order: Order, needs: Mapping[str, Needs]) -> list[list[list[str]]]:
         """The stages in which a block's layers are packed: groups whose statistics one pass gathers."""
 
         def nbytes(layer: str) -> int:
@@ -269,15 +310,26 @@ class Walker:
         """Of the tokens of each batch, for layers that share an input; None where all count alike."""
         weights = None if self.fisher is None else self.fisher.token_weights(layers)
         if weights is None:
-            return [None] * len(self._batches)
-        return weights.to(self.device).split([len(batch.tokens) for batch in self._batches])
+            return [None] * len(self._sizes)
+        return weights.to(self.device).split(self._sizes)
 
     def _with_outputs(self, stats: LayerStats | None, layer: str) -> LayerStats | None:
         """A layer's statistics with what the reverse pass found at its outputs."""
-        if stats is None or self.fisher is None:
+        if stats is None or self.fisher is None or not layer.startswith(f"{self._prefix}."):
             return stats
         outputs = self.fisher.outputs(layer)
         return stats.of_layer(layer, None if outputs is None else outputs.to(self.device))
+
+    def _tuned_by_first(self, index: int, name: str, results: dict[str, LayerResult]) -> dict[str, LayerResult]:
+        """A block's layers as the first process has improved them; the others take them over."""
+        if self.together.count == 1:
+            return self._tuned(index, name, results)
+        cpu = torch.device("cpu")
+        results = _moved(self.together.first(lambda: _moved(self._tuned(index, name, results), cpu)), self.device)
+        if not self.together.is_first:
+            for layer, result in results.items():
+                _swap(self.model, layer, result.weight)
+        return results
 
     def _tuned(self, index: int, name: str, results: dict[str, LayerResult]) -> dict[str, LayerResult]:
         """A block's layers improved, while the streams still stand before (quantized) and behind (full) it."""
@@ -296,102 +348,6 @@ class Walker:
             changed[layer] = replace(result, weight=linear.packed, tuned=losses)
         return changed
 
-    def _gather(
-        self,
-        quantized: "_Stream",
-        full: "_Stream | None",
-        prefix: str,
-        needs: dict[str, Needs],
-        weights: Mapping[str, Sequence[Tensor | None]],
-        index: int,
-        advance: bool,
-        means: Means,
-    ) -> dict[str, LayerStats]:
-        """Statistics of some groups' shared inputs, by each group's first layer; one pass of each stream.
-
-        With `advance`, the full stream's pass runs to the block's end and its output becomes the next input.
-        """
-        probes = [name for name, need in needs.items() if need > Needs.NOTHING]
-        crossed = [name for name in probes if needs[name] >= Needs.CROSS and self._is_matched(quantized.block, name)]
-        accumulators: dict[str, StatsAccumulator] = {}
-        for number, batch in enumerate(self._batches):
-            inputs = self._inputs(quantized, probes, batch, number, index) if probes else {}
-            wanted = self._full_inputs(full, quantized, crossed, batch, number, index, advance) if full else {}
-            for name, x_q in inputs.items():
-                x = wanted.get(name) if name in crossed else None
-                if name in crossed and (x is None or x.shape != x_q.shape):
-                    raise CalibrationError(
-                        f"{prefix}{name}: the two streams send different tokens through this layer; use a target shift "
-                        "of 0"
-                    )
-                if name not in accumulators:
-                    accumulators[name] = StatsAccumulator(x_q.shape[-1], x is not None, x_q.device)
-                accumulators[name].add(x_q, x, weights[name][number])
-        for name in probes:
-            lost = name not in accumulators and not self._is_beside(name, accumulators) and place_of(name) not in means
-            if lost and place_of(name) is not None:
-                raise CalibrationError(
-                    f"{prefix}{name}: no calibration token reached any expert; leave it out (`ignore` '*{name}') or "
-                    "use RTN"
-                )
-        return {name: accumulators.pop(name).finish(prefix + name) for name in [*accumulators]}
-
-    def _inputs(self, stream: "_Stream", probes: list[str], batch: Batch, number: int, index: int) -> dict[str, Tensor]:
-        """Inputs of some layers in the quantized stream; that moves no further than to the last of them."""
-        with (
-            stream.replay.running(number, stream.settled, keep=True),
-            routed(stream.block, everywhere=self.all_experts, records=True),
-        ):
-            inputs, _ = inputs_of(stream.block, probes, batch.quantized, batch.call(index), to_the_end=False)
-        stream.replay.reached(number, inputs)
-        return inputs
-
-    def _full_inputs(
-        self,
-        full: "_Stream",
-        quantized: "_Stream",
-        crossed: list[str],
-        batch: Batch,
-        number: int,
-        index: int,
-        advance: bool,
-    ) -> dict[str, Tensor]:
-        """Inputs of some layers in the full stream, which with `advance` goes on to the block's end.
-
-        Experts see the tokens that have chosen them in the quantized stream.
-        """
-        call, wanted = batch.call(index, full=True), dict[str, Tensor]()
-        apart = any(place(name) is not None for name in crossed)
-        if crossed and (apart or not advance):
-            alike, everywhere = (
-                _routed_alike(full.block, quantized.block),
-                routed(full.block, everywhere=self.all_experts),
-            )
-            with full.replay.running(number, full.settled, keep=not apart), alike, everywhere:
-                wanted, _ = inputs_of(full.block, crossed, batch.full, call, to_the_end=False)
-            if not apart:
-                full.replay.reached(number, wanted)
-        if advance:
-            probes = [] if apart else crossed
-            with full.replay.running(number, full.settled, keep=False):
-                found, output = inputs_of(full.block, probes, batch.full, call, to_the_end=True)
-            assert output is not None
-            wanted, batch.full = wanted | found, output
-        return wanted
-
-    @staticmethod
-    def _is_matched(block: nn.Module, name: str) -> bool:
-        """Whether both streams can send the same tokens through a layer: not where experts route by themselves."""
-        at = place(name)
-        experts = None if at is None else block.get_submodule(at[0])
-        return experts is None or (isinstance(experts, Apart) and experts.chooses)
-
-    @staticmethod
-    def _is_beside(name: str, others: Collection[str]) -> bool:
-        """Whether a layer is one of an expert's, and known are those of others at the same place."""
-        own = place(name)
-        return own is not None and any((at := place(o)) is not None and at[::2] == own[::2] for o in others)
-
     def _quantize_outer(self, layers: list[str]) -> dict[str, LayerResult]:
         """Quantizes layers outside the blocks.
 
@@ -403,8 +359,7 @@ class Walker:
         self.source.load("", self.model, self.device)
         sharing = {name: head for name, head in tied(self.plan).items() if name in layers}
         for name in (name for name in layers if name not in sharing):
-            stats = self._outer_stats(name)
-            results[name] = packed(self._hook, self.model.get_submodule(name), stats, name)
+            results |= self._packed({name: self._outer_stats(name)})
             put(self.model, name, results[name].weight)
         for name, head in sharing.items():
             layout = self.plan[name].layout(*results[head].weight.shape)
@@ -417,45 +372,19 @@ class Walker:
         needs = self._hook.needs(name)
         if needs == Needs.NOTHING:
             return None
-        accumulator = None
-        for batch in self._batches:
-            tokens = batch.tokens.to(self.device)
-            x_q = outer_input(self.model, self._blocks, name, tokens, batch.quantized, self._wrap)
-            x = None
-            if needs >= Needs.CROSS:
-                x = outer_input(self.model, self._blocks, name, tokens, batch.full, self._wrap)
-            accumulator = accumulator or StatsAccumulator(x_q.shape[-1], x is not None, self.device)
-            accumulator.add(x_q, x)
-        assert accumulator is not None
+        in_features = linear_weight(self.model.get_submodule(name)).shape[1]
+        accumulator = StatsAccumulator(in_features, needs >= Needs.CROSS, self.device)
+        for _, batch in self._turns():
+            streams = [torch.empty(0, in_features, device=self.device)] * 2
+            if batch is not None:
+                tokens, hidden = batch.tokens.to(self.device), [batch.quantized, batch.full]
+                streams = [
+                    outer_input(self.model, self._blocks, name, tokens, each, self._wrap)
+                    for each in (hidden if needs >= Needs.CROSS else hidden[:1])
+                ]
+            crossed = streams[-1] if needs >= Needs.CROSS else None
+            self._streams.add(accumulator.products(streams[0], crossed))
         return accumulator.finish(name)
-
-
-@contextmanager
-def _routed_alike(block: nn.Module, other: nn.Module) -> Iterator[None]:
-    """While it lasts, a block's experts are chosen as another's last were, a copy of it."""
-    pairs = [(module, other.get_submodule(name)) for name, module in block.named_modules() if is_apart(module)]
-    try:
-        for module, twin in pairs:
-            module.given = twin.taken
-        yield
-    finally:
-        for module, _ in pairs:
-            module.given = None
-
-
-@dataclass
-class _Stream:
-    """A block as one of the streams runs it.
-
-    Attributes:
-        block: the module.
-        replay: its children's outputs that can be used again.
-        settled: planned layers whose weights in this stream are final.
-    """
-
-    block: nn.Module
-    replay: Replay
-    settled: set[str]
 
 
 def _swap(root: nn.Module, name: str, weight: QuantizedWeight) -> None:
@@ -464,6 +393,16 @@ def _swap(root: nn.Module, name: str, weight: QuantizedWeight) -> None:
     linear = put(root, name, weight)
     assert isinstance(linear, QuantizedLinear)
     linear.hold(dtype)
+
+
+def _moved(
+    results: Mapping[str, LayerResult], device: torch.device, order: Iterable[str] | None = None
+) -> dict[str, LayerResult]:
+    """Results with their tensors on a device, in an order."""
+    return {
+        layer: replace(results[layer], weight=results[layer].weight.map(lambda tensor: tensor.to(device)))
+        for layer in (results if order is None else order)
+    }
 
 
 def _shared_copy(block: nn.Module) -> nn.Module:

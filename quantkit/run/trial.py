@@ -13,7 +13,9 @@ import torch.nn.functional as F
 
 from quantkit.core.protocols import Needs, Quantizer
 from quantkit.core.stats import LayerStats
+from quantkit.models.experts import place
 from quantkit.run.packing import Pack
+from quantkit.run.processes import Together
 
 FEW, ROWS = 8, (64, 256)
 """Rows of the narrow layers of a trial: of the one that factors the Hessian, and of those that tell a row's time."""
@@ -25,34 +27,49 @@ WIDEST = 4096
 """Columns of a trial; wider layers are taken to cost in^3 for the Hessian and in^2 a row."""
 
 
-def rounding_seconds(layers: Mapping[str, tuple[Quantizer, tuple[int, ...]]], device: torch.device) -> float:
+def rounding_seconds(
+    layers: Mapping[str, tuple[Quantizer, tuple[int, ...]]],
+    device: torch.device,
+    processes: int = 1,
+    felt: bool = False,
+) -> float:
     """Seconds that all layers' rounding takes.
 
     Args:
         layers: name -> (quantizer, shape [out_features, in_features]).
         device: where.
+        processes: that share out the layers of a stage. The last layer of a module, such as an attention's output, is
+            taken to be a stage by itself.
+        felt: whether it is known what outputs are worth, as after a reverse pass.
     """
     known: dict[tuple[Quantizer, int], tuple[float, float]] = {}
-    total = 0.0
-    for quantizer, (rows, columns) in layers.values():
+    stages: dict[tuple[str, ...], dict[str, float]] = {}
+    last = {name.rpartition(".")[0]: name for name in layers}
+    for name, (quantizer, (rows, columns)) in layers.items():
         tried = min(columns, WIDEST)
         if (quantizer, tried) not in known:
-            known[quantizer, tried] = _tried(quantizer, tried, device)
+            known[quantizer, tried] = _tried(quantizer, tried, device, felt)
         once, a_row = known[quantizer, tried]
         ratio = columns / tried
-        total += once * ratio**3 + a_row * ratio**2 * rows
-    return total
+        module, experts = name.rpartition(".")[0], place(name)
+        stage = (module, str(last[module] == name)) if experts is None else (experts[0], experts[2])
+        stages.setdefault(stage, {})[name] = once * ratio**3 + a_row * ratio**2 * rows
+    return sum(
+        max(sum(costs[name] for name in Together(rank, processes).share(costs)) for rank in range(processes))
+        for costs in stages.values()
+    )
 
 
-def _tried(quantizer: Quantizer, columns: int, device: torch.device) -> tuple[float, float]:
+def _tried(quantizer: Quantizer, columns: int, device: torch.device, felt: bool) -> tuple[float, float]:
     """(seconds for the Hessian, seconds a row) of a layer with so many columns."""
 
     def taken(rows: int) -> float:
         weight = torch.randn(rows, columns, device=device)
-        return _seconds(partial(Pack({"layer": quantizer}), "layer", weight, stats), device)
+        known = stats.of_layer("layer", torch.eye(rows, device=device)) if stats is not None and felt else stats
+        return _seconds(partial(Pack({"layer": quantizer}), "layer", weight, known), device)
 
     reads = quantizer.needs > Needs.NOTHING
-    for _ in range(1 if device.type == "cpu" else 2):  # elsewhere the first compiles
+    for _ in range(2):  # the first compiles
         stats = _stats(columns, device) if reads else None
         first = taken(FEW)
     for rows in (FEW, ROWS[0]):  # the statistics know their factors from here on
