@@ -32,10 +32,11 @@ PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)
 
 
 class Number(float):
-    """A recorded number whose format may begin with a scale: k for x 1000, c for x 100, K for / 2^10, M for / 2^20."""
+    """A recorded number whose format may begin with a scale: k for x 1000, c for x 100, K, M and G for
+    / 2^10, 2^20 and 2^30."""
 
     def __format__(self, spec: str) -> str:
-        scale = {"k": 1000.0, "c": 100.0, "K": 2**-10, "M": 2**-20}.get(spec[:1])
+        scale = {"k": 1000.0, "c": 100.0, "K": 2**-10, "M": 2**-20, "G": 2**-30}.get(spec[:1])
         return format(float(self), spec) if scale is None else format(float(self) * scale, spec[1:])
 
 

@@ -1,7 +1,7 @@
 """What a document's table is: which records of which file of evals/results make which row.
 
-A cell is a format of Python's over one record; a number's format may begin with k (x 1000), c (x 100), K (/ 2^10) or
-M (/ 2^20). Texts of a `where` are patterns as a shell's.
+A cell is a format of Python's over one record; a number's format may begin with k (x 1000), c (x 100), K (/ 2^10),
+M (/ 2^20) or G (/ 2^30). Texts of a `where` are patterns as a shell's.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -46,6 +46,17 @@ SHARED = Table(
     "rows",
 )  # fmt: skip
 
+GIANTS = Table(
+    "2026-11-30-giants.json",
+    "model | method, 3 bits | to read, GiB | to write, GiB | one process, GiB | each of 8, GiB | 10^15 multiplications",
+    ("{bytes_before:G.0f}", "{bytes_after:G.0f}", "{memory_1:G.0f}", "{memory_8:G.0f}", "{peta:.0f}"),
+    {
+        f"{model} | {method}": [{"model": model, "method": method}]
+        for model in ("Llama 3 70B", "DeepSeek V3 671B")
+        for method in ("GPTQ", "trellis")
+    },
+)  # fmt: skip
+
 MEMORY = Table(
     "2026-11-29-memory.json", "method | blocks | weights | checkpoint, GiB | peak, GiB",
     ("{parameters:,.0f}", "{checkpoint_gib:.2f}", "{peak_rss_gib:.2f}"),

@@ -19,7 +19,7 @@ from quantkit.io.run_folder import Output
 from quantkit.io.source import Source, open_folder
 from quantkit.models.plan import with_own_weight
 from quantkit.models.structure import linear_weight
-from quantkit.run.estimate import multiplications
+from quantkit.run.estimate import experts_chosen, multiplications
 from quantkit.run.recipe import Recipe
 from quantkit.run.trial import pass_seconds, rounding_seconds
 
@@ -186,9 +186,10 @@ def _seconds(
     least = Needs.CROSS if recipe.target_shift else Needs.HESSIAN
     needs = max(least, *(quantizer.needs for quantizer in missing.values()))
     felt = _runs_back(recipe)
-    walk = multiplications(shapes, found.tokens.numel(), needs, felt)
-    model = found.database.source.model
-    return rounding_seconds(rounding, device, felt=felt) + pass_seconds(walk, model.dtype, device)
+    source = found.database.source
+    chosen = 0 if recipe.all_experts else experts_chosen(source)
+    walk = multiplications(shapes, found.tokens.numel(), needs, felt, chosen)
+    return rounding_seconds(rounding, device, felt=felt) + pass_seconds(walk, source.model.dtype, device)
 
 
 def _runs_back(recipe: Recipe) -> bool:

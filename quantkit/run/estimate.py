@@ -1,5 +1,6 @@
 """What a run would make and need: from shapes, from its text, and from a trial of its quantizers."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,20 +86,11 @@ def estimate(folder: Path, recipe: Recipe, device: str | None = None, processes:
     tokens = None
     if recipe.reads_text(plan):
         tokens = recipe.calibration.sequences(source.tokenizer(), model)
-    shapes = _shapes(source, plan)
     seconds = expected_seconds(source, recipe, 0 if tokens is None else tokens.numel(), where, processes)
     laid_out = sizes(source, recipe)
-    own = tokens  # of the process that has most
-    if tokens is not None and recipe.tuner is None:
-        own = torch.cat(divided(tokens, BATCH_TOKENS)[Together(0, processes).own])
-    working = _working_bytes(source, shapes, own, plan_needs(plan), recipe.tuner is not None, where)
-    if tokens is not None and recipe.runs_back(plan):
-        back = torch.cat(divided(tokens, fisher.BATCH_TOKENS)[Together(0, processes).own])
-        working = max(working, _reverse_bytes(source, shapes, back))
-    working += (processes > 1) * (processes + 1) * BUNDLE
+    working = working_bytes(source, recipe, plan, tokens, where, processes)
     if recipe.check:
         length = sequence_length(recipe.calibration.seqlen, context_length(model))
-        working = max(working, _checking_bytes(source, (recipe.check, length), own))
         weights = sum(p.numel() for p in model.parameters())
         seconds += pass_seconds(2 * recipe.check * length * weights, model.dtype, where)
     return Estimate(
@@ -135,7 +127,7 @@ class Sizes:
 def sizes(source: Source, recipe: Recipe) -> Sizes:
     """What a recipe would make of a model; its structure is of no use afterwards."""
     plan = recipe.plan(source.model)
-    shapes = _shapes(source, plan)
+    shapes = shapes_of(source, plan)
     packed_weights = sum(out * inner for name, (out, inner) in shapes.items() if name not in tied(plan))
     without = with_ranks(plan, dict.fromkeys(plan, 0)) if recipe.low_rank_bits else plan
     packed_bytes = sum(quantizer.layout(*shapes[name]).nbytes for name, quantizer in without.items())
@@ -159,18 +151,45 @@ def expected_seconds(source: Source, recipe: Recipe, tokens: int, device: torch.
         processes: that share it.
     """
     plan = recipe.plan(source.model)
-    shapes = _shapes(source, plan)
+    shapes = shapes_of(source, plan)
     own = {name: (quantizer, shapes[name]) for name, quantizer in with_own_weight(plan).items()}
     seconds = rounding_seconds(own, device, processes, recipe.runs_back(plan))
     if recipe.reads_text(plan):
-        work = multiplications(shapes, tokens, plan_needs(plan), recipe.runs_back(plan))
+        chosen = 0 if recipe.all_experts else experts_chosen(source)
+        work = multiplications(shapes, tokens, plan_needs(plan), recipe.runs_back(plan), chosen)
         batches = 1 if recipe.tuner is not None else max(1, -(-tokens // BATCH_TOKENS))
         share = len(Together(0, processes).turns(batches)) / batches
         seconds += share * pass_seconds(work, source.model.dtype, device)
     return seconds
 
 
-def _shapes(source: Source, plan: Plan) -> dict[str, tuple[int, ...]]:
+def working_bytes(
+    source: Source, recipe: Recipe, plan: Plan, tokens: Tensor | None, device: torch.device, processes: int = 1
+) -> int:
+    """Bytes that a run takes at once, in each of its processes, beside what the libraries hold.
+
+    Args:
+        source: the model.
+        recipe: what would be done; plan: by it.
+        tokens: of the calibration, int64 [sequences, seqlen], of which only the shape counts; None for none.
+        device: where.
+        processes: that share the run.
+    """
+    shapes, first = shapes_of(source, plan), Together(0, processes)  # which has most of the batches
+    own = tokens
+    if tokens is not None and recipe.tuner is None:
+        own = torch.cat(divided(tokens, BATCH_TOKENS)[first.own])
+    working = _walking_bytes(source, shapes, own, plan_needs(plan), recipe.tuner is not None, device)
+    if tokens is not None and recipe.runs_back(plan):
+        back = torch.cat(divided(tokens, fisher.BATCH_TOKENS)[first.own])
+        working = max(working, _reverse_bytes(source, shapes, back))
+    if recipe.check:
+        length = sequence_length(recipe.calibration.seqlen, context_length(source.model))
+        working = max(working, _checking_bytes(source, (recipe.check, length), own))
+    return working + (processes > 1) * (processes + 1) * BUNDLE
+
+
+def shapes_of(source: Source, plan: Plan) -> dict[str, tuple[int, ...]]:
     """[out_features, in_features] of the planned layers."""
     return {name: tuple(linear_weight(source.model.get_submodule(name)).shape) for name in plan}
 
@@ -207,7 +226,19 @@ def _checking_bytes(source: Source, held_out: tuple[int, int], tokens: Tensor | 
     return int(HEAP * max(streams + max(0, ends) + 6 * 4 * logits, 2 * whole if whole <= LARGEST else 0))
 
 
-def multiplications(shapes: Mapping[str, tuple[int, ...]], tokens: int, needs: Needs, back: bool = False) -> float:
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+"""What configurations call the experts that a token passes through."""
+
+
+def experts_chosen(source: Source) -> int:
+    """Of a mixture's experts, how many a token passes through; 0 where the model does not say."""
+    config = source.model.config.get_text_config()
+    return next((int(found) for name in _CHOSEN if isinstance(found := getattr(config, name, None), int)), 0)
+
+
+def multiplications(
+    shapes: Mapping[str, tuple[int, ...]], tokens: int, needs: Needs, back: bool = False, chosen: int = 0
+) -> float:
     """Of the calibration: two passes of the quantized stream, one of the full one, and the statistics.
 
     Args:
@@ -215,12 +246,18 @@ def multiplications(shapes: Mapping[str, tuple[int, ...]], tokens: int, needs: N
         tokens: of the text.
         needs: the most that a quantizer reads.
         back: with a reverse pass: two forth, one back, and the outputs' statistics.
+        chosen: of the experts side by side, how many a token passes through; 0 for all.
     """
-    streams = 1 if needs < Needs.CROSS else 2
-    weights = sum(rows * columns for rows, columns in shapes.values())
-    inputs = sum(columns**2 for _, columns in shapes.values()) / 2  # layers side by side share their statistics
-    reverse = 3 * weights + sum(rows**2 for rows, _ in shapes.values()) if back else 0
-    return tokens * (weights * (1 + streams) + inputs * streams + reverse)
+    streams, places = 1 if needs < Needs.CROSS else 2, {name: place(name) for name in shapes}
+    beside = Counter((at[0], at[2]) for at in places.values() if at is not None)
+    work = 0.0
+    for name, (rows, columns) in shapes.items():
+        at = places[name]
+        share = 1.0 if at is None or not chosen else min(1.0, chosen / beside[at[0], at[2]])
+        inputs = columns**2 / 2  # layers side by side share their statistics
+        reverse = 3 * rows * columns + rows**2 if back else 0
+        work += share * (rows * columns * (1 + streams) + inputs * streams + reverse)
+    return tokens * work
 
 
 def resident_bytes() -> int:
@@ -228,7 +265,7 @@ def resident_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def _working_bytes(
+def _walking_bytes(
     source: Source,
     shapes: Mapping[str, tuple[int, ...]],
     tokens: Tensor | None,
