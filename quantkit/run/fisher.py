@@ -265,8 +265,7 @@ class _Reverse:
             with self._loaded(f"{prefix}.{index}", blocks[index]):
                 turns = self.together.turns(len(starts))
                 gradients, sums = self._back(index, blocks[index], batches, kept.pop(), gradients, turns, part == 0)
-                if self.together.is_first:
-                    self._write(index, sums, part == parts - 1)
+                self.together.lead(partial(self._write, index, sums, part == parts - 1))
 
     @contextmanager
     def _loaded(self, name: str, module: nn.Module) -> Iterator[None]:

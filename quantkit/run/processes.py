@@ -95,11 +95,9 @@ class Together:
         own, error = _tried(make)
         with _others():
             dist.all_gather_object(made, (own, None if error is None else str(error)))
-        if error is not None:
-            raise error
-        for _, said in made:
-            if said is not None:
-                raise Elsewhere(said)
+        if failed := [(rank, said) for rank, (_, said) in enumerate(made) if said is not None]:
+            rank, said = failed[0]  # which says it for those that have failed alike
+            raise error if error is not None and rank == self.rank else Elsewhere(said)
         return [value for value, _ in made]
 
     def first(self, make: Callable[[], T]) -> T:
@@ -138,11 +136,11 @@ class Together:
     def share(self, costs: Mapping[str, float]) -> list[str]:
         """Of pieces of work those that are this process's: the largest first, each to whom has least to do so far."""
         loads = [0.0] * self.count
-        mine = []
+        mine = set()
         for name in sorted(costs, key=lambda name: -costs[name]):
             least = min(reversed(range(self.count)), key=loads.__getitem__)  # the first has to write as well
             loads[least] += costs[name]
-            mine += [name] if least == self.rank else []
+            mine |= {name} if least == self.rank else set()
         return [name for name in costs if name in mine]
 
 

@@ -163,7 +163,8 @@ class Walker:
             if done is None:
                 self._order = self._order if settings(block) == before else None
                 before = settings(block)
-                sink.write(index, name, self._quantize_block(index, name))
+                made = self._quantize_block(index, name)
+                self.together.each(partial(sink.write, index, name, made))
             else:
                 self._pass_finished(index, name, done)
             self.aside.through_packed(index)
