@@ -98,7 +98,7 @@ start = time.monotonic()
 rounding = AutoRound(
     model, AutoTokenizer.from_pretrained(asked["model"]), bits=asked["bits"], group_size=asked["group_size"],
     sym=asked["symmetric"], iters=asked["iterations"], dataset=list(sequences.split(1)), nsamples=len(sequences),
-    seqlen=sequences.shape[1], amp=False, device_map="cpu",
+    seqlen=sequences.shape[1], device_map="cpu",
 )
 model, _ = rounding.quantize()
 finish(model, start, ("auto-round",), lambda folder: rounding.save_quantized(folder, format="auto_round", inplace=True))

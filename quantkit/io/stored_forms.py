@@ -3,9 +3,11 @@
 Each form is a function that finds a checkpoint's quantized matrices by the names and shapes of their tensors, and says
 how each is made of them. To the rest of quantkit such files are ordinary ones (`Dequantized`); no more than a matrix is
 in memory for that. What the forms look like is said by their writers: transformers' `integrations.finegrained_fp8` and
-`integrations.mxfp4`, AutoGPTQ and AutoAWQ, and compressed-tensors.
+`integrations.mxfp4`, AutoGPTQ and AutoAWQ, bitsandbytes' `QuantState`, and compressed-tensors.
 """
 
+import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,14 +20,14 @@ from torch import Tensor
 from quantkit.core.errors import CheckpointError, QuantkitError, first_line
 from quantkit.io.shards import DTYPES, Shards
 
-Specs = Mapping[str, tuple[str, list[int]]]
-"""(safetensors dtype, shape) by tensor name."""
 _ODD = (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError)
 """What comes of files and settings that are not what their form says."""
 _SAYING = ("quantization_config", "compression_config")
 """Where a config.json says how a model is quantized."""
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """Values of E2M1's codes."""
+_BNB_STATE = ".quant_state.bitsandbytes__"
+"""In the name of the tensor that holds JSON of a 4-bit matrix: its shape and its blocks' sizes."""
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight columns AutoAWQ puts into a word's nibbles, the lowest first."""
 
@@ -71,7 +73,7 @@ class Dequantized(Shards):
                 f"{', '.join(FORMS)}, or give the full-precision model"
             )
         try:
-            self._made = find(shards.specs, asked)
+            self._made = find(shards, asked)
         except _ODD as error:
             raise QuantkitError(
                 f"{shards.folder}: its config.json or its tensors are not what {method} has "
@@ -145,26 +147,26 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     return left
 
 
-def _places(specs: Specs, *suffixes: str) -> dict[str, dict[str, str]]:
+def _places(shards: Shards, *suffixes: str) -> dict[str, dict[str, str]]:
     """Beginnings of names that are followed by the first suffix -> names by suffix, of those that are there."""
-    first = [name.removesuffix(suffixes[0]) for name in specs if name.endswith(suffixes[0])]
-    return {place: {s: f"{place}{s}" for s in suffixes if f"{place}{s}" in specs} for place in first}
+    first = [name.removesuffix(suffixes[0]) for name in shards.specs if name.endswith(suffixes[0])]
+    return {place: {s: f"{place}{s}" for s in suffixes if f"{place}{s}" in shards.specs} for place in first}
 
 
-def _fp8(specs: Specs, config: Mapping[str, Any]) -> dict[str, Quantized]:
+def _fp8(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantized]:
     """E4M3 with a factor for each block of a weight, or for all of it."""
     block = config.get("weight_block_size")
     block = None if block is None else [int(size) for size in block]
     found = {}
-    for place, names in _places(specs, "_scale_inv", "").items():
+    for place, names in _places(shards, "_scale_inv", "").items():
         parts = {"weight": names[""], "scale": names["_scale_inv"]}
-        found[place] = Quantized(parts, tuple(specs[place][1]), partial(_of_blocks, block))
-    return _with_inputs(found, specs, ".activation_scale")
+        found[place] = Quantized(parts, tuple(shards.specs[place][1]), partial(_of_blocks, block))
+    return _with_inputs(found, shards, ".activation_scale")
 
 
-def _with_inputs(found: dict[str, Quantized], specs: Specs, suffix: str) -> dict[str, Quantized]:
+def _with_inputs(found: dict[str, Quantized], shards: Shards, suffix: str) -> dict[str, Quantized]:
     """Matrices with the factors of their layers' inputs, which are left as they are here, among their parts."""
-    for names in _places(specs, suffix, ".weight").values():
+    for names in _places(shards, suffix, ".weight").values():
         made = found.get(names.get(".weight", ""))
         if made is not None:
             found[names[".weight"]] = Quantized({**made.parts, "inputs": names[suffix]}, made.shape, made.make)
@@ -189,22 +191,22 @@ def _exponents(scale: Tensor) -> Tensor:
     return torch.exp2(scale.float() - 127)
 
 
-def _fbgemm(specs: Specs, _config: Mapping[str, Any]) -> dict[str, Quantized]:
+def _fbgemm(shards: Shards, _config: Mapping[str, Any]) -> dict[str, Quantized]:
     """E4M3 with a factor for each row."""
     return {
         names[".weight"]: Quantized(
-            {"weight": names[".weight"], "scale": names[".weight_scale"]}, tuple(specs[names[".weight"]][1]),
+            {"weight": names[".weight"], "scale": names[".weight_scale"]}, tuple(shards.specs[names[".weight"]][1]),
             lambda p: p["weight"].float() * p["scale"].float(),
         )
-        for names in _places(specs, ".weight_scale", ".weight").values()
+        for names in _places(shards, ".weight_scale", ".weight").values()
     }  # fmt: skip
 
 
-def _mxfp4(specs: Specs, _config: Mapping[str, Any]) -> dict[str, Quantized]:
+def _mxfp4(shards: Shards, _config: Mapping[str, Any]) -> dict[str, Quantized]:
     """E2M1 with a power of two for each 32, of stacked experts whose matrices are transposed."""
     found = {}
-    for place, names in _places(specs, "_blocks", "_scales").items():
-        *stack, rows, groups, half = specs[names["_blocks"]][1]
+    for place, names in _places(shards, "_blocks", "_scales").items():
+        *stack, rows, groups, half = shards.specs[names["_blocks"]][1]
         parts = {"codes": names["_blocks"], "scale": names["_scales"]}
         found[place] = Quantized(parts, (*stack, groups * half * 2, rows), _of_fp4)
     return found
@@ -216,16 +218,16 @@ def _of_fp4(parts: Mapping[str, Tensor]) -> Tensor:
     return (values * _exponents(parts["scale"])[..., None]).flatten(-2).transpose(-1, -2)
 
 
-def _gptq(specs: Specs, config: Mapping[str, Any]) -> dict[str, Quantized]:
+def _gptq(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantized]:
     """Codes along the inputs, one bit stream a column; zeros, less one in the older version, along the outputs."""
     bits, version = int(config["bits"]), str(config.get("checkpoint_format") or "gptq")
     if version not in ("gptq", "gptq_v2") or bits != config["bits"]:
         raise QuantkitError(f"of GPTQ quantkit reads whole bits, in the versions gptq and gptq_v2, not {version}")
     offset = 0 if version == "gptq_v2" else 1
     found = {}
-    for place, names in _places(specs, ".qweight", ".qzeros", ".scales", ".g_idx").items():
-        words, outputs = specs[names[".qweight"]][1]
-        inputs, (groups, _) = words * 32 // bits, specs[names[".scales"]][1]
+    for place, names in _places(shards, ".qweight", ".qzeros", ".scales", ".g_idx").items():
+        words, outputs = shards.specs[names[".qweight"]][1]
+        inputs, (groups, _) = words * 32 // bits, shards.specs[names[".scales"]][1]
         if ".g_idx" not in names and config.get("desc_act"):
             raise KeyError(f"{place}.g_idx")
         names = {part: names[part] for part in (".qweight", ".qzeros", ".scales")} | {
@@ -242,25 +244,25 @@ def _gptq(specs: Specs, config: Mapping[str, Any]) -> dict[str, Quantized]:
     return found
 
 
-def _auto_round(specs: Specs, config: Mapping[str, Any]) -> dict[str, Quantized]:
+def _auto_round(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantized]:
     """One of the two before, or GPTQ's with zeros as they are."""
     packing = str(config.get("packing_format", ""))
     if packing.endswith("auto_awq"):
-        return _awq(specs, config)
+        return _awq(shards, config)
     version = {"auto_round": "gptq_v2", "auto_round:auto_gptq": "gptq"}.get(packing)
     if version is None:
         raise QuantkitError(f"auto-round's packing_format {packing!r} is not read; give the full-precision model")
-    return _gptq(specs, {**config, "checkpoint_format": version})
+    return _gptq(shards, {**config, "checkpoint_format": version})
 
 
-def _awq(specs: Specs, config: Mapping[str, Any]) -> dict[str, Quantized]:
+def _awq(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantized]:
     """Codes and zeros of 4 bits along the outputs, eight to a word, in an order of their own."""
     if int(config.get("bits") or config.get("w_bit") or 4) != 4 or str(config.get("version", "gemm")).lower() != "gemm":
         raise QuantkitError("of AWQ quantkit reads 4 bits in the gemm version; give the full-precision model")
     found = {}
-    for place, names in _places(specs, ".qweight", ".qzeros", ".scales").items():
-        inputs, words = specs[names[".qweight"]][1]
-        groups, _ = specs[names[".scales"]][1]
+    for place, names in _places(shards, ".qweight", ".qzeros", ".scales").items():
+        inputs, words = shards.specs[names[".qweight"]][1]
+        groups, _ = shards.specs[names[".scales"]][1]
         names = {part: names[part] for part in (".qweight", ".qzeros", ".scales")}
 
         def make(p: Mapping[str, Tensor], inputs: int = inputs, groups: int = groups) -> Tensor:
@@ -286,14 +288,51 @@ def _nibbles(words: Tensor) -> Tensor:
     return ((words[..., None] >> shifts) & 15).flatten(-2)
 
 
-def _compressed(specs: Specs, config: Mapping[str, Any]) -> dict[str, Quantized]:
+def _bitsandbytes(shards: Shards, _config: Mapping[str, Any]) -> dict[str, Quantized]:
+    """4 bits (NF4, FP4) in blocks of a matrix laid out flat, whose factors may be 8-bit codes themselves; 8 by row."""
+    found = {}
+    states = [name for name in shards.specs if _BNB_STATE in name]
+    for state, text in shards.read(states):
+        said = json.loads(bytes(text.tolist()))
+        place = state.partition(_BNB_STATE)[0]
+        factors = ("absmax", "nested_absmax", "nested_quant_map") if "nested_blocksize" in said else ("absmax",)
+        parts = {part: f"{place}.{part}" for part in (*factors, "quant_map")} | {"weight": place, "state": state}
+        shape = tuple(int(size) for size in said["shape"])
+        held = {part: math.prod(shards.specs[name][1]) for part, name in parts.items()}
+        size = math.prod(shape)
+        if (held["weight"], held["absmax"]) != (-(-size // 2), -(-size // int(said["blocksize"]))):
+            raise ValueError(f"{held['weight']} bytes and {held['absmax']} factors for {list(shape)}")
+        found[place] = Quantized(parts, shape, partial(_of_flat_blocks, said))
+    for place, names in _places(shards, ".SCB", ".weight", ".weight_format").items():
+        weight = names[".weight"]
+        found[weight] = Quantized(names, tuple(shards.specs[weight][1]), partial(_of_rows, place))
+    return found
+
+
+def _of_flat_blocks(said: Mapping[str, Any], parts: Mapping[str, Tensor]) -> Tensor:
+    factors, size = parts["absmax"], math.prod(said["shape"])
+    if "nested_blocksize" in said:
+        outer = parts["nested_absmax"].repeat_interleave(int(said["nested_blocksize"]))[: len(factors)]
+        factors = parts["nested_quant_map"][factors.long()] * outer + float(said["nested_offset"])
+    codes = parts["weight"].flatten()
+    values = parts["quant_map"][torch.stack([codes >> 4, codes & 15], -1).flatten()[:size].long()]
+    return (values * factors.repeat_interleave(int(said["blocksize"]))[:size]).view(*said["shape"])
+
+
+def _of_rows(place: str, parts: Mapping[str, Tensor]) -> Tensor:
+    if ".weight_format" in parts and int(parts[".weight_format"]):
+        raise ValueError(f"{place} is laid out for one kind of GPU")
+    return parts[".weight"].float() * parts[".SCB"].float().view(-1, 1) / 127
+
+
+def _compressed(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantized]:
     """compressed-tensors' packed and plain integers and E4M3, with factors by group, row or tensor."""
     asked = [group["weights"] for group in config["config_groups"].values()]
     facts = ("num_bits", "strategy", "group_size", "symmetric")
     kinds = {tuple(one.get(fact) for fact in facts) for one in asked}
     found = {}
     for place, names in _places(
-        specs, ".weight_scale", ".weight", ".weight_packed", ".weight_shape", ".weight_zero_point", ".weight_g_idx",
+        shards, ".weight_scale", ".weight", ".weight_packed", ".weight_shape", ".weight_zero_point", ".weight_g_idx",
         ".weight_global_scale",
     ).items():  # fmt: skip
         bits, strategy, size, symmetric = next(iter(kinds))
@@ -305,15 +344,17 @@ def _compressed(specs: Specs, config: Mapping[str, Any]) -> dict[str, Quantized]
         if symmetric is False and ".weight_zero_point" not in names:
             raise KeyError(f"{place}.weight_zero_point")
         if ".weight_packed" in names:
-            rows, words = specs[names[".weight_packed"]][1]
+            rows, words = shards.specs[names[".weight_packed"]][1]
             if strategy != "group" and 32 % bits:
                 raise QuantkitError(f"{place}: of compressed-tensors' {bits} bits quantkit reads those in groups")
-            columns = specs[names[".weight_scale"]][1][1] * int(size) if strategy == "group" else words * 32 // bits
+            columns = (
+                shards.specs[names[".weight_scale"]][1][1] * int(size) if strategy == "group" else words * 32 // bits
+            )
             found[f"{place}.weight"] = Quantized(names, (rows, columns), partial(_of_packed, bits, columns))
         elif ".weight" in names:
-            shape = tuple(specs[names[".weight"]][1])
+            shape = tuple(shards.specs[names[".weight"]][1])
             found[f"{place}.weight"] = Quantized(names, shape, partial(_of_groups, 8))
-    return _with_inputs(found, specs, ".input_scale")
+    return _with_inputs(found, shards, ".input_scale")
 
 
 def _of_packed(bits: int, columns: int, parts: Mapping[str, Tensor]) -> Tensor:
@@ -356,13 +397,14 @@ def _stream(words: Tensor, bits: int, count: int) -> Tensor:
     return ((low | high << 32) >> shift) & (2**bits - 1)
 
 
-FORMS: dict[str, Callable[[Specs, Mapping[str, Any]], dict[str, Quantized]]] = {
+FORMS: dict[str, Callable[[Shards, Mapping[str, Any]], dict[str, Quantized]]] = {
     "fp8": _fp8,
     "fbgemm_fp8": _fbgemm,
     "mxfp4": _mxfp4,
     "gptq": _gptq,
     "awq": _awq,
     "auto-round": _auto_round,
+    "bitsandbytes": _bitsandbytes,
     "compressed-tensors": _compressed,
 }
 """How matrices are found, by the `quant_method` of a config.json."""

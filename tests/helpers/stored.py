@@ -110,6 +110,43 @@ def channel_fp8(weight):
     return {"": codes, "_scale": scale.bfloat16()}, codes.float() * scale.bfloat16().float()
 
 
+def nf4(nested):
+    """bitsandbytes' 4 bits: a flat layout, the first of two codes in the high nibble, 16 values, factors by 64."""
+
+    def pack(weight):
+        values = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.02, 0.98, 16))
+        values /= values.abs().max()
+        blocks = torch.nn.functional.pad(weight.float().flatten(), (0, -weight.numel() % 64)).view(-1, 64)
+        factors, said = blocks.abs().amax(1), {"quant_type": "nf4", "blocksize": 64, "shape": list(weight.shape)}
+        parts = {".absmax": factors, ".quant_map": values}
+        if nested:
+            mean, levels = factors.mean(), torch.linspace(-1, 1, 256)
+            sizes = torch.nn.functional.pad(factors - mean, (0, -len(factors) % 256)).view(-1, 256).abs().amax(1)
+            spread_sizes = sizes.repeat_interleave(256)[: len(factors)]
+            kept = ((factors - mean) / spread_sizes * 127.5 + 127.5).round().clamp(0, 255).byte()
+            factors = levels[kept.long()] * spread_sizes + float(mean)
+            parts |= {".absmax": kept, ".nested_absmax": sizes, ".nested_quant_map": levels}
+            said |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": float(mean)}
+        codes = (blocks[..., None] / factors[:, None, None] - values).abs().argmin(-1)
+        meant = (values[codes] * factors[:, None]).flatten()[: weight.numel()].view(weight.shape)
+        codes = codes.flatten()[: weight.numel()].byte()
+        parts |= {
+            "": (codes[::2] << 4 | codes[1::2])[:, None],
+            ".quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8),
+        }
+        return {f".weight{suffix}": part for suffix, part in parts.items()}, meant
+
+    return pack
+
+
+def int8_rows(weight):
+    """bitsandbytes' LLM.int8."""
+    size = weight.float().abs().amax(1)
+    codes = (weight.float() * 127 / size[:, None]).round().to(torch.int8)
+    parts = {".weight": codes, ".SCB": size, ".weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return parts, codes.float() * size[:, None] / 127
+
+
 def _group(bits, symmetric=True, strategy="group"):
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy, "group_size": 32}
     return {"config_groups": {"all": {"targets": ["Linear"], "weights": weights}}}
@@ -125,6 +162,9 @@ FORMS = {
     ),
     "auto-round": (gptq(2, "gptq_v2"), "", {"quant_method": "auto-round", "bits": 2, "packing_format": "auto_round"}),
     "awq": (awq, "", {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}),
+    "bnb-4": (nf4(False), "", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    "bnb-4-nested": (nf4(True), "", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    "bnb-8": (int8_rows, "", {"quant_method": "bitsandbytes", "load_in_8bit": True}),
     "compressed-4": (compressed(4, True), ".weight", {"quant_method": "compressed-tensors"} | _group(4)),
     "compressed-3-whole": (whole_codes(3), ".weight", {"quant_method": "compressed-tensors"} | _group(3)),
     "compressed-3-asym": (compressed(3, False), ".weight", {"quant_method": "compressed-tensors"} | _group(3, False)),

@@ -116,6 +116,8 @@ ODD = {
     "no factors": ("fp8", {}, "1.mlp.up_proj.weight_scale_inv", "stored in FP8, and its factors are not there"),
     "other blocks": ("fp8", {"weight_block_size": [64, 64]}, None, "parts do not go together"),
     "blocks unsaid": ("fp8", {"weight_block_size": None}, None, "parts do not go together"),
+    "no blocks' factors": ("bnb-4", {}, "0.mlp.up_proj.weight.absmax", "are not what bitsandbytes has .*absmax"),
+    "rows' factors": ("bnb-8", {}, "1.mlp.up_proj.weight", "are not what bitsandbytes has"),
     "no zeros of 3 bits": ("compressed-3-asym", {}, "up_proj.weight_zero_point", "are not what compressed-tensors has"),
     "by block": (
         "compressed-fp8", {"config_groups": {"a": {"weights": {"num_bits": 8, "strategy": "block"}}}}, None, "by block"
