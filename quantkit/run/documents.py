@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.core.errors import CalibrationError, QuantkitError, UnknownName, first_line
+from quantkit.io.network import offline_unless_named
 from quantkit.run.corpus import standard_library
 
 Document = str | list[int]
@@ -209,13 +210,16 @@ def _read_hub(source: str, arguments: dict[str, Any]) -> Iterator[Any]:
             f"dataset {source!r} is read by the package datasets, which is not installed (pip install "
             "'quantkit-llm[hub]'); without it, give a text file or 'stdlib'"
         ) from None
+    online = True
     try:
-        rows = load_dataset(**arguments, streaming="c4" in arguments["path"])
+        with offline_unless_named() as online:
+            rows = load_dataset(**arguments, streaming="c4" in arguments["path"])
         for i, row in enumerate(rows):
             if i == _MOST_HUB_ROWS and "wikitext" not in arguments["path"]:
                 return
             yield row
     except Exception as error:  # datasets raises whatever its many back ends raise
+        reason = first_line(error) if online else "no network here knows the hub's name, and the cache has it not"
         raise QuantkitError(
-            f"dataset {source!r} cannot be fetched ({first_line(error)}); without the hub, give a text file or 'stdlib'"
+            f"dataset {source!r} cannot be fetched ({reason}); without the hub, give a text file or 'stdlib'"
         ) from error

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import socket
+import time
 
 import pytest
 import torch
@@ -195,3 +197,16 @@ def test_a_damaged_archive_is_named(tmp_path):
 def test_no_tokenizer_has_such_tokens():
     with pytest.raises(QuantkitError, match="row 1"):
         documents([[1, 2**31]], "calibration")
+
+
+def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch):
+    def unknown(*_, **__):
+        raise OSError("Name or service not known")
+
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits"))
+    with pytest.raises(QuantkitError, match=r"no network here knows the hub's name.*or 'stdlib'"):
+        documents("wikitext2", "calibration")
