@@ -152,6 +152,11 @@ def load(
         ASKED.reset(asked)
     model, info = loaded
     missing = sorted(info["missing_keys"])
+    if missing and set(missing) <= _of_head(model):
+        raise CheckpointError(
+            f"{folder} holds a model without its head ({missing[0]}), which predicts no tokens; give the one that "
+            "transformers' AutoModelForCausalLM loads and saves"
+        )
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} tensors of the model, {missing[0]} among them; fetch it anew"
@@ -160,6 +165,17 @@ def load(
     if torch.cuda.is_available():
         choose_unpacked(model, unpack)
     return model
+
+
+def _of_head(model: PreTrainedModel) -> set[str]:
+    """Names of the output head's parameters; none where the model has no head of its own."""
+    head = model.get_output_embeddings()
+    return {
+        f"{place}.{name}"
+        for place, module in model.named_modules()
+        if module is head
+        for name, _ in module.named_parameters(recurse=False)
+    }
 
 
 def _dequantized(folder: Path, dtype: str | torch.dtype, device: str | torch.device | None) -> PreTrainedModel:

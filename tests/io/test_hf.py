@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
 from quantkit.core.errors import QuantkitError
@@ -69,6 +69,14 @@ def test_missing_tensors_are_an_error_not_random_weights(saved, tmp_path):
         save_file(kept, shard, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="lacks"):
         quantkit.load(folder)
+
+
+def test_a_model_without_its_head_is_said_to_be_one(model_folder, text_file, tmp_path):
+    headless = tmp_path / "headless"
+    AutoModel.from_pretrained(model_folder("llama_even")).save_pretrained(headless)
+    AutoTokenizer.from_pretrained(model_folder("llama_even")).save_pretrained(headless)
+    with pytest.raises(QuantkitError, match=r"holds a model without its head .lm_head.weight."):
+        quantkit.quantize(headless, output=tmp_path / "packed", method="rtn", group_size=32)
 
 
 def test_importing_touches_no_gpu_and_no_network():
