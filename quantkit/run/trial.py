@@ -75,6 +75,8 @@ def _tried(quantizer: Quantizer, columns: int, device: torch.device, felt: bool)
     for rows in (FEW, ROWS[0]):  # the statistics know their factors from here on
         few = taken(rows)
         if few > LONG:
+            few = taken(rows)  # what many rows take may have been compiled just now
+        if few > LONG:
             return max(0.0, first - few * FEW / rows), few / rows
     a_row = max(0.0, taken(ROWS[1]) - few) / (ROWS[1] - ROWS[0])
     return max(0.0, first - a_row * FEW), a_row

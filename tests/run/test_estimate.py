@@ -1,6 +1,8 @@
 import pytest
+import torch
 
-from quantkit import RTN, Recipe
+from quantkit import GPTQ, RTN, Recipe
+from quantkit.run import trial
 from quantkit.run.estimate import estimate
 from quantkit.run.pipeline import quantize_checkpoint
 
@@ -22,3 +24,17 @@ def test_sizes_are_those_of_the_run_and_no_weight_is_read(architecture, head_bit
     assert expected.bits_per_weight == pytest.approx(report.bits_per_weight)
     assert (expected.packed_weights, expected.all_weights) == (report.packed_weights, report.all_weights)
     assert expected.layers == len(report.layers)
+
+
+def test_what_is_compiled_for_many_rows_alone_is_not_a_rows_time(monkeypatch):
+    """Found with trellis codes: their compiled call for a column is not reached by a layer of eight rows."""
+    seen = []
+
+    def seconds(work, _device):
+        rows = len(work.args[1])
+        seen.append(rows)
+        return 5.0 if rows == 64 and seen.count(64) == 1 else 0.1 + rows / 1000
+
+    monkeypatch.setattr(trial, "_seconds", seconds)
+    layers = {"model.layers.0.mlp.up_proj": (GPTQ(3), (500, 128))}
+    assert trial.rounding_seconds(layers, torch.device("cpu")) == pytest.approx(0.1 + 500 / 1000)
