@@ -8,6 +8,7 @@ import torch
 
 from quantkit.core.constants import HEAD_BITS, TARGET_SHIFT
 from quantkit.core.errors import QuantkitError
+from quantkit.kernels.cpu import has_numba
 
 Preset = Literal["quality", "balanced", "fast"]
 MOST_TRELLIS_BITS = 4
@@ -34,6 +35,13 @@ class Way:
     head_bits: int | None = HEAD_BITS
 
 
+def unasked(bits: float) -> str:
+    """What `--bits` alone means, in words."""
+    if bits > MOST_TRELLIS_BITS:
+        return "gptq, integers, which lose next to nothing at so many bits"
+    return f"gptq, integers, quick to make and read everywhere; --preset balanced loses less at {bits:g} bits"
+
+
 def way(preset: str, bits: float, device: torch.device) -> Way:
     """What a preset means.
 
@@ -56,12 +64,12 @@ def way(preset: str, bits: float, device: torch.device) -> Way:
                    target_shift=0, true_sequential=False)  # fmt: skip
     if few and (preset == "quality" or device.type == "cuda"):
         return Way("trellis", f"trellis codes lose least at {bits:g} bits", {"state_bits": 16}, True)
-    if few and not whole:
-        return Way("trellis", f"{bits:g} bits take trellis codes; short ones, since there is no GPU",
+    if few and (has_numba() or not whole):
+        return Way("trellis", f"trellis codes lose least at {bits:g} bits; short ones, since there is no GPU",
                    {"state_bits": 12}, True)  # fmt: skip
     if not whole:
         raise QuantkitError(f"{bits:g} bits: above {MOST_TRELLIS_BITS} give a whole number")
     if few:
-        return Way("gptq", "integers, since trellis codes take long to make without a GPU; 'quality' makes them",
+        return Way("gptq", "integers, since trellis codes take long to make without a GPU or numba; 'quality' makes them",
                    {"group_size": 64}, True)  # fmt: skip
     return Way("gptq", f"integers lose next to nothing at {bits:g} bits", {}, preset == "quality")
