@@ -70,6 +70,6 @@ def way(preset: str, bits: float, device: torch.device) -> Way:
     if not whole:
         raise QuantkitError(f"{bits:g} bits: above {MOST_TRELLIS_BITS} give a whole number")
     if few:
-        return Way("gptq", "integers, since trellis codes take long to make without a GPU or numba; 'quality' makes them",
+        return Way("gptq", "integers, since trellis codes take long without a GPU or numba; 'quality' makes them",
                    {"group_size": 64}, True)  # fmt: skip
     return Way("gptq", f"integers lose next to nothing at {bits:g} bits", {}, preset == "quality")
