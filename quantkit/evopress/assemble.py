@@ -8,6 +8,7 @@ import torch
 from quantkit.core import spec
 from quantkit.core.result import LayerResult
 from quantkit.evopress.store import Database
+from quantkit.io import shim
 from quantkit.io.checkpoint import CheckpointWriter
 from quantkit.io.run_folder import Output
 from quantkit.run.record import Run, begin, count_weights, files_of, model_notes
@@ -55,6 +56,7 @@ def assemble(
             results[layer] = LayerResult(weight, candidate.relative_error, candidate.damping)
         writer.write(index, f"{source.prefix}.{index}" if index >= 0 else "", results)
     report = run.report(name, plan, writer.results(), dense_bytes)
-    config = source.config | ({"tie_word_embeddings": False} if source.untied else {})
-    writer.finish(config, lambda: source.files() | files_of(report, source) | files(report))
+    config = source.config | ({"tie_word_embeddings": False} if source.untied else {}) | shim.entries(source.model)
+    beside = shim.files(source.model)
+    writer.finish(config, lambda: source.files() | beside | files_of(report, source) | files(report))
     return report

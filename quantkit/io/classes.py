@@ -19,6 +19,7 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+from quantkit.core.constants import SHIM
 from quantkit.core.errors import QuantkitError, first_line
 from quantkit.core.remote import REMOTE
 from quantkit.io.files import parse_json
@@ -66,7 +67,7 @@ def class_of(config: Any) -> type[PreTrainedModel]:
         raise QuantkitError(f"{called} is an encoder-decoder; quantkit quantizes decoder-only models")
     own = getattr(config, "auto_map", None) or {}
     for auto in (*_TEXT, *_MORE) if REMOTE.get() else ():
-        if auto.__name__ in own:
+        if auto.__name__ in own and not own[auto.__name__].startswith(f"{SHIM}."):
             found = get_class_from_dynamic_module(own[auto.__name__], config._name_or_path)
             return cast(type[PreTrainedModel], found)
     named = getattr(transformers, name or "", None)

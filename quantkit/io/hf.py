@@ -1,7 +1,6 @@
 """The transformers bridge: packed checkpoints load and save through transformers' own functions.
 
-quant_method "quantkit" is registered by `quantkit.io.registration`. Without that registration transformers only warns
-about the unknown method and runs with random weights, so `quantkit.load` is the documented way in.
+quant_method "quantkit" is registered by `quantkit.io.registration`; what happens without it is up to `io.shim`.
 """
 
 from pathlib import Path

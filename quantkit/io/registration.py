@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quantkit.core.constants import METHOD, VERSION
+from quantkit.core.constants import GUARD, METHOD, SHIM, VERSION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +38,14 @@ class QuantkitHfQuantizer(HfQuantizer):
     requires_calibration = True
     is_qat_trainable = False
     """Whether transformers' Trainer may train the model without adapters of peft's; `quantkit.finetune` sets it."""
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called with the model's config before its files are looked for: from here on they are the usual ones."""
+        return _unguarded(config)
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """See above; older versions of transformers call this."""
+        return _unguarded(config)
 
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **_kwargs: Any
@@ -129,6 +137,9 @@ class QuantkitHfQuantizer(HfQuantizer):
                 config.layers[name] = module.metadata
             elif isinstance(module, nn.Linear | nn.Embedding):
                 del config.layers[name]
+        named = getattr(model.config, "auto_map", None) or {}
+        if any(str(place).startswith(f"{SHIM}.") for place in named.values()) and not model.is_remote_code():
+            del model.config.auto_map  # names code that transformers does not write along
         model._weight_conversions = []  # type: ignore[assignment]
         return None, {}
 
@@ -145,6 +156,12 @@ class QuantkitHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Kernels are torch.library operators."""
         return True
+
+
+def _unguarded(config: Any) -> Any:
+    if getattr(config, "transformers_weights", None) == GUARD:
+        del config.transformers_weights
+    return config
 
 
 def _specs(files: list[str]) -> dict[str, tuple[str, list[int]]]:

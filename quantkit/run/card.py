@@ -142,15 +142,14 @@ def _text(report: Report, name: str) -> str:
     listed = "\n".join(f"- {line}" for line in lines)
     return f"""# {name}, {report.bits_per_weight:.2f} bits per weight
 
-**Load this checkpoint with quantkit.** Without it transformers only warns about an unknown quantization
-method and then runs with random weights.
+**Load this checkpoint with quantkit** (`pip install quantkit-llm`):
 
 ```python
 import quantkit
 model = quantkit.load("path/to/this/folder")
 ```
 
-`AutoModelForCausalLM.from_pretrained` works too, after `import quantkit`.
+`AutoModelForCausalLM.from_pretrained` works too, after `import quantkit`, or with `trust_remote_code=True`.
 
 {listed}
 """

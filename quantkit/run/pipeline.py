@@ -17,6 +17,7 @@ from quantkit.core.products import full_width
 from quantkit.core.protocols import Needs
 from quantkit.core.result import LayerResult
 from quantkit.core.weight import QuantizedWeight
+from quantkit.io import shim
 from quantkit.io.checkpoint import CheckpointWriter
 from quantkit.io.hf import attach
 from quantkit.io.run_folder import Output
@@ -151,7 +152,8 @@ def run(
             this = Run(start, where, before, counted, settings, (*notes, *more))
             report = this.report(name or source.name, kept, results, dense, check, samples)
             config = source.config | ({"tie_word_embeddings": False} if source.untied else {})
-            destination.finish(config, lambda: source.files() | files_of(report, source))
+            config |= shim.entries(source.model)
+            destination.finish(config, lambda: source.files() | shim.files(source.model) | files_of(report, source))
             return report
 
         return shared.first(complete)

@@ -36,7 +36,13 @@ def test_a_checkpoint_a_plan_and_a_picture(searched, short, model_folder):
         assert word in result.stdout
     assert "2/2" in result.stderr, "a bar of generations"
     names = {path.name for path in (place / "found").iterdir()}
-    assert {"quantkit_plan.json", "quantkit_search.json", "quantkit_search.png", "quantkit_report.json"} <= names
+    assert {
+        "quantkit_plan.json",
+        "quantkit_search.json",
+        "quantkit_search.png",
+        "quantkit_report.json",
+        "quantkit_remote.py",
+    } <= names
     assert (place / "found" / "quantkit_report.html").read_text().count("<svg") == 1
     assert not list(place.glob("found.*"))
     report = json.loads((place / "found" / "quantkit_report.json").read_text())

@@ -28,6 +28,7 @@ def test_one_json_object_is_all_of_standard_output(arguments, tmp_path):
     assert len(figures) == 3 and (found["kl_before"], found["kl_after"]) == (figures[0], min(figures))
     assert found["output"] == str(tmp_path / "out")
     assert found["seconds"] > 0 and found["peak_memory_bytes"] > 2**26 and found["peak_device_bytes"] == 0
+    assert (tmp_path / "out" / "quantkit_remote.py").is_file()
     listing = json.loads(run("inspect", tmp_path / "out", "--json").stdout)
     assert found["bytes_after"] == listing["bytes"]
 
