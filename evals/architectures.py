@@ -3,16 +3,15 @@
     python -m quantkit.evals.architectures --json FILE
     python -m quantkit.evals.architectures --only llama qwen3_moe --json FILE
 
-Every kind of model that generates text is made small by one rule (`small`), written to disk with a tokenizer, and
-packed from there by GPTQ and by trellis codes. What is packed is loaded, and has to give the logits of the same model
-with dequantized weights, to generate, to be the same byte by byte where the run was interrupted and resumed, and to
-hold every tensor of the source but for those of packed layers. A kind that this rule makes nothing of is listed as
-such, one that quantkit refuses with its words.
+Every kind of model that generates text is made small by one rule (`architecture_sizes`), written to disk with a
+tokenizer, and packed from there by GPTQ and by trellis codes. What is packed is loaded, and has to give the logits of
+the same model with dequantized weights, to generate, to be the same byte by byte where the run was interrupted and
+resumed, and to hold every tensor of the source but for those of packed layers. A kind that this rule makes nothing of,
+or that transformers itself does not load again, is listed as not made; one that quantkit refuses, with its words.
 """
 
 import argparse
 import json
-import re
 import signal
 import tempfile
 import warnings
@@ -24,10 +23,11 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto import modeling_auto
 
-from quantkit.core.errors import Interrupted, QuantkitError, first_line
+from quantkit.core.errors import CheckpointError, Interrupted, QuantkitError, first_line
+from quantkit.evals.architecture_sizes import small
 from quantkit.io.classes import class_of
 from quantkit.io.conversion import origins
 from quantkit.io.hf import REFERENCE, load
@@ -43,56 +43,8 @@ from quantkit.run.recipe import Calibration, Recipe
 WAYS = {"gptq": GPTQ(4, 32), "trellis": Hadamard(Trellis(3, state_bits=8))}
 LIMIT = 100
 """Seconds for a kind of model."""
-TOKENS = 2048
-_SIZES = {
-    64: "hidden_size d_model n_embd dim embed_dim model_dim d_embed out_hidden_size",
-    96: "intermediate_size ffn_dim n_inner d_ff ffn_hidden_size intermediate_size_mlp mlp_hidden_size encoder_ffn_dim "
-    "decoder_ffn_dim dim_ff",
-    2: "num_hidden_layers n_layer num_layers n_layers depth encoder_layers decoder_layers layers num_experts_per_tok "
-    "num_experts_per_token moe_topk moe_k top_k num_key_value_heads num_kv_heads num_query_groups",
-    4: "num_attention_heads n_head num_heads n_heads encoder_attention_heads decoder_attention_heads num_experts "
-    "num_local_experts n_routed_experts moe_num_experts linear_num_key_heads linear_num_value_heads num_linear_heads",
-    16: "head_dim linear_key_head_dim linear_value_head_dim state_size ssm_state_size mamba_d_state mamba_headdim "
-    "mamba_d_head mamba_head_dim dim_head v_head_dim rotary_dim hidden_size_per_layer_input",
-    8: "qk_rope_head_dim qk_nope_head_dim mamba_n_heads mamba_num_heads n_mamba_heads laurel_rank adapter_rank",
-    32: "moe_intermediate_size kv_lora_rank q_lora_rank shared_expert_intermediate_size sliding_window",
-    1: "n_group topk_group n_groups mamba_n_groups n_shared_experts first_k_dense_replace",
-    256: "max_position_embeddings n_positions max_seq_len seq_length n_ctx",
-    TOKENS: "vocab_size vocab_size_per_layer_input",
-}
-"""Sizes by what configs call them."""
-_INNER = re.compile("inner|ff|intermediate|feed_forward")
-"""What else configs call the width inside an MLP."""
-_SIZE_OF = {name: size for size, names in _SIZES.items() for name in names.split()}
-
-
-def small(config: Any) -> Any:
-    """A config made small in place, its parts too: whatever has a usual name gets a usual size."""
-    for name, value in [*vars(config).items()]:
-        if hasattr(value, "to_dict"):
-            small(value)
-        elif name in _SIZE_OF and isinstance(value, int) and not isinstance(value, bool):
-            setattr(config, name, _SIZE_OF[name])
-        elif _INNER.search(name) and isinstance(value, int) and value > 512:
-            setattr(config, name, 96)
-        elif name.endswith("_token_id") and isinstance(value, int):
-            setattr(config, name, min(value, TOKENS - 1))
-    if hasattr(config, "qk_rope_head_dim"):
-        config.head_dim = config.qk_rope_head_dim  # of which rotary embeddings are made
-    if hasattr(config, "expand") and hasattr(config, "num_heads"):
-        config.num_heads = config.expand * config.hidden_size // config.head_dim
-    rope = getattr(config, "rope_parameters", None)
-    if isinstance(rope, dict):
-        if rope.get("rope_theta") is None:
-            rope["rope_theta"] = 1e4
-        if "mrope_section" in rope:
-            half = int(_SIZE_OF["head_dim"] * rope.get("partial_rotary_factor", 1)) // 2
-            rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
-    for name in ("layer_types", "layers_block_type", "mlp_layer_types"):
-        value = getattr(config, name, None)
-        if isinstance(value, list) and len(value) > 2:  # one of each of the first two kinds
-            setattr(config, name, [value[0], next((kind for kind in value if kind != value[0]), value[0])])
-    return config
+LARGEST = 12_000_000
+"""Parameters of a model that is small."""
 
 
 def kinds() -> list[str]:
@@ -119,17 +71,25 @@ def _limited(seconds: int) -> Iterator[None]:
 
 
 def made(kind: str, folder: Path) -> None:
-    """Writes a small model of a kind, random matrices in it, with the reference model's tokenizer."""
+    """Writes a small model of a kind, random matrices in it, with the reference model's tokenizer.
+
+    Raises:
+        QuantkitError: quantkit refuses it.
+        Exception: transformers itself does not make, save and load it, or it wants more than text.
+    """
     torch.manual_seed(0)
     config = small(transformers.CONFIG_MAPPING[kind]())
     model = class_of(config)._from_config(config, dtype=torch.bfloat16)
-    if sum(p.numel() for p in model.parameters()) > 6_000_000:
+    if sum(p.numel() for p in model.parameters()) > LARGEST:
         raise ValueError("does not become small")
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.05)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(folder)
+    saved: Any = class_of(AutoConfig.from_pretrained(folder)).from_pretrained(folder, output_loading_info=True)
+    if missing := saved[1]["missing_keys"]:
+        raise ValueError(f"transformers does not find {min(missing)} where it wrote it")
     full = load(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         full(torch.arange(10, 34).view(2, 12))
@@ -210,6 +170,8 @@ def row(kind: str, ways: Mapping[str, Any] = WAYS) -> dict[str, Any]:
                 with _limited(LIMIT):
                     found[name] = tried(folder, quantizer, work)
             except QuantkitError as error:
+                if isinstance(error, CheckpointError):  # of what was just written
+                    return found | {"state": "wrong", "words": f"{name}: {error}".replace(workspace, "")[:200]}
                 return found | {"state": "refused", "words": str(error).replace(str(folder), "MODEL")}
             except Exception as error:  # anything, which is what is to be found out
                 return found | {"state": "wrong", "words": f"{name}: {type(error).__name__}: {first_line(error)}"[:200]}

@@ -84,9 +84,12 @@ def is_apart(module: nn.Module) -> bool:
 
 def take_apart(model: nn.Module) -> None:
     """Takes all stacked experts of a model apart, in place; weights stay where they are, as views."""
-    for module in list(model.modules()):
-        if is_stacked(module):
+    for parent in list(model.modules()):
+        for module in filter(is_stacked, list(parent.children())):
             _take_apart(module)
+            parent._is_hf_initialized = True  # type: ignore[assignment]  # Qwen3-Omni draws its children's stacks
+    if is_stacked(model):
+        _take_apart(model)
 
 
 def parts(model: nn.Module) -> dict[str, Part]:

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -38,12 +39,13 @@ class Batch:
     """Sequences of equal length on their way through the blocks.
 
     Attributes:
-        quantized: hidden states behind the quantized prefix, [sequences, tokens, hidden_size].
+        quantized: hidden states behind the quantized prefix, [sequences, tokens, ..., hidden_size].
         full: hidden states of the full-precision model, of the same shape.
         calls: for each block, positional and keyword arguments behind the hidden states.
         tokens: int64 [sequences, tokens].
         full_calls: those of the full stream; None for the same. What a block leaves there for later ones, as layers do
             that share keys and values, is each stream's own.
+        axis: of the sequences in the hidden states that the model's blocks take.
     """
 
     quantized: Tensor
@@ -51,10 +53,11 @@ class Batch:
     calls: list["Call"]
     tokens: Tensor
     full_calls: list["Call"] | None = None
+    axis: int = 0
 
-    def call(self, index: int, full: bool = False) -> "Call":
-        """What a block is called with, in one of the streams."""
-        return (self.full_calls or self.calls)[index] if full else self.calls[index]
+    def call(self, index: int, full: bool = False) -> tuple[tuple, dict[str, Any], int]:
+        """What a block is called with, in one of the streams, and the axis of the sequences there; see `run_block`."""
+        return *((self.full_calls or self.calls)[index] if full else self.calls[index]), self.axis
 
 
 Call = tuple[tuple, dict[str, Any]]
@@ -74,10 +77,25 @@ class _Reached(Exception):
         self.value = value
 
 
-def run_block(block: nn.Module, hidden: Tensor, call: tuple[tuple, dict[str, Any]]) -> Tensor:
-    """A block's output for its input, both [sequences, tokens, hidden_size], and recorded arguments."""
-    output = block(hidden, *call[0], **call[1])
-    return output[0] if isinstance(output, tuple) else output
+def run_block(block: nn.Module, hidden: Tensor, call: tuple[tuple, dict[str, Any], int]) -> Tensor:
+    """A block's output for its input, both [sequences, tokens, ..., hidden_size], and what it is called with."""
+    args, kwargs, axis = call
+    output = block(_as_blocks_take(hidden, axis), *args, **kwargs)
+    return _by_sequence(output[0] if isinstance(output, tuple | list) else output, axis)
+
+
+def _axis(hidden: Tensor, tokens: Tensor) -> int:
+    """Of the sequences in a block's input: Gemma 3n stacks several versions of its hidden states in front of them."""
+    axes = range(hidden.dim() - 1)
+    return next((axis for axis in axes if hidden.shape[axis : axis + 2] == tokens.shape), 0)
+
+
+def _by_sequence(hidden: Tensor, axis: int) -> Tensor:
+    return hidden.movedim((axis, axis + 1), (0, 1)) if axis else hidden
+
+
+def _as_blocks_take(hidden: Tensor, axis: int) -> Tensor:
+    return hidden.movedim((0, 1), (axis, axis + 1)) if axis else hidden
 
 
 def _stop_with_input(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -85,7 +103,7 @@ def _stop_with_input(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
 
 
 def inputs_of(
-    block: nn.Module, layers: list[str], hidden: Tensor, call: tuple[tuple, dict[str, Any]], to_the_end: bool
+    block: nn.Module, layers: list[str], hidden: Tensor, call: tuple[tuple, dict[str, Any], int], to_the_end: bool
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Inputs of some layers of a block, and the block's output.
 
@@ -149,16 +167,23 @@ def patched_forwards(blocks: nn.ModuleList, forwards: list[Callable]) -> Iterato
                 block.forward = own
 
 
-def _stubs(blocks: nn.ModuleList, last: Callable[[Tensor], Any], calls: list, wrap: Wrap) -> list[Callable]:
-    """Forwards that record their arguments and hand the hidden states on; the last one calls `last`."""
+def _stubs(
+    blocks: nn.ModuleList, last: Callable[[Tensor], Any], calls: list, wrap: Wrap, tokens: Tensor | None
+) -> list[Callable]:
+    """Forwards that record their arguments and hand the hidden states on; the last one calls `last`.
+
+    Hidden states are recorded and handed on as [sequences, tokens, ...] where it is known of which `tokens` they are.
+    """
 
     def make(index: int) -> Callable:
         """A stand-in for a block: notes what it is called with, and hands its input on."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             arguments = list(args)
-            hidden = arguments.pop(0) if arguments else kwargs.pop("hidden_states")
-            calls.append((index, hidden, tuple(arguments), kwargs))
+            taken = arguments.pop(0) if arguments else kwargs.pop("hidden_states")
+            axis = 0 if tokens is None else _axis(taken, tokens)
+            hidden = _by_sequence(taken, axis)
+            calls.append((index, hidden, tuple(arguments), kwargs, axis))
             return last(hidden) if index == len(blocks) - 1 else wrap(hidden)
 
         return forward
@@ -197,32 +222,43 @@ def capture(
         (batches, the form in which blocks return hidden states).
 
     Raises:
-        QuantkitError: the model does not run its blocks once each, in order and one on the other's output.
+        QuantkitError: the model does not run its blocks once each, in order and one on the other's output, or draws
+            random numbers, as models do that write text by diffusion.
     """
     source.load("", model, device)
     wrap = wrap or _output_form(model, blocks, sequences[:1].to(device), source, device)
     batches: list[Batch] = []
     for tokens in divided(sequences, batch_tokens)[only]:
-        calls: list[tuple[int, Tensor, tuple, dict[str, Any]]] = []
+        calls: list[tuple[int, Tensor, tuple, dict[str, Any], int]] = []
 
         def stop(hidden: Tensor) -> Any:
             raise _Reached(hidden)
 
-        with patched_forwards(blocks, _stubs(blocks, stop, calls, wrap)):
+        with patched_forwards(blocks, _stubs(blocks, stop, calls, wrap, tokens)):
+            before = _random_state(device)
             _forward_until_reached(model, tokens.to(device))
+        if not torch.equal(before, _random_state(device)):
+            raise QuantkitError(
+                f"{type(model).__name__} draws random numbers on the way to its blocks, so that no run could be "
+                "repeated; RTN can pack it, which reads nothing of that"
+            )
         if [index for index, *_ in calls] != list(range(len(blocks))):
             raise QuantkitError(f"{type(model).__name__} does not run its blocks once each and in order")
         hidden = calls[0][1]
         if not all(torch.equal(other, hidden) for _, other, *_ in calls):
             raise QuantkitError(f"{type(model).__name__} changes the hidden states between its blocks; not supported")
-        arguments = [(args, kwargs) for _, _, args, kwargs in calls]
+        arguments = [(args, kwargs) for _, _, args, kwargs, _ in calls]
         states: dict[int, Any] = {}
         of_full_stream = _with_states(arguments, states)
         if batches and not states and _same(batches[0].calls, arguments):
             arguments = batches[0].calls
-        batches.append(Batch(hidden, hidden, arguments, tokens, of_full_stream if states else None))
+        batches.append(Batch(hidden, hidden, arguments, tokens, of_full_stream if states else None, calls[0][4]))
     source.release("", model)
     return batches, wrap
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _forward_until_reached(model: nn.Module, tokens: Tensor, what: str = "its decoder blocks") -> Any:
@@ -236,21 +272,21 @@ def _forward_until_reached(model: nn.Module, tokens: Tensor, what: str = "its de
 def _output_form(
     model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, source: WeightSource, device: torch.device
 ) -> Wrap:
-    """How a block returns its hidden states: bare, or first in a tuple."""
+    """How a block returns its hidden states: bare, or first in a tuple or a list."""
     block, prefix = blocks[0], find_blocks(model)[0]
     source.load(f"{prefix}.0", block, device)
     original = block.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        raise _Reached(original(*args, **kwargs))
+        raise _Reached((_axis(args[0] if args else kwargs["hidden_states"], tokens), original(*args, **kwargs)))
 
     with patched_forwards(nn.ModuleList([block]), [forward]):
-        output = _forward_until_reached(model, tokens)
+        axis, output = _forward_until_reached(model, tokens)
     source.release(f"{prefix}.0", block)
-    if isinstance(output, tuple):
+    if isinstance(output, tuple | list):
         rest = output[1:]
-        return lambda hidden: (hidden, *rest)
-    return bare
+        return lambda hidden: (_as_blocks_take(hidden, axis), *rest)
+    return partial(_as_blocks_take, axis=axis) if axis else bare
 
 
 def outer_input(
@@ -271,7 +307,7 @@ def outer_input(
     """
     handle = model.get_submodule(layer).register_forward_pre_hook(_stop_with_input, with_kwargs=True)
     try:
-        with patched_forwards(blocks, _stubs(blocks, lambda _: wrap(hidden), [], wrap)):
+        with patched_forwards(blocks, _stubs(blocks, lambda _: wrap(hidden), [], wrap, tokens)):
             return _forward_until_reached(model, tokens, layer)
     finally:
         handle.remove()
@@ -287,7 +323,7 @@ def head_logits(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, hidden:
         hidden: the last block's output, [sequences, tokens, hidden_size].
         wrap: the form in which blocks return it.
     """
-    with patched_forwards(blocks, _stubs(blocks, lambda _: wrap(hidden), [], wrap)):
+    with patched_forwards(blocks, _stubs(blocks, lambda _: wrap(hidden), [], wrap, tokens)):
         logits: Tensor = model(input_ids=tokens, use_cache=False).logits
         return logits
 
@@ -304,7 +340,7 @@ def logits_of(
         device: where all but the blocks is.
         product: gives the head's outputs instead, of the returned shape.
     """
-    stubs = _stubs(blocks, bare, [], bare)
+    stubs = _stubs(blocks, bare, [], bare, None)
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     with patched_forwards(nn.ModuleList([*blocks, head]), [*stubs, lambda *_args, **_kwargs: product()]):
         logits: Tensor = model(input_ids=token, use_cache=False).logits

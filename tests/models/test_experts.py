@@ -73,6 +73,13 @@ def test_stored_tensors_are_those_that_transformers_loads(family, model_folder):
     assert sum(origin.nbytes for origin in mapping.values()) == shards.nbytes()
 
 
+def test_transformers_draws_nothing_anew_from_above():
+    """Of Qwen3-Omni it draws the stacks where it comes to the block that the experts are in."""
+    block = nn.Sequential(next(filter(is_stacked, build("mixtral").modules())))
+    take_apart(block)
+    assert isinstance(block[0], Apart) and block._is_hf_initialized
+
+
 def test_an_expert_of_its_own_is_read_alone(model_folder, monkeypatch):
     folder, asked = model_folder("mixtral"), []
     shards, reads = Shards(folder), Shards.read
