@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 
 from quantkit.core.errors import QuantkitError
 from quantkit.io.shards import DTYPES, Shards
-from quantkit.models.experts import Part, parts
+from quantkit.models.experts import Apart, Part, parts
 from quantkit.models.ties import tied_names
 
 _COMPUTED = ("inv_freq", "masked_bias")
@@ -64,8 +64,25 @@ class _Group:
         for pattern, names in self.sources.items():
             for name in names if expert is None else names[expert : expert + 1]:
                 converter.add_tensor(self._first, name, pattern, stored[name])  # type: ignore[arg-type]
-        found = converter.convert(self._first, model=self._model, config=self._model.config)
+        model: Any = _Stacked(self._model)
+        found = converter.convert(self._first, model=model, config=self._model.config)
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in found.items()}
+
+
+class _Stacked:
+    """A model in which transformers' operations find experts' stacks, although these have been taken apart."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def get_parameter(self, name: str) -> Tensor:
+        """See `nn.Module.get_parameter`; a stack is one without numbers, of its shape."""
+        place, _, stack = name.rpartition(".")
+        module = self._model.get_submodule(place)
+        return module.like_stack(stack) if isinstance(module, Apart) else self._model.get_parameter(name)
 
 
 def _is_stack(operation: Any) -> bool:

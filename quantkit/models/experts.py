@@ -188,6 +188,13 @@ class Apart(nn.Module):
     at_once: "tuple[Stack, ...] | None" = None
     changes: int = 0
 
+    def like_stack(self, name: str) -> Tensor:
+        """A tensor without numbers, of the shape and dtype that a stack had: [experts, ...]."""
+        is_bias = name.endswith("_bias")
+        own = self.get_parameter(f"0.{name.removesuffix('_bias')}.{'bias' if is_bias else 'weight'}")
+        shape = own.T.shape if self.transposed and not is_bias else own.shape
+        return torch.empty(self.num_experts, *shape, dtype=own.dtype, device="meta")
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Any = None) -> Tensor:
         """As the class does it: what the chosen experts make of each token, weighted and added up.
 

@@ -63,6 +63,7 @@ def stored(folder):
 @each
 def test_quantized_resumed_loaded_and_seeing(family, seeing_folder, text_file, tmp_path):
     folder = seeing_folder(family)
+    assert origins(meta_model(folder, None), Shards(folder)) is not None, "read a block at a time"
     recipe = Recipe(METHODS["gptq"], calibration=Calibration(str(text_file), 3, 64))
     report = quantize_checkpoint(folder, recipe, tmp_path / "whole")
     interrupted(folder, recipe, tmp_path / "resumed", after=1)
