@@ -1,5 +1,6 @@
 """The program: `quantkit`, and `python -m quantkit.cli`."""
 
+import os
 import signal
 import sys
 from typing import Any, NoReturn
@@ -17,7 +18,8 @@ def main() -> None:
 
         run()
     except KeyboardInterrupt:
-        print("error: stopped; nothing is kept", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several that are stopped together
+            print("error: stopped; nothing is kept", file=sys.stderr)
         sys.exit(130)
     finally:
         for stopping in (signal.SIGINT, signal.SIGTERM):  # nothing is left to stop but the interpreter's own end

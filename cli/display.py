@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from quantkit.cli.options import is_first_process
 from quantkit.cli.voice import Voice, voice
 from quantkit.core.units import size
 
@@ -24,8 +25,8 @@ class _Aside(Console):
     """For what --quiet leaves out."""
 
     def print(self, *objects: Any, **settings: Any) -> None:
-        """As any console's, or nothing."""
-        if voice() > Voice.QUIET:
+        """As any console's, or nothing; several processes say it once."""
+        if voice() > Voice.QUIET and is_first_process():
             super().print(*objects, **settings)
 
 

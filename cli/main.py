@@ -18,6 +18,7 @@ from quantkit.cli.doctor import doctor_command
 from quantkit.cli.evaluate import evaluate_command
 from quantkit.cli.generate import generate_command
 from quantkit.cli.inspect import inspect_command
+from quantkit.cli.options import is_first_process
 from quantkit.cli.quantize import quantize_command
 from quantkit.cli.search import search_command
 from quantkit.cli.tune import tune_command
@@ -86,9 +87,9 @@ def main() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch, huge pages on a CPU: a lower, steadier peak, no slower
     try:
         app()
-    except Elsewhere as error:
-        sys.exit(error.exit_code)
     except QuantkitError as error:
+        if _is_said_elsewhere(error):
+            sys.exit(error.exit_code)
         _end(console, error)
     except RuntimeError as error:
         if not _is_out_of_memory(error):
@@ -109,6 +110,11 @@ def _handler(console: Console) -> logging.Handler:
     plain = logging.StreamHandler()
     plain.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     return plain
+
+
+def _is_said_elsewhere(error: QuantkitError) -> bool:
+    """Whether another of several processes says it; those that are stopped are stopped together."""
+    return isinstance(error, Elsewhere) or (isinstance(error, Interrupted) and not is_first_process())
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -7,13 +7,14 @@ it.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
-from typing import Annotated, Any
+from collections.abc import Callable, Collection
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from quantkit.core.errors import QuantkitError
 
+T = TypeVar("T")
 TEXTS = "wikitext2, c4, stdlib (offline), a .txt or .jsonl file, or a hub dataset id."
 
 Model = Annotated[str, typer.Argument(help="Folder of a transformers model, its id on the hub, or a GGUF file.")]
@@ -70,6 +71,21 @@ def is_first_process() -> bool:
 def process_count() -> int:
     """Of the processes that torchrun or accelerate started; 1 without."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def by_all(work: Callable[[], T], device: str, alone: bool = False) -> T:
+    """What each process does before the run; where one of several cannot do it, its error is said once, and ends all.
+
+    Args:
+        work: what is to be done.
+        device: of the run.
+        alone: others are not waited for.
+    """
+    if alone or process_count() == 1:
+        return work()
+    from quantkit.run.processes import together
+
+    return together(device)[0].alike(work)
 
 
 def own_settings(context: typer.Context, method: str, known: Collection[str]) -> dict[str, Any]:

@@ -226,44 +226,46 @@ def quantize_command(
     checkpoint: quantkit_report.json, and quantkit_report.html to read. Several processes share the work, and make the
     same bytes: torchrun --nproc-per-node N -m quantkit.cli quantize ..., or accelerate launch.
     """
-    if private and push_to_hub is None:
-        raise QuantkitError("--private says nothing without --push-to-hub; add the repository's id")
-    if preset is not None:
-        chosen = _take_preset(context, preset, plan)
-        method, fisher, head_bits = chosen["method"], chosen["fisher"], chosen["head_bits"]
-        target_shift, true_sequential = chosen["target_shift"], chosen["true_sequential"]
-    quantizer, words = _quantizer(context, plan, bits, method, hadamard, low_rank, low_rank_bits)
-    from quantkit.io.hf import resolve_folder
-    from quantkit.io.hub import check_push, hub_id
+
+    def asked() -> tuple[Recipe, Path, Path, str | None]:
+        """(what is to be done, to the model in which folder, the folder to make, where that is uploaded to)."""
+        if private and push_to_hub is None:
+            raise QuantkitError("--private says nothing without --push-to-hub; add the repository's id")
+        if processes is not None and not dry_run:
+            raise QuantkitError("--processes is for --dry-run; torchrun --nproc-per-node N -m quantkit.cli starts them")
+        given = context.params if preset is None else _take_preset(context, preset, plan)
+        quantizer, words = _quantizer(context, plan, bits, given["method"], hadamard, low_rank, low_rank_bits)
+        from quantkit.io.hf import resolve_folder
+        from quantkit.io.hub import check_push, hub_id
+        from quantkit.models.rotation import Rotation
+        from quantkit.run.recipe import Calibration, Recipe, read_plan
+        from quantkit.tuning.block import BlockTuning
+
+        recipe = Recipe(
+            None if plan else quantizer,
+            {**(read_plan(plan) if plan else {}), **dict.fromkeys(ignore or ())},
+            given["target_shift"],
+            Calibration(calibration, num_samples, seqlen, seed),
+            given["true_sequential"],
+            Rotation() if rotate_model else None,
+            low_rank_bits,
+            BlockTuning(tune_blocks) if tune_blocks else None,
+            given["head_bits"],
+            given["fisher"],
+            0 if no_check else check,
+            all_experts,
+            experts_bits,
+            dict(map(_bits_of, include or ())),
+        )
+        named = hub_id if dry_run else check_push  # hours before it is needed
+        address = named(push_to_hub) if push_to_hub is not None and options.is_first_process() else None
+        return recipe, resolve_folder(model), output or Path(f"{Path(model).resolve().name}-{words}"), address
+
+    recipe, folder, output, repository = options.by_all(asked, device, alone=dry_run)
     from quantkit.io.hub import push_to_hub as push
     from quantkit.io.run_folder import Output
-    from quantkit.models.rotation import Rotation
     from quantkit.run.pipeline import quantize_checkpoint
-    from quantkit.run.recipe import Calibration, Recipe, read_plan
-    from quantkit.tuning.block import BlockTuning
 
-    recipe = Recipe(
-        None if plan else quantizer,
-        {**(read_plan(plan) if plan else {}), **dict.fromkeys(ignore or ())},
-        target_shift,
-        Calibration(calibration, num_samples, seqlen, seed),
-        true_sequential,
-        Rotation() if rotate_model else None,
-        low_rank_bits,
-        BlockTuning(tune_blocks) if tune_blocks else None,
-        head_bits,
-        fisher,
-        0 if no_check else check,
-        all_experts,
-        experts_bits,
-        dict(map(_bits_of, include or ())),
-    )
-    if push_to_hub is not None:  # hours before it is needed
-        push_to_hub = hub_id(push_to_hub) if dry_run else check_push(push_to_hub)
-    folder = resolve_folder(model)
-    output = output or Path(f"{Path(model).resolve().name}-{words}")
-    if processes is not None and not dry_run:
-        raise QuantkitError("--processes is for --dry-run; torchrun --nproc-per-node N -m quantkit.cli starts them")
     if dry_run:
         Output(output, folder, resume=resume, overwrite=overwrite)  # refused where the run would be
         return _say_estimate(model, folder, recipe, output, device, processes, as_json)
@@ -284,8 +286,8 @@ def quantize_command(
         made(output)
     address = None
     try:
-        if push_to_hub is not None:
-            address = push(output, push_to_hub, private)
+        if repository is not None:
+            address = push(output, repository, private)
     finally:  # an upload that failed takes nothing away from the run
         if as_json:
             print(json.dumps(report.to_json() | {"eval_command": more, "hub": address}, indent=2))

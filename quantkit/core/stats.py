@@ -48,6 +48,7 @@ class LayerStats:
     _factors: dict[tuple[float, bytes | None], tuple[Tensor, float]] = field(default_factory=dict, repr=False)
     _orders: dict[float, Tensor] = field(default_factory=dict, repr=False)
     _changed: dict[Hashable, "LayerStats"] = field(default_factory=dict, repr=False)
+    _read: list[tuple[float, float]] = field(default_factory=list, repr=False)  # damping: what was asked, what was used
 
     def changed(self, key: Hashable, change: Callable[[Tensor], Tensor]) -> "LayerStats":
         """The statistics [in, in] of inputs R x, computed once a key.
@@ -59,13 +60,16 @@ class LayerStats:
         if key not in self._changed:
             hessian = change(change(self.hessian).T)
             cross = None if self.cross is None else change(change(self.cross).T).T
-            self._changed[key] = LayerStats((hessian + hessian.T) / 2, cross, self.num_tokens, self.name)
+            made = LayerStats((hessian + hessian.T) / 2, cross, self.num_tokens, self.name)
+            self._changed[key] = replace(made, _read=self._read)
         found = self._changed[key]
-        return found if self.outputs is None else replace(found, outputs=self.outputs)
+        if self.outputs is None and found._read is self._read:
+            return found
+        return replace(found, name=self.name, outputs=self.outputs, _read=self._read)
 
     def of_layer(self, name: str, outputs: Tensor | None) -> "LayerStats":
-        """The same statistics for one of the layers that share them, with its own H_O."""
-        return replace(self, name=name, outputs=outputs)
+        """The same statistics for one of the layers that share them, with its own H_O and its own damping."""
+        return replace(self, name=name, outputs=outputs, _read=[])
 
     def outputs_factor(self, order: Tensor) -> Tensor:
         """Upper-triangular U [out, out] with (H_O + damping)^-1 = U^T U, rows in `order`; H_O has to be known.
@@ -106,6 +110,7 @@ class LayerStats:
                 self._factors[key] = damped_inverse_factor(hessian, damp)
             except NotPositiveDefinite as error:
                 raise CalibrationError(f"{self.name}: {error}; give more calibration text, or `method` rtn") from error
+        self._read.append((damp, self._factors[key][1]))
         return self._factors[key][0]
 
     def order(self, damp: float) -> Tensor:
@@ -116,19 +121,13 @@ class LayerStats:
 
     @property
     def damping(self) -> float | None:
-        """The largest damping that a factorisation of this Hessian has used so far."""
-        return max((used for _, used in self._all_factors()), default=None)
+        """The largest damping of the factors that were read of these statistics, changed ones too, so far."""
+        return max((used for _, used in self._read), default=None)
 
     @property
     def raised_damping(self) -> float | None:
         """The largest damping that had to exceed what was asked for, or None."""
-        return max((used for asked, used in self._all_factors() if used > asked), default=None)
-
-    def _all_factors(self) -> Iterator[tuple[float, float]]:
-        """(damping asked for, damping used) of every factorisation, of changed statistics too."""
-        yield from ((asked, used) for (asked, _), (_, used) in self._factors.items())
-        for stats in self._changed.values():
-            yield from stats._all_factors()
+        return max((used for asked, used in self._read if used > asked), default=None)
 
 
 class StatsAccumulator:

@@ -179,7 +179,7 @@ def working_bytes(
     own = tokens
     if tokens is not None and recipe.tuner is None:
         own = torch.cat(divided(tokens, BATCH_TOKENS)[first.own])
-    working = _walking_bytes(source, shapes, own, plan_needs(plan), recipe.tuner is not None, device)
+    working = _walking_bytes(source, shapes, own, plan_needs(plan), recipe.tuner is not None, device, processes)
     if tokens is not None and recipe.runs_back(plan):
         back = torch.cat(divided(tokens, fisher.BATCH_TOKENS)[first.own])
         working = max(working, _reverse_bytes(source, shapes, back))
@@ -272,6 +272,7 @@ def _walking_bytes(
     needs: Needs,
     tuned: bool,
     device: torch.device,
+    processes: int,
 ) -> int:
     """Bytes of one block, of the streams, and of the largest layer while it is quantized."""
     model = source.model
@@ -285,7 +286,7 @@ def _walking_bytes(
     inside = block_linears(model)
     widest = max(shape[1] for shape in shapes.values())
     replayed = tokens.numel() * (hidden + widest) * itemsize
-    replayed = min(replayed, int(REPLAY_FRACTION * free_memory(device)))
+    replayed = min(replayed, int(REPLAY_FRACTION * free_memory(device) / Together(0, processes).beside(device)))
     stream = tokens.numel() * hidden * itemsize + replayed
     streams = stream * (2 if needs == Needs.CROSS or tuned else 1)
     if tuned:  # the weights, their targets, gradients and the optimizer's two moments, in fp32

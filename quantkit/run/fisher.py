@@ -16,6 +16,7 @@ kept input. Memory is one block and the blocks' inputs for some of the sequences
 
 import hashlib
 import json
+import socket
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quantkit.core.device import free_memory
-from quantkit.core.errors import CalibrationError
+from quantkit.core.errors import CalibrationError, QuantkitError
 from quantkit.core.linalg import mirrored, moments
 from quantkit.io.files import write_durably
 from quantkit.models.experts import place
@@ -176,10 +177,12 @@ def measure(
 
     Raises:
         CalibrationError: a gradient is NaN or Inf, or does not come back to the first block.
+        QuantkitError: not all processes see the folder.
     """
     prefix, blocks = find_blocks(model)
     names = {i: [layer for layer in layers if layer.startswith(f"{prefix}.{i}.")] for i in range(len(blocks))}
-    folder.mkdir(parents=True, exist_ok=True)
+    together.lead(lambda: folder.mkdir(parents=True, exist_ok=True))
+    together.alike(lambda: _check_seen(folder))
     if together.first(lambda: _is_whole(folder)):
         return Fisher(folder, prefix)
     if any(parameter.is_inference() for parameter in model.parameters()):
@@ -200,6 +203,15 @@ def measure(
 
     together.lead(end)
     return Fisher(folder, prefix)
+
+
+def _check_seen(folder: Path) -> None:
+    """Raises QuantkitError where what the first process has written is not to be seen."""
+    if not folder.is_dir():
+        raise QuantkitError(
+            f"{folder}, where the first process leaves what predictions feel, is not there on {socket.gethostname()}; "
+            "give an `output` on a file system that all machines see, or leave out `fisher`"
+        )
 
 
 def _is_whole(folder: Path) -> bool:
@@ -247,8 +259,10 @@ class _Reverse:
         done = 2 * len(blocks) * part
         first = len(self.tokens) - len(tokens) if part == parts - 1 else part * len(tokens)
         with torch.no_grad():
-            batches, wrap = capture(
-                self.model, blocks, tokens, self.source, self.device, BATCH_TOKENS, only=self.together.own
+            batches, wrap = self.together.alike(
+                partial(
+                    capture, self.model, blocks, tokens, self.source, self.device, BATCH_TOKENS, only=self.together.own
+                )
             )
         sizes = [len(each) for each in divided(tokens, BATCH_TOKENS)]
         starts = list(accumulate(sizes[:-1], initial=first))  # the first sequence of each batch

@@ -7,7 +7,7 @@ so that all end with the same ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -120,14 +120,19 @@ class Gathering:
                     accumulators[name] = StatsAccumulator(in_features, x is not None, self.device)
                 given[name] = x_q, x, weights[name][number] if name in inputs else None
             self.together.add(pair for name in reached for pair in accumulators[name].products(*given[name]))
-        for name in probes:
-            lost = name not in accumulators and not self._is_beside(name, accumulators) and place_of(name) not in means
-            if lost and place_of(name) is not None:
-                raise CalibrationError(
-                    f"{self.prefix}{name}: no calibration token reached any expert; leave it out (`ignore` '*{name}') "
-                    "or use RTN"
-                )
-        return {name: accumulators.pop(name).finish(self.prefix + name) for name in [*accumulators]}
+
+        def finished() -> dict[str, LayerStats]:
+            """The means, which all processes make of the same sums."""
+            for name in probes:
+                known = name in accumulators or self._is_beside(name, accumulators) or place_of(name) in means
+                if not known and place_of(name) is not None:
+                    raise CalibrationError(
+                        f"{self.prefix}{name}: no calibration token reached any expert; leave it out (`ignore` "
+                        f"'*{name}') or use RTN"
+                    )
+            return {name: accumulators.pop(name).finish(self.prefix + name) for name in [*accumulators]}
+
+        return self.together.alike(finished)
 
     def _reached(self, probes: Collection[str], inputs: Collection[str]) -> list[str]:
         """Layers that the batch of some process has reached."""
@@ -155,10 +160,8 @@ class Gathering:
         call, wanted = batch.call(self.index, full=True), dict[str, Tensor]()
         apart = any(place(name) is not None for name in crossed)
         if crossed and (apart or not advance):
-            alike, everywhere = (
-                _routed_alike(full.block, self.quantized.block),
-                routed(full.block, everywhere=self.all_experts),
-            )
+            alike = _routed_alike(full.block, self.quantized.block) if apart else nullcontext()  # else outputs are kept
+            everywhere = routed(full.block, everywhere=self.all_experts)
             with full.replay.running(turn, full.settled, keep=not apart), alike, everywhere:
                 wanted, _ = inputs_of(full.block, crossed, batch.full, call, to_the_end=False)
             if not apart:

@@ -1,5 +1,6 @@
 """A run: a recipe applied to a source, in memory or in a folder, and what comes of it given to a destination."""
 
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -99,18 +100,23 @@ def run(
         QuantkitError: bad input; the message says what would work.
     """
     where, start = begin(device)
-    plan = recipe.plan(source.model)
+    _check_same(source, shared)
+    plan = shared.alike(lambda: recipe.plan(source.model))
     shared.lead(source.check_finite)
     before = source.nbytes()
-    tokens, held_out, unchecked = _text(source, recipe, plan)
+    tokens, held_out, unchecked = shared.first(lambda: _text(source, recipe, plan))
 
     def identity() -> dict[str, Any]:
         ours = {"run": "quantize", "low_rank_bits": recipe.low_rank_bits, "model": source.fingerprint()}
         return recipe.identity(plan, tokens) | ours | {"device": where.type, "dtype": str(source.model.dtype)}
 
-    if recipe.rotation is not None:
-        source.rotate(recipe.rotation)
-    source.settle(plan)
+    def arrange() -> None:
+        """Brings the model into the form in which it is packed."""
+        if recipe.rotation is not None:
+            source.rotate(recipe.rotation)
+        source.settle(plan)
+
+    shared.alike(arrange)
     dense_bytes = source.nbytes() - source.packed_nbytes(plan)
     counts = count_weights(source.model, plan)
     notes = (*source.notes, *model_notes(source.model, plan, source.untied, recipe.rotation is not None), *unchecked)
@@ -120,7 +126,8 @@ def run(
         if recipe.low_rank_bits:
             source, plan, note = _with_allocated_ranks(source, plan, tokens, recipe, where, progress, fisher, shared)
             notes = (*notes, note)
-        checked = Checked(source, plan, where, held_out if shared.is_first else None, recipe.calibration.source)
+        text = recipe.calibration.source
+        checked = shared.alike(lambda: Checked(source, plan, where, held_out if shared.is_first else None, text))
         Walker(
             source.model,
             plan,
@@ -157,6 +164,24 @@ def run(
             return report
 
         return shared.first(complete)
+
+
+def _check_same(source: Source, shared: Together) -> None:
+    """Raises QuantkitError where processes, on several machines say, have not read the same model."""
+    if shared.count == 1:
+        return
+    wanted = shared.first(source.fingerprint)
+
+    def check() -> None:
+        """Holds this process's model against the first one's."""
+        found = source.fingerprint()
+        if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
+            raise QuantkitError(
+                f"{wrong[0]} of the model on {socket.gethostname()} is not that of the first process; give all "
+                "processes the same files"
+            )
+
+    shared.alike(check)
 
 
 @contextmanager
@@ -265,7 +290,7 @@ def _with_allocated_ranks(
     shared: Together,
 ) -> tuple[Source, Plan, str]:
     """(the source as it was, the plan with the ranks that a first pass finds best, and a sentence about them)."""
-    again, survey = source.unpacked(plan), Survey(plan)
+    again, survey = source.unpacked(plan), shared.alike(lambda: Survey(plan))
     Walker(
         source.model,
         plan,
@@ -408,7 +433,7 @@ def quantize_checkpoint(
     folder = Path(folder)
     shared, where = together(device)
     target = shared.lead(lambda: Output(Path(output), folder, resume=resume, overwrite=overwrite))
-    source = open_folder(folder, compute_dtype(where))
+    source = shared.alike(lambda: open_folder(folder, compute_dtype(where)))
     destination: Destination = InMemory(source.model)  # which the others' results go to
     if target is not None:
         destination = CheckpointWriter(target, len(source.blocks), source.dense)

@@ -4,6 +4,7 @@ What is shared is divided in a way that does not depend on how many there are: b
 batch at a time in their order, a layer is packed by one process. So every number of processes ends with the same bytes.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from accelerate import PartialState
 from torch import Tensor
 
 from quantkit.core.device import pick_device
-from quantkit.core.errors import Elsewhere, QuantkitError
+from quantkit.core.errors import Elsewhere, QuantkitError, first_line
 
 T = TypeVar("T")
+CPU = torch.device("cpu")
 BUNDLE = 2**26
 """Bytes that are sent at once; every process holds what all have sent."""
 
@@ -27,13 +29,30 @@ def begin_processes(device: str | torch.device | None) -> tuple[PartialState, to
     """(the processes that share the work, this one's device).
 
     They wait a day for one another: the first may calibrate a large model while the others have nothing to do.
+
+    Raises:
+        QuantkitError: there is no such device, there are more processes than GPUs, or they do not find one another.
     """
-    on_cpu = str(device) == "cpu" or not torch.cuda.is_available()
-    processes = PartialState(cpu=on_cpu, timeout=timedelta(days=1))
+    where = pick_device(device)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if where.type == "cuda" and here > torch.cuda.device_count():
+        raise QuantkitError(
+            f"{here} processes of this run are on this machine, and torch sees {torch.cuda.device_count()} GPUs; start "
+            "one process a GPU, or use `device` cpu"
+        )
+    on_cpu = where.type == "cpu"
+    try:
+        processes = PartialState(cpu=on_cpu, timeout=timedelta(days=1))
+    except (ValueError, RuntimeError) as error:
+        PartialState._reset_state()  # else it takes itself for complete
+        raise QuantkitError(
+            f"this process does not find the others of its run ({first_line(error)}); start them with torchrun or "
+            "accelerate launch, or unset RANK, LOCAL_RANK and WORLD_SIZE for one alone"
+        ) from error
     if processes.num_processes == 1:
-        return processes, pick_device(device)
+        return processes, where
     # a parameter that moves from cpu to cpu:0, which accelerate says, is a parameter no more
-    return processes, torch.device("cpu") if processes.device.type == "cpu" else processes.device
+    return processes, CPU if processes.device.type == "cpu" else processes.device
 
 
 @dataclass(frozen=True)
@@ -43,10 +62,12 @@ class Together:
     Attributes:
         rank: of this process, from 0.
         count: of all.
+        device: of what is sent: NCCL takes nothing from a CPU.
     """
 
     rank: int = 0
     count: int = 1
+    device: torch.device = CPU
 
     @property
     def is_first(self) -> bool:
@@ -74,7 +95,7 @@ class Together:
                 place += product
             return
         for bundle in _bundles(products):
-            sent = torch.cat([product.to(bundle[0][1].device).reshape(-1) for _, product in bundle])
+            sent = torch.cat([product.to(self.device).reshape(-1) for _, product in bundle])
             found = [torch.empty_like(sent) for _ in range(self.count)]
             with _others():
                 dist.all_gather(found, sent)
@@ -129,9 +150,19 @@ class Together:
         self.first(lambda: made.append(make()))
         return made[0] if made else None
 
-    def wait(self) -> None:
-        """Until all are here."""
-        self.each(lambda: None)
+    def alike(self, make: Callable[[], T]) -> T:
+        """What this process makes as all others do, each for itself; none goes on before all have it.
+
+        Raises:
+            QuantkitError: one of them could not.
+        """
+        made: list[T] = []
+        self.each(lambda: made.append(make()))
+        return made[0]
+
+    def beside(self, device: torch.device) -> int:
+        """Processes that take of the memory of this one's device, at most: all of a CPU's, each a GPU's own."""
+        return self.count if device.type == "cpu" else 1
 
     def share(self, costs: Mapping[str, float]) -> list[str]:
         """Of pieces of work those that are this process's: the largest first, each to whom has least to do so far."""
@@ -151,14 +182,14 @@ ALONE = Together()
 def together(device: str | torch.device | None) -> tuple[Together, torch.device]:
     """(the processes that share a run, this one's device)."""
     processes, where = begin_processes(device)
-    return Together(processes.process_index, processes.num_processes), where
+    return Together(processes.process_index, processes.num_processes, where), where
 
 
 def _bundles(products: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Products, as many at a time as `BUNDLE` allows, or one that is larger."""
+    """Products, as many at a time as `BUNDLE` allows, and rows of those that are larger."""
     bundle: list[tuple[Tensor, Tensor]] = []
     left = BUNDLE
-    for place, product in products:
+    for place, product in _rows(products):
         if bundle and product.nbytes > left:
             yield bundle
             bundle, left = [], BUNDLE
@@ -166,6 +197,13 @@ def _bundles(products: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[T
         left -= product.nbytes
     if bundle:
         yield bundle
+
+
+def _rows(products: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Products, as many of their rows at a time as `BUNDLE` allows."""
+    for place, product in products:
+        rows = max(1, BUNDLE // product[:1].nbytes)
+        yield from zip(place.split(rows), product.split(rows), strict=True)
 
 
 def _tried(make: Callable[[], T]) -> tuple[T | None, QuantkitError | None]:
@@ -180,5 +218,7 @@ def _others() -> Iterator[None]:
     """While something is exchanged: what the libraries below say when another process is gone, in our words."""
     try:
         yield
+    except torch.OutOfMemoryError:  # of this one's GPU
+        raise
     except RuntimeError as error:
         raise QuantkitError("another process of this run has ended, and this one with it") from error

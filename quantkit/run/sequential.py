@@ -144,7 +144,7 @@ class Walker:
         outer = [layer for layer in self.plan if not layer.startswith(f"{self._prefix}.")]
         front = [layer for layer in outer if self.lookups_first and self._is_own_lookup(layer)]
         self._begin_streams()
-        self.aside.begin(self.model, self.source, self.device, self.batch_tokens)
+        self.together.alike(partial(self.aside.begin, self.model, self.source, self.device, self.batch_tokens))
         for layer in front:
             self.progress(0, len(self._blocks), layer)
         results = self._quantize_outer(front)
@@ -174,7 +174,8 @@ class Walker:
             self.source.release(name, block)
         last = [layer for layer in outer if layer not in front]
         self.aside.full_ends()
-        sink.write(-1, "", results | self._quantize_outer(last))
+        made = results | self._quantize_outer(last)
+        self.together.each(partial(sink.write, -1, "", made))
         self.aside.finish(any(layer != ends(self.model)[1] for layer in last), sink.finished)
         self.progress(len(self._blocks), len(self._blocks), "")
 
@@ -192,8 +193,10 @@ class Walker:
     def _captured(self) -> list[Batch]:
         assert self.tokens is not None
         size = self.batch_tokens if self.tuner is None else min(self.batch_tokens, self.tuner.batch_tokens)
-        batches, self._wrap = capture(
-            self.model, self._blocks, self.tokens, self.source, self.device, size, only=self._streams.own
+        batches, self._wrap = self.together.alike(
+            partial(
+                capture, self.model, self._blocks, self.tokens, self.source, self.device, size, only=self._streams.own
+            )
         )
         self._sizes = [len(part) for part in divided(self.tokens, size)]
         return batches
@@ -237,7 +240,8 @@ class Walker:
         stages = self._stages(block, order, local)
         budget = 0
         if self._batches and len(stages) > 1:
-            budget = int(REPLAY_FRACTION * free_memory(self._batches[0].quantized.device))
+            where = self._batches[0].quantized.device
+            budget = int(REPLAY_FRACTION * free_memory(where) / self.together.beside(where))
         quantized = Stream(block, Replay(block, local, order, budget), set())
         full = None
         if reference is not None:
@@ -316,9 +320,10 @@ class Walker:
 
     def _with_outputs(self, stats: LayerStats | None, layer: str) -> LayerStats | None:
         """A layer's statistics with what the reverse pass found at its outputs."""
-        if stats is None or self.fisher is None or not layer.startswith(f"{self._prefix}."):
-            return stats
-        outputs = self.fisher.outputs(layer)
+        if stats is None:
+            return None
+        inside = layer.startswith(f"{self._prefix}.")
+        outputs = self.fisher.outputs(layer) if inside and self.fisher is not None else None
         return stats.of_layer(layer, None if outputs is None else outputs.to(self.device))
 
     def _tuned_by_first(self, index: int, name: str, results: dict[str, LayerResult]) -> dict[str, LayerResult]:
@@ -385,7 +390,7 @@ class Walker:
                 ]
             crossed = streams[-1] if needs >= Needs.CROSS else None
             self._streams.add(accumulator.products(streams[0], crossed))
-        return accumulator.finish(name)
+        return self.together.alike(partial(accumulator.finish, name))
 
 
 def _swap(root: nn.Module, name: str, weight: QuantizedWeight) -> None:

@@ -36,6 +36,18 @@ def test_factor_is_shared_and_damping_reported():
     assert singular.raised_damping == singular.damping > 0
 
 
+def test_layers_that_share_factors_have_their_own_damping():
+    """So that it does not matter for a report which of them one process packs."""
+    stats = LayerStats(torch.eye(4))
+    first, second = stats.of_layer("q", None), stats.of_layer("k", None)
+    factor = first.inverse_factor(0.1)
+    first.changed("twice", lambda x: 2 * x).inverse_factor(0.2)
+    second.inverse_factor(0.01)
+    second.changed("twice", lambda x: 2 * x).inverse_factor(0.05)
+    assert (first.damping, second.damping) == (0.2, 0.05)
+    assert stats.of_layer("v", None).inverse_factor(0.1) is factor
+
+
 def test_unusable_inputs_name_the_layer():
     accumulator = StatsAccumulator(3, False, torch.device("cpu"))
     with pytest.raises(CalibrationError, match=r"mlp\.up: no calibration token"):

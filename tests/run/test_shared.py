@@ -55,6 +55,16 @@ def test_what_one_process_cannot_do_ends_all(model_folder, text_file, tmp_path):
     assert first == {"error": "Elsewhere", "said": second["said"]}, "which the first leaves to the second to say"
 
 
+@pytest.mark.parametrize(
+    ("case", "said"), [("alike", "'nothing*' matches no linear layer"), ("full", "the disk is full")]
+)
+def test_an_error_of_all_or_of_the_first_is_said_once(case, said, model_folder, text_file, tmp_path):
+    first, second = run(SCRIPT, 2, tmp_path / "two", case, model_folder("llama_small"), text_file)
+    assert first["error"] == "QuantkitError"
+    assert said in first["said"]
+    assert second == {"error": "Elsewhere", "said": first["said"]}
+
+
 def test_a_process_that_is_gone_ends_all_and_one_alone_goes_on(model_folder, text_file, tmp_path):
     output, model = tmp_path / "two", model_folder("llama_small")
     with pytest.raises(FileNotFoundError):  # the second's record
