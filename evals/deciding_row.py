@@ -164,7 +164,8 @@ def _quantize(task: Task, way: Quantized, folder: Path) -> tuple[dict[str, Any],
 def _tune(task: Task, asked: EndToEnd, folder: Path, output: Path) -> list[dict[str, Any]]:
     settings = TuningSettings(
         asked.steps, asked.batch, min(asked.batch, TuningSettings.micro_batch), held_out=asked.held_out,
-        evaluate_every=asked.evaluate_every, seed=task.protocol.seed, pv=PVSettings(code_lr=asked.code_lr),
+        evaluate_every=asked.evaluate_every, embeddings=asked.embeddings, seed=task.protocol.seed,
+        pv=PVSettings(asked.mode or PVSettings.mode, asked.lr),
     )  # fmt: skip
     protocol = task.protocol
     text = Calibration(protocol.calibration, asked.num_samples, protocol.seqlen, protocol.seed + 1)

@@ -68,7 +68,8 @@ class EndToEnd:
         num_samples: sequences of the calibration text, of the seed after the protocol's.
         held_out: of those, only measured.
         evaluate_every: steps between measurements.
-        code_lr: see `PVSettings`.
+        mode, lr: see `PVSettings`; `mode` is None for its default.
+        embeddings: whether the embedding, and the head with it where they are tied, is tuned too.
     """
 
     steps: int = 100
@@ -76,7 +77,9 @@ class EndToEnd:
     num_samples: int = 416
     held_out: int = 16
     evaluate_every: int = 25
-    code_lr: float = 0.06
+    mode: str | None = None
+    lr: float = 0.003
+    embeddings: bool = True
 
 
 @dataclass(frozen=True)
@@ -217,12 +220,13 @@ def _searched() -> Iterator[Row]:
 
 def _tuned() -> Iterator[Row]:
     for bits in (2, 3):
-        for name, label, method in (
-            ("gptq-g64", "GPTQ, groups of 64", f"gptq({bits}, group_size=64)"),
-            ("trellis-12", "trellis, 2^12 states", f"hadamard(trellis({bits}, state_bits=12))"),
+        for name, label, method, mode in (
+            ("gptq-g64", "GPTQ, groups of 64", f"gptq({bits}, group_size=64)", None),
+            ("trellis-12", "trellis, 2^12 states", f"hadamard(trellis({bits}, state_bits=12))", "continuous"),
         ):
             yield Row(f"{name}-blocks", f"{label}, blocks tuned", bits, Quantized(method, tune_blocks=100), True)
-            yield Row(f"{name}-tuned", f"{label}, tuned end to end", bits, Quantized(method, tuning=EndToEnd()), True)
+            way = Quantized(method, tuning=EndToEnd(mode=mode))
+            yield Row(f"{name}-tuned", f"{label}, tuned end to end", bits, way, True)
 
 
 def _heads() -> Iterator[Row]:

@@ -47,7 +47,7 @@ from quantkit.tuning.settings import TuningSettings
 logger = logging.getLogger(__name__)
 
 _STATE = "state.pt"
-EMBEDDING_RATE = 0.1
+EMBEDDING_RATE = 0.5
 """Learning rate of embedding and head, beside that of scales."""
 
 
