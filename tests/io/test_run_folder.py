@@ -199,22 +199,23 @@ def test_a_second_process_is_refused_at_once_and_the_lock_of_a_killed_one_is_voi
     assert "run.lock" not in names(tmp_path / "out.partial")
 
 
-def _race(folder, queue):
+def _race(folder, queue, all_have_said):
     try:
         with RunFolder(folder, "a cache").begin(ONE):
-            time.sleep(0.5)
             queue.put("held")
+            all_have_said.wait(30)  # on a busy machine others begin late
     except QuantkitError as error:
         queue.put(str(error))
 
 
 def test_of_many_that_begin_together_one_holds_the_folder(tmp_path):
     context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    processes = [context.Process(target=_race, args=(tmp_path / "cache", queue)) for _ in range(6)]
+    queue, all_have_said = context.Queue(), context.Event()
+    processes = [context.Process(target=_race, args=(tmp_path / "cache", queue, all_have_said)) for _ in range(6)]
     for process in processes:
         process.start()
     outcomes = [queue.get(timeout=30) for _ in processes]
+    all_have_said.set()
     for process in processes:
         process.join()
     assert outcomes.count("held") == 1
