@@ -360,14 +360,14 @@ def _quantizer(
         raise QuantkitError("--low-rank gives every layer one rank, --low-rank-bits shares ranks out; give one of them")
     from quantkit.run.recipe import default_bits, make_quantizer
 
-    if method is None and plan is None and not context.params["as_json"]:
+    chosen = method or "gptq"
+    bits = default_bits(chosen) if bits is None else bits
+    if method is None and plan is None and bits is not None and not context.params["as_json"]:
         from quantkit.advice.presets import unasked
 
-        aside.print(f"{unasked(default_bits('gptq') or 3 if bits is None else bits)}")
-    method = method or "gptq"
-    bits = default_bits(method) if bits is None else bits
-    quantizer = make_quantizer(method, hadamard, 1 if low_rank_bits else low_rank, bits=bits, **settings)
-    words = re.sub(r"[^a-z0-9.]+", "-", method.lower()).strip("-")
+        aside.print(unasked(bits))
+    quantizer = make_quantizer(chosen, hadamard, 1 if low_rank_bits else low_rank, bits=bits, **settings)
+    words = re.sub(r"[^a-z0-9.]+", "-", chosen.lower()).strip("-")
     return quantizer, words + ("" if bits is None else f"-{bits:g}bit")
 
 

@@ -140,7 +140,15 @@ def read(result: Path) -> tuple[dict[str, int], list[str]]:
 
 
 def main() -> None:
-    """Parses the command line, runs what is asked for, and prints a line for each version."""
+    """Parses the command line and runs what is asked for; what fails is said in a line."""
+    try:
+        run()
+    except QuantkitError as error:
+        sys.exit(f"error: {error}")
+
+
+def run() -> None:
+    """Tests with each version that is asked for, and prints a line for it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--transformers", nargs="+", metavar="VERSION", help="by default the oldest and the newest")
     parser.add_argument("--tests", nargs="+", default=["tests"], metavar="PATH", help="by default all")
