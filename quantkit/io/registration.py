@@ -137,11 +137,22 @@ class QuantkitHfQuantizer(HfQuantizer):
                 config.layers[name] = module.metadata
             elif isinstance(module, nn.Linear | nn.Embedding):
                 del config.layers[name]
-        named = getattr(model.config, "auto_map", None) or {}
-        if any(str(place).startswith(f"{SHIM}.") for place in named.values()) and not model.is_remote_code():
-            del model.config.auto_map  # names code that transformers does not write along
+        if not model.is_remote_code():
+            _unnamed(model.config)  # it would name code that transformers does not write along
         model._weight_conversions = []  # type: ignore[assignment]
         return None, {}
+
+    def _dequantize(self, model: "PreTrainedModel", dtype: Any = None) -> "PreTrainedModel":
+        """`model.dequantize()`: the dense model that the packed one stands for, of its plain class, in place.
+
+        Raises:
+            QuantkitError: tensors are offloaded, or adapters sit on packed layers.
+        """
+        from quantkit.models.dense import make_dense
+
+        make_dense(model, dtype or model.dtype)
+        _plain(model)
+        return model
 
     def is_serializable(self) -> bool:
         """Packed layers save as they are."""
@@ -162,6 +173,23 @@ def _unguarded(config: Any) -> Any:
     if getattr(config, "transformers_weights", None) == GUARD:
         del config.transformers_weights
     return config
+
+
+def _unnamed(config: Any) -> None:
+    """A config that names quantkit's code no more."""
+    named = getattr(config, "auto_map", None) or {}
+    if any(str(place).rpartition("--")[2].startswith(f"{SHIM}.") for place in named.values()):
+        del config.auto_map
+
+
+def _plain(model: Any) -> None:
+    """Takes quantkit's code off a model that came by it (`quantkit.io.shim`)."""
+    _unnamed(model.config)
+    for one in (model, model.config):
+        cls = type(one)
+        if cls.__module__.rpartition(".")[2] == SHIM:
+            one.__class__ = cls.__mro__[1]
+            one._auto_class = None
 
 
 def _specs(files: list[str]) -> dict[str, tuple[str, list[int]]]:
