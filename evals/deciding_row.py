@@ -107,10 +107,11 @@ def measure(task: Task) -> dict[str, Any]:
 def _by_quantkit(task: Task, way: Quantized | Searched) -> Made:
     folder = task.work / "packed"
     start = time.monotonic()
-    if isinstance(way, Searched):
-        more = _search(task, way, folder)
-    else:
-        more, folder = _quantize(task, way, folder)
+    more = _search(task, way, folder) if isinstance(way, Searched) else _quantize(task, way, folder)
+    if way.tuning is not None:
+        begun, folder, packed = time.monotonic(), task.work / "tuned", folder
+        more["tuning"] = _tune(task, way.tuning, packed, folder)
+        more["seconds_of"]["tune"] = time.monotonic() - begun
     seconds, peak = time.monotonic() - start, peak_memory_bytes()
     held = contents(folder)
     shapes = [weight.shape for weight in held.layers.values() if weight.state()]
@@ -139,8 +140,8 @@ class _FirstLeftOut:
         return None
 
 
-def _quantize(task: Task, way: Quantized, folder: Path) -> tuple[dict[str, Any], Path]:
-    """(what is to be recorded beside the figures, the folder of the packed model)."""
+def _quantize(task: Task, way: Quantized, folder: Path) -> dict[str, Any]:
+    """Packs the model; what is to be recorded beside the figures."""
 
     def stand_in(_model: Any, _layers: Any, tokens: Tensor, *_rest: Any, **_more: Any) -> _FirstLeftOut:
         return _FirstLeftOut((len(tokens), tokens.shape[1]), way.left_out)
@@ -152,13 +153,7 @@ def _quantize(task: Task, way: Quantized, folder: Path) -> tuple[dict[str, Any],
             fisher=True if way.left_out else way.fisher, calibration=way.text(task.protocol), device="cpu",
             progress=_told,
         )  # fmt: skip
-    more: dict[str, Any] = {"seconds_of": {"quantize": report.seconds}, "notes": list(report.notes)}
-    if way.tuning is None:
-        return more, folder
-    start, tuned = time.monotonic(), task.work / "tuned"
-    history = _tune(task, way.tuning, folder, tuned)
-    more["seconds_of"]["tune"] = time.monotonic() - start
-    return more | {"tuning": history}, tuned
+    return {"seconds_of": {"quantize": report.seconds}, "notes": list(report.notes)}
 
 
 def _tune(task: Task, asked: EndToEnd, folder: Path, output: Path) -> list[dict[str, Any]]:
@@ -181,9 +176,11 @@ def _search(task: Task, way: Searched, folder: Path) -> dict[str, Any]:
         task.model, folder, avg_bits=way.avg_bits, candidates=way.candidates, base=way.base,
         calibration=task.protocol.text, search_samples=way.search_samples, held_out=way.held_out,
         evolution=Evolution(way.generations, way.offspring, way.stages), database=task.work / "candidates",
-        seed=task.protocol.seed, device="cpu",
+        start=way.start, seed=task.protocol.seed, device="cpu",
     )  # fmt: skip
-    return {"plan": dict(found.plan), "generations": len(found.outcome.history)}
+    return {
+        "seconds_of": {"search": found.seconds}, "plan": dict(found.plan), "generations": len(found.outcome.history)
+    }  # fmt: skip
 
 
 def _by_peer(task: Task, grid: PeerGrid, blocks: str) -> Made:

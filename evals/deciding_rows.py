@@ -12,6 +12,7 @@ from typing import Any
 from quantkit.core.constants import TARGET_SHIFT
 from quantkit.core.errors import QuantkitError
 from quantkit.evals.peers import PeerGrid
+from quantkit.evopress.session import Start
 from quantkit.run.recipe import Calibration
 
 
@@ -124,6 +125,8 @@ class Searched:
         candidates, base: texts of quantizers.
         generations, offspring, stages: of the evolution.
         search_samples, held_out: sequences of the calibration text that it measures on.
+        start: what the search begins with; "predicted" measures no layer.
+        tuning: of what was found, end to end; None for none.
     """
 
     avg_bits: float
@@ -134,9 +137,16 @@ class Searched:
     stages: tuple[tuple[int, int], ...] = ((2, 1024), (1, 4096))
     search_samples: int = 16
     held_out: int = 8
+    start: Start = "best"
+    tuning: EndToEnd | None = None
 
 
 Way = Quantized | Searched | PeerGrid
+LATER: dict[type, dict[str, Any]] = {
+    Quantized: {"sequences": None, "left_out": 0},
+    Searched: {"start": "best", "tuning": None},
+}
+"""Settings that came later, by value: rows that do without were measured before, and keep their names."""
 
 
 @dataclass(frozen=True)
@@ -165,9 +175,10 @@ class Row:
     @property
     def settings(self) -> dict[str, Any]:
         """JSON of the way; with the model, the text and the protocol a row is known by it."""
-        later = {"sequences": None, "left_out": 0}  # rows that do without were measured before these were settings
+        kind = type(self.way)
+        later = LATER.get(kind, {})
         way = {name: value for name, value in asdict(self.way).items() if name not in later or value != later[name]}
-        return {"way": type(self.way).__name__} | way
+        return {"way": kind.__name__} | way
 
 
 def _integers() -> Iterator[Row]:
@@ -216,6 +227,11 @@ def _searched() -> Iterator[Row]:
     for bits in (2.5, 3):
         way = Searched(bits, candidates, "gptq(3, group_size=64)")
         yield Row("search-gptq-g64", "search over GPTQ, groups of 64", bits, way, True)
+    base, finer = (f"hadamard(trellis({bits}, state_bits=12))" for bits in (2, 3))
+    for name, more, tuning in (("", "", None), ("-tuned", ", tuned end to end", EndToEnd(mode="continuous"))):
+        way = Searched(2.03, f"{base}, {finer}", base, generations=0, start="predicted", tuning=tuning)
+        label = f"trellis, 2^12 states, few layers of 3 bits by prediction{more}"
+        yield Row(f"trellis-12-predicted{name}", label, 2, way)
 
 
 def _tuned() -> Iterator[Row]:

@@ -3,13 +3,15 @@
     python -m quantkit.evals.search MODEL --data stdlib
 
 One markdown row per budget, in measured bits per weight of the packed layers; every column keeps to the same bytes.
-Held-out sequences are of the evaluation part of `--data`; fitness reads the calibration part. All rows use one
-database.
+"predicted" is what one pass back through the model says (`quantkit.run.prediction`): a knapsack on it, and a search
+that begins there and measures no layer. "search" begins at the best of all. Held-out sequences are of the evaluation
+part of `--data`, or of `--test`; fitness reads the calibration part. All rows use one database.
 """
 
 import argparse
 import json
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from quantkit.evopress.baselines import best_of_random
 from quantkit.evopress.budget import Budget
 from quantkit.evopress.build import build
 from quantkit.evopress.evolve import Assignment
-from quantkit.evopress.session import SearchSettings, Session
+from quantkit.evopress.session import SearchSettings, Session, Start
 from quantkit.evopress.settings import Evolution, parse_stages, stages_text
 from quantkit.evopress.spaces import CandidateSpace
 from quantkit.io.hf import load, resolve_folder
@@ -32,6 +34,12 @@ from quantkit.io.source import load_tokenizer
 from quantkit.run.documents import documents
 from quantkit.run.recipe import Calibration, Recipe
 from quantkit.run.text import evaluation_text
+
+SEARCHES: dict[str, Start] = {"search, predicted": "predicted", "search": "best"}
+NAMES = (
+    *("uniform", "random, best of 32", "greedy", "knapsack", "greedy, measured", "knapsack, measured"),
+    *("knapsack, predicted", *SEARCHES),
+)
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -41,18 +49,21 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     recipe = Recipe(
         spec.read(arguments.base),
         target_shift=TARGET_SHIFT,
+        fisher=True,
         calibration=Calibration(arguments.data, arguments.num_samples, arguments.seqlen),
     )
     evolution = Evolution(
         arguments.generations, arguments.offspring, parse_stages(arguments.stages), rule=arguments.rule
     )
-    settings = SearchSettings(evolution, start=arguments.start, seed=arguments.seed)
+    settings = SearchSettings(
+        evolution, held_out=arguments.held_out, sensitivity_tokens=arguments.sensitivity_tokens, seed=arguments.seed
+    )
     text = Calibration(arguments.data, arguments.search_samples, arguments.seqlen, seed=1)
     begun = time.monotonic()
     database = build(folder, recipe, tuple(candidates), arguments.database, device=device)
     session = Session(folder, partial(CandidateSpace, database=database), arguments.database, text, settings, device)
     teacher = load(folder, dtype=session.space.model.dtype, device=device).eval()
-    judged = evaluation_text(documents(arguments.data, "evaluation"), load_tokenizer(folder))
+    judged = evaluation_text(documents(arguments.test or arguments.data, "evaluation"), load_tokenizer(folder))
     measured: dict[Assignment, Quality] = {}
 
     def judge(assignment: Assignment) -> tuple[float, float]:
@@ -64,29 +75,31 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             )
         return measured[assignment].kl or 0.0, measured[assignment].kl_se or 0.0
 
-    if arguments.start == "best":
-        session.sensitivities()
-    print(f"candidates, predictions and sensitivities: {time.monotonic() - begun:.0f} s")
-    names = ["uniform", "random, best of 32", "greedy", "knapsack", "greedy, measured", "knapsack, measured", "search"]
-    print("| bits/weight | " + " | ".join(names) + " | generations' seconds |")
-    print("|---" * (len(names) + 2) + "|")
+    made = time.monotonic()
+    session.sensitivities()
+    print(f"candidates and predictions: {made - begun:.0f} s, sensitivities: {time.monotonic() - made:.0f} s")
+    print("| bits/weight | " + " | ".join(NAMES) + " | seconds of both searches |")
+    print("|---" * (len(NAMES) + 2) + "|")
     rows = []
     for bits in arguments.bits:
         budget = Budget(bits, "bits").units(database.source, session.space.names)
-        begun = time.monotonic()
-        outcome = session.search(budget)
-        seconds = time.monotonic() - begun
-        random = best_of_random(
+        row: dict[str, Any] = {"bits": bits, "seconds": {}}
+        found = session.starts(budget)
+        for name, start in SEARCHES.items():
+            session.settings, begun = replace(settings, start=start), time.monotonic()
+            outcome = session.search(budget)
+            row["seconds"][name], found[name] = time.monotonic() - begun, outcome.assignment
+        session.settings = settings
+        found["random, best of 32"] = best_of_random(
             session.space.index, session.fitness, budget, torch.Generator().manual_seed(arguments.seed),
             tokens=evolution.stages[-1][1],
         )  # fmt: skip
-        found = {"search": outcome.assignment, "random, best of 32": random} | session.starts(budget)
-        row: dict[str, Any] = {"bits": bits, "seconds": seconds, "generations": len(outcome.history)}
-        row["kl"] = {name: judge(found[name]) for name in names}
-        row["levels"] = dict(zip(session.space.names, outcome.assignment, strict=True))
+        row["kl"] = {name: judge(found[name]) for name in NAMES}
+        row["levels"] = dict(zip(session.space.names, found["search"], strict=True))
         rows.append(row)
         cells = [f"{1000 * kl:.1f} +- {1000 * se:.1f}" for kl, se in row["kl"].values()]
-        print(f"| {bits:g} | " + " | ".join(cells) + f" | {seconds:.0f} |", flush=True)
+        cells.append(", ".join(f"{seconds:.0f}" for seconds in row["seconds"].values()))
+        print(f"| {bits:g} | " + " | ".join(cells) + " |", flush=True)
     return rows
 
 
@@ -95,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("model")
     made.add_argument("--data", default="wikitext2")
+    made.add_argument("--test", help="text that decides in the end, where it is another")
     made.add_argument("--bits", type=float, nargs="+", default=[2.25, 2.5, 3, 3.14, 4])
     made.add_argument("--candidates", default="gptq(2), gptq(3), gptq(4), gptq(5), gptq(6), gptq(8)")
     made.add_argument("--base", default="gptq(3)")
@@ -107,7 +121,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--offspring", type=int, default=Evolution.offspring)
     made.add_argument("--stages", default=stages_text(Evolution.stages), help="survivors x tokens")
     made.add_argument("--rule", choices=("any", "size"), default="any")
-    made.add_argument("--start", choices=("best", "uniform"), default="best")
+    made.add_argument("--held-out", type=int, default=SearchSettings.held_out, help="of those, for its own comparison")
+    made.add_argument("--sensitivity-tokens", type=int, default=SearchSettings.sensitivity_tokens)
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--device", default="auto")
     made.add_argument("--output", type=Path)
