@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from quantkit.cli import options
+from quantkit.cli.loading import subject
 from quantkit.cli.voice import Voice, voice
 from quantkit.core.errors import Interrupted, QuantkitError
 from quantkit.core.units import size
@@ -37,27 +38,19 @@ def generate_command(
     import torch
     from transformers import TextStreamer
 
-    import quantkit
-    from quantkit.core.device import compute_dtype, parse_dtype, pick_device
-    from quantkit.io.hf import resolve_folder
-    from quantkit.io.source import load_tokenizer
     from quantkit.kvcache.attention import compressed_kv
     from quantkit.kvcache.cache import cache_argument
     from quantkit.models.structure import context_length
 
-    where, folder = pick_device(device), resolve_folder(model)
-    tokenizer: Any = load_tokenizer(folder)
-    subject: Any = quantkit.load(
-        folder, dtype=parse_dtype(dtype) or compute_dtype(where) or "auto", device=where, unpack=unpack
-    ).eval()
+    loaded, tokenizer = subject(model, device, dtype, unpack)
     if chat:
         if not tokenizer.chat_template:
             raise QuantkitError("the tokenizer has no chat template; leave --chat out")
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(where)
-    tokens, context = inputs["input_ids"].shape[1], context_length(subject)
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(loaded.device)
+    tokens, context = inputs["input_ids"].shape[1], context_length(loaded)
     if context is not None and tokens + max_new_tokens > context:
         raise QuantkitError(f"{tokens} tokens of prompt and {max_new_tokens} new ones exceed the context of {context}")
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
@@ -65,13 +58,13 @@ def generate_command(
         settings["temperature"] = temperature
     torch.manual_seed(seed)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    caching = nullcontext(lambda: None) if kv_bits is None else compressed_kv(subject, bits=kv_bits)
+    caching = nullcontext(lambda: None) if kv_bits is None else compressed_kv(loaded, bits=kv_bits)
     try:
         with caching as make_cache:
             cache: Any = make_cache()
             begun = time.monotonic()
-            settings[cache_argument(subject)] = cache
-            found = subject.generate(**inputs, streamer=streamer, pad_token_id=0, **settings)
+            settings[cache_argument(loaded)] = cache
+            found = loaded.generate(**inputs, streamer=streamer, pad_token_id=0, **settings)
             seconds = time.monotonic() - begun
     except KeyboardInterrupt:
         raise Interrupted("stopped") from None

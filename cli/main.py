@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from quantkit import __version__
 from quantkit.cli.advise import advise_command
 from quantkit.cli.bench import bench_command
+from quantkit.cli.chat import chat_command
 from quantkit.cli.doctor import doctor_command
 from quantkit.cli.evaluate import evaluate_command
 from quantkit.cli.generate import generate_command
@@ -56,6 +57,7 @@ app.command("search")(verb(search_command))
 app.command("tune")(verb(tune_command))
 app.command("eval")(verb(evaluate_command))
 app.command("generate")(verb(generate_command))
+app.command("chat")(verb(chat_command))
 app.command("inspect")(verb(inspect_command))
 app.command("bench")(verb(bench_command))
 app.command("doctor")(verb(doctor_command))
@@ -73,8 +75,8 @@ def _options(
         bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and end.")
     ] = False,
 ) -> None:
-    """Post-training quantization of language models: advise, quantize, search, tune, evaluate, generate, inspect,
-    bench, doctor."""
+    """Post-training quantization of language models: advise, quantize, search, tune, evaluate, generate, chat,
+    inspect, bench, doctor."""
 
 
 def main() -> None:

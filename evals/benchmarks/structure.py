@@ -26,6 +26,7 @@ LAYERS = [
     ["io"],
     ["run"],
     ["tuning", "kvcache"],
+    ["serve"],
     ["evopress"],
     ["advice"],
     ["api"],

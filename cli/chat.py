@@ -1,0 +1,120 @@
+"""`quantkit chat`: a conversation in the terminal."""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from quantkit.cli import options
+from quantkit.cli.loading import subject
+from quantkit.cli.voice import Voice, voice
+from quantkit.core.errors import QuantkitError
+
+if TYPE_CHECKING:
+    from quantkit.serve.chat import Conversation
+
+HELP = "/new forgets what was said, /quit or the end of input leaves; Ctrl-C ends an answer"
+
+
+def chat_command(
+    model: options.Subject,
+    system: Annotated[str | None, typer.Option(help="A message in front of all turns.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 1024,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 takes the likeliest token, more draws; by default as the model says.")
+    ] = None,
+    kv_bits: options.KvBits = None,
+    device: options.Device = "auto",
+    unpack: options.Unpack = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the computation; by default float32 on a CPU.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Talk with a model in the terminal, turn by turn; lines from a pipe are turns too."""
+    if max_new_tokens < 1 or (temperature or 0) < 0:
+        raise QuantkitError("give --max-new-tokens of at least 1 and a --temperature of at least 0")
+    import torch
+
+    from quantkit.kvcache.attention import compressed_kv
+    from quantkit.serve.chat import Conversation
+
+    loaded, tokenizer = subject(model, device, dtype, unpack)
+    generation: dict[str, Any] = {}
+    if temperature is not None:
+        generation = {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature else {})
+    torch.manual_seed(seed)
+    with nullcontext() if kv_bits is None else compressed_kv(loaded, bits=kv_bits) as make_cache:
+        talk = Conversation(
+            loaded, tokenizer, system, max_new_tokens=max_new_tokens, make_cache=make_cache, generation=generation
+        )
+        _talk(talk, Console(stderr=True, highlight=False, quiet=voice() == Voice.QUIET))
+
+
+def _talk(talk: "Conversation", notes: Console) -> None:
+    if sys.stdin.isatty():
+        notes.print(HELP)
+    for said in _lines():
+        if said in ("/quit", "/exit"):
+            return
+        if said == "/new":
+            talk.begin()
+            notes.print("forgotten")
+        elif said.startswith("/"):
+            notes.print(HELP)
+        elif said:
+            _turn(talk, said, notes)
+
+
+def _turn(talk: "Conversation", said: str, notes: Console) -> None:
+    begun = time.monotonic()
+    try:
+        with _stops(talk):
+            talk.answer(said, _write)
+    except QuantkitError as error:
+        if not sys.stdin.isatty():
+            raise
+        notes.print(f"[bold red]error:[/] {error}")
+        return
+    _write("\n")
+    read, made = talk.tokens
+    seconds = time.monotonic() - begun
+    forgotten = f"; {talk.forgotten} former turns did not fit and are forgotten" if talk.forgotten else ""
+    notes.print(f"[dim]{read} + {made} tokens, {made / seconds:.1f} a second{forgotten}[/]")
+
+
+def _lines() -> Iterator[str]:
+    """What the user says: lines of the terminal, with their history, or of a pipe."""
+    ask: Callable[[], str] = input
+    if sys.stdin.isatty():
+        with suppress(ImportError):
+            import readline  # noqa: F401  gives `input` its keys and its history
+
+        ask = lambda: input("> ")  # noqa: E731
+    while True:
+        try:
+            yield ask().strip()
+        except EOFError:
+            return
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+@contextmanager
+def _stops(talk: "Conversation") -> Iterator[None]:
+    """While it lasts, Ctrl-C ends the answer instead of the program."""
+
+    def stop(_number: int, _frame: Any) -> None:
+        talk.stopped = True
+
+    former = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)

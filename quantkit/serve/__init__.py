@@ -1,0 +1,1 @@
+"""Packed models where people use them: conversations, endpoints and other engines."""
