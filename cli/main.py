@@ -22,6 +22,7 @@ from quantkit.cli.inspect import inspect_command
 from quantkit.cli.options import is_first_process
 from quantkit.cli.quantize import quantize_command
 from quantkit.cli.search import search_command
+from quantkit.cli.serve import serve_command
 from quantkit.cli.tune import tune_command
 from quantkit.cli.voice import Voice, speak, verb
 from quantkit.core.errors import Elsewhere, Interrupted, QuantkitError
@@ -58,6 +59,7 @@ app.command("tune")(verb(tune_command))
 app.command("eval")(verb(evaluate_command))
 app.command("generate")(verb(generate_command))
 app.command("chat")(verb(chat_command))
+app.command("serve")(verb(serve_command))
 app.command("inspect")(verb(inspect_command))
 app.command("bench")(verb(bench_command))
 app.command("doctor")(verb(doctor_command))
@@ -76,7 +78,7 @@ def _options(
     ] = False,
 ) -> None:
     """Post-training quantization of language models: advise, quantize, search, tune, evaluate, generate, chat,
-    inspect, bench, doctor."""
+    serve, inspect, bench, doctor."""
 
 
 def main() -> None:
