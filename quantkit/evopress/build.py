@@ -75,7 +75,7 @@ class _Candidates:
         for quantizer in self.missing[name]:
             packed = quantized(quantizer, target if quantizer.needs == Needs.HESSIAN else weight, stats)
             error = relative_error(target, packed, stats)
-            kl = expected_kl(weight, packed, stats)
+            kl = expected_kl(target, packed, stats)
             self.found[name][quantizer] = LayerResult(packed, error, stats.damping, predicted_kl=kl)
         if name not in self.stored:
             return self.found[name][self.base]

@@ -43,7 +43,7 @@ class Pack:
         packed = quantized(quantizer, target, stats)
         error, damping = relative_error(target, packed, stats), None if stats is None else stats.damping
         tokens = stats.num_tokens if stats is not None and place(name) is not None else None
-        return LayerResult(packed, error, damping, predicted_kl=expected_kl(weight, packed, stats), tokens=tokens)
+        return LayerResult(packed, error, damping, predicted_kl=expected_kl(target, packed, stats), tokens=tokens)
 
 
 def packed(hook: LayerHook, module: nn.Module, stats: LayerStats | None, name: str) -> LayerResult:
@@ -77,8 +77,11 @@ def relative_error(target: Tensor, packed: QuantizedWeight, stats: LayerStats | 
     return proxy_loss(error, stats.hessian) / max(proxy_loss(target, stats.hessian), 1e-30)
 
 
-def expected_kl(weight: Tensor, packed: QuantizedWeight, stats: LayerStats | None) -> float | None:
-    """`core.metrics.predicted_kl` of a packed layer beside its weight [out_features, in_features], where known."""
+def expected_kl(target: Tensor, packed: QuantizedWeight, stats: LayerStats | None) -> float | None:
+    """`core.metrics.predicted_kl` of a packed layer beside its target [out_features, in_features], where known.
+
+    Its weight would not do: how the target was shifted makes good what other layers lost.
+    """
     if stats is None or stats.outputs is None:
         return None
-    return predicted_kl(weight - packed.dequantize().to(weight), stats.hessian, stats.outputs)
+    return predicted_kl(target - packed.dequantize().to(target), stats.hessian, stats.outputs)
