@@ -34,6 +34,7 @@ from quantkit.io.hf import REFERENCE, load
 from quantkit.io.shards import Shards
 from quantkit.io.source import meta_model
 from quantkit.models.linear import QuantizedLinear
+from quantkit.models.ties import inner_ties
 from quantkit.quantizers.gptq import GPTQ
 from quantkit.quantizers.hadamard import Hadamard
 from quantkit.quantizers.trellis import Trellis
@@ -97,7 +98,7 @@ def made(kind: str, folder: Path) -> None:
 
 def dequantize_layers(model: nn.Module) -> None:
     """Puts linear layers with dequantized weights in the places of packed ones."""
-    for name, layer in [*model.named_modules()]:
+    for name, layer in [*model.named_modules(remove_duplicate=False)]:  # shared ones at all their places
         if isinstance(layer, QuantizedLinear):
             dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
             bias = {} if layer.bias is None else {"bias": layer.bias}
@@ -130,7 +131,8 @@ def tried(folder: Path, quantizer: Any, work: Path) -> dict[str, Any]:
     model = meta_model(folder, None)
     mapping = origins(model, Shards(folder))
     assert mapping is not None, "its tensors are found by transformers alone"
-    lost = [name for name in mapping if name not in whole and not name.startswith(tuple(layers))]
+    own = mapping.keys() - inner_ties(model).keys()
+    lost = [name for name in own if name not in whole and not name.startswith(tuple(layers))]
     assert not lost, f"{lost[0]} is lost"
 
     packed, tokens = load(work / "whole", dtype=torch.float32).eval(), torch.arange(10, 50).view(2, 20)

@@ -220,12 +220,17 @@ def _divided(recipe: Recipe, model: nn.Module) -> tuple[Plan, Plan]:
     """(the layers that are searched, those that are packed in one way).
 
     Raises:
-        QuantkitError: an embedding is to be searched.
+        QuantkitError: an embedding is to be searched, or blocks share weights.
     """
     plan, searched = recipe.plan(model), replace(recipe, head_bits=None).plan(model)
     for name in searched:
         if is_lookup(model.get_submodule(name)):
             raise QuantkitError(f"{name} is an embedding, and candidates are for linear layers; `head_bits` packs it")
+    if shared := tied(searched):
+        raise QuantkitError(
+            f"blocks of {type(model).__name__} share weights, {next(iter(shared))} among them, which no search knows "
+            "of; `quantkit quantize` packs them"
+        )
     fixed = {name: quantizer for name, quantizer in plan.items() if name not in searched}
     return searched, {name: quantizer for name, quantizer in fixed.items() if tied(fixed).get(name) not in searched}
 

@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 from quantkit.core.errors import QuantkitError
 from quantkit.io.shards import DTYPES, Shards
 from quantkit.models.experts import Apart, Part, parts
-from quantkit.models.ties import tied_names
+from quantkit.models.ties import inner_ties, tied_names
 
 _COMPUTED = ("inv_freq", "masked_bias")
 """Last words of names that older versions of transformers stored, and that nothing reads any more."""
@@ -128,8 +128,8 @@ def origins(model: nn.Module, shards: Shards) -> dict[str, Origin] | None:
     """Where each tensor of a model on the meta device comes from, by its name.
 
     Returns:
-        The map, without tensors that are tied to others; None where one cannot be had from the shards, or where
-        transformers converts it in a way that cannot be told without its numbers.
+        The map, without tensors that are tied to others but for those inside the blocks; None where one cannot be had
+        from the shards, or where transformers converts it in a way that cannot be told without its numbers.
 
     Raises:
         QuantkitError: a tensor of floating-point numbers is stored as something else.
@@ -160,7 +160,7 @@ def origins(model: nn.Module, shards: Shards) -> dict[str, Origin] | None:
         if shape != tensor.shape:
             return None
         mapping[name] = Origin(group, key, part, tensor.numel() * whole.element_size())
-    return mapping
+    return {name: mapping[origin] for name, origin in inner_ties(model).items() if origin in mapping} | mapping
 
 
 def others(model: nn.Module, shards: Shards, mapping: Mapping[str, Origin]) -> list[str]:

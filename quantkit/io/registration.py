@@ -4,6 +4,7 @@ Imported as soon as `transformers.quantizers` is (`quantkit.core.post_import`), 
 being imported: so it imports of transformers what is there by then, and of quantkit what a load needs when one comes.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,8 @@ class QuantkitHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **_kwargs: Any
     ) -> None:
+        from torch import nn
+
         from quantkit.core.errors import CheckpointError
         from quantkit.core.weight import QuantizedWeight
         from quantkit.formats.tied import TiedWeight
@@ -57,7 +60,7 @@ class QuantkitHfQuantizer(HfQuantizer):
         from quantkit.models.embedding import put
         from quantkit.models.experts import put_together, take_apart
         from quantkit.models.linear import QuantizedLinear
-        from quantkit.models.structure import is_linear, is_lookup, linear_weight
+        from quantkit.models.structure import is_linear, is_lookup, linear_weight, tied_names
 
         config = self.quantization_config
         assert isinstance(config, QuantkitConfig)
@@ -80,24 +83,39 @@ class QuantkitHfQuantizer(HfQuantizer):
                 )
             if isinstance(weight, TiedWeight):
                 head = dict(model.named_modules()).get(weight.layer)
-                if not (is_lookup(layer) and isinstance(head, QuantizedLinear)):
+                alike = is_lookup(layer) or weight.shape == tuple(linear_weight(layer).shape)
+                if not (alike and isinstance(head, QuantizedLinear)):
                     raise CheckpointError(
-                        f"{name} is no embedding that {weight.layer} could serve; config.json is damaged"
+                        f"{name} is no embedding or layer that {weight.layer} could serve; config.json is damaged"
                     )
+                if not is_lookup(layer):  # transformers would miss its tensors
+                    model.set_submodule(name, nn.Identity())
+                    continue
             if is_lookup(layer) and weight.shape != linear_weight(layer).shape:
                 raise CheckpointError(
                     f"{name} is {list(linear_weight(layer).shape)} in {type(model).__name__}, and the checkpoint's "
                     f"{list(weight.shape)}; it is damaged, or of another model"
                 )
             put(model, name, weight)
+        for tensor in [*tied_names(model)]:
+            if tensor.rpartition(".")[0] in weights:  # which says itself where its tensors are
+                del model.all_tied_weights_keys[tensor]
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_kwargs: Any) -> None:
         import torch
 
         from quantkit.core.errors import CheckpointError
+        from quantkit.core.weight import QuantizedWeight
+        from quantkit.formats.tied import TiedWeight
+        from quantkit.models.embedding import put
         from quantkit.models.linear import Packed, QuantizedLinear
         from quantkit.models.unpacking import ASKED, choose_unpacked
 
+        assert isinstance(self.quantization_config, QuantkitConfig)
+        for name, metadata in (self.quantization_config.layers or {}).items():
+            weight = QuantizedWeight.empty(metadata)
+            if isinstance(weight, TiedWeight) and not isinstance(model.get_submodule(name), Packed):
+                put(model, name, weight)
         for name, module in model.named_modules():
             if isinstance(module, Packed):
                 try:
@@ -139,6 +157,7 @@ class QuantkitHfQuantizer(HfQuantizer):
                 del config.layers[name]
         if not model.is_remote_code():
             _unnamed(model.config)  # it would name code that transformers does not write along
+        config.layers |= _shared(model, config.layers)
         model._weight_conversions = []  # type: ignore[assignment]
         return None, {}
 
@@ -190,6 +209,26 @@ def _plain(model: Any) -> None:
         if cls.__module__.rpartition(".")[2] == SHIM:
             one.__class__ = cls.__mro__[1]
             one._auto_class = None
+
+
+def _shared(model: "PreTrainedModel", layers: Iterable[str]) -> dict[str, Any]:
+    """Metadata of layers that are one at several places, by the name under which transformers saves their tensors."""
+    from quantkit.formats.tied import TiedWeight
+    from quantkit.models.linear import QuantizedLinear
+
+    places: dict[QuantizedLinear, list[str]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in layers:
+        if isinstance(module := modules.get(name), QuantizedLinear):
+            places.setdefault(module, []).append(name)
+    found: dict[str, Any] = {}
+    for module, names in places.items():
+        if len(names) > 1:
+            ties, (tensor, _) = model.get_expanded_tied_weights_keys(all_submodels=True), next(module.named_buffers())
+            saved = next(name for name in names if f"{name}.{tensor}" not in ties)
+            found |= {name: TiedWeight(saved, *module.packed.shape).metadata() for name in names}
+            found[saved] = module.metadata
+    return found
 
 
 def _specs(files: list[str]) -> dict[str, tuple[str, list[int]]]:

@@ -30,7 +30,7 @@ from quantkit.models.linear import Packed
 from quantkit.models.plan import Plan, tied
 from quantkit.models.rotation import Rotation, find_structure, rotate_model
 from quantkit.models.structure import block_linears, find_blocks, outer_linears
-from quantkit.models.ties import belongs, tied_names, untie
+from quantkit.models.ties import belongs, inner_ties, tied_names, untie
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Source(ABC):
         prefix, blocks: of its decoder blocks; see `models.structure.find_blocks`.
 
     Raises:
-        QuantkitError: it is quantized already, has adapters, no decoder blocks, or such as share weights.
+        QuantkitError: it is quantized already, has adapters, or no decoder blocks.
     """
 
     def __init__(self, model: PreTrainedModel, name: str, config: dict[str, Any]) -> None:
@@ -99,9 +99,6 @@ class Source(ABC):
         self.notes: tuple[str, ...] = ()
         self.prefix, self.blocks = find_blocks(model)
         self._ties = len(tied_names(model))
-        shared = [tensor for tensor in tied_names(model) if tensor.startswith(f"{self.prefix}.")]
-        if shared:
-            raise QuantkitError(f"blocks of {name} share weights, {shared[0]} among them, which are packed by none yet")
 
     @property
     def untied(self) -> bool:
@@ -411,7 +408,9 @@ class Sharded(Source):
 
     def _stored(self) -> dict[str, int]:
         apart = {name: self._shards.tensor_nbytes(name) for name in self._others}
-        return {name: origin.nbytes for name, origin in self._tensors.mapping.items()} | apart
+        shared = inner_ties(self.model, self.prefix)
+        own = {name: origin.nbytes for name, origin in self._tensors.mapping.items() if name not in shared}
+        return own | apart
 
     def _read(self, names: list[str]) -> Iterable[tuple[str, Tensor]]:
         apart = set(self._others).intersection(names)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,17 +80,22 @@ def put(root: nn.Module, name: str, weight: QuantizedWeight) -> Packed:
 
     Args:
         root: the model, or a part of it.
-        name: of the layer in `root`. A tied embedding comes after the layer that it is tied to.
+        name: of the layer in `root`. One that is tied comes after the layer that it is tied to, and is that one then
+            where both are linear.
         weight: the packed weight.
     """
     replaced = root.get_submodule(name)
+    module: Any
     if isinstance(replaced, nn.Embedding) and is_lookup(replaced):
         head = root.get_submodule(weight.layer) if isinstance(weight, TiedWeight) else None
         assert head is None or isinstance(head, QuantizedLinear)
-        module: Packed = QuantizedEmbedding(weight, replaced, head)
+        module = QuantizedEmbedding(weight, replaced, head)
         if not module.packed.by_rows:
             logger.warning("%s: %s is unpacked as a whole at every lookup; int_group is not", name, module.packed.label)
+    elif isinstance(weight, TiedWeight):
+        module = root.get_submodule(weight.layer)
     else:
         module = new_linear(weight, replaced)
     root.set_submodule(name, module)
+    assert isinstance(module, Packed)
     return module

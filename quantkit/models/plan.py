@@ -13,7 +13,9 @@ from quantkit.formats.tied import TiedWeight
 
 @dataclass(frozen=True)
 class Tied:
-    """An embedding's entry of a plan: it shares the packed weight of another layer, as a rule the head's.
+    """A plan's entry of what shares the packed weight of another layer.
+
+    That is an embedding, which has the head's, or a layer of a block that is called at several depths.
 
     Attributes:
         layer: whose weight it is, by full name.
@@ -82,5 +84,5 @@ def with_own_weight(plan: Plan) -> dict[str, Quantizer]:
 
 
 def tied(plan: Plan) -> dict[str, str]:
-    """Embeddings that share the packed weight of another layer -> that layer."""
+    """Embeddings and layers that share the packed weight of another layer -> that layer."""
     return {name: quantizer.layer for name, quantizer in plan.items() if isinstance(quantizer, Tied)}

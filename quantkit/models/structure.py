@@ -116,10 +116,44 @@ def key_heads(config: Any) -> tuple[int, int]:
     return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Tensors that are other tensors by another name (a head tied to its embedding) and are not stored -> those."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
+def shared_layers(model: nn.Module) -> dict[str, str]:
+    """Linear layers whose weight is that of a layer in another block, as where a block is called at several depths.
+
+    Returns:
+        Their names -> the name by which the weight is packed, the first place where it is called. Zamba 2's shared
+        blocks hold adapters for all their places, and each place calls its own.
+    """
+    prefix, _ = find_blocks(model)
+    places: dict[str, list[str]] = {}
+    for tensor, origin in tied_names(model).items():
+        name, _, kind = tensor.rpartition(".")
+        if tensor.startswith(f"{prefix}.") and kind == "weight" and is_linear(model.get_submodule(name)):
+            layer = origin.removesuffix(".weight")
+            places.setdefault(layer, [layer]).append(name)
+    found: dict[str, str] = {}
+    for names in places.values():
+        adapter = _ADAPTER.search(names[0])
+        calling = model.config.hybrid_layer_ids[int(adapter[1])] if adapter else None  # type: ignore[union-attr, index]
+        first = next((name for name in names if name.startswith(f"{prefix}.{calling}.")), names[0])
+        found |= {name: first for name in names if name != first}
+    return found
+
+
+_ADAPTER = re.compile(r"_adapter_list\.(\d+)\.")
+
+
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """All linear layers inside the decoder blocks but routers and `bypassed` ones, by full name, in model order."""
+    """All linear layers inside the decoder blocks by full name, in model order.
+
+    But for routers, `bypassed` ones, and `shared_layers` in other places than their first.
+    """
     prefix, blocks = find_blocks(model)
-    left = set(bypassed(model))
+    left = {*bypassed(model), *shared_layers(model)}
     return {
         name: module
         for name, module in blocks.named_modules(prefix=prefix)

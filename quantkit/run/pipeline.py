@@ -25,7 +25,7 @@ from quantkit.io.run_folder import Output
 from quantkit.io.source import Loaded, Source, open_folder
 from quantkit.models.experts import put_together
 from quantkit.models.linear import Packed
-from quantkit.models.plan import Plan
+from quantkit.models.plan import Plan, with_own_weight
 from quantkit.models.structure import ends, find_blocks, linear_weight
 from quantkit.models.unpacking import choose_unpacked
 from quantkit.run.aside import Aside
@@ -153,7 +153,8 @@ def run(
                 if not kept:
                     raise CalibrationError("no token of the calibration text passes through any layer")
                 dense += source.packed_nbytes(unreached)
-                weights = sum(linear_weight(source.model.get_submodule(layer)).numel() for layer in unreached)
+                own = with_own_weight(plan).keys() & unreached
+                weights = sum(linear_weight(source.model.get_submodule(layer)).numel() for layer in own)
                 counted = counts[0] - weights, counts[1]
                 more = (*more, f"{and_others(unreached)} stay dense: no token of the text passes through them")
             this = Run(start, where, before, counted, settings, (*notes, *more))
@@ -203,7 +204,8 @@ def _fisher(
 ) -> Fisher | None:
     """What the reverse pass finds at the planned layers of the blocks; None where there is nothing to find."""
     inside = f"{find_blocks(source.model)[0]}."
-    layers = [name for name in plan if name.startswith(inside)]  # those that read nothing share inputs with others
+    own = with_own_weight(plan)
+    layers = [name for name in own if name.startswith(inside)]  # those that read nothing share inputs with others
     if tokens is None or not any(plan[name].needs > Needs.NOTHING for name in layers):
         return None
     return measure(

@@ -30,6 +30,7 @@ from quantkit.models.structure import (
     language_modules,
     linear_weight,
     outer_linears,
+    shared_layers,
 )
 from quantkit.quantizers.target_shift import TargetShift
 from quantkit.run.documents import documents
@@ -345,6 +346,7 @@ class Recipe:
             if head in plan and plan[head] == plan[embedding] and self._keeps_tie(model, embedding, head):
                 plan[embedding] = Tied(head)
             _check_embedding(model, embedding, plan[embedding])
+        plan |= {name: Tied(first) for name, first in shared_layers(model).items() if first in plan}
         _check_reached(model, with_own_weight(plan), head)
         plan = allocate_fractions(plan, {name: linear_weight(model.get_submodule(name)).numel() for name in plan})
         widest = max(linear_weight(model.get_submodule(name)).shape[1] for name in plan)

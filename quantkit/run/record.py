@@ -143,8 +143,16 @@ def model_notes(model: nn.Module, plan: Plan, untied: bool, rotated: bool) -> tu
     notes = []
     if rotated:
         notes.append("the residual stream is rotated: embedding, norms and head differ from the original model's")
+    inside, _ = find_blocks(model)
+    shared = [name for name in tied(plan) if name.startswith(f"{inside}.")]
+    if shared:
+        notes.append(
+            f"{and_others(shared)} share weights with earlier blocks: each is packed by what flows at its first place, "
+            "stored and counted once"
+        )
     for embedding, head in tied(plan).items():
-        notes.append(f"{embedding} and {head} stay one weight, packed as {head}, stored and counted once")
+        if embedding not in shared:
+            notes.append(f"{embedding} and {head} stay one weight, packed as {head}, stored and counted once")
     if untied and not tied(plan):
         notes.append("the head was tied to the embedding; each is stored by itself now")
     fused = fused_expert_parameters(model)
@@ -154,7 +162,6 @@ def model_notes(model: nn.Module, plan: Plan, untied: bool, rotated: bool) -> tu
             f"{len(fused)} tensors of stacked experts ({fraction:.0f}% of the weights), {next(iter(fused))} among "
             "them, stay dense"
         )
-    inside, _ = find_blocks(model)
     if left := [name for name in bypassed(model) if name.startswith(f"{inside}.")]:
         notes.append(f"{and_others(left)} stay dense: the model's own code multiplies by their weights")
     if note := _dense_ends(model, plan):

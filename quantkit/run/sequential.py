@@ -4,7 +4,8 @@ For every block, in order: gather the statistics of its linear layers' inputs, q
 put the packed ones in their places, and run the block again so that the next one sees what it will
 see at inference. Layers are taken in the order in which the block runs them, those that are fed by
 the same tensor together (q, k, v; gate, up), so that each sees its own block's earlier layers
-quantized and one Hessian serves all that share an input.
+quantized and one Hessian serves all that share an input. A layer that is called at several depths is
+packed by what flows at the first of them alone; the others have the packed weight when the walk comes there.
 
 Two streams of activations may be carried: `quantized`, behind the layers quantized so far, and `full`,
 of the untouched model, for quantizers that read both. An input embedding that is packed by itself comes first, so that
@@ -133,6 +134,9 @@ class Walker:
         self._batches: list[Batch] = []  # this process's
         self._wrap: Wrap = bare
         self._order: Order | None = None
+        inside = f"{self._prefix}."
+        self._tied = {layer: first for layer, first in tied(self.plan).items() if layer.startswith(inside)}
+        self._kept: dict[str, QuantizedWeight] = {}  # of layers that have others tied to them, packed by now
 
     @torch.no_grad()
     def run(self, sink: Sink) -> None:
@@ -172,6 +176,7 @@ class Walker:
                 if isinstance(module, QuantizedLinear):
                     module.release()
             self.source.release(name, block)
+            self._tie(index)
         last = [layer for layer in outer if layer not in front]
         self.aside.full_ends()
         made = results | self._quantize_outer(last)
@@ -214,11 +219,31 @@ class Walker:
         """Moves both streams past a block that an earlier run packed."""
         block = self._blocks[index]
         reference = self._reference(block)
+        self._take_shared(name)
         for layer, weight in done.items():
-            _swap(block, layer.removeprefix(f"{name}."), weight.map(lambda tensor: tensor.to(self.device)))
+            if layer not in self._tied:
+                _swap(block, layer.removeprefix(f"{name}."), weight.map(lambda tensor: tensor.to(self.device)))
+        self._keep(done)
         for batch in self._batches:
             batch.quantized = run_block(block, batch.quantized, batch.call(index))
         self._advance_full(reference, index)
+
+    def _take_shared(self, name: str) -> None:
+        """Puts packed layers in a block's places that share them."""
+        for layer, first in self._tied.items():
+            if layer.startswith(f"{name}.") and first in self._kept:
+                _swap(self.model, layer, self._kept[first].map(lambda tensor: tensor.to(self.device)))
+
+    def _keep(self, layers: Mapping[str, QuantizedWeight]) -> None:
+        """Keeps those of a block's packed layers that other blocks share."""
+        self._kept |= {first: layers[first] for first in {*self._tied.values()} if first in layers}
+
+    def _tie(self, index: int) -> None:
+        """Makes shared layers one that have been packed up to a block."""
+        names = tuple(f"{self._prefix}.{block}." for block in range(index + 1))
+        for layer, first in self._tied.items():
+            if first in self._kept and layer.startswith(names):
+                put(self.model, layer, self.plan[layer].layout(*self._kept[first].shape))
 
     def _advance_full(self, reference: nn.Module | None, index: int) -> None:
         """Moves the full stream past a block that gathers nothing."""
@@ -230,7 +255,8 @@ class Walker:
         """Quantizes one block's layers in the order of their execution, and moves both streams past the block."""
         block = self._blocks[index]
         reference = self._reference(block)
-        layers = [layer for layer in self.plan if layer.startswith(f"{name}.")]
+        self._take_shared(name)
+        layers = [layer for layer in self.plan if layer.startswith(f"{name}.") and layer not in self._tied]
         local = {layer.removeprefix(f"{name}."): self._hook.needs(layer) for layer in layers}
         if self._order is None or {one for group in self._order.groups for one in group} != set(local):
             with routed(block, everywhere=self.all_experts):
@@ -281,7 +307,14 @@ class Walker:
             if isinstance(module, Apart):
                 module.taken = None
                 module.let_go()
-        return {layer: results[layer] for layer in layers if layer in results}
+        self._keep({layer: result.weight for layer, result in results.items()})
+        made = {layer: results[layer] for layer in layers if layer in results}
+        sharing = {layer: made[first] for layer, first in self._tied.items() if first in made}
+        return made | {layer: self._laid_out(layer, result) for layer, result in sharing.items()}
+
+    def _laid_out(self, layer: str, result: LayerResult) -> LayerResult:
+        """What is stored of a layer that shares a packed weight."""
+        return replace(result, weight=self.plan[layer].layout(*result.weight.shape))
 
     def _packed(self, stats: Mapping[str, LayerStats | None]) -> dict[str, LayerResult]:
         """Layers as they are packed, each by one of the processes; those of `stats`, which says what is known of each.
@@ -368,9 +401,8 @@ class Walker:
             results |= self._packed({name: self._outer_stats(name)})
             put(self.model, name, results[name].weight)
         for name, head in sharing.items():
-            layout = self.plan[name].layout(*results[head].weight.shape)
-            results[name] = replace(results[head], weight=layout)
-            put(self.model, name, layout)
+            results[name] = self._laid_out(name, results[head])
+            put(self.model, name, results[name].weight)
         self.source.release("", self.model)
         return results
 
