@@ -60,6 +60,14 @@ def place(layer: str) -> tuple[str, int, str] | None:
     return None if found is None else (found["experts"], int(found["number"]), found["what"])
 
 
+def sees_text(layer: str) -> bool:
+    """Whether text can reach a layer of the blocks, by its name: ERNIE 4.5 VL has experts for images alone."""
+    return _OF_IMAGES.search(layer) is None
+
+
+_OF_IMAGES = re.compile(r"\.(vision|image)_(moe|experts)\.")
+
+
 def of_all(layer: str) -> str:
     """A layer's name, with a star in the place of an expert's number."""
     found = place(layer)

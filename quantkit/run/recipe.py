@@ -18,7 +18,7 @@ from quantkit.core.protocols import Needs, Quantizer
 from quantkit.core.registry import resolve
 from quantkit.core.schema import in_words
 from quantkit.io.files import parse_json
-from quantkit.models.experts import place
+from quantkit.models.experts import place, sees_text
 from quantkit.models.plan import Plan, Rules, Tied, make_plan, plan_needs, with_own_weight
 from quantkit.models.rotation import Rotation
 from quantkit.models.structure import (
@@ -242,10 +242,11 @@ def _group(in_features: int) -> int:
 
 
 def _check_reached(model: nn.Module, plan: Mapping[str, Quantizer], head: str | None) -> None:
-    """Raises QuantkitError where a quantizer is to read text at a layer of a tower, which text does not reach."""
+    """Raises QuantkitError where a quantizer is to read text at a layer that text does not reach, as in a tower."""
     reached = language_modules(model)
     for name, quantizer in plan.items():
-        if quantizer.needs > Needs.NOTHING and name != head and model.get_submodule(name) not in reached:
+        out = name != head and (not sees_text(name) or model.get_submodule(name) not in reached)
+        if quantizer.needs > Needs.NOTHING and out:
             raise QuantkitError(
                 f"text does not reach {name}, and {spec.write(quantizer)} reads it; give it rtn, or `include` it"
             )
@@ -341,6 +342,8 @@ class Recipe:
             defaults |= self._for_ends(model, embedding, head)
         for pattern, bits in self.include.items():
             defaults |= self._for_outer(model, pattern, bits, head)
+        unseen = [name for name, one in defaults.items() if one is not None and one.needs and not sees_text(name)]
+        defaults |= dict.fromkeys(unseen)
         plan = make_plan(defaults, rules, [] if embedding is None else [embedding])
         if embedding is not None and embedding in plan:
             if head in plan and plan[head] == plan[embedding] and self._keeps_tie(model, embedding, head):

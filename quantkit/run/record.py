@@ -16,6 +16,7 @@ from quantkit.core.constants import HEAD_BITS, TOWER_BITS
 from quantkit.core.device import pick_device
 from quantkit.core.result import LayerResult
 from quantkit.core.units import size
+from quantkit.models.experts import sees_text
 from quantkit.models.plan import Plan, tied
 from quantkit.models.structure import bypassed, ends, find_blocks, fused_expert_parameters, is_linear, linear_weight
 from quantkit.run.card import model_card
@@ -156,6 +157,9 @@ def model_notes(model: nn.Module, plan: Plan, untied: bool, rotated: bool) -> tu
     if untied and not tied(plan):
         notes.append("the head was tied to the embedding; each is stored by itself now")
     fused = fused_expert_parameters(model)
+    if unseen := [name for name in fused if not sees_text(name)]:
+        fraction = 100 * sum(fused.pop(name) for name in unseen) / sum(p.numel() for p in model.parameters())
+        notes.append(f"{and_others(unseen)} stay dense ({fraction:.0f}% of the weights): text does not reach them")
     if fused:
         fraction = 100 * sum(fused.values()) / sum(p.numel() for p in model.parameters())
         notes.append(

@@ -7,12 +7,14 @@ import shutil
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Ernie4_5_VLMoeConfig
 
 import quantkit
 from quantkit import Calibration, Recipe
 from quantkit.core.errors import CheckpointError, QuantkitError
+from quantkit.evals.architecture_sizes import small
 from quantkit.evals.architectures import dequantize_layers
+from quantkit.io.classes import class_of
 from quantkit.io.conversion import origins, read
 from quantkit.io.shards import Shards
 from quantkit.io.source import meta_model, open_folder
@@ -218,3 +220,42 @@ def test_files_with_another_number_of_experts_are_refused(family, model_folder, 
         path.write_text(json.dumps(config | {key: count}))
         with pytest.raises(QuantkitError, match=f"experts, and config.json says {count}"):
             open_folder(folder)
+
+
+def test_experts_that_text_does_not_reach_stay_dense(tmp_path, tokenizer, text_file):
+    """ERNIE 4.5 VL has experts for images alone: methods that read text leave them, and say so; RTN packs them."""
+    torch.manual_seed(0)
+    config = small(Ernie4_5_VLMoeConfig())
+    model = class_of(config)._from_config(config, dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.05)
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    recipe = Recipe(METHODS["gptq"], calibration=Calibration(str(text_file), 3, 64))
+    told = estimate(folder, recipe, "cpu")
+    report = quantize_checkpoint(folder, recipe, tmp_path / "whole")
+    interrupted(folder, recipe, tmp_path / "resumed", after=1)
+    quantize_checkpoint(folder, recipe, tmp_path / "resumed", resume=True)
+    assert digest(tmp_path / "whole") == digest(tmp_path / "resumed")
+    names = {layer.name for layer in report.layers}
+    assert any(".text_moe." in name for name in names) and not any(".vision_moe." in name for name in names)
+    for notes in (told.notes, report.notes):
+        note = next(note for note in notes if "text does not reach them" in note)
+        assert "vision_moe.experts.gate_up_proj" in note and "text_moe" not in note
+    assert told.bytes_after == report.bytes_after
+    stacks = {name for name in Shards(tmp_path / "whole").specs if "vision_moe.experts" in name}
+    assert stacks and not any(part.isdigit() for name in stacks for part in name.split("experts")[1].split("."))
+    packed, tokens = quantkit.load(tmp_path / "whole", dtype=torch.float32).eval(), torch.arange(10, 50).view(2, 20)
+    found = logits(packed, tokens)
+    dequantize_layers(packed)
+    torch.testing.assert_close(logits(packed, tokens), found, rtol=0, atol=1e-5 * float(found.abs().max()))
+
+    with pytest.raises(QuantkitError, match=r"text does not reach .*vision_moe.*give it rtn"):
+        quantize_checkpoint(
+            folder, Recipe(METHODS["gptq"], rules={"*vision_moe*": METHODS["gptq"]}), tmp_path / "refused"
+        )
+    rtn = quantize_checkpoint(folder, Recipe(METHODS["rtn"]), tmp_path / "rtn")
+    assert any(".vision_moe.experts.0." in layer.name for layer in rtn.layers)
+    quantkit.load(tmp_path / "rtn")
