@@ -29,7 +29,7 @@ from quantkit.models.forward import WeightSource
 from quantkit.models.linear import Packed
 from quantkit.models.plan import Plan, tied
 from quantkit.models.rotation import Rotation, find_structure, rotate_model
-from quantkit.models.structure import block_linears, find_blocks, outer_linears
+from quantkit.models.structure import block_linears, find_blocks, outer_linears, refuse_rescaled
 from quantkit.models.ties import belongs, inner_ties, tied_names, untie
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,7 @@ class Source(ABC):
     def __init__(self, model: PreTrainedModel, name: str, config: dict[str, Any]) -> None:
         refuse_quantized(config)
         refuse_adapters(name, (module for module, _ in model.named_modules()))
+        refuse_rescaled(model)
         take_apart(model)
         self.model, self.name, self.config = model, name, config
         self.notes: tuple[str, ...] = ()

@@ -84,6 +84,17 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, blocks
 
 
+def refuse_rescaled(model: nn.Module) -> None:
+    """Raises QuantkitError where a model's own code divides its weights in place when it runs, as RWKV's does."""
+    config = getattr(model, "config", None)
+    if every := getattr(config, "rescale_every", 0):
+        raise QuantkitError(
+            f"{type(model).__name__} halves the weights of its deeper blocks in place when it runs (rescale_every="
+            f"{every} in config.json), and packed weights do not change; RWKV is packed with rescale_every 0, which "
+            "gives the same but for the range that fp16 needs"
+        )
+
+
 def language_modules(model: nn.Module) -> set[nn.Module]:
     """The modules of what turns embeddings into the last hidden states of text; all where that cannot be told."""
     give = getattr(model, "get_decoder", None)

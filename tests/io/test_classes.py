@@ -14,6 +14,8 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MambaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -43,14 +45,25 @@ REFUSED = {
             decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96,
         )
     ),
+    "RwkvForCausalLM halves the weights of its deeper blocks in place when it runs ": RwkvForCausalLM(
+        RwkvConfig(**_SMALL, attention_hidden_size=64, intermediate_size=96)
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_encoders_are_refused_by_name(words, tmp_path):
+def test_what_is_refused_by_name(words, tmp_path):
     REFUSED[words].save_pretrained(tmp_path / "model")
     with pytest.raises(QuantkitError, match=words):
         quantkit.quantize(tmp_path / "model", output=tmp_path / "packed", method="rtn", group_size=32)
+
+
+def test_rwkv_is_packed_where_it_leaves_its_weights_alone(tmp_path):
+    config = RwkvConfig(**_SMALL, attention_hidden_size=64, intermediate_size=96, rescale_every=0)
+    RwkvForCausalLM(config).save_pretrained(tmp_path / "model")
+    quantkit.quantize(tmp_path / "model", output=tmp_path / "packed", method="rtn", group_size=32)
+    packed = quantkit.load(tmp_path / "packed", dtype=torch.float32).eval()
+    assert packed(torch.arange(40).view(2, 20)).logits.isfinite().all()
 
 
 def test_the_class_is_the_one_that_is_named():
