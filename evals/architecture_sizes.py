@@ -21,7 +21,7 @@ _SIZES = {
     "index_head_dim linear_head_dim swa_head_dim d_head",
     8: "qk_rope_head_dim qk_nope_head_dim mamba_n_heads mamba_num_heads n_mamba_heads laurel_rank adapter_rank "
     "index_topk",
-    32: "moe_intermediate_size kv_lora_rank q_lora_rank shared_expert_intermediate_size sliding_window "
+    32: "moe_intermediate_size kv_lora_rank q_lora_rank o_lora_rank shared_expert_intermediate_size sliding_window "
     "attention_head_dim base_channels",
     1: "n_group topk_group n_groups mamba_n_groups n_shared_experts first_k_dense_replace num_expert_group",
     128: "mamba_d_ssm attention_hidden_size lru_width",

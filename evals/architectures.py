@@ -33,6 +33,7 @@ from quantkit.io.conversion import origins
 from quantkit.io.hf import REFERENCE, load
 from quantkit.io.shards import Shards
 from quantkit.io.source import meta_model
+from quantkit.models.experts import parts
 from quantkit.models.linear import QuantizedLinear
 from quantkit.models.ties import inner_ties
 from quantkit.quantizers.gptq import GPTQ
@@ -131,7 +132,8 @@ def tried(folder: Path, quantizer: Any, work: Path) -> dict[str, Any]:
     model = meta_model(folder, None)
     mapping = origins(model, Shards(folder))
     assert mapping is not None, "its tensors are found by transformers alone"
-    own = mapping.keys() - inner_ties(model).keys()
+    stacks = {name: part.stack for name, part in parts(model).items()}  # what dense experts are stored in again
+    own = mapping.keys() - inner_ties(model).keys() - {name for name, stack in stacks.items() if stack in whole}
     lost = [name for name in own if name not in whole and not name.startswith(tuple(layers))]
     assert not lost, f"{lost[0]} is lost"
 
