@@ -25,6 +25,7 @@ from quantkit.core.schema import DTYPES, TensorSpec, check_metadata, dtype_name,
 W = TypeVar("W", bound="QuantizedWeight")
 UNPACKED_EACH_TIME = 20.0
 """`cpu_slowdown` of weights that are unpacked in each product, by torch's operations."""
+_SIDES = ("outputs", "inputs")
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +138,37 @@ class QuantizedWeight(ABC):
             NotImplementedError: this format is not put side by side.
         """
         raise NotImplementedError(f"{self.format} does not split")
+
+    def cut(self, dim: int, start: int, stop: int) -> QuantizedWeight:
+        """A part of the weight, packed as it is: one of several that machines share the layer in.
+
+        Args:
+            dim: 0 for outputs, 1 for inputs.
+            start, stop: the first of them, and the one behind the last.
+
+        Returns:
+            `dequantize()[start:stop]`, or `[:, start:stop]`, in this format; views where they can be.
+
+        Raises:
+            ValueError: there are no such features, or the format keeps what lies around a border together.
+        """
+        size = self.shape[dim]
+        if not 0 <= start < stop <= size:
+            raise ValueError(f"{_SIDES[dim]} {start} to {stop} are none of {size}")
+        return self if (start, stop) == (0, size) else self._cut(dim, start, stop)
+
+    def _cut(self, dim: int, start: int, stop: int) -> QuantizedWeight:
+        """`cut` for a part that is not the whole."""
+        raise self._uncut(dim, f"keeps all {self.shape[dim]} together")
+
+    def _uncut(self, dim: int, why: str) -> ValueError:
+        return ValueError(f"{self.format} {why} ({_SIDES[dim]})")
+
+    def _cut_at(self, dim: int, start: int, stop: int, step: int, what: str) -> tuple[int, int]:
+        """The first of the pieces of `step` features that a part has, and the one behind its last."""
+        if start % step or (stop % step and stop < self.shape[dim]):
+            raise self._uncut(dim, f"divides between {what} of {step}, not at {start} and {stop}")
+        return start // step, -(-stop // step)
 
     @property
     def cpu_slowdown(self) -> float:

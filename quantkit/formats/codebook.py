@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from quantkit.core.schema import TensorSpec, extent
 from quantkit.core.weight import QuantizedWeight, corrected
 from quantkit.kernels import launching, plans
-from quantkit.kernels.bitpack import pack, planes, row_words
+from quantkit.kernels.bitpack import pack, planes, row_words, unpack
 from quantkit.kernels.codebook_matmul import codebook_matmul, launch, unpacked
 from quantkit.kernels.codebook_rule import book_bytes, expected_speed, range_width, served_from
 from quantkit.kernels.cpu import has_numba
@@ -146,6 +146,31 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
             return super().cpu_slowdown
         v = self.books.shape[2]
         return sum((len(planes(_bits(books))) + 1.2 * -(-v // 4) * 4) / v for _, books in self.stages())
+
+    def _cut(self, dim: int, start: int, stop: int) -> QuantizedWeight:
+        """Outputs between vectors; inputs where all columns have the same codebooks."""
+        if dim == 0:
+            first, last = self._cut_at(dim, start, stop, extent(self.books, 2), "vectors")
+            residual = None if self.residual_codes is None else self.residual_codes[first:last]
+            outliers = None if self.outliers is None else self.outliers.cut(dim, start, stop)
+            assert outliers is None or isinstance(outliers, CodebookWeight)
+            codes = self.codes[first:last]
+            return replace(self, codes=codes, residual_codes=residual, outliers=outliers, out_features=stop - start)
+        if self.outliers is not None or len(self.books) > 1:
+            raise self._uncut(dim, "keeps columns with codebooks of their own (outliers, ranges) together")
+        if self.order is None:
+            stored, order = torch.arange(start, stop, device=self.codes.device), None
+        else:
+            elsewhere = (self.order < start) | (self.order >= stop)
+            stored = elsewhere.to(torch.uint8).argsort(stable=True)[: stop - start]
+            order = self.order[stored] - start
+        own = [
+            pack(unpack(codes, _bits(books), self.in_features)[:, stored], _bits(books))
+            for codes, books in self.stages()
+        ]
+        scales = None if self.scales is None else self.scales[start:stop]
+        columns = {"in_features": stop - start, "scales": scales, "order": order}
+        return replace(self, codes=own[0], residual_codes=own[1] if len(own) > 1 else None, **columns)
 
     def prepare(self) -> None:
         """Allocates what launches on the codes' GPU share; warns where codebooks are too large to be fast there."""

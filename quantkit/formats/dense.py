@@ -37,6 +37,10 @@ class DenseWeight(QuantizedWeight, format="dense"):
         """True: its rows are those of the tensor."""
         return True
 
+    def _cut(self, dim: int, start: int, stop: int) -> QuantizedWeight:
+        """At any border."""
+        return DenseWeight(self.weight.narrow(dim, start, stop - start))
+
     def _rows(self, index: Tensor) -> Tensor:
         """The rows themselves."""
         return self.weight.index_select(0, index)

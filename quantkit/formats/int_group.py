@@ -20,7 +20,7 @@ from torch import Tensor
 from quantkit.core.schema import TensorSpec, extent, unset
 from quantkit.core.weight import QuantizedWeight
 from quantkit.kernels import int_group_layout, plans
-from quantkit.kernels.bitpack import TILE, pack, planes, row_words
+from quantkit.kernels.bitpack import TILE, pack, planes, row_words, unpack
 from quantkit.kernels.cpu import has_numba
 from quantkit.kernels.int_group_matmul import (
     Problem,
@@ -184,6 +184,20 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
             IntGroupWeight(c, s, self.bits, self.group_size, self.in_features, z)
             for c, s, z in zip(codes, scales, zeros, strict=True)
         ]
+
+    def _cut(self, dim: int, start: int, stop: int) -> QuantizedWeight:
+        """Outputs at any border, inputs between groups or within one."""
+        if dim == 0:
+            codes, groups, own = self.codes[start:stop], slice(None), slice(start, stop)
+        else:
+            within = start // self.group_size == (stop - 1) // self.group_size
+            if not within:
+                self._cut_at(dim, start, stop, self.group_size, "groups")
+            codes = pack(unpack(self.codes, self.bits, self.in_features)[:, start:stop], self.bits)
+            groups, own = slice(start // self.group_size, -(-stop // self.group_size)), slice(None)
+        zeros = None if self.zeros is None else self.zeros[groups, own]
+        in_features = self.in_features if dim == 0 else stop - start
+        return replace(self, codes=codes, scales=self.scales[groups, own], zeros=zeros, in_features=in_features)
 
 
 @dataclass(frozen=True, eq=False)

@@ -97,6 +97,11 @@ class LowRankWeight(QuantizedWeight, format="low_rank"):
         out_features, in_features = self.shape
         return self.base.cpu_slowdown + self.rank * (out_features + in_features) / (out_features * in_features)
 
+    def _cut(self, dim: int, start: int, stop: int) -> QuantizedWeight:
+        """Where the base can be; the factor of the other side is that of all parts."""
+        up, down = (self.up[start:stop], self.down) if dim == 0 else (self.up, self.down[:, start:stop])
+        return LowRankWeight(self.base.cut(dim, start, stop), up, down, self.scales)
+
     def prepare(self) -> None:
         """Prepares the base."""
         self.base.prepare()

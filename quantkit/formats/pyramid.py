@@ -171,6 +171,22 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
         points, factor = self.expanded()
         return _weight(points, factor, self.axis, self.shape, dtype)
 
+    def _cut(self, dim: int, start: int, stop: int) -> QuantizedWeight:
+        """Between groups along the axis, at any border of the other one."""
+        size = "out_features" if dim == 0 else "in_features"
+        if dim == ("out", "in").index(self.axis):
+            first, last = self._cut_at(dim, start, stop, self.dimension, "groups")
+            codes, scales = self.codes[first:last], self.scales
+        else:
+            words, widths = self.codes, _widths(self._field_bits)
+            pieces = torch.split(words, [row_words(self.shape[dim], width) for width in widths], dim=1)
+            own = [
+                pack(unpack(piece, width, self.shape[dim])[:, start:stop], width)
+                for piece, width in zip(pieces, widths, strict=True)
+            ]
+            codes, scales = torch.cat(own, dim=1), self.scales[start:stop]
+        return replace(self, codes=codes, scales=scales, **{size: stop - start})
+
     def prepare(self) -> None:
         """On a GPU: brings the weight into the form that its kernel takes, and allocates what launches share."""
         if self.codes.device.type not in ("cpu", "meta"):

@@ -18,7 +18,7 @@ from torch import Tensor
 from quantkit.core.schema import TensorSpec, unset
 from quantkit.core.weight import QuantizedWeight, corrected
 from quantkit.kernels import plans
-from quantkit.kernels.hadamard import launch, rotate
+from quantkit.kernels.hadamard import factors, launch, rotate
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +82,19 @@ class RotatedWeight(QuantizedWeight, format="rotated"):
         """The base's, and as much as some hundred more rows for either rotation."""
         out_features, in_features = self.shape
         return self.base.cpu_slowdown + 100 / out_features + (0 if self.out_signs is None else 100 / in_features)
+
+    def _cut(self, dim: int, start: int, stop: int) -> QuantizedWeight:
+        """Where the base can be: a side that is rotated too, between whole blocks of the rotation."""
+        signs, size = (self.out_signs, self.shape[0]) if dim == 0 else (self.in_signs, self.shape[1])
+        if signs is None:
+            return RotatedWeight(self.base.cut(dim, start, stop), self.in_signs)
+        block = factors(size).size
+        if self.out_parts is not None or start % 8 or block != factors(stop - start).size:
+            raise self._uncut(dim, f"mixes all of a block of {block}")
+        self._cut_at(dim, start, stop, block, "blocks of the rotation")
+        own = signs[start // 8 : -(-stop // 8)]
+        in_signs, out_signs = (self.in_signs, own) if dim == 0 else (own, self.out_signs)
+        return RotatedWeight(self.base.cut(dim, start, stop), in_signs, out_signs)
 
     def prepare(self) -> None:
         """Prepares the base."""

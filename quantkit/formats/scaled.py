@@ -57,6 +57,10 @@ class ScaledWeight(QuantizedWeight, format="scaled"):
         """The base's: a product more an output is little beside the weights."""
         return self.base.cpu_slowdown
 
+    def _cut(self, dim: int, start: int, stop: int) -> QuantizedWeight:
+        """Where the base can be."""
+        return ScaledWeight(self.base.cut(dim, start, stop), self.factor)
+
     def prepare(self) -> None:
         """Prepares the base."""
         self.base.prepare()

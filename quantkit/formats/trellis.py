@@ -10,7 +10,7 @@ Weights over the same inputs can be put side by side, each part with its own rin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -128,6 +128,13 @@ class TrellisWeight(QuantizedWeight, format="trellis"):
             self.scales.data = self.scales.clone()  # of the module's buffer too, which this is
         if self.codes.is_cuda:
             launching.prepare(self.codes.device)
+
+    def _cut(self, dim: int, start: int, stop: int) -> QuantizedWeight:
+        """Inputs between rings; a ring goes through all outputs and cannot be opened."""
+        if dim == 0:
+            raise self._uncut(dim, "keeps the ring of a column together, which goes through all of them")
+        first, last = self._cut_at(dim, start, stop, self.width, "tiles")
+        return replace(self, codes=self.codes[:, first:last], scales=self.scales[:, start:stop])
 
     @classmethod
     def concatenated(cls, weights: Sequence[QuantizedWeight]) -> TrellisWeight | None:

@@ -1,1 +1,1 @@
-"""Packed models where people use them: conversations, endpoints and other engines."""
+"""Packed models where people use them: conversations, endpoints, and engines of their own, a folder each."""
