@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from quantkit.core.errors import QuantkitError
+from quantkit.core.weight import QuantizedWeight
 from quantkit.kernels.cpu import has_numba
 from quantkit.models.linear import QuantizedLinear
 
@@ -48,7 +49,7 @@ def choose_unpacked(
     if not layers or next(layers[0].buffers()).is_cuda:
         return 0
     itemsize = getattr(model, "dtype", torch.float32).itemsize
-    slowdown = {layer: _slowdown(layer) for layer in layers}
+    slower = {layer: slowdown(layer.packed) for layer in layers}
     available = free()
     if unpack:
         chosen, needed = set(layers), sum(_weights(layer) * itemsize for layer in layers)
@@ -60,26 +61,26 @@ def choose_unpacked(
     else:
         budget = MEMORY_FRACTION * available if unpack is None else 0
         chosen = set()
-        for layer in sorted(layers, key=lambda layer: -slowdown[layer]):
-            if slowdown[layer] > 1 and _weights(layer) * itemsize <= budget:
+        for layer in sorted(layers, key=lambda layer: -slower[layer]):
+            if slower[layer] > 1 and _weights(layer) * itemsize <= budget:
                 chosen.add(layer)
                 budget -= _weights(layer) * itemsize
     for layer in layers:
         layer.unpacked = layer in chosen
     taken = sum(_weights(layer) * itemsize for layer in chosen)
-    _log(layers, chosen, slowdown, taken)
+    _log(layers, chosen, slower, taken)
     return taken
 
 
-def _log(layers: list, chosen: set, slowdown: dict, taken: int) -> None:
+def _log(layers: list, chosen: set, slower: dict, taken: int) -> None:
     total = sum(_weights(layer) for layer in layers)
 
     def mean(part: list) -> float:
         """Mean time of these layers' products, relative to dense ones."""
-        return sum(_weights(layer) * (1 if layer in chosen else slowdown[layer]) for layer in part) / total
+        return sum(_weights(layer) * (1 if layer in chosen else slower[layer]) for layer in part) / total
 
     if chosen:
-        packed = sum(_weights(layer) * slowdown[layer] for layer in chosen) / sum(map(_weights, chosen))
+        packed = sum(_weights(layer) * slower[layer] for layer in chosen) / sum(map(_weights, chosen))
         logger.info(
             "on a CPU %d of %d packed layers are unpacked at their first use (%s beside the packed weights): packed, "
             "a token would take them about %.1f times a dense layer's time; unpack=False keeps them packed",
@@ -93,8 +94,9 @@ def _log(layers: list, chosen: set, slowdown: dict, taken: int) -> None:
         )
 
 
-def _slowdown(layer: QuantizedLinear) -> float:
-    return layer.packed.cpu_slowdown + OVERHEAD / _weights(layer)
+def slowdown(weight: QuantizedWeight) -> float:
+    """Time of a packed layer's product with one row on a CPU, in times of a dense one's, calls included."""
+    return weight.cpu_slowdown + OVERHEAD / (weight.shape[0] * weight.shape[1])
 
 
 def _weights(layer: QuantizedLinear) -> int:

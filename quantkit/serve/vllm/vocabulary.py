@@ -1,0 +1,120 @@
+"""Packed input embeddings and output heads of vLLM's, tied or not.
+
+Both are divided by tokens, and vLLM fills the vocabulary up to a multiple of 64: what a rank has fewer rows than it is
+to give results for is filled with zeros, which vLLM cuts off again.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+
+from quantkit.core.errors import QuantkitError
+from quantkit.core.weight import QuantizedWeight
+from quantkit.formats.tied import TiedWeight
+from quantkit.serve.stored import Stored, product, settled
+from quantkit.serve.vllm import placeholders
+
+if TYPE_CHECKING:
+    from quantkit.serve.vllm.config import QuantkitConfig
+
+
+class PackedVocabulary(QuantizeMethodBase):
+    """Makes and runs an embedding or a head.
+
+    Args:
+        config: of the checkpoint.
+        name: of its layer there. An embedding that is tied to a head looks up the rows of that one, unless the model
+            class uses the same module for both, which then gets the head's tensors.
+    """
+
+    def __init__(self, config: "QuantkitConfig", name: str) -> None:
+        self.config, self.name = config, name
+        weight = QuantizedWeight.empty(config.layers[name])
+        self.tied = weight.layer if isinstance(weight, TiedWeight) else None
+        self.stored = Stored(self.tied or name, config.layers[self.tied or name])
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **_attributes: Any,
+    ) -> None:
+        """Puts placeholders in place; see `PackedLinear.create_weights`.
+
+        Raises:
+            QuantkitError: the checkpoint's weight is of another shape, or cannot be shared by so many ranks.
+        """
+        self.dtype, self.device = params_dtype, torch.get_default_device()
+        if isinstance(layer, ParallelLMHead):
+            self.config.heads[self.name] = layer
+        assert self.stored.layout is not None
+        self._own(layer, self.stored.layout)
+        placeholders.put(layer, [self.stored], params_dtype)
+
+    def _own(self, layer: nn.Module, weight: QuantizedWeight) -> QuantizedWeight:
+        """This rank's rows."""
+        wanted = layer.org_vocab_size, layer.embedding_dim
+        if weight.shape != wanted:
+            raise QuantkitError(
+                f"{self.stored.name} is {list(weight.shape)} in the checkpoint and {list(wanted)} in the model; "
+                "the checkpoint is damaged, or of another model"
+            )
+        own = layer.shard_indices
+        try:
+            return weight.cut(0, own.org_vocab_start_index, own.org_vocab_end_index)
+        except ValueError as error:
+            raise QuantkitError(
+                f"{self.stored.name}: its rows cannot be shared by {layer.tp_size} ranks: {error}; "
+                "pack head and embedding as int_group, which divides anywhere"
+            ) from error
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Makes the weight of what came.
+
+        Raises:
+            CheckpointError: a tensor is missing or damaged.
+            QuantkitError: the head that the embedding is tied to is not in this process.
+        """
+        placeholders.remove(layer, [self.stored], self.dtype)
+        if self.tied and not self.stored.found:
+            if self.tied not in self.config.heads:
+                raise QuantkitError(
+                    f"{self.name} looks up rows of {self.tied}, which another pipeline stage holds; "
+                    "serve this checkpoint with a pipeline_parallel_size of 1"
+                )
+            return
+        weight = self._own(layer, self.stored.weight(self.dtype))
+        self.stored.found.clear()
+        if isinstance(layer, ParallelLMHead) and self.config.unpacks([weight], self.dtype):
+            dense = torch.zeros(layer.num_embeddings_per_partition, layer.embedding_dim, dtype=self.dtype)
+            dense[: weight.shape[0]] = weight.dequantize(self.dtype)
+            layer.register_parameter("weight", nn.Parameter(dense, requires_grad=False))
+            layer.quant_method = UnquantizedEmbeddingMethod()
+            layer.quant_method.process_weights_after_loading(layer)
+            return
+        layer.quantkit = [settled(weight, self.device)]
+
+    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+        """The head itself: what is tied is the embedding, by its own metadata."""
+        return layer
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Logits [..., rows of this rank, filled up] of hidden states x [..., features]."""
+        y = product(layer.quantkit, x)
+        y = torch.nn.functional.pad(y, (0, layer.num_embeddings_per_partition - y.shape[-1]))
+        return y if bias is None else y + bias
+
+    def embedding(self, layer: nn.Module, index: Tensor) -> Tensor:
+        """int [...] -> [..., features] in the model's dtype."""
+        if self.tied and not hasattr(layer, "quantkit"):
+            head = self.config.heads[self.tied]
+            found: Tensor = head.quant_method.embedding(head, index)
+            return found
+        return layer.quantkit[0].rows(index, self.dtype)
