@@ -169,8 +169,9 @@ class CodebookWeight(QuantizedWeight, format="codebook"):
             for codes, books in self.stages()
         ]
         scales = None if self.scales is None else self.scales[start:stop]
-        columns = {"in_features": stop - start, "scales": scales, "order": order}
-        return replace(self, codes=own[0], residual_codes=own[1] if len(own) > 1 else None, **columns)
+        residual = own[1] if len(own) > 1 else None
+        width = stop - start
+        return replace(self, codes=own[0], residual_codes=residual, scales=scales, order=order, in_features=width)
 
     def prepare(self) -> None:
         """Allocates what launches on the codes' GPU share; warns where codebooks are too large to be fast there."""

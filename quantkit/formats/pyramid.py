@@ -173,7 +173,7 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
 
     def _cut(self, dim: int, start: int, stop: int) -> QuantizedWeight:
         """Between groups along the axis, at any border of the other one."""
-        size = "out_features" if dim == 0 else "in_features"
+        shape = (stop - start, self.in_features) if dim == 0 else (self.out_features, stop - start)
         if dim == ("out", "in").index(self.axis):
             first, last = self._cut_at(dim, start, stop, self.dimension, "groups")
             codes, scales = self.codes[first:last], self.scales
@@ -185,7 +185,7 @@ class PyramidWeight(QuantizedWeight, format="pyramid"):
                 for piece, width in zip(pieces, widths, strict=True)
             ]
             codes, scales = torch.cat(own, dim=1), self.scales[start:stop]
-        return replace(self, codes=codes, scales=scales, **{size: stop - start})
+        return replace(self, codes=codes, scales=scales, out_features=shape[0], in_features=shape[1])
 
     def prepare(self) -> None:
         """On a GPU: brings the weight into the form that its kernel takes, and allocates what launches share."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.activation import (
     ApplyMoEActivationConfig,
@@ -71,13 +71,13 @@ class PackedExperts(FusedMoEMethodBase):
         """The sizes as they are."""
         return hidden_size, intermediate_size_per_partition
 
-    def get_fused_moe_quant_config(self, layer: nn.Module) -> FusedMoEQuantConfig:
+    def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig:
         """Activations are not quantized."""
         return FusedMoEQuantConfig.make()
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         num_experts: int,
         hidden_size: int,
         intermediate_size_per_partition: int,
@@ -142,7 +142,7 @@ class PackedExperts(FusedMoEMethodBase):
                 self.stored[expert, projection].found[key] = tensor
             yield name
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Makes the weights of what came.
 
         Raises:
@@ -174,7 +174,7 @@ class PackedExperts(FusedMoEMethodBase):
         halves = bias.view(len(bias), self.halves, -1)[..., rank * self.width : (rank + 1) * self.width]
         return halves.flatten(1).contiguous()
 
-    def _become_dense(self, layer: nn.Module, parts: dict[tuple[int, str], list[QuantizedWeight]]) -> None:
+    def _become_dense(self, layer: Any, parts: dict[tuple[int, str], list[QuantizedWeight]]) -> None:
         """Makes the experts vLLM's own, with their weights unpacked."""
         dense = UnquantizedFusedMoEMethod(self.moe)
         dense.create_weights(layer, len(self.experts), self.hidden, self.width, self.dtype)
@@ -185,7 +185,7 @@ class PackedExperts(FusedMoEMethodBase):
         layer._replace_quant_method(dense)
         dense.process_weights_after_loading(layer)
 
-    def apply(self, layer: nn.Module, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *_: Any, **__: Any) -> Tensor:
         """Sums of the chosen experts' outputs.
 
         Args:

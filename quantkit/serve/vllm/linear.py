@@ -28,7 +28,7 @@ class PackedLinear(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -71,7 +71,7 @@ class PackedLinear(LinearMethodBase):
             for piece, shape in zip(pieces, self.shapes, strict=True)
         ]
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Makes the weights of what came, where this process computes.
 
         Raises:
@@ -86,12 +86,12 @@ class PackedLinear(LinearMethodBase):
             return
         layer.quantkit = [settled(weight, self.device) for weight in joined(parts)]
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features] of this rank."""
         return product(layer.quantkit, x, bias)
 
 
-def become_dense(layer: nn.Module, parts: list[QuantizedWeight], dtype: torch.dtype, method: Any) -> None:
+def become_dense(layer: Any, parts: list[QuantizedWeight], dtype: torch.dtype, method: Any) -> None:
     """Makes a layer one of vLLM's own, with the weights unpacked.
 
     Args:
@@ -106,7 +106,7 @@ def become_dense(layer: nn.Module, parts: list[QuantizedWeight], dtype: torch.dt
     method.process_weights_after_loading(layer)
 
 
-def _whole(layer: nn.Module, own: list[int]) -> list[int]:
+def _whole(layer: Any, own: list[int]) -> list[int]:
     """Outputs of each fused part over all ranks."""
     if hasattr(layer, "total_num_kv_heads"):
         heads = layer.total_num_heads, layer.total_num_kv_heads

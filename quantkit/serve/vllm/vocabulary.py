@@ -38,7 +38,7 @@ class PackedVocabulary(QuantizeMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -58,7 +58,7 @@ class PackedVocabulary(QuantizeMethodBase):
         self._own(layer, self.stored.layout)
         placeholders.put(layer, [self.stored], params_dtype)
 
-    def _own(self, layer: nn.Module, weight: QuantizedWeight) -> QuantizedWeight:
+    def _own(self, layer: Any, weight: QuantizedWeight) -> QuantizedWeight:
         """This rank's rows."""
         wanted = layer.org_vocab_size, layer.embedding_dim
         if weight.shape != wanted:
@@ -75,7 +75,7 @@ class PackedVocabulary(QuantizeMethodBase):
                 "pack head and embedding as int_group, which divides anywhere"
             ) from error
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Makes the weight of what came.
 
         Raises:
@@ -101,20 +101,20 @@ class PackedVocabulary(QuantizeMethodBase):
             return
         layer.quantkit = [settled(weight, self.device)]
 
-    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> nn.Module:
         """The head itself: what is tied is the embedding, by its own metadata."""
         return layer
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits [..., rows of this rank, filled up] of hidden states x [..., features]."""
         y = product(layer.quantkit, x)
         y = torch.nn.functional.pad(y, (0, layer.num_embeddings_per_partition - y.shape[-1]))
         return y if bias is None else y + bias
 
-    def embedding(self, layer: nn.Module, index: Tensor) -> Tensor:
+    def embedding(self, layer: Any, index: Tensor) -> Tensor:
         """int [...] -> [..., features] in the model's dtype."""
         if self.tied and not hasattr(layer, "quantkit"):
-            head = self.config.heads[self.tied]
+            head: Any = self.config.heads[self.tied]
             found: Tensor = head.quant_method.embedding(head, index)
             return found
         return layer.quantkit[0].rows(index, self.dtype)
