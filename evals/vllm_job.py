@@ -18,6 +18,7 @@ request and of eight at once, medians over rounds. Compare columns of one run, n
 import argparse
 import json
 import os
+import re
 import signal
 import socket
 import statistics
@@ -83,7 +84,7 @@ ROWS = {
     "trellis": Row("--bits 2 --method trellis --state-bits 10 --no-fisher", f"--dtype float32 {PACKED}"),
     "pyramid": Row("--bits 2 --method pyramid"),
     "vptq": Row("--bits 2 --method vptq --outliers 0.01", f"--dtype float32 --enforce-eager {PACKED}"),
-    "low-rank": Row("--bits 3 --low-rank 8", f"--dtype float32 --enforce-eager {PACKED}"),
+    "low-rank": Row("--bits 3 --low-rank 8", f"--dtype float32 {PACKED}"),
     "head bits": Row("--bits 3 --asym --group-size 64 --head-bits 6", f"--dtype float32 --enforce-eager {PACKED}"),
     "experts": Row("--bits 4 --method rtn", f"--dtype float32 {PACKED}", "experts"),
     "two ranks": Row("--bits 4 --method rtn --head-bits 6", "--dtype float32 --tensor-parallel-size 2 --enforce-eager"),
@@ -191,8 +192,7 @@ def served(python: Path, folder: Path, arguments: str, log: Path) -> Iterator[st
             address, end = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
             while not _answers(f"{address}/health"):
                 if server.poll() is not None or time.monotonic() > end:
-                    said = [line for line in log.read_text().splitlines() if "Error" in line] or ["no word"]
-                    raise QuantkitError(f"vLLM does not serve {folder.name}: {said[-1]}; all is in {log}")
+                    raise QuantkitError(f"vLLM does not serve {folder.name}: {_why(log.read_text())}; all is in {log}")
                 time.sleep(1)
             yield address
         finally:
@@ -200,6 +200,12 @@ def served(python: Path, folder: Path, arguments: str, log: Path) -> Iterator[st
                 with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                     os.killpg(server.pid, way)
                     server.wait(60)
+
+
+def _why(words: str) -> str:
+    """The last error of vLLM's words that is not about another one."""
+    said = re.findall(r"\w*Error: .*", words)
+    return next((line for line in reversed(said) if "See root cause above" not in line), "no word")
 
 
 def _answers(address: str) -> bool:
@@ -334,8 +340,7 @@ def throughput(python: Path, dense: Path, packed: Path, tokens: int, rounds: int
         done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
     line = next((line for line in done.stdout.splitlines() if line.startswith("FOUND ")), None)
     if line is None:
-        said = [line for line in done.stderr.splitlines() if "Error" in line] or ["no word"]
-        raise QuantkitError(f"vLLM does not run {dense.name} and {packed.name}: {said[-1]}")
+        raise QuantkitError(f"vLLM does not run {dense.name} and {packed.name}: {_why(done.stdout + done.stderr)}")
     seconds = json.loads(line.removeprefix("FOUND "))
     rows = []
     for batch in batches:
@@ -345,6 +350,20 @@ def throughput(python: Path, dense: Path, packed: Path, tokens: int, rounds: int
             "dense_tokens_per_second": rates[0], "packed_tokens_per_second": rates[1], "ratio": rates[1] / rates[0],
         })  # fmt: skip
     return rows
+
+
+def table(record: Any) -> str:
+    """The results of `throughput` in Markdown.
+
+    Args:
+        record: as in the file that `--json` names.
+    """
+    lines = ["| model | packed | requests | dense, tokens/s | packed, tokens/s | packed / dense |", "|" + " --- |" * 6]
+    for row in record["rows"]:
+        rates = (f"{row[f'{way}_tokens_per_second']:.1f}" for way in ("dense", "packed"))
+        cells = (row["dense"], row["packed"], f"{row['batch']:.0f}", *rates, f"{row['ratio']:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -371,8 +390,10 @@ def main() -> None:
         right, rows = _checks(asked, python) if asked.what == "check" else _rates(asked, python, parser)
     except QuantkitError as error:
         sys.exit(f"error: {error}")
+    record = {"machine": {"cpu": cpu_name(), **versions()}, "pins": list(PINS), "rows": rows}
+    if asked.what == "throughput":
+        print(table(record))
     if asked.json is not None:
-        record = {"machine": {"cpu": cpu_name(), **versions()}, "pins": list(PINS), "rows": rows}
         asked.json.write_text(json.dumps(record, indent=1) + "\n")
     sys.exit(0 if right else 1)
 
@@ -381,11 +402,15 @@ def _checks(asked: argparse.Namespace, python: Path) -> tuple[bool, list[dict[st
     asked.work.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in asked.only:
-        found = check(name, ROWS[name], python, asked.work.resolve())
-        rows.append(found)
+        try:
+            rows.append(found := check(name, ROWS[name], python, asked.work.resolve()))
+        except QuantkitError as error:
+            rows.append(Checked(name, None, 0, [], 0.0, False))
+            print(f"{name:20} WRONG   {error}", flush=True)
+            continue
         worst = "answers" if found.worst is None else f"off by {found.worst:.1e} at most ({found.numbers} numbers)"
         print(f"{name:20} {'right' if found.right else 'WRONG'}   {worst}   {found.seconds:.0f} s", flush=True)
-    return all(found.right for found in rows), [asdict(found) for found in rows]
+    return all(row.right for row in rows), [asdict(row) for row in rows]
 
 
 def _rates(

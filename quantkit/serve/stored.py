@@ -68,10 +68,14 @@ def joined(weights: Sequence[QuantizedWeight]) -> list[QuantizedWeight]:
     return found
 
 
-def settled(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
-    """The weight in memory of its own on a device, in the form in which products take it there."""
+def settled(weight: QuantizedWeight, device: torch.device, dtype: torch.dtype) -> QuantizedWeight:
+    """The weight in memory of its own on a device, in the form in which products take it there.
+
+    A first product with x in `dtype` makes what is made once, so that no compiler traces that and no graph records it.
+    """
     weight = weight.map(lambda tensor: tensor.to(device, copy=True).contiguous()).prepared()
     weight.prepare()
+    weight.matmul(torch.zeros(1, weight.shape[1], dtype=dtype, device=device))
     return weight
 
 

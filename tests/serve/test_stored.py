@@ -35,7 +35,7 @@ def test_a_fused_layer_of_packed_and_dense_parts():
         for name, tensor in weight.state().items():
             deliver(module, name, tensor, shard)
     deliver(module, "weight", v, "v")
-    found = [settled(one.weight(torch.float32), torch.device("cpu")) for one in stored]
+    found = [settled(one.weight(torch.float32), torch.device("cpu"), torch.float32) for one in stored]
     placeholders.remove(module, stored, torch.float32)
     assert not list(module.parameters()) and not list(module.children())
     x, bias = torch.randn(3, 64), torch.randn(32)

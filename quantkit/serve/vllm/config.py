@@ -37,7 +37,8 @@ class QuantkitConfig(QuantizationConfig):
         layers: their metadata.
 
     Attributes:
-        heads: vLLM's output heads by name, for embeddings that look up their rows.
+        heads: vLLM's packed output heads by name.
+        tied: names of embeddings, and of the heads whose rows they look up.
         unpack: on a CPU, whether layers become dense: None for those that are faster so, as far as memory allows.
     """
 
@@ -45,6 +46,7 @@ class QuantkitConfig(QuantizationConfig):
         super().__init__()
         self.layers = dict(layers)
         self.heads: dict[str, nn.Module] = {}
+        self.tied: dict[str, str] = {}
         self.unpack: bool | None = None
         self._budget: float | None = None
 
@@ -87,6 +89,16 @@ class QuantkitConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Renames layers as vLLM's model class names its modules."""
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
+        for name, metadata in self.layers.items():
+            if metadata.get("format") == TiedWeight.format:
+                self.layers[name] = {**metadata, "layer": hf_to_vllm_mapper.map_name(metadata["layer"])}
+
+    def get_checkpoint_weight_mapper(self) -> Any:
+        """Tensors that vLLM is to load under other names: a head's, where the embedding serves as the head too."""
+        from vllm.model_executor.models.utils import WeightsMapper  # too much for a plugin that is being registered
+
+        alone = {head: embedding for embedding, head in self.tied.items() if head not in self.heads}
+        return WeightsMapper(orig_to_new_prefix={f"{head}.": f"{name}." for head, name in alone.items()})
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How a layer of vLLM's is made; None for what it makes by itself.

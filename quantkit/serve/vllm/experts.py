@@ -156,7 +156,9 @@ class PackedExperts(FusedMoEMethodBase):
             return
         self.projections = []
         for name in dict.fromkeys(name for _, name in parts):
-            own = [[settled(weight, self.device) for weight in parts[expert, name]] for expert in self.experts]
+            own = [
+                [settled(weight, self.device, self.dtype) for weight in parts[expert, name]] for expert in self.experts
+            ]
             bias = self._bias(name, [biases[expert, name] for expert in self.experts]) if biases else None
             projection = Projection(own, bias)
             if self.device.type == "cuda" and all(len(weights) == 1 for weights in own):

@@ -84,7 +84,7 @@ class PackedLinear(LinearMethodBase):
         if self.config.unpacks(parts, self.dtype):
             become_dense(layer, parts, self.dtype, UnquantizedLinearMethod())
             return
-        layer.quantkit = [settled(weight, self.device) for weight in joined(parts)]
+        layer.quantkit = [settled(weight, self.device, self.dtype) for weight in joined(parts)]
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features] of this rank."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
-from quantkit.core.errors import QuantkitError
+from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.tied import TiedWeight
 from quantkit.serve.stored import Stored, product, settled
@@ -26,8 +26,8 @@ class PackedVocabulary(QuantizeMethodBase):
 
     Args:
         config: of the checkpoint.
-        name: of its layer there. An embedding that is tied to a head looks up the rows of that one, unless the model
-            class uses the same module for both, which then gets the head's tensors.
+        name: of its layer there. An embedding that is tied to a head looks up the rows of that one; where vLLM has no
+            head in this process, it gets the head's tensors (`QuantkitConfig.get_checkpoint_weight_mapper`).
     """
 
     def __init__(self, config: "QuantkitConfig", name: str) -> None:
@@ -54,6 +54,8 @@ class PackedVocabulary(QuantizeMethodBase):
         self.dtype, self.device = params_dtype, torch.get_default_device()
         if isinstance(layer, ParallelLMHead):
             self.config.heads[self.name] = layer
+        elif self.tied is not None:
+            self.config.tied[self.name] = self.tied
         assert self.stored.layout is not None
         self._own(layer, self.stored.layout)
         placeholders.put(layer, [self.stored], params_dtype)
@@ -80,15 +82,11 @@ class PackedVocabulary(QuantizeMethodBase):
 
         Raises:
             CheckpointError: a tensor is missing or damaged.
-            QuantkitError: the head that the embedding is tied to is not in this process.
         """
         placeholders.remove(layer, [self.stored], self.dtype)
         if self.tied and not self.stored.found:
             if self.tied not in self.config.heads:
-                raise QuantkitError(
-                    f"{self.name} looks up rows of {self.tied}, which another pipeline stage holds; "
-                    "serve this checkpoint with a pipeline_parallel_size of 1"
-                )
+                raise CheckpointError(f"{self.name} looks up rows of {self.tied}, of which no tensors came")
             return
         weight = self._own(layer, self.stored.weight(self.dtype))
         self.stored.found.clear()
@@ -99,7 +97,7 @@ class PackedVocabulary(QuantizeMethodBase):
             layer.quant_method = UnquantizedEmbeddingMethod()
             layer.quant_method.process_weights_after_loading(layer)
             return
-        layer.quantkit = [settled(weight, self.device)]
+        layer.quantkit = [settled(weight, self.device, self.dtype)]
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> nn.Module:
         """The head itself: what is tied is the embedding, by its own metadata."""
