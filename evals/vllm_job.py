@@ -379,6 +379,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="throughput: of which the medians are taken")
     parser.add_argument("--json", type=Path, help="file for the results")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through all that ends servers
     if (asked.python is None) == (asked.venv is None):
         parser.error("give --python or --venv")
     try:
