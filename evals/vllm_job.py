@@ -87,7 +87,9 @@ ROWS = {
     "low-rank": Row("--bits 3 --low-rank 8", f"--dtype float32 {PACKED}"),
     "head bits": Row("--bits 3 --asym --group-size 64 --head-bits 6", f"--dtype float32 --enforce-eager {PACKED}"),
     "experts": Row("--bits 4 --method rtn", f"--dtype float32 {PACKED}", "experts"),
-    "two ranks": Row("--bits 4 --method rtn --head-bits 6", "--dtype float32 --tensor-parallel-size 2 --enforce-eager"),
+    "two ranks": Row(
+        "--bits 4 --method rtn --head-bits 6", f"--dtype float32 --tensor-parallel-size 2 --enforce-eager {PACKED}"
+    ),
     "experts, two ranks": Row(
         "--bits 4 --method rtn --group-size 64",
         f"--dtype float32 --tensor-parallel-size 2 --enforce-eager {PACKED}",

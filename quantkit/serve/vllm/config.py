@@ -15,7 +15,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.platforms import current_platform
 
 from quantkit.core.constants import METHOD
-from quantkit.core.errors import CheckpointError
+from quantkit.core.errors import CheckpointError, QuantkitError
+from quantkit.core.schema import in_words
 from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.tied import TiedWeight
 from quantkit.io.checkpoint import check_version, packed_layers
@@ -40,6 +41,7 @@ class QuantkitConfig(QuantizationConfig):
         heads: vLLM's packed output heads by name.
         tied: names of embeddings, and of the heads whose rows they look up.
         unpack: on a CPU, whether layers become dense: None for those that are faster so, as far as memory allows.
+        ranks: processes that share the machine's memory.
     """
 
     def __init__(self, layers: Mapping[str, Any]) -> None:
@@ -48,6 +50,7 @@ class QuantkitConfig(QuantizationConfig):
         self.heads: dict[str, nn.Module] = {}
         self.tied: dict[str, str] = {}
         self.unpack: bool | None = None
+        self.ranks = 1
         self._budget: float | None = None
 
     def get_name(self) -> str:
@@ -104,9 +107,11 @@ class QuantkitConfig(QuantizationConfig):
         """How a layer of vLLM's is made; None for what it makes by itself.
 
         Raises:
-            CheckpointError: a fused layer of which only a part is in the checkpoint's list cannot be told apart.
+            CheckpointError: the input embedding cannot be told from another layer.
+            QuantkitError: `--additional-config` says of quantkit what it does not know.
         """
-        self.unpack = get_current_vllm_config().additional_config.get("quantkit", {}).get("unpack")
+        vllm = get_current_vllm_config()
+        self.ranks, self.unpack = vllm.parallel_config.world_size, _unpack(vllm.additional_config)
         if isinstance(layer, RoutedExperts):
             own = {name: meta for name, meta in self.layers.items() if name.startswith(f"{prefix}.") and place(name)}
             return PackedExperts(self, layer.moe_config, prefix, own) if own else None
@@ -151,9 +156,19 @@ class QuantkitConfig(QuantizationConfig):
         sizes = [weight.shape[0] * weight.shape[1] for weight in weights]
         slow = sum(slowdown(weight) * size for weight, size in zip(weights, sizes, strict=True)) / sum(sizes)
         if self._budget is None:
-            self._budget = MEMORY_FRACTION * psutil.virtual_memory().available
+            self._budget = MEMORY_FRACTION * psutil.virtual_memory().available / self.ranks
         needed = sum(sizes) * dtype.itemsize
         if not self.unpack and (slow <= 1 or needed > self._budget):
             return False
         self._budget -= needed
         return True
+
+
+def _unpack(additional: Any) -> bool | None:
+    """What vLLM's `--additional-config` says of `unpack`."""
+    own = additional.get("quantkit", {}) if isinstance(additional, dict) else {}
+    if not isinstance(own, dict) or own.keys() - {"unpack"} or own.get("unpack") not in (None, True, False):
+        raise QuantkitError(
+            f'--additional-config has {in_words(own)} for quantkit; it takes {{"unpack": true}} or false'
+        )
+    return own.get("unpack")
