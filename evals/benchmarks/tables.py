@@ -19,6 +19,7 @@ from quantkit.evals.benchmarks.tables_runs import (
     SETTINGS,
     SHARED,
     SHRINKAGE,
+    VLLM,
 )
 
 KL = "{kl:k.2f} +- {kl_se:k.2f}"
@@ -465,5 +466,6 @@ TABLES: dict[str, Table | Printed] = {
     "experts": EXPERTS,
     "shrinkage": SHRINKAGE,
     "architectures": ARCHITECTURES,
+    "vllm": VLLM,
 }
 """Tables by the name in a document's mark."""

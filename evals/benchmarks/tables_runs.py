@@ -2,6 +2,7 @@
 
 from quantkit.evals.benchmarks.table import Printed, Table
 from quantkit.evals.deciding_table import architectures_of, predictions_of, shrinkage_of, table_of
+from quantkit.evals.vllm_job import table as serving_of
 
 _COUNTS = ("variants", "refused", "equal", "taken", "different", "unrecorded", "faults")
 _DOORS = """load; load, config alone; load, tied head; load, saved by transformers; load verify=True; inspect --verify
@@ -111,3 +112,4 @@ SETTINGS = Printed("2026-11-30-cpu-settings-smollm2.json", table_of)
 EXPERTS = Printed("2026-11-30-cpu-experts.json", table_of)
 SHRINKAGE = Printed("2026-11-30-cpu-shrinkage.json", shrinkage_of)
 ARCHITECTURES = Printed("2026-11-30-architectures.json", architectures_of)
+VLLM = Printed("2026-11-30-cpu-vllm.json", serving_of)
