@@ -389,7 +389,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="throughput: of an answer")
     parser.add_argument("--rounds", type=int, default=5, help="throughput: of which the medians are taken")
     parser.add_argument("--json", type=Path, help="file for the results")
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through all that ends servers
     if (asked.python is None) == (asked.venv is None):
         parser.error("give --python or --venv")
