@@ -25,10 +25,14 @@ from quantkit.models.unpacking import MEMORY_FRACTION, slowdown
 from quantkit.serve.stored import Stored
 from quantkit.serve.vllm.experts import PackedExperts
 from quantkit.serve.vllm.linear import PackedLinear
-from quantkit.serve.vllm.vocabulary import PackedVocabulary
+from quantkit.serve.vllm.vocabulary import PackedVocabulary, hand_over
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 """Layers that vLLM fuses under these names even where its model class does not say so."""
+
+
+HEADS = {"lm_head", "embed_out", "output", "head"}
+"""What output heads are called in checkpoints."""
 
 
 class QuantkitConfig(QuantizationConfig):
@@ -46,6 +50,7 @@ class QuantkitConfig(QuantizationConfig):
 
     def __init__(self, layers: Mapping[str, Any]) -> None:
         super().__init__()
+        hand_over()
         self.layers = dict(layers)
         self.heads: dict[str, nn.Module] = {}
         self.tied: dict[str, str] = {}
@@ -107,7 +112,7 @@ class QuantkitConfig(QuantizationConfig):
         """How a layer of vLLM's is made; None for what it makes by itself.
 
         Raises:
-            CheckpointError: the input embedding cannot be told from another layer.
+            CheckpointError: an embedding or a head cannot be told from another one.
             QuantkitError: `--additional-config` says of quantkit what it does not know.
         """
         vllm = get_current_vllm_config()
@@ -120,8 +125,8 @@ class QuantkitConfig(QuantizationConfig):
             packed = any(one.metadata is not None for one in stored)
             return PackedLinear(self, stored) if packed else UnquantizedLinearMethod()
         if isinstance(layer, VocabParallelEmbedding):
-            name = prefix if prefix in self.layers else self._embedding(layer, prefix)
-            return PackedVocabulary(self, name) if name is not None else None
+            name = prefix if prefix else self._nameless(layer)
+            return PackedVocabulary(self, name) if name in self.layers else None
         return None
 
     def stored(self, prefix: str) -> list[Stored]:
@@ -133,20 +138,18 @@ class QuantkitConfig(QuantizationConfig):
             names = [f"{parent}.{part}" if parent else part for part in parts]
         return [Stored(name, self.layers.get(name)) for name in names]
 
-    def _embedding(self, layer: VocabParallelEmbedding, prefix: str) -> str | None:
-        """The packed embedding that a layer is whose name vLLM's model class does not tell; None for a dense one."""
-        if prefix or isinstance(layer, ParallelLMHead):
-            return None
-        shape = layer.org_vocab_size, layer.embedding_dim
+    def _nameless(self, layer: Any) -> str | None:
+        """The packed embedding or head that a layer is whose name vLLM's model class does not tell, by its shape."""
         outside = {
             name: QuantizedWeight.empty(meta) for name, meta in self.layers.items()
-            if "head" not in name and not any(part.isdigit() for part in name.split("."))
+            if not any(part.isdigit() for part in name.split("."))
         }  # fmt: skip
-        found = [name for name, weight in outside.items() if weight.shape == shape]
-        tied = [name for name in found if isinstance(outside[name], TiedWeight)]
-        found = tied or found
+        heads = {weight.layer for weight in outside.values() if isinstance(weight, TiedWeight)}
+        heads |= {name for name in outside if name.rpartition(".")[2] in HEADS}
+        shape, is_head = (layer.org_vocab_size, layer.embedding_dim), isinstance(layer, ParallelLMHead)
+        found = [name for name, weight in outside.items() if weight.shape == shape and (name in heads) == is_head]
         if len(found) > 1:
-            raise CheckpointError(f"which of {', '.join(found)} is the input embedding? vLLM's model class names none")
+            raise CheckpointError(f"which of {', '.join(found)} is it that vLLM's model class makes without a name?")
         return found[0] if found else None
 
     def unpacks(self, weights: list[QuantizedWeight], dtype: torch.dtype) -> bool:

@@ -1,16 +1,25 @@
 """Packed input embeddings and output heads of vLLM's, tied or not.
 
 Both are divided by tokens, and vLLM fills the vocabulary up to a multiple of 64: what a rank has fewer rows than it is
-to give results for is filled with zeros, which vLLM cuts off again.
+to give results for is filled with zeros, which vLLM cuts off again. Many of vLLM's model classes do not hand the
+checkpoint's settings to these layers: `hand_over` does.
 """
 
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 
+from quantkit.core.constants import METHOD
 from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.tied import TiedWeight
@@ -116,3 +125,26 @@ class PackedVocabulary(QuantizeMethodBase):
             found: Tensor = head.quant_method.embedding(head, index)
             return found
         return layer.quantkit[0].rows(index, self.dtype)
+
+
+def hand_over() -> None:
+    """Has vLLM make embeddings and heads, from now on, with the checkpoint's settings where its model classes forget.
+
+    By vLLM's own way of replacing layers; other checkpoints' layers stay as they are, and so does what another plugin
+    has replaced.
+    """
+    for layer in (VocabParallelEmbedding, ParallelLMHead):
+        if layer.__name__ not in op_registry_oot:
+            layer.register_oot(_handed(layer))
+
+
+def _handed(layer: Any) -> Any:
+    """A subclass of the same name that takes vLLM's present quantization config where it is given none."""
+
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        given, config = signature(layer.__init__).bind(self, *args, **kwargs), get_current_vllm_config().quant_config
+        if given.arguments.get("quant_config") is None and config is not None and config.get_name() == METHOD:
+            given.arguments["quant_config"] = config
+        layer.__init__(*given.args, **given.kwargs)
+
+    return type(layer.__name__, (layer,), {"__init__": make, "__module__": __name__})
