@@ -393,51 +393,50 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through all that ends servers
     if (asked.python is None) == (asked.venv is None):
         parser.error("give --python or --venv")
+    if asked.what == "check" and asked.work is None:
+        parser.error("check takes --work, a folder")
+    if asked.what == "throughput" and (not asked.folders or len(asked.folders) % 2):
+        parser.error("give folders in pairs, a dense and a packed one")
     try:
         python = asked.python or environment(asked.venv.resolve())
     except QuantkitError as error:
         print(f"skipped: {error}")
         return
     try:
-        right, rows = _checks(asked, python) if asked.what == "check" else _rates(asked, python, parser)
+        found = _checks(asked, python) if asked.what == "check" else _rates(asked, python)
+        rows, right = [], True
+        for row, fine in found:
+            rows.append(row)
+            right &= fine
+            record = {"machine": {"cpu": cpu_name(), **versions()}, "pins": list(PINS), "rows": rows}
+            if asked.json is not None:
+                asked.json.write_text(json.dumps(record, indent=1) + "\n")
     except QuantkitError as error:
         sys.exit(f"error: {error}")
-    record = {"machine": {"cpu": cpu_name(), **versions()}, "pins": list(PINS), "rows": rows}
-    if asked.what == "throughput":
-        print(table(record))
-    if asked.json is not None:
-        asked.json.write_text(json.dumps(record, indent=1) + "\n")
     sys.exit(0 if right else 1)
 
 
-def _checks(asked: argparse.Namespace, python: Path) -> tuple[bool, list[dict[str, Any]]]:
+def _checks(asked: argparse.Namespace, python: Path) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Each row's record, and whether all is right."""
     asked.work.mkdir(parents=True, exist_ok=True)
-    rows = []
     for name in asked.only:
         try:
-            rows.append(found := check(name, ROWS[name], python, asked.work.resolve()))
+            found = check(name, ROWS[name], python, asked.work.resolve())
+            words = "answers" if found.worst is None else f"off by {found.worst:.1e} at most ({found.numbers} numbers)"
         except QuantkitError as error:
             refused = bool(ROWS[name].refused) and ROWS[name].refused in str(error)
-            rows.append(Checked(name, None, 0, [], 0.0, refused))
-            print(f"{name:20} {'right' if refused else 'WRONG'}   {error}", flush=True)
-            continue
-        worst = "answers" if found.worst is None else f"off by {found.worst:.1e} at most ({found.numbers} numbers)"
-        print(f"{name:20} {'right' if found.right else 'WRONG'}   {worst}   {found.seconds:.0f} s", flush=True)
-    return all(row.right for row in rows), [asdict(row) for row in rows]
+            found, words = Checked(name, None, 0, [], 0.0, refused), str(error)
+        print(f"{name:20} {'right' if found.right else 'WRONG'}   {words}   {found.seconds:.0f} s", flush=True)
+        yield asdict(found), found.right
 
 
-def _rates(
-    asked: argparse.Namespace, python: Path, parser: argparse.ArgumentParser
-) -> tuple[bool, list[dict[str, Any]]]:
-    if not asked.folders or len(asked.folders) % 2:
-        parser.error("give folders in pairs, a dense and a packed one")
-    rows = []
+def _rates(asked: argparse.Namespace, python: Path) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Each record of `throughput`."""
     for dense, packed in zip(asked.folders[::2], asked.folders[1::2], strict=True):
         for row in throughput(python, dense.resolve(), packed.resolve(), asked.tokens, asked.rounds):
-            rows.append(row)
             rates = f"{row['packed_tokens_per_second']:.1f} of {row['dense_tokens_per_second']:.1f} tokens a second"
             print(f"{row['packed']:24} batch {row['batch']}   {rates}   {row['ratio']:.2f}", flush=True)
-    return True, rows
+            yield row, True
 
 
 if __name__ == "__main__":
