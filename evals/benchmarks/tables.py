@@ -19,6 +19,7 @@ from quantkit.evals.benchmarks.tables_runs import (
     SETTINGS,
     SHARED,
     SHRINKAGE,
+    STORED_MEMORY,
     VLLM,
 )
 
@@ -456,6 +457,7 @@ TABLES: dict[str, Table | Printed] = {
     "giants": GIANTS,
     "memory": MEMORY,
     "experts-memory": EXPERTS_MEMORY,
+    "stored-memory": STORED_MEMORY,
     "finetune-memory": FINETUNE_MEMORY,
     "kv-memory": KV_MEMORY,
     "checksums": CHECKSUMS,

@@ -76,6 +76,19 @@ EXPERTS_MEMORY = Table(
     },
 )  # fmt: skip
 
+STORED_MEMORY = Table(
+    "2026-11-30-stored-memory.json",
+    "files hold | method | blocks | a block in fp32, MiB | the model in fp32, MiB | peak, MiB",
+    ("{block_bytes:M.0f}", "{model_bytes:M.0f}", "{peak_bytes:M.0f}"),
+    {
+        f"{label} | {method} | {blocks}": [{"stored": stored, "method": method, "blocks": blocks}]
+        for stored, label in (
+            ("experts", "16 experts, one by one"), ("renamed", "names that transformers changes"), ("fp8", "FP8")
+        )
+        for method, blocks in (("rtn", 2), ("rtn", 8), ("gptq", 2), ("gptq", 4))
+    },
+)  # fmt: skip
+
 FINETUNE_MEMORY = Table(
     "2026-11-29-finetune-memory.json", "trained | numbers trained | peak, GiB",
     ("{trained:,.0f}", "{peak_gib:.2f}"),
