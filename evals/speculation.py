@@ -27,11 +27,10 @@ import torch
 from torch import Tensor
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
-import quantkit
 from quantkit.core.device import pick_device
 from quantkit.core.errors import QuantkitError
 from quantkit.evals.machine import cpu_name, name_of, versions
-from quantkit.io.hf import resolve_folder
+from quantkit.io.hf import load, resolve_folder
 from quantkit.io.source import load_tokenizer
 from quantkit.run.documents import documents
 from quantkit.run.text import evaluation_text
@@ -131,11 +130,11 @@ def main() -> None:
     count = min(arguments.prompts, len(text.tokens) // arguments.prompt_tokens)
     apart = len(text.tokens) // count
     prompts = torch.stack([text.tokens[i * apart :][: arguments.prompt_tokens] for i in range(count)])
-    target, rows = quantkit.load(arguments.target, dtype=torch.float32, device=device).eval(), []
+    target, rows = load(arguments.target, dtype=torch.float32, device=device).eval(), []
     print("| draft | accepted | alike | tokens a step | the target's own text | time / alone |")
     print("|---" * 6 + "|")
     for name in arguments.draft:
-        draft = quantkit.load(name, dtype=torch.float32, device=device).eval()
+        draft = load(name, dtype=torch.float32, device=device).eval()
         found = measure(target, draft, prompts, arguments.new_tokens, arguments.drafts)
         rows.append({"target": name_of(arguments.target), "draft": name_of(name)} | asdict(found))
         print(
