@@ -418,7 +418,11 @@ def test_damaged_checkpoints_are_refused(packed_folder, tmp_path):
     expect("which is int_group", lambda c: layers(c)[name].update(out_features=7))
     query = "model.layers.0.self_attn.q_proj"
     expect(f"{query}.codes is in the files, and config.json", lambda c: layers(c).update({query: layers(c)[name]}))
-    expect("no embedding or layer that lm_head could serve", lambda c: layers(c).update({query: layers(c)[name]}), without=query)
+    expect(
+        "no embedding or layer that lm_head could serve",
+        lambda c: layers(c).update({query: layers(c)[name]}),
+        without=query,
+    )
     expect("does not fit its metadata", lambda c: layers(c)[name].pop("layer"))
     expect("in LlamaForCausalLM, and the checkpoint's", lambda c: c.update(vocab_size=VOCABULARY + 1))
     with pytest.raises(ValueError, match="that of lm_head"):
