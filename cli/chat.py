@@ -3,12 +3,14 @@
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from quantkit.cli import options
 from quantkit.cli.loading import subject
@@ -73,13 +75,13 @@ def _turn(talk: "Conversation", said: str, notes: Console) -> None:
     begun = time.monotonic()
     try:
         with _stops(talk):
-            talk.answer(said, _write)
+            talk.answer(said, partial(print, end="", flush=True))
     except QuantkitError as error:
         if not sys.stdin.isatty():
             raise
-        notes.print(f"[bold red]error:[/] {error}")
+        notes.print(f"[bold red]error:[/] {escape(str(error))}")
         return
-    _write("\n")
+    print(flush=True)
     read, made = talk.tokens
     seconds = time.monotonic() - begun
     forgotten = f"; {talk.forgotten} former turns did not fit and are forgotten" if talk.forgotten else ""
@@ -88,22 +90,12 @@ def _turn(talk: "Conversation", said: str, notes: Console) -> None:
 
 def _lines() -> Iterator[str]:
     """What the user says: lines of the terminal, with their history, or of a pipe."""
-    ask: Callable[[], str] = input
-    if sys.stdin.isatty():
-        with suppress(ImportError):
-            import readline  # noqa: F401  gives `input` its keys and its history
-
-        ask = lambda: input("> ")  # noqa: E731
-    while True:
-        try:
-            yield ask().strip()
-        except EOFError:
-            return
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    with suppress(ImportError):
+        import readline  # noqa: F401  gives `input` its keys and its history
+    ask = "> " if sys.stdin.isatty() else ""
+    with suppress(EOFError):
+        while True:
+            yield input(ask).strip()
 
 
 @contextmanager

@@ -34,7 +34,6 @@ from quantkit.io.hf import REFERENCE, load
 from quantkit.io.shards import Shards
 from quantkit.io.source import meta_model
 from quantkit.models.experts import parts
-from quantkit.models.linear import QuantizedLinear
 from quantkit.models.ties import inner_ties
 from quantkit.quantizers.gptq import GPTQ
 from quantkit.quantizers.hadamard import Hadamard
@@ -97,16 +96,6 @@ def made(kind: str, folder: Path) -> None:
         full(torch.arange(10, 34).view(2, 12))
 
 
-def dequantize_layers(model: nn.Module) -> None:
-    """Puts linear layers with dequantized weights in the places of packed ones."""
-    for name, layer in [*model.named_modules(remove_duplicate=False)]:  # shared ones at all their places
-        if isinstance(layer, QuantizedLinear):
-            dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-            bias = {} if layer.bias is None else {"bias": layer.bias}
-            dense.load_state_dict({"weight": layer.used.dequantize()} | bias)
-            model.set_submodule(name, dense)
-
-
 def tried(folder: Path, quantizer: Any, work: Path) -> dict[str, Any]:
     """What comes of packing a model's folder in one way.
 
@@ -141,7 +130,7 @@ def tried(folder: Path, quantizer: Any, work: Path) -> dict[str, Any]:
     with torch.no_grad():
         found = packed(tokens).logits
         packed.generate(tokens, max_new_tokens=3, do_sample=False, pad_token_id=0)
-        dequantize_layers(packed)
+        packed.dequantize(torch.float32)
         error = float((packed(tokens).logits - found).abs().max() / found.abs().max())
     assert error <= 1e-5, f"logits differ by {error:.1e}"
     inside = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and _in_blocks(name, mapping, layers))

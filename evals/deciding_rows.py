@@ -227,11 +227,12 @@ def _searched() -> Iterator[Row]:
     for bits in (2.5, 3):
         way = Searched(bits, candidates, "gptq(3, group_size=64)")
         yield Row("search-gptq-g64", "search over GPTQ, groups of 64", bits, way, True)
-    base, finer = (f"hadamard(trellis({bits}, state_bits=12))" for bits in (2, 3))
-    for name, more, tuning in (("", "", None), ("-tuned", ", tuned end to end", EndToEnd(mode="continuous"))):
+    base, finer = (f"hadamard(trellis({bits}, state_bits={states}))" for bits, states in ((2, 14), (3, 12)))
+    tuned = EndToEnd(steps=160, mode="continuous")
+    for name, more, tuning in (("", "", None), ("-tuned", ", tuned end to end", tuned)):
         way = Searched(2.03, f"{base}, {finer}", base, generations=0, start="predicted", tuning=tuning)
-        label = f"trellis, 2^12 states, few layers of 3 bits by prediction{more}"
-        yield Row(f"trellis-12-predicted{name}", label, 2, way)
+        label = f"trellis, 2^14 states, few layers of 3 bits by prediction{more}"
+        yield Row(f"trellis-14-predicted{name}", label, 2, way)
 
 
 def _tuned() -> Iterator[Row]:

@@ -25,7 +25,8 @@ from quantkit.core.schema import DTYPES, TensorSpec, check_metadata, dtype_name,
 W = TypeVar("W", bound="QuantizedWeight")
 UNPACKED_EACH_TIME = 20.0
 """`cpu_slowdown` of weights that are unpacked in each product, by torch's operations."""
-_SIDES = ("outputs", "inputs")
+SIDES = ("outputs", "inputs")
+"""What the dimensions of a weight are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +155,7 @@ class QuantizedWeight(ABC):
         """
         size = self.shape[dim]
         if not 0 <= start < stop <= size:
-            raise ValueError(f"{_SIDES[dim]} {start} to {stop} are none of {size}")
+            raise ValueError(f"{SIDES[dim]} {start} to {stop} are none of {size}")
         return self if (start, stop) == (0, size) else self._cut(dim, start, stop)
 
     def _cut(self, dim: int, start: int, stop: int) -> QuantizedWeight:
@@ -162,7 +163,7 @@ class QuantizedWeight(ABC):
         raise self._uncut(dim, f"keeps all {self.shape[dim]} together")
 
     def _uncut(self, dim: int, why: str) -> ValueError:
-        return ValueError(f"{self.format} {why} ({_SIDES[dim]})")
+        return ValueError(f"{self.format} {why} ({SIDES[dim]})")
 
     def _cut_at(self, dim: int, start: int, stop: int, step: int, what: str) -> tuple[int, int]:
         """The first of the pieces of `step` features that a part has, and the one behind its last."""

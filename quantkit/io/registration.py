@@ -113,9 +113,8 @@ class QuantkitHfQuantizer(HfQuantizer):
 
         assert isinstance(self.quantization_config, QuantkitConfig)
         for name, metadata in (self.quantization_config.layers or {}).items():
-            weight = QuantizedWeight.empty(metadata)
-            if isinstance(weight, TiedWeight) and not isinstance(model.get_submodule(name), Packed):
-                put(model, name, weight)
+            if metadata["format"] == TiedWeight.format and not isinstance(model.get_submodule(name), Packed):
+                put(model, name, QuantizedWeight.empty(metadata))
         for name, module in model.named_modules():
             if isinstance(module, Packed):
                 try:

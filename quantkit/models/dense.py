@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.core.errors import QuantkitError
+from quantkit.core.weight import QuantizedWeight
 from quantkit.models.experts import put_together, take_apart
 
 
@@ -19,24 +20,29 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
     Args:
         model: with packed layers, also such whose corrections are being trained.
-        dtype: of all of its weights afterwards.
+        dtype: of its weights afterwards.
 
     Raises:
         QuantkitError: tensors are not in memory, or peft's adapters sit on packed layers.
     """
-    packed: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "packed") and not name.startswith(tuple(f"{outer}." for outer in packed)):
-            packed[name] = module
+    packed: dict[str, Any] = {}  # where a layer is called at several places, at all of them
+    outer = "."
+    for name, module in model.named_modules(remove_duplicate=False):
+        if _is_packed(module) and not name.startswith(outer):
+            packed[name], outer = module, f"{name}."
     for name, module in packed.items():
         if name.endswith(".base_layer"):
             raise QuantkitError(f"{name.removesuffix('.base_layer')} has an adapter; merge_and_unload() first")
         if any(tensor.is_meta for tensor in module.buffers()):
             raise QuantkitError(f"{name} is offloaded; load the model so that all of it is in memory")
-    names = {module: name for name, module in packed.items()}
+    before = model.dtype
+    names = {module: name for name, module in reversed(packed.items())}
     tied = {name: names[module.head] for name, module in packed.items() if getattr(module, "head", None) is not None}
     blank = _blank(model, dtype)
     for name, module in packed.items():
+        if names[module] != name:
+            model.set_submodule(name, model.get_submodule(names[module]))
+            continue
         layer = blank.get_submodule(name)
         if name not in tied:
             weight = module.packed.dequantize(dtype)
@@ -52,7 +58,21 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
         model.config.tie_word_embeddings = True
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     put_together(model, ())
-    nn.Module.to(model, dtype)
+    if dtype != before:
+        _cast(model, before, dtype)
+
+
+def _cast(model: PreTrainedModel, before: torch.dtype, after: torch.dtype) -> None:
+    """Changes the type of what has the model's, as loading does: not of tables of angles, nor of what stays in fp32."""
+    kept = tuple(model._keep_in_fp32_modules_strict or ())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.dtype == before and not any(part in name for part in kept):
+            tensor.data = tensor.data.to(after)
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Whether a module computes by a packed weight, `models.linear.Packed` or one that trains its correction."""
+    return isinstance(getattr(module, "packed", None), QuantizedWeight)
 
 
 def _blank(model: PreTrainedModel, dtype: torch.dtype) -> nn.Module:

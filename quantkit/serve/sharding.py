@@ -6,11 +6,10 @@ cannot be shared is refused before anything is read: the weight may be on the me
 """
 
 from quantkit.core.errors import QuantkitError
-from quantkit.core.weight import QuantizedWeight
+from quantkit.core.weight import SIDES, QuantizedWeight
 
 LARGEST = 16
 """Numbers of ranks that are tried out for an error's advice."""
-SIDES = ("outputs", "inputs")
 
 
 def part(name: str, weight: QuantizedWeight, shape: tuple[int, int], rank: int, ranks: int) -> QuantizedWeight:

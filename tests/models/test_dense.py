@@ -74,6 +74,22 @@ def test_models_that_see(tokenizer, tmp_path):
     check(packed, tmp_path, AutoModelForImageTextToText)
 
 
+def test_another_type(tokenizer, tmp_path):
+    """As loading in that type gives it: angles and what a model keeps in fp32 stay as they are."""
+    model = AutoModelForCausalLM.from_config(CONFIGS["deepseek_v3"], dtype=torch.float32)
+    packed = packed_folder(model, tokenizer, tmp_path, method="rtn", bits=4, group_size=16)
+    model = quantkit.load(packed, dtype=torch.float32)
+    model.dequantize(torch.bfloat16)
+    model.save_pretrained(tmp_path / "dense")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
+    assert torch.equal(logits(plain), logits(model))
+    found, expected = (
+        {name: tensor.dtype for name, tensor in (*one.named_parameters(), *one.named_buffers())}
+        for one in (model, plain)
+    )
+    assert found == expected and {*found.values()} == {torch.bfloat16, torch.float32}
+
+
 def test_layers_that_share_a_launch(model_folder):
     model = AutoModelForCausalLM.from_pretrained(model_folder("llama_even"), dtype=torch.float32)
     quantkit.quantize(model, method="rtn", bits=3, group_size=32)

@@ -13,7 +13,6 @@ import quantkit
 from quantkit import Calibration, Recipe
 from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.evals.architecture_sizes import small
-from quantkit.evals.architectures import dequantize_layers
 from quantkit.io.classes import class_of
 from quantkit.io.conversion import origins, read
 from quantkit.io.shards import Shards
@@ -117,7 +116,7 @@ def test_quantized_resumed_loaded_and_run(family, model_folder, text_file, tmp_p
     assert torch.equal(logits(memory, tokens), found) and generated.shape == (2, 12)
     memory.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(quantkit.load(tmp_path / "saved", dtype=torch.float32).eval(), tokens), found)
-    dequantize_layers(packed)
+    packed.dequantize(torch.float32)
     torch.testing.assert_close(logits(packed, tokens), found, rtol=1e-5, atol=1e-5)
 
 
@@ -249,7 +248,7 @@ def test_experts_that_text_does_not_reach_stay_dense(tmp_path, tokenizer, text_f
     assert stacks and not any(part.isdigit() for name in stacks for part in name.split("experts")[1].split("."))
     packed, tokens = quantkit.load(tmp_path / "whole", dtype=torch.float32).eval(), torch.arange(10, 50).view(2, 20)
     found = logits(packed, tokens)
-    dequantize_layers(packed)
+    packed.dequantize(torch.float32)
     torch.testing.assert_close(logits(packed, tokens), found, rtol=0, atol=1e-5 * float(found.abs().max()))
 
     with pytest.raises(QuantkitError, match=r"text does not reach .*vision_moe.*give it rtn"):

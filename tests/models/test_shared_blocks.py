@@ -12,7 +12,6 @@ from quantkit import GPTQ, Calibration, Recipe
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Needs
 from quantkit.evals.architecture_sizes import small
-from quantkit.evals.architectures import dequantize_layers
 from quantkit.io.shards import Shards
 from quantkit.io.source import meta_model, open_folder
 from quantkit.io.weights import LoadedWeights
@@ -94,8 +93,10 @@ def test_packed_once_resumed_and_loaded(kind, folder, recipe, tmp_path):
     found = logits(packed, TOKENS)
     torch.testing.assert_close(found, logits(dense, TOKENS), rtol=0, atol=1e-5 * float(found.abs().max()))
     packed.generate(TOKENS, max_new_tokens=3, do_sample=False, pad_token_id=0)
-    dequantize_layers(packed)
-    torch.testing.assert_close(logits(packed, TOKENS), found, rtol=0, atol=1e-5 * float(found.abs().max()))
+    packed.dequantize(torch.float32)
+    packed.save_pretrained(tmp_path / "dense")
+    for plain in (packed, AutoModelForCausalLM.from_pretrained(tmp_path / "dense")):
+        torch.testing.assert_close(logits(plain.eval(), TOKENS), found, rtol=0, atol=1e-5 * float(found.abs().max()))
 
 
 @each

@@ -13,7 +13,6 @@ import quantkit
 from quantkit import Calibration, Recipe
 from quantkit.cli.main import app
 from quantkit.core.errors import QuantkitError
-from quantkit.evals.architectures import dequantize_layers
 from quantkit.io.checkpoint import read_config
 from quantkit.io.classes import class_of
 from quantkit.io.conversion import origins
@@ -86,7 +85,7 @@ def test_quantized_resumed_loaded_and_seeing(family, seeing_folder, text_file, t
     found = logits(packed, inputs)
     blind = logits(packed, {**inputs, "pixel_values": -inputs["pixel_values"]})
     assert not torch.equal(found, blind) and not torch.equal(found, logits(full, inputs))
-    dequantize_layers(packed)
+    packed.dequantize(torch.float32)
     torch.testing.assert_close(logits(packed, inputs), found, rtol=1e-5, atol=1e-5)
 
 

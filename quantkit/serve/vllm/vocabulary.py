@@ -45,17 +45,8 @@ class PackedVocabulary(QuantizeMethodBase):
         self.tied = weight.layer if isinstance(weight, TiedWeight) else None
         self.stored = Stored(self.tied or name, config.layers[self.tied or name])
 
-    def create_weights(
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **_attributes: Any,
-    ) -> None:
-        """Puts placeholders in place; see `PackedLinear.create_weights`.
+    def create_weights(self, layer: Any, *_sizes: Any, params_dtype: torch.dtype, **_attributes: Any) -> None:
+        """Puts placeholders in place, for rows as the layer itself counts them; see `PackedLinear.create_weights`.
 
         Raises:
             QuantkitError: the checkpoint's weight is of another shape, or cannot be shared by so many ranks.
