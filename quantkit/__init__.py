@@ -13,7 +13,7 @@ from quantkit.core.post_import import after_import
 
 if TYPE_CHECKING:
     from quantkit.advice.advise import advise
-    from quantkit.api import quantize, search, tune
+    from quantkit.api import export, quantize, search, tune
     from quantkit.core.remote import trust_remote_code
     from quantkit.evals.evaluate import CacheTest, evaluate
     from quantkit.io.hf import load
@@ -59,6 +59,7 @@ __all__ = [
     "advise",
     "compressed_kv",
     "evaluate",
+    "export",
     "finetune",
     "finished",
     "fuse",
@@ -81,7 +82,7 @@ _PLACES = {
     "kvcache.cache": ("GearCache",),
     "kvcache.config": ("KVCacheConfig",),
     "advice.advise": ("advise",),
-    "api": ("quantize", "search", "tune"),
+    "api": ("export", "quantize", "search", "tune"),
     "evals.evaluate": ("CacheTest", "evaluate"),
     "run.pipeline": ("quantize_checkpoint", "report"),
     "quantizers.gptq": ("GPTQ",),

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from quantkit.core.constants import TARGET_SHIFT, TOWER_BITS
-from quantkit.core.device import compute_dtype, pick_device
+from quantkit.core.device import compute_dtype, parse_dtype, pick_device
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Quantizer
 from quantkit.io.checkpoint import stored_dtype
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # each is imported by the function that needs it
     from quantkit.evopress.run import Searched
     from quantkit.evopress.run import Watch as SearchWatch
     from quantkit.evopress.settings import Evolution
+    from quantkit.exchange.export import Exported
     from quantkit.tuning.block import BlockTuning
     from quantkit.tuning.end_to_end import Progress as TuningProgress
 
@@ -335,6 +336,45 @@ def tune(
     )  # fmt: skip
     made = run(asked, device, dtype, resume=resume, overwrite=overwrite, watch=watch)
     return None if made is None else made.history
+
+
+def export(
+    model: PreTrainedModel | str | Path,
+    output: str | Path,
+    *,
+    to: str,
+    dtype: str | torch.dtype | None = None,
+    carrier: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int, int, str], None] = lambda _done, _total, _what: None,
+) -> Exported:
+    """Writes a packed model as another program's, exactly where that program's form holds the same; a block at a time.
+
+    Args:
+        model: with packed layers, in memory, or its folder or hub id.
+        output: folder to make; for "gguf" a file.
+        to: "compressed-tensors", "gguf", "mlx", "gptq", or "dense".
+        dtype: of scales and dense weights; by default fp16 where there are scales, which keeps them, and else what the
+            model has.
+        carrier: bits of the numbers that hold the codes, for compressed-tensors and gptq; by default the fewest that do
+            and that readers have kernels for.
+        resume: go on with an unfinished run towards `output`; overwrite: replace one, and `output`.
+        progress: called with (units done, units in all, what comes next).
+
+    Returns:
+        What was written, and how far it is from what was packed.
+
+    Raises:
+        QuantkitError: the form does not hold a layer, which the message names with what would; or a package is missing.
+    """
+    from quantkit.exchange import export as forms
+
+    own = parse_dtype(dtype) if isinstance(dtype, str) else dtype
+    settings: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": progress}
+    if isinstance(model, PreTrainedModel):
+        return forms.export_model(model, Path(output), to, dtype=own, carrier=carrier, **settings)
+    return forms.export_folder(resolve_folder(model), Path(output), to, own, carrier, **settings)
 
 
 def _patterns(given: str | Sequence[str]) -> Sequence[str]:

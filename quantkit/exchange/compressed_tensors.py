@@ -1,0 +1,79 @@
+"""compressed-tensors' "pack-quantized", which vLLM, llm-compressor and transformers read."""
+
+import json
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.core.errors import QuantkitError
+from quantkit.exchange.integers import Integers, signed_bits
+from quantkit.exchange.packed import PackedFolder
+from quantkit.exchange.whole_numbers import WholeNumbers
+from quantkit.formats.int_group import IntGroupWeight
+
+
+class CompressedTensors(WholeNumbers):
+    """Numbers of 4 or 8 bits, for which vLLM has kernels, or of any other width that is asked for."""
+
+    name: ClassVar[str] = "compressed-tensors"
+    carriers = tuple(range(2, 9))
+    fast = (4, 8)
+
+    def __init__(self, packed: PackedFolder, dtype: torch.dtype | None = None, carrier: int | None = None) -> None:
+        if find_spec("compressed_tensors") is None:
+            raise QuantkitError("the package compressed-tensors is missing: pip install compressed-tensors")
+        super().__init__(packed, dtype, carrier)
+
+    def carrier(self, bits: int) -> int:
+        """See `WholeNumbers`."""
+        return self.asked or min(width for width in self.fast if width >= bits)
+
+    def stored(self, name: str, found: Integers, scales: Tensor) -> dict[str, Tensor]:
+        """See `WholeNumbers`: signed numbers, so that of those with zeros both are shifted."""
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+        bits = self.carrier(found.bits)
+        shift = 0 if found.zeros is None else 2 ** (bits - 1)
+        tensors = {
+            f"{name}.weight_packed": pack_to_int32((found.numbers - shift).to(torch.int8), bits),
+            f"{name}.weight_scale": scales.contiguous(),
+            f"{name}.weight_shape": torch.tensor(found.numbers.shape),
+        }
+        if found.zeros is not None:
+            if int(found.zeros.min()) < 0 or int(found.zeros.max()) >= 2**bits:
+                raise QuantkitError(f"{name}: zeros from {int(found.zeros.min())} to {int(found.zeros.max())} do not "
+                                    f"fit {bits} bits")  # fmt: skip
+            zeros = (found.zeros - shift).to(torch.int8)
+            tensors[f"{name}.weight_zero_point"] = pack_to_int32(zeros, bits, packed_dim=0)
+        return tensors
+
+    def config(self) -> dict[str, Any]:
+        """The model's, with a scheme for each sort of layers."""
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+
+        sorts: dict[tuple[int, int, bool], list[str]] = {}
+        for name, weight in self.packed.layers.items():
+            if self.holds(name):
+                assert isinstance(weight, IntGroupWeight)
+                symmetric = weight.zeros is None
+                bits = self.carrier(signed_bits(weight) if symmetric else weight.bits)
+                group = -1 if weight.group_size >= weight.in_features else weight.group_size
+                sorts.setdefault((bits, group, symmetric), []).append(name)
+        kept = {name for names in sorts.values() for name in names}
+        others = [
+            name for name, module in self.packed.model.named_modules()
+            if isinstance(module, nn.Linear) and name not in kept
+        ]  # fmt: skip
+        schemes = {}
+        for nth, ((bits, group, symmetric), names) in enumerate(sorts.items()):
+            grouped = {"strategy": "channel"} if group < 0 else {"strategy": "group", "group_size": group}
+            weights = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, **grouped)
+            targets = ["Linear"] if len(sorts) == 1 else names
+            schemes[f"group_{nth}"] = QuantizationScheme(targets=targets, weights=weights)
+        made = QuantizationConfig(
+            config_groups=schemes, format="pack-quantized", quantization_status="compressed", ignore=others
+        )
+        dtype = str(self.dtype).removeprefix("torch.")
+        return self.packed.config() | {"dtype": dtype, "quantization_config": json.loads(made.model_dump_json())}

@@ -1,0 +1,37 @@
+"""Dense: the model that a packed one stands for, as transformers saves it, which any program reads."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from quantkit.core.weight import QuantizedWeight
+from quantkit.exchange.target import Target
+from quantkit.io.conversion import as_stored
+
+
+class Dense(Target):
+    """Every packed layer becomes dense, rounded to the type of the other weights."""
+
+    name: ClassVar[str] = "dense"
+
+    def holds(self, layer: str) -> bool:
+        """No layer stays packed."""
+        return False
+
+    def refusal(self, name: str, weight: QuantizedWeight) -> str:
+        """Nothing is refused."""
+        return ""
+
+    def tensors(self, name: str, weight: QuantizedWeight) -> tuple[dict[str, Tensor], Tensor]:
+        """Never asked."""
+        raise NotImplementedError
+
+    def dense(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Under the names in which transformers saves the model."""
+        return as_stored(self.packed.model, super().dense(tensors))
+
+    def config(self) -> dict[str, Any]:
+        """That of the model, of another type where one was asked for."""
+        config = self.packed.config()
+        return config if self.dtype is None else config | {"dtype": str(self.dtype).removeprefix("torch.")}

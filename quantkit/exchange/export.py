@@ -1,0 +1,102 @@
+"""A packed model as another program's: which forms there are, and a run from the packed folder to the new one."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from quantkit.core.errors import QuantkitError, UnknownName
+from quantkit.exchange.folder import Told, write
+from quantkit.exchange.gguf import GGUF
+from quantkit.exchange.packed import PackedFolder
+from quantkit.exchange.target import Target
+from quantkit.io.run_folder import Output
+
+TARGETS: Mapping[str, str] = {
+    "dense": "dense:Dense",
+    "compressed-tensors": "compressed_tensors:CompressedTensors",
+    "gguf": "gguf:GGUF",
+    "gptq": "gptq:GPTQForm",
+    "mlx": "mlx:MLX",
+}
+"""The forms, and where they are."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export came to.
+
+    Attributes:
+        output: what was made.
+        to: its form.
+        layers: packed layers that are packed there too.
+        dense: packed layers that became dense.
+        error: the most by which a layer that stayed packed differs from what it was, as |W' - W| / |W|; 0 if none does.
+        nbytes: of the weights.
+    """
+
+    output: Path
+    to: str
+    layers: int
+    dense: tuple[str, ...]
+    error: float
+    nbytes: int
+
+
+def export_folder(
+    folder: Path,
+    output: Path,
+    to: str,
+    dtype: torch.dtype | None = None,
+    carrier: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Told = lambda _done, _total, _what: None,
+) -> Exported:
+    """Writes a packed checkpoint in another form; see `quantkit.export`."""
+    if to not in TARGETS:
+        raise UnknownName("form", to, [*TARGETS])
+    module, _, name = TARGETS[to].partition(":")
+    kind: Callable[..., Target] = getattr(import_module(f"quantkit.exchange.{module}"), name)
+    settings: dict[str, Any] = {} if carrier is None else {"carrier": carrier}
+    if carrier is not None and not hasattr(kind, "carriers"):
+        raise QuantkitError(f"`carrier` is of forms with whole numbers, and not of {to}")
+    target = kind(PackedFolder(folder), dtype, **settings)
+    if isinstance(target, GGUF):
+        place = _file(output, overwrite)
+        written = target.write(place, progress)
+    else:
+        made = Output(output, folder, resume=resume, overwrite=overwrite)
+        identity = {"to": to, "dtype": str(target.dtype), "carrier": carrier, "packed": target.packed.fingerprint()}
+        place, written = made.output, write(target, made, identity, progress)
+    return Exported(place, to, written.layers, written.dense, written.error, written.nbytes)
+
+
+def _file(output: Path, overwrite: bool) -> Path:
+    """The file to make.
+
+    Raises:
+        QuantkitError: something else is there.
+    """
+    place = output.expanduser().resolve()
+    if place.is_dir():
+        raise QuantkitError(f"`output` {output} is a folder; name a file, such as {output}/{place.name}.gguf")
+    if place.exists() and not overwrite:
+        raise QuantkitError(f"{place} already exists; give another `output`, or `overwrite` to replace it")
+    if not place.parent.is_dir():
+        raise QuantkitError(f"`output` {output}: {place.parent} is no folder")
+    return place
+
+
+def export_model(model: PreTrainedModel, output: Path, to: str, **settings: Any) -> Exported:
+    """`export_folder` of a packed model in memory, by way of a folder for as long as it takes."""
+    if getattr(model, "hf_quantizer", None) is None:
+        raise QuantkitError("the model has no packed layers; `quantkit.quantize` makes some")
+    with tempfile.TemporaryDirectory(prefix="quantkit-export-", dir=output.expanduser().resolve().parent) as name:
+        model.save_pretrained(name)
+        return export_folder(Path(name), output, to, **settings)

@@ -1,0 +1,200 @@
+"""GGUF, llama.cpp's file of a model: its weights in ggml's blocks, its sizes and its tokenizer."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantkit.core.errors import QuantkitError
+from quantkit.core.weight import QuantizedWeight
+from quantkit.exchange.folder import Told, Written, difference
+from quantkit.exchange.gguf_blocks import BLOCK, Kind, kind_of
+from quantkit.exchange.gguf_models import OTHERS, add_tokenizer, architecture, describe, head_dim
+from quantkit.exchange.integers import signed_bits
+from quantkit.exchange.packed import PackedFolder
+from quantkit.exchange.target import Target
+from quantkit.formats.int_group import IntGroupWeight
+from quantkit.kernels.bitpack import unpack
+
+
+class GGUF(Target):
+    """A file of a model that llama.cpp knows.
+
+    Symmetric weights are kept exactly, in twice as many steps of half the size (`exchange.integers`); of others the
+    offset, zero * scale, is rounded to fp16. Vectors become fp32; matrices keep their type.
+
+    Args:
+        packed: see `Target`.
+        dtype: of dense matrices; None for their own.
+
+    Raises:
+        QuantkitError: the package gguf is missing, llama.cpp has no such model, or a layer's groups or codes are none
+            of its blocks.
+    """
+
+    name: ClassVar[str] = "gguf"
+    outer: ClassVar[bool] = True
+
+    def __init__(self, packed: PackedFolder, dtype: torch.dtype | None = None) -> None:
+        if find_spec("gguf") is None:
+            raise QuantkitError("the package gguf is missing: pip install 'quantkit-llm[gguf]'")
+        import gguf
+
+        self._gguf, self._config = gguf, packed.model.config
+        self._architecture = architecture(self._config)
+        kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+        self._names = gguf.get_tensor_name_map(kinds[self._architecture.name], self._config.num_hidden_layers)
+        super().__init__(packed, dtype)
+
+    def holds(self, layer: str) -> bool:
+        """Layers outside of the blocks become dense where there are no such blocks."""
+        return self.packed.inside(layer) or not self.refusal(layer, self.packed.layers[layer])
+
+    def refusal(self, name: str, weight: QuantizedWeight) -> str:
+        """See `Target`."""
+        if not isinstance(weight, IntGroupWeight):
+            return f"{weight.label}; it holds whole numbers with scales (`--method gptq` or `rtn`), and {OTHERS}"
+        columns = weight.shape[1]
+        if columns % BLOCK or (weight.group_size < columns and weight.group_size % BLOCK):
+            return f"groups of {min(weight.group_size, columns)} of {columns} inputs in blocks of {BLOCK}; {OTHERS}"
+        if self._kind(weight) is None:
+            zeros = "" if weight.zeros is None else " with zeros"
+            return f"{weight.bits}-bit codes{zeros}, for which it has no blocks; {OTHERS}"
+        return ""
+
+    def _kind(self, weight: IntGroupWeight) -> Kind | None:
+        has_zeros = weight.zeros is not None
+        return kind_of(weight.bits if has_zeros else signed_bits(weight), has_zeros)
+
+    def tensors(self, name: str, weight: QuantizedWeight) -> tuple[dict[str, Tensor], Tensor]:
+        """The layer's blocks, uint8 [out, bytes of a row], by its name in the file."""
+        assert isinstance(weight, IntGroupWeight)
+        kind = self._kind(weight)
+        assert kind is not None
+        codes = unpack(weight.codes, weight.bits, weight.in_features).short()
+        scales, group = weight.scales.float().T, torch.arange(0, weight.in_features, BLOCK) // weight.group_size
+        if weight.zeros is None:
+            numbers, scales, offsets = 2 * codes - (2**weight.bits - 1), scales / 2, None
+        else:
+            numbers, offsets = codes, (-weight.zeros.float().T * scales)[:, group].half()
+        steps = scales[:, group].half()
+        read = numbers.view(len(codes), -1, BLOCK).float() * steps.float().unsqueeze(2)
+        read = read if offsets is None else read + offsets.float().unsqueeze(2)
+        order = self._order(name, len(codes))
+        packed = kind.pack(numbers[order], steps[order], None if offsets is None else offsets[order])
+        return {self._name(f"{name}.weight"): torch.from_numpy(packed)}, read.flatten(1)
+
+    def _name(self, name: str) -> str:
+        found = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise QuantkitError(f"llama.cpp's {self._architecture.name} has no {name}; {OTHERS}")
+        return str(found)
+
+    def _order(self, layer: str, rows: int) -> Tensor:
+        """Rows as llama.cpp has them, int64 [rows]: of queries and keys pairs of features that turn together."""
+        order = torch.arange(rows)
+        part = layer.rpartition(".")[2]
+        if self._architecture.interleaved and part in ("q_proj", "k_proj"):
+            order = order.view(-1, 2, head_dim(self._config) // 2).transpose(1, 2).flatten()
+        return order
+
+    def _array(self, name: str, tensor: Tensor) -> np.ndarray:
+        """A dense tensor as the file has it."""
+        tensor = tensor[self._order(name.rpartition(".")[0], len(tensor))]
+        if tensor.dim() == 1:
+            shift = self._architecture.norm_shift if name.endswith("norm.weight") else 0.0
+            return (tensor.float() + shift).numpy()
+        tensor = self.cast(name, tensor).contiguous()
+        return (tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+    def config(self) -> dict[str, Any]:
+        """None; a GGUF file has its own."""
+        return {}
+
+    def write(self, output: Path, progress: Told) -> Written:
+        """Writes the file, a layer at a time, under its name once it is whole."""
+        partial = output.with_name(f"{output.name}.partial")
+        partial.unlink(missing_ok=True)
+        writer = self._gguf.GGUFWriter(None, self._architecture.name)
+        extra = describe(writer, self._config, self._architecture, self.packed.folder.name)
+        add_tokenizer(writer, self.packed.folder, self._config)
+        self._declare(writer, extra)
+        try:
+            writer.write_header_to_file(path=partial)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            errors, opened = self._write_tensors(writer, extra, progress)
+            writer.close()
+            nbytes = partial.stat().st_size
+            partial.replace(output)
+        except OSError as error:
+            raise QuantkitError(f"{partial} cannot be written ({error})") from error
+        finally:
+            partial.unlink(missing_ok=True)
+        return Written(len(errors), tuple(opened), max(errors, default=0.0), nbytes)
+
+    def _declare(self, writer: Any, extra: dict[str, Tensor]) -> None:
+        """Tells the writer of all tensors, in the order in which they will come."""
+        kinds = self._gguf.GGMLQuantizationType
+        for name, tensor in extra.items():
+            writer.add_tensor_info(name, tensor.shape, np.float32, 4 * tensor.numel())
+        for unit in self.packed.units:
+            for name, value in self.packed.described(unit).items():
+                if isinstance(value, QuantizedWeight) and self.holds(name):
+                    assert isinstance(value, IntGroupWeight)
+                    kind = self._kind(value)
+                    assert kind is not None
+                    rows, columns = value.shape
+                    shape, nbytes = (rows, columns // BLOCK * kind.nbytes), rows * columns // BLOCK * kind.nbytes
+                    writer.add_tensor_info(
+                        self._name(f"{name}.weight"), shape, np.uint8, nbytes, raw_dtype=kinds[kind.name]
+                    )
+                    continue
+                own = f"{name}.weight" if isinstance(value, QuantizedWeight) else name
+                dense = torch.empty(value.shape, dtype=self._dense_type(value), device="meta")
+                self._declare_dense(writer, own, dense)
+
+    def _dense_type(self, value: QuantizedWeight | Tensor) -> torch.dtype:
+        """Of what becomes dense, or is."""
+        own = self.packed.model.dtype if isinstance(value, QuantizedWeight) else value.dtype
+        if len(value.shape) == 1:
+            return torch.float32
+        return self.dtype or own
+
+    def _declare_dense(self, writer: Any, name: str, tensor: Tensor) -> None:
+        kinds = self._gguf.GGMLQuantizationType
+        shape, nbytes = tuple(tensor.shape), tensor.numel() * tensor.element_size()
+        if tensor.dtype == torch.bfloat16:
+            writer.add_tensor_info(
+                self._name(name), (*shape[:-1], 2 * shape[-1]), np.uint8, nbytes, raw_dtype=kinds.BF16
+            )
+        else:
+            writer.add_tensor_info(
+                self._name(name), shape, np.float16 if tensor.dtype == torch.float16 else np.float32, nbytes
+            )
+
+    def _write_tensors(self, writer: Any, extra: dict[str, Tensor], progress: Told) -> tuple[list[float], list[str]]:
+        for tensor in extra.values():
+            writer.write_tensor_data(tensor.numpy())
+        errors, opened = list[float](), list[str]()
+        for nth, unit in enumerate(self.packed.units):
+            progress(nth, len(self.packed.units), "the rest" if unit < 0 else f"block {unit}")
+            arrays: dict[str, np.ndarray] = {}
+            for name, value in self.packed.read(unit):
+                if not isinstance(value, QuantizedWeight):
+                    arrays[name] = self._array(name, value)
+                elif self.holds(name):
+                    stored, read = self.tensors(name, value)
+                    arrays[name] = next(iter(stored.values())).numpy()
+                    errors.append(difference(read, value))
+                else:
+                    dense = self.packed.as_dense(name, value, self.dtype)
+                    arrays[name] = self._array(f"{name}.weight", dense)
+                    opened.append(name)
+            for name in self.packed.described(unit):
+                writer.write_tensor_data(arrays.pop(name))
+        progress(len(self.packed.units), len(self.packed.units), "the file")
+        return errors, opened

@@ -1,0 +1,265 @@
+"""What a GGUF file says of a model beside its weights: its sizes, its positions and its tokenizer, for llama.cpp.
+
+llama.cpp has code for each architecture, and each has needs of its own, which are said here. Facts are those of ggml's
+GGUF specification and of llama.cpp's readers; keys are written by the package gguf.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.core.errors import QuantkitError
+from quantkit.exchange.target import DENSE
+from quantkit.io.gguf import LLAMA3
+
+OTHERS = f"{DENSE}, which llama.cpp's own convert_hf_to_gguf.py takes"
+"""What helps where a GGUF file cannot be written."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How llama.cpp has a model type.
+
+    Attributes:
+        name: its name there.
+        says: adds what is its own to a writer, given the text model's config.
+        interleaved: whether rows of queries and keys are in the order of interleaved rotary pairs.
+        norm_shift: what is added to the weights of norms.
+    """
+
+    name: str
+    says: Callable[[Any, Any], None]
+    interleaved: bool = False
+    norm_shift: float = 0.0
+
+
+def _plain(_writer: Any, _config: Any) -> None:
+    """Nothing beside what all say."""
+
+
+def _gemma3(writer: Any, config: Any) -> None:
+    kinds = list(getattr(config, "layer_types", None) or ())
+    if kinds != ["full_attention" if nth % 6 == 5 else "sliding_attention" for nth in range(len(kinds))]:
+        raise QuantkitError(
+            f"llama.cpp has every sixth layer of gemma3 attend to all, and this model has not; {OTHERS}"
+        )
+    if config.query_pre_attn_scalar != config.head_dim and len(kinds) != 62:
+        raise QuantkitError(f"llama.cpp scales gemma3's queries by head_dim, and this model does not; {OTHERS}")
+    writer.add_sliding_window(config.sliding_window)
+
+
+def _phi3(writer: Any, config: Any) -> None:
+    writer.add_sliding_window(config.sliding_window or 0)
+    original = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+    writer.add_rope_scaling_orig_ctx_len(int(original))
+    scale = config.max_position_embeddings / original
+    if scale > 1:
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(original)))
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture("llama", _plain, interleaved=True),
+    "mistral": Architecture("llama", _plain, interleaved=True),
+    "qwen2": Architecture("qwen2", _plain),
+    "qwen3": Architecture("qwen3", _plain),
+    "gemma3_text": Architecture("gemma3", _gemma3, norm_shift=1.0),
+    "phi3": Architecture("phi3", _phi3),
+}
+"""By transformers' model type."""
+
+
+def architecture(config: Any) -> Architecture:
+    """The architecture of a model's config.
+
+    Raises:
+        QuantkitError: it is none of those.
+    """
+    kind = getattr(config, "model_type", "")
+    if kind not in ARCHITECTURES:
+        raise QuantkitError(f"GGUF files are written of {', '.join(ARCHITECTURES)}, and not of {kind!r}; {OTHERS}")
+    return ARCHITECTURES[kind]
+
+
+def head_dim(config: Any) -> int:
+    """Features of an attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def describe(writer: Any, config: Any, own: Architecture, name: str) -> dict[str, Tensor]:
+    """Says what the model is like.
+
+    Args:
+        writer: gguf's.
+        config: the text model's.
+        own: its architecture.
+        name: of the model.
+
+    Returns:
+        Tensors [...] that llama.cpp wants beside the model's own, by name: how rotary positions are scaled.
+    """
+    writer.add_name(name)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    size = head_dim(config)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    rope = dict(rope.get("full_attention", rope))
+    turned = int(size * rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None) or 1.0))
+    writer.add_rope_dimension_count(turned)
+    base = float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
+    writer.add_rope_freq_base(base)
+    own.says(writer, config)
+    return _scaled_positions(writer, rope, base, turned, config)
+
+
+def _scaled_positions(writer: Any, rope: Mapping[str, Any], base: float, size: int, config: Any) -> dict[str, Tensor]:
+    from gguf import RopeScalingType
+
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {}
+    if kind == "llama3":
+        return {"rope_freqs.weight": _llama3(rope, base, size)}
+    if kind == "longrope":
+        return {
+            f"rope_factors_{length}.weight": torch.tensor(rope[f"{length}_factor"], dtype=torch.float32)
+            for length in ("long", "short")
+        }
+    types = {"linear": RopeScalingType.LINEAR, "yarn": RopeScalingType.YARN}
+    if kind not in types:
+        raise QuantkitError(f"rotary positions are scaled by {kind!r}, which is not written to GGUF files; {OTHERS}")
+    writer.add_rope_scaling_type(types[kind])
+    writer.add_rope_scaling_factor(float(rope["factor"]))
+    if kind == "yarn":
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        writer.add_rope_scaling_orig_ctx_len(int(original))
+    return {}
+
+
+def _llama3(rope: Mapping[str, Any], base: float, size: int) -> Tensor:
+    """What each frequency is divided by: fp32 [size / 2]; see Llama 3.1's rope."""
+    said = {**LLAMA3, **rope}
+    low, high, original = (float(said[key]) for key in (
+        "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+    ))  # fmt: skip
+    factor = float(said["factor"])
+    waves = 2 * math.pi * base ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
+    smooth = ((original / waves - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).float()
+
+
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SHORTENED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPLITS = {
+    rf"{_SHORTENED}|{_WORD}|\p{{N}}{{1,3}}|{_REST}": "llama-bpe",
+    rf"{_SHORTENED}|{_WORD}|\p{{N}}|{_REST}": "qwen2",
+}
+"""llama.cpp's names of how text is split before it is merged, by the regular expressions that tokenizers name."""
+
+
+def split_of(found: Mapping[str, Any]) -> str:
+    """llama.cpp's name of how a tokenizer.json splits text, in words of bytes.
+
+    Raises:
+        QuantkitError: it is none of those that are known here.
+    """
+    steps = found.get("pre_tokenizer") or {}
+    steps = steps.get("pretokenizers", [steps])
+    kinds = [step.get("type") for step in steps]
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"]:
+        pattern = steps[0].get("pattern", {}).get("Regex", "")
+        if pattern in _SPLITS:
+            return _SPLITS[pattern]
+    raise QuantkitError(f"the tokenizer splits text in a way that llama.cpp's names are not known of here; {OTHERS}")
+
+
+def add_tokenizer(writer: Any, folder: Path, config: Any) -> None:
+    """Adds a model's tokenizer and its chat template.
+
+    Args:
+        writer: gguf's.
+        folder: holds tokenizer.json.
+        config: the text model's, whose vocabulary may be larger.
+
+    Raises:
+        QuantkitError: there is none, or llama.cpp has no such tokenizer.
+    """
+    from gguf import SpecialVocab
+
+    try:
+        found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        model = found["model"]
+        vocabulary = dict(model["vocab"]) if model["type"] == "BPE" else None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise QuantkitError(f"{folder} has no tokenizer.json to write into a GGUF file ({error})") from error
+    if vocabulary is None:
+        raise QuantkitError(f"the tokenizer's model is {model['type']}, and GGUF files are written with BPE; {OTHERS}")
+    by_bytes = not model.get("byte_fallback")
+    tokens, types = _tokens(vocabulary, found.get("added_tokens") or [], config.vocab_size, by_bytes)
+    if by_bytes:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(split_of(found))
+    else:
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(_scores(tokens, model["merges"]))
+        writer.add_add_space_prefix(_adds_space(found))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    SpecialVocab(folder, load_merges=by_bytes, n_vocab=len(tokens)).add_to_gguf(writer, quiet=True)
+
+
+def _tokens(
+    vocabulary: dict[str, int], added: list[dict[str, Any]], size: int, by_bytes: bool
+) -> tuple[list[str], list[int]]:
+    """Every token's text and type, by number; numbers that no token has are filled."""
+    from gguf import TokenType
+
+    kinds = {entry["id"]: TokenType.CONTROL if entry["special"] else TokenType.USER_DEFINED for entry in added}
+    texts = {number: text for text, number in vocabulary.items()} | {entry["id"]: entry["content"] for entry in added}
+    tokens, types = [], []
+    for number in range(max(size, *(number + 1 for number in texts))):
+        text = texts.get(number)
+        tokens.append(f"[PAD{number}]" if text is None else text)
+        if text is None:
+            types.append(TokenType.UNUSED)
+        elif number in kinds:
+            types.append(TokenType.UNKNOWN if text == "<unk>" and not by_bytes else kinds[number])
+        elif not by_bytes and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            types.append(TokenType.BYTE)
+        else:
+            types.append(TokenType.NORMAL)
+    return tokens, [int(kind) for kind in types]
+
+
+def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
+    """Of each token how soon it is made, the sooner the higher: llama.cpp merges by scores, not by a list."""
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(merges):
+        ranks.setdefault("".join(pair) if isinstance(pair, list) else pair.replace(" ", "", 1), rank)
+    last = len(merges)
+    return [-float(ranks.get(token, last)) for token in tokens]
+
+
+def _adds_space(found: Mapping[str, Any]) -> bool:
+    """Whether text gets a space in front before it is split."""
+    text = json.dumps([found.get("normalizer"), found.get("pre_tokenizer")])
+    return '"Prepend"' in text or '"prepend_scheme": "first"' in text or '"prepend_scheme": "always"' in text

@@ -1,0 +1,69 @@
+"""GPTQ's form, as AutoGPTQ began it and GPTQModel, vLLM, ExLlama and transformers read it."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from quantkit.core.errors import QuantkitError
+from quantkit.exchange.integers import Integers, signed_bits
+from quantkit.exchange.packed import PackedFolder
+from quantkit.exchange.whole_numbers import WholeNumbers
+from quantkit.formats.int_group import IntGroupWeight
+
+
+class GPTQForm(WholeNumbers):
+    """Numbers of 4 or 8 bits, of one width and one size of groups in all layers."""
+
+    name: ClassVar[str] = "gptq"
+    carriers = (4, 8)
+
+    def __init__(self, packed: PackedFolder, dtype: torch.dtype | None = None, carrier: int | None = None) -> None:
+        super().__init__(packed, dtype, carrier)
+        weights = [weight for name, weight in packed.layers.items() if self.holds(name)]
+        own = [weight for weight in weights if isinstance(weight, IntGroupWeight)]
+        groups = {-1 if weight.group_size >= weight.in_features else weight.group_size for weight in own}
+        if len(groups) != 1:
+            raise QuantkitError(f"{self.name} has one size of groups in all layers, and these have {sorted(groups)}")
+        (self.group_size,) = groups
+        needed = [signed_bits(weight) if weight.zeros is None else weight.bits for weight in own]
+        self.asked = super().carrier(max(needed))
+        self.symmetric = all(weight.zeros is None for weight in own)
+
+    def shape_refusal(self, weight: IntGroupWeight, rows: int, columns: int) -> str:
+        """See `WholeNumbers`: words hold whole numbers of both sides."""
+        return f"a shape of {rows} x {columns}; sides are multiples of 32" if rows % 32 or columns % 32 else ""
+
+    def stored(self, name: str, found: Integers, scales: Tensor) -> dict[str, Tensor]:
+        """See `WholeNumbers`: numbers from 0 on, along the inputs; zeros, less one, along the outputs."""
+        assert self.asked is not None
+        bits, middle = self.asked, 2 ** (self.asked - 1)
+        if found.zeros is None:
+            numbers, zeros = found.numbers + middle, torch.full_like(scales, middle, dtype=torch.int16)
+        else:
+            numbers, zeros = found.numbers, found.zeros
+        if int(zeros.min()) < 1 or int(zeros.max()) > 2**bits:
+            raise QuantkitError(f"{name}: zeros from {int(zeros.min())} to {int(zeros.max())} do not fit {bits} bits")
+        columns = numbers.shape[1]
+        return {
+            f"{name}.qweight": _words(numbers.T, bits),
+            f"{name}.qzeros": _words(zeros - 1, bits).T.contiguous(),
+            f"{name}.scales": scales.T.contiguous(),
+            f"{name}.g_idx": (torch.arange(columns) // found.group_size).int(),
+        }
+
+    def config(self) -> dict[str, Any]:
+        """The model's, with what GPTQ's readers ask for."""
+        said = {
+            "quant_method": "gptq", "checkpoint_format": "gptq", "bits": self.asked, "group_size": self.group_size,
+            "sym": self.symmetric, "desc_act": False, "damp_percent": 0.01, "true_sequential": True,
+        }  # fmt: skip
+        return self.packed.config() | {"dtype": str(self.dtype).removeprefix("torch."), "quantization_config": said}
+
+
+def _words(numbers: Tensor, bits: int) -> Tensor:
+    """Numbers [n, m] in words along the first dimension, the lowest bits first: int32 [n * bits / 32, m]."""
+    parts = numbers.long().reshape(-1, 32 // bits, numbers.shape[1])
+    shifts = torch.arange(0, 32, bits).view(1, -1, 1)
+    words = (parts << shifts).sum(1)
+    return torch.where(words >= 2**31, words - 2**32, words).int().contiguous()

@@ -1,0 +1,81 @@
+"""What the forms have in common that hold whole numbers with a scale for each group."""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.core.errors import QuantkitError
+from quantkit.core.weight import QuantizedWeight
+from quantkit.exchange.integers import Integers, integers, signed_bits
+from quantkit.exchange.packed import PackedFolder
+from quantkit.exchange.target import DENSE, Target
+from quantkit.formats.int_group import IntGroupWeight
+from quantkit.models.experts import place
+
+
+class WholeNumbers(Target):
+    """A form of linear layers with whole numbers.
+
+    Args:
+        packed, dtype: see `Target`; scales are fp16 where no dtype is given, which keeps them as they are.
+        carrier: bits of a number; None for the fewest of `carriers` that hold it.
+    """
+
+    carriers: tuple[int, ...]
+
+    def __init__(self, packed: PackedFolder, dtype: torch.dtype | None = None, carrier: int | None = None) -> None:
+        if carrier is not None and carrier not in self.carriers:
+            known = ", ".join(map(str, self.carriers))
+            raise QuantkitError(f"carrier={carrier}: {self.name} has numbers of {known} bits")
+        self.asked = carrier
+        super().__init__(packed, dtype or torch.float16)
+
+    def refusal(self, name: str, weight: QuantizedWeight) -> str:
+        """See `Target`."""
+        if not isinstance(weight, IntGroupWeight):
+            return f"{weight.label}; it holds whole numbers with scales (`--method gptq` or `rtn`), and {DENSE}"
+        if place(name) is not None:
+            return f"experts one by one; {DENSE}"
+        if not isinstance(self.packed.model.get_submodule(name), nn.Linear):
+            return f"layers such as {type(self.packed.model.get_submodule(name)).__name__}; {DENSE}"
+        rows, columns = weight.shape
+        if weight.group_size < columns and columns % weight.group_size:
+            return f"groups of {weight.group_size} of {columns} inputs, the last of which is shorter; {DENSE}"
+        bits = signed_bits(weight) if weight.zeros is None else weight.bits
+        if self.asked is not None and bits > self.asked:
+            return f"{weight.bits}-bit codes in numbers of {self.asked} bits: they take {bits}"
+        if bits > max(self.carriers):
+            return f"{weight.bits}-bit codes half a step off zero, which take {bits} bits; {DENSE}"
+        return self.shape_refusal(weight, rows, columns)
+
+    def shape_refusal(self, weight: IntGroupWeight, rows: int, columns: int) -> str:
+        """What of a weight's shape or groups the form does not hold; "" where it does."""
+        return ""
+
+    def carrier(self, bits: int) -> int:
+        """Bits of the numbers that hold numbers of `bits` bits."""
+        return self.asked or min(width for width in self.carriers if width >= bits)
+
+    def tensors(self, name: str, weight: QuantizedWeight) -> tuple[dict[str, Tensor], Tensor]:
+        """See `Target`."""
+        assert isinstance(weight, IntGroupWeight) and self.dtype is not None
+        found = integers(weight)
+        if found is None:
+            raise QuantkitError(
+                f"{name}: its zeros lie between whole numbers, which {self.name} does not hold; `--to mlx` does, and "
+                f"so does a symmetric grid, and {DENSE}"
+            )
+        scales = self.cast(f"{name}'s scales", found.scales)
+        read = Integers(found.numbers, scales.float(), found.zeros, found.bits, found.group_size)
+        return self.stored(name, found, scales), read.values()
+
+    @abstractmethod
+    def stored(self, name: str, found: Integers, scales: Tensor) -> dict[str, Tensor]:
+        """The form's tensors of a layer.
+
+        Args:
+            name: of the layer.
+            found: its whole numbers.
+            scales: [out_features, groups] in the type in which they are stored.
+        """

@@ -1,0 +1,285 @@
+"""`quantkit.export`: every form is read by somebody else's reader, and holds what the packed model holds."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import quantkit
+from quantkit import RTN
+from quantkit.cli.main import app
+from quantkit.core.errors import QuantkitError
+from quantkit.exchange.export import TARGETS, export_folder
+from quantkit.io.shards import Shards
+
+from ..conftest import CONFIGS
+
+TOKENS = torch.arange(10, 40).view(2, 15)
+TEXT = "class Node:\n    def __init__(self, value=12.5):\n        self.value = value  # naïve\n"
+
+
+TRELLIS = {"method": "hadamard(trellis(2, state_bits=8))", "group_size": None, "fisher": False}
+TRELLIS |= {"calibration": "stdlib", "num_samples": 4, "seqlen": 64}
+
+
+@torch.no_grad()
+def logits(model, tokens=TOKENS):
+    return model.eval()(tokens).logits.float()
+
+
+def close(found, packed):
+    expected = logits(quantkit.load(packed, dtype=torch.float32))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.fixture(scope="session")
+def packed(short_reference, tmp_path_factory):
+    """A function: settings of `quantkit.quantize` -> a packed folder, made once a session."""
+    root = tmp_path_factory.mktemp("packed")
+
+    def make(bits, source=short_reference, **settings):
+        folder = root / "-".join(map(str, (source.name, bits, *settings.items())))
+        if not folder.exists():
+            quantkit.quantize(source, output=folder, bits=bits, **{"method": "rtn", "group_size": 64} | settings)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_of(tmp_path_factory, tokenizer):
+    """A function: (name, config) -> folder with an untrained model whose norms and biases are not all alike."""
+    root = tmp_path_factory.mktemp("sources")
+
+    def make(name, config, dtype=torch.bfloat16):
+        folder = root / name
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["llama_tied_small", "gpt2_small", "qwen3_moe", "gpt_oss", "mixtral"])
+def test_dense_is_the_plain_model(name, model_of, packed, tmp_path):
+    """Experts are stacked again, transposed layers turned, and all tensors called as transformers calls them."""
+    source = model_of(name, CONFIGS[name], torch.float32)
+    folder = packed(4, source, group_size=16, **({} if name in ("gpt_oss", "mixtral") else {"head_bits": 6}))
+    made = quantkit.export(folder, tmp_path / "dense", to="dense")
+    assert made.layers == 0 and made.dense
+    plain, told = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    assert {*Shards(tmp_path / "dense").specs} == {*Shards(source).specs}
+    assert not hasattr(plain.config, "quantization_config")
+    expected = logits(quantkit.load(folder, dtype=torch.float32))
+    torch.testing.assert_close(logits(plain), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dense_of_codes_that_nobody_else_has(packed, tmp_path):
+    folder = packed(None, **TRELLIS)
+    quantkit.export(folder, tmp_path / "dense", to="dense", dtype="float32")
+    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), folder)
+
+
+@pytest.mark.parametrize("bits, carrier, width", [(2, None, 4), (3, None, 4), (4, 5, 5), (4, None, 8), (6, None, 8)])
+def test_compressed_tensors(bits, carrier, width, packed, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    folder = packed(bits)
+    made = quantkit.export(folder, tmp_path / "out", to="compressed-tensors", carrier=carrier)
+    assert made.error == 0 and made.layers == 14
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["config_groups"]["group_0"]["weights"]["num_bits"] == width
+    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)), folder)
+
+
+def test_layers_of_different_bits(packed, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    folder = packed(3, rules={"*down_proj": RTN(5, group_size=64)})
+    quantkit.export(folder, tmp_path / "out", to="compressed-tensors")
+    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)), folder)
+
+
+@pytest.mark.parametrize("bits, symmetric", [(2, True), (3, False), (4, True), (6, False), (8, True)])
+def test_mlx(bits, symmetric, packed, tmp_path):
+    mlx = pytest.importorskip("mlx.core")
+    import numpy as np
+
+    folder = packed(bits, symmetric=symmetric)
+    made = quantkit.export(folder, tmp_path / "out", to="mlx", dtype="float32")
+    assert made.error < 1e-6
+    stored, model = {}, quantkit.load(folder, dtype=torch.float32, unpack=False)
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        stored |= load_file(file)
+    for name, layer in model.named_modules():
+        if hasattr(layer, "packed"):
+            codes = mlx.array(stored[f"{name}.weight"].view(torch.int32).numpy().view(np.uint32))
+            scales, offsets = (mlx.array(stored[f"{name}.{part}"].numpy()) for part in ("scales", "biases"))
+            read = torch.from_numpy(np.array(mlx.dequantize(codes, scales, offsets, group_size=64, bits=bits)))
+            torch.testing.assert_close(read, layer.packed.dequantize(), rtol=1e-6, atol=1e-6)
+
+
+def test_mlx_runs_the_model(packed, tmp_path):
+    mlx, mlx_lm = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm")
+    import numpy as np
+
+    folder = packed(3, head_bits=6)
+    made = quantkit.export(folder, tmp_path / "out", to="mlx", dtype="float32")
+    assert made.dense == () and made.layers >= 15
+    model, tokenizer = mlx_lm.load(str(tmp_path / "out"))
+    found = torch.from_numpy(np.array(model(mlx.array(TOKENS.numpy())).astype(mlx.float32)))
+    close(found, folder)
+    assert tokenizer.encode(TEXT) == AutoTokenizer.from_pretrained(folder).encode(TEXT)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_gptq(bits, packed, tmp_path):
+    folder = packed(bits)
+    made = quantkit.export(folder, tmp_path / "out", to="gptq")
+    assert made.error == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["bits"] == {3: 4, 4: 8}[bits] and config["sym"]
+    expected = logits(quantkit.load(folder, dtype=torch.float32))
+    found = logits(quantkit.load(tmp_path / "out", dtype=torch.float32))  # whose weights are in fp16
+    assert (found - expected).norm() <= 1e-3 * expected.norm()
+
+
+SIZES = {
+    "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 0,
+    "pad_token_id": 0,
+}  # fmt: skip
+LLAMAS = {
+    "llama": {},
+    "llama, scaled": {
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "mistral": {"sliding_window": None},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 128},
+    "gemma3_text": {
+        "num_hidden_layers": 6, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 256,
+        "query_pre_attn_scalar": 256, "sliding_window": 64, "tie_word_embeddings": True,
+    },
+    "phi3": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_gguf(name, model_of, packed, tmp_path):
+    pytest.importorskip("gguf")
+    config = AutoConfig.for_model(name.split(",")[0], **SIZES | LLAMAS[name])
+    folder = packed(3, model_of(name, config), group_size=32)
+    made = quantkit.export(folder, tmp_path / "model.gguf", to="gguf")
+    assert made.error == 0 and made.layers and made.nbytes == (tmp_path / "model.gguf").stat().st_size
+    found = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    if name != "llama, scaled":  # which transformers' reader leaves out; llama.cpp does not
+        close(logits(found), folder)
+    if name == "llama":  # of others transformers' reader splits text as their makers' tokenizers do
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+        assert tokenizer(TEXT).input_ids == AutoTokenizer.from_pretrained(folder)(TEXT).input_ids
+
+
+@pytest.mark.parametrize("bits, symmetric, error", [(2, True, 0), (4, True, 0), (6, True, 0), (4, False, 1e-3)])
+def test_blocks_of_gguf(bits, symmetric, error, packed, tmp_path):
+    pytest.importorskip("gguf")
+    folder = packed(bits, symmetric=symmetric, head_bits=6)
+    made = quantkit.export(folder, tmp_path / "model.gguf", to="gguf")
+    assert made.error <= error
+    found = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    expected = logits(quantkit.load(folder, dtype=torch.float32))
+    # the embedding has zeros, which its blocks hold rounded to fp16
+    assert (logits(found) - expected).norm() <= 2e-3 * expected.norm()
+
+
+def test_llama_cpp_runs_it(packed, tmp_path):
+    """Its products round activations to 8 bits, so that its numbers are near those of fp32, and not the same."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    folder = packed(4)
+    quantkit.export(folder, tmp_path / "model.gguf", to="gguf")
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_ctx, settings.n_parallel = str(tmp_path / "model.gguf"), 128, 1
+    settings.cpuparams.n_threads = 1
+    prompt = AutoTokenizer.from_pretrained(folder)(TEXT).input_ids
+    said = xllamacpp.Server(settings).handle_completions(
+        {"prompt": TEXT, "n_predict": 6, "n_probs": 3, "temperature": 0, "add_special": False}
+    )
+    model = quantkit.load(folder, dtype=torch.float32)
+    for step in said["choices"][0]["logprobs"]["content"]:
+        expected = logits(model, torch.tensor([prompt]))[0, -1].log_softmax(-1)
+        for token in step["top_logprobs"]:
+            assert abs(token["logprob"] - float(expected[token["id"]])) < 0.2
+        prompt.append(step["id"])
+
+
+def test_refused_by_name_with_what_would_do(packed, model_of, tmp_path):
+    trellis = packed(None, **TRELLIS)
+    for to in sorted(TARGETS.keys() - {"dense"}):
+        with pytest.raises(QuantkitError, match=r"layers\.0\..*\(and 13 more layers\).*rotated.*--to dense"):
+            quantkit.export(trellis, tmp_path / "none", to=to)
+    with pytest.raises(QuantkitError, match="8-bit codes half a step off zero, which take 9 bits"):
+        quantkit.export(packed(8), tmp_path / "none", to="gptq")
+    with pytest.raises(QuantkitError, match="zeros lie between whole numbers"):
+        quantkit.export(packed(4, symmetric=False), tmp_path / "none", to="gptq")
+    with pytest.raises(QuantkitError, match="codes of 7 bits; it has 2, 3, 4, 5, 6, 8"):
+        quantkit.export(packed(7), tmp_path / "none", to="mlx")
+    experts = packed(4, model_of("qwen3_moe", CONFIGS["qwen3_moe"]), group_size=16)
+    with pytest.raises(QuantkitError, match="experts"):
+        quantkit.export(experts, tmp_path / "none", to="gptq")
+    with pytest.raises(QuantkitError, match=r"are written of llama.*qwen3_moe.*convert_hf_to_gguf"):
+        quantkit.export(experts, tmp_path / "none", to="gguf")
+    with pytest.raises(QuantkitError, match=r"unknown form 'ggml'.*gguf, gptq, mlx"):
+        quantkit.export(experts, tmp_path / "none", to="ggml")
+    with pytest.raises(QuantkitError, match="not a quantkit checkpoint"):
+        quantkit.export(experts.parent.parent / "none", tmp_path / "none", to="dense")
+    assert not any(tmp_path.iterdir())
+
+
+def test_stopped_and_gone_on_with(packed, tmp_path):
+    folder, out = packed(3), tmp_path / "out"
+
+    def stop(done, _total, _what):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_folder(folder, out, "gptq", progress=stop)
+    with pytest.raises(QuantkitError, match="resume"):
+        export_folder(folder, out, "gptq")
+    export_folder(folder, out, "gptq", resume=True)
+    export_folder(folder, tmp_path / "whole", "gptq")
+    for file in (tmp_path / "whole").iterdir():
+        assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+    with pytest.raises(QuantkitError, match="already exists"):
+        export_folder(folder, out, "gptq")
+
+
+def test_a_model_in_memory(packed, tmp_path):
+    folder = packed(3)
+    quantkit.export(quantkit.load(folder, dtype=torch.float32), tmp_path / "memory", to="gptq")
+    quantkit.export(folder, tmp_path / "folder", to="gptq")
+    one, other = (
+        {**dict(Shards(tmp_path / name).read(Shards(tmp_path / name).specs))} for name in ("memory", "folder")
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name].float(), other[name].float()) for name in one)
+
+
+def test_the_command(packed, tmp_path):
+    folder = packed(3)
+    said = CliRunner().invoke(app, ["export", str(folder), "--to", "gptq", "--output", str(tmp_path / "out"), "--json"])
+    assert said.exit_code == 0, said.output
+    record = json.loads(said.stdout)
+    assert record["layers"] == 14 and record["error"] == 0 and record["to"] == "gptq"
+    again = CliRunner().invoke(app, ["export", str(folder), "--to", "dense", "--output", str(tmp_path / "dense")])
+    assert again.exit_code == 0 and "dense" in again.stdout and (tmp_path / "dense" / "config.json").exists()
