@@ -28,11 +28,10 @@ from transformers.models.auto import modeling_auto
 
 from quantkit.core.errors import CheckpointError, Interrupted, QuantkitError, first_line
 from quantkit.evals.architecture_sizes import small
-from quantkit.io.classes import class_of
+from quantkit.io.classes import class_of, meta_model
 from quantkit.io.conversion import origins
 from quantkit.io.hf import REFERENCE, load
 from quantkit.io.shards import Shards
-from quantkit.io.source import meta_model
 from quantkit.models.experts import parts
 from quantkit.models.ties import inner_ties
 from quantkit.quantizers.gptq import GPTQ

@@ -28,7 +28,8 @@ from quantkit.core.errors import QuantkitError
 from quantkit.evals.machine import cpu_name, name_of, versions
 from quantkit.evals.peers import PeerGrid, quantize_by_peer, run_script
 from quantkit.evals.real import model_folder
-from quantkit.io.source import load_tokenizer, meta_model
+from quantkit.io.classes import meta_model
+from quantkit.io.source import load_tokenizer
 from quantkit.run.recipe import Calibration
 
 PEER, DEFAULT, ONE_STREAM = "llm-compressor", "quantkit", "quantkit, target shift 0"

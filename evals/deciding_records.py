@@ -22,9 +22,10 @@ from quantkit.core.errors import QuantkitError
 from quantkit.evals.deciding_rows import Protocol, Row
 from quantkit.evals.deciding_table import DONE, FAILED, MISSING
 from quantkit.evals.machine import name_of
+from quantkit.io.classes import meta_model
 from quantkit.io.files import parse_json, write_durably
 from quantkit.io.shards import Shards
-from quantkit.io.source import load_tokenizer, meta_model
+from quantkit.io.source import load_tokenizer
 from quantkit.run.documents import documents
 from quantkit.run.text import evaluation_text
 

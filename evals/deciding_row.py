@@ -30,7 +30,8 @@ from quantkit.evals.machine import versions
 from quantkit.evals.peers import DENSE, PACKED, PeerGrid, Stored, quantize_by_peer, stored_by_peer
 from quantkit.evopress.settings import Evolution
 from quantkit.io.checkpoint import contents
-from quantkit.io.source import load_tokenizer, meta_model
+from quantkit.io.classes import meta_model
+from quantkit.io.source import load_tokenizer
 from quantkit.models.structure import find_blocks
 from quantkit.run import pipeline
 from quantkit.run.recipe import Calibration

@@ -25,7 +25,7 @@ LAYERS = [
     ["models"],
     ["io"],
     ["run"],
-    ["tuning", "kvcache"],
+    ["tuning", "kvcache", "exchange"],
     ["serve"],
     ["evopress"],
     ["advice"],

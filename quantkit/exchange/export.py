@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from quantkit.core.errors import QuantkitError, UnknownName
-from quantkit.exchange.folder import Told, write
+from quantkit.exchange.folder import write
 from quantkit.exchange.gguf import GGUF
 from quantkit.exchange.packed import PackedFolder
-from quantkit.exchange.target import Target
+from quantkit.exchange.target import Target, Told
 from quantkit.io.run_folder import Output
 
 TARGETS: Mapping[str, str] = {

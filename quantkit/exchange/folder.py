@@ -1,39 +1,17 @@
 """A folder in another program's form, written a block at a time; a run that was stopped goes on where it was."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from quantkit.core.weight import QuantizedWeight
-from quantkit.exchange.target import Target
+from quantkit.exchange.target import Target, Told, Written, difference
 from quantkit.io.beside import files_beside
 from quantkit.io.run_folder import Output
 from quantkit.io.shards import INDEX, checksum, open_shard
-
-Told = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Written:
-    """What became of the packed layers.
-
-    Attributes:
-        layers: that are packed in the new form too.
-        dense: packed layers that became dense.
-        error: the most by which a layer that stayed packed differs from what it was, |W' - W| / |W| (Frobenius).
-        nbytes: of all tensors.
-    """
-
-    layers: int
-    dense: tuple[str, ...]
-    error: float
-    nbytes: int
 
 
 def write(target: Target, output: Output, identity: dict[str, Any], progress: Told) -> Written:
@@ -85,12 +63,6 @@ def _unit(target: Target, unit: int) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
-
-
-def difference(read: Tensor, weight: QuantizedWeight) -> float:
-    """|W' - W| / |W| of what readers make of a weight, fp32 [out, in]."""
-    exact = weight.dequantize(torch.float32)
-    return float((read - exact).norm() / exact.norm().clamp_min(1e-30))
 
 
 def _finish(target: Target, output: Output, count: int) -> Written:

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from quantkit.core.errors import QuantkitError
 from quantkit.core.weight import QuantizedWeight
-from quantkit.exchange.folder import Told, Written, difference
 from quantkit.exchange.gguf_blocks import BLOCK, Kind, kind_of
 from quantkit.exchange.gguf_models import OTHERS, add_tokenizer, architecture, describe, head_dim
 from quantkit.exchange.integers import signed_bits
 from quantkit.exchange.packed import PackedFolder
-from quantkit.exchange.target import Target
+from quantkit.exchange.target import Target, Told, Written, difference
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.kernels.bitpack import unpack
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantkit.core.errors import QuantkitError
-from quantkit.exchange.target import DENSE
+from quantkit.exchange.packed import DENSE
 from quantkit.io.gguf import LLAMA3
 
 OTHERS = f"{DENSE}, which llama.cpp's own convert_hf_to_gguf.py takes"

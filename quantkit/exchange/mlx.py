@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core.weight import QuantizedWeight
-from quantkit.exchange.packed import PackedFolder
-from quantkit.exchange.target import DENSE, Target
+from quantkit.exchange.packed import DENSE, PackedFolder
+from quantkit.exchange.target import Target
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.kernels.bitpack import unpack
 from quantkit.models.experts import place

@@ -15,9 +15,12 @@ from quantkit.core.errors import CheckpointError
 from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.tied import TiedWeight
 from quantkit.io.checkpoint import packed_layers, read_config
+from quantkit.io.classes import meta_model
 from quantkit.io.shards import DTYPES, Shards
-from quantkit.io.source import meta_model
 from quantkit.models.structure import find_blocks
+
+DENSE = "`--to dense` writes any model, rounded to the type of its other weights"
+"""What helps where a form does not hold a weight."""
 
 
 class PackedFolder:

@@ -1,7 +1,8 @@
 """What an export has to know of the form that it writes; the forms are in the files beside."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -11,8 +12,25 @@ from quantkit.core.errors import QuantkitError
 from quantkit.core.weight import QuantizedWeight
 from quantkit.exchange.packed import PackedFolder
 
-DENSE = "`--to dense` writes any model, rounded to the type of its other weights"
-"""What helps where a form does not hold a weight."""
+Told = Callable[[int, int, str], None]
+"""Called with (units done, units in all, what comes next)."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of the packed layers.
+
+    Attributes:
+        layers: that are packed in the new form too.
+        dense: packed layers that became dense.
+        error: the most by which a layer that stayed packed differs from what it was, |W' - W| / |W| (Frobenius).
+        nbytes: of all tensors.
+    """
+
+    layers: int
+    dense: tuple[str, ...]
+    error: float
+    nbytes: int
 
 
 class Target(ABC):
@@ -81,3 +99,9 @@ class Target(ABC):
         if not torch.isfinite(made).all() and torch.isfinite(tensor).all():
             raise QuantkitError(f"{name} has numbers beyond {self.dtype}; give another `dtype`")
         return made
+
+
+def difference(read: Tensor, weight: QuantizedWeight) -> float:
+    """|W' - W| / |W| of what readers make of a weight, fp32 [out, in]."""
+    exact = weight.dequantize(torch.float32)
+    return float((read - exact).norm() / exact.norm().clamp_min(1e-30))

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from quantkit.core.errors import QuantkitError
 from quantkit.core.weight import QuantizedWeight
 from quantkit.exchange.integers import Integers, integers, signed_bits
-from quantkit.exchange.packed import PackedFolder
-from quantkit.exchange.target import DENSE, Target
+from quantkit.exchange.packed import DENSE, PackedFolder
+from quantkit.exchange.target import Target
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.models.experts import place
 

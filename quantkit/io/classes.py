@@ -7,7 +7,9 @@ there (`core.remote`).
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import transformers
+from accelerate import init_empty_weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +25,7 @@ from quantkit.core.constants import SHIM
 from quantkit.core.errors import QuantkitError, first_line
 from quantkit.core.remote import REMOTE
 from quantkit.io.files import parse_json
+from quantkit.models.experts import take_apart
 
 _TEXT, _MORE = (AutoModelForCausalLM,), (AutoModelForImageTextToText, AutoModelForMultimodalLM)
 """Where a config's class is looked up if it names none."""
@@ -85,3 +88,28 @@ def _repaired(found: type[PreTrainedModel]) -> type[PreTrainedModel]:
     if found.__name__ == "Llama4ForConditionalGeneration" and not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
         MoeCausalLMOutputWithPast.image_outputs = None  # type: ignore[attr-defined]
     return found
+
+
+def meta_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A model's structure on the meta device, its experts taken apart.
+
+    Args:
+        folder: holds config.json.
+        dtype: of the weights; None for the checkpoint's own.
+
+    Raises:
+        QuantkitError: transformers knows no such causal language model.
+    """
+    config = config_of(folder)
+    if getattr(config, "quantization_config", None):
+        del config.quantization_config
+    made = class_of(config)
+    kept = dtype or getattr(config, "dtype", None) or torch.float32
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = made._from_config(config, dtype=kept)
+    except Exception as error:  # models raise many kinds on a bad config
+        raise QuantkitError(f"{folder}: its config.json makes no {made.__name__} ({first_line(error)})") from error
+    model.tie_weights()
+    take_apart(model)
+    return model.eval()

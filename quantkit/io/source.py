@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -17,7 +16,7 @@ from quantkit.core.errors import QuantkitError, first_line
 from quantkit.core.remote import REMOTE
 from quantkit.io.beside import files_beside, readme_of
 from quantkit.io.checkpoint import ADAPTER, MERGE, is_packed, packed_layers, read_config
-from quantkit.io.classes import class_of, config_of
+from quantkit.io.classes import meta_model
 from quantkit.io.conversion import Origin, origins, others
 from quantkit.io.hf import load
 from quantkit.io.registration import QuantkitConfig, QuantkitHfQuantizer
@@ -468,28 +467,3 @@ def packed_structure(folder: Path, dtype: torch.dtype | None = None) -> PreTrain
     model = meta_model(folder, dtype)
     QuantkitHfQuantizer(QuantkitConfig(layers))._process_model_before_weight_loading(model)
     return model
-
-
-def meta_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    """A model's structure on the meta device, its experts taken apart.
-
-    Args:
-        folder: holds config.json.
-        dtype: of the weights; None for the checkpoint's own.
-
-    Raises:
-        QuantkitError: transformers knows no such causal language model.
-    """
-    config = config_of(folder)
-    if getattr(config, "quantization_config", None):
-        del config.quantization_config
-    made = class_of(config)
-    kept = dtype or getattr(config, "dtype", None) or torch.float32
-    try:
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = made._from_config(config, dtype=kept)
-    except Exception as error:  # models raise many kinds on a bad config
-        raise QuantkitError(f"{folder}: its config.json makes no {made.__name__} ({first_line(error)})") from error
-    model.tie_weights()
-    take_apart(model)
-    return model.eval()

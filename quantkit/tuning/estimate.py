@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from quantkit.core.device import compute_dtype, parse_dtype, pick_device
+from quantkit.io.classes import meta_model
 from quantkit.io.run_folder import RunFolder
 from quantkit.io.shards import Shards
-from quantkit.io.source import load_tokenizer, meta_model, packed_structure
+from quantkit.io.source import load_tokenizer, packed_structure
 from quantkit.models.structure import tensor_bytes
 from quantkit.run.estimate import resident_bytes
 from quantkit.tuning.end_to_end import checked_text, tuned_dense, tuned_layers

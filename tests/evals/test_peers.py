@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from quantkit.core.errors import QuantkitError
 from quantkit.evals import compare_llmcompressor, peers
 from quantkit.evals.peers import PEERS, PeerGrid, quantize_by_peer, run_script, stored_by_peer
-from quantkit.io.source import meta_model
+from quantkit.io.classes import meta_model
 from quantkit.models.structure import block_linears, linear_weight
 
 

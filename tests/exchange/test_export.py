@@ -241,7 +241,7 @@ def test_refused_by_name_with_what_would_do(packed, model_of, tmp_path):
     with pytest.raises(QuantkitError, match=r"unknown form 'ggml'.*gguf, gptq, mlx"):
         quantkit.export(experts, tmp_path / "none", to="ggml")
     with pytest.raises(QuantkitError, match="not a quantkit checkpoint"):
-        quantkit.export(experts.parent.parent / "none", tmp_path / "none", to="dense")
+        quantkit.export(model_of("qwen3_moe", CONFIGS["qwen3_moe"]), tmp_path / "none", to="dense")
     assert not any(tmp_path.iterdir())
 
 

@@ -13,10 +13,10 @@ import quantkit
 from quantkit import Calibration, Recipe
 from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.evals.architecture_sizes import small
-from quantkit.io.classes import class_of
+from quantkit.io.classes import class_of, meta_model
 from quantkit.io.conversion import origins, read
 from quantkit.io.shards import Shards
-from quantkit.io.source import meta_model, open_folder
+from quantkit.io.source import open_folder
 from quantkit.models.experts import Apart, is_stacked, parts, place, put_together, routed, take_apart
 from quantkit.run.estimate import estimate
 from quantkit.run.pipeline import quantize_checkpoint

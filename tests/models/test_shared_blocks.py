@@ -12,8 +12,9 @@ from quantkit import GPTQ, Calibration, Recipe
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Needs
 from quantkit.evals.architecture_sizes import small
+from quantkit.io.classes import meta_model
 from quantkit.io.shards import Shards
-from quantkit.io.source import meta_model, open_folder
+from quantkit.io.source import open_folder
 from quantkit.io.weights import LoadedWeights
 from quantkit.models.plan import Tied
 from quantkit.models.structure import block_linears, shared_layers

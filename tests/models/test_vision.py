@@ -14,10 +14,9 @@ from quantkit import Calibration, Recipe
 from quantkit.cli.main import app
 from quantkit.core.errors import QuantkitError
 from quantkit.io.checkpoint import read_config
-from quantkit.io.classes import class_of
+from quantkit.io.classes import class_of, meta_model
 from quantkit.io.conversion import origins
 from quantkit.io.shards import Shards
-from quantkit.io.source import meta_model
 from quantkit.models.linear import QuantizedLinear
 from quantkit.models.structure import find_blocks
 from quantkit.run.pipeline import quantize_checkpoint
