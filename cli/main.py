@@ -19,6 +19,7 @@ from quantkit.cli.doctor import doctor_command
 from quantkit.cli.evaluate import evaluate_command
 from quantkit.cli.export import export_command
 from quantkit.cli.generate import generate_command
+from quantkit.cli.import_ import import_command
 from quantkit.cli.inspect import inspect_command
 from quantkit.cli.options import is_first_process
 from quantkit.cli.quantize import quantize_command
@@ -62,6 +63,7 @@ app.command("generate")(verb(generate_command))
 app.command("chat")(verb(chat_command))
 app.command("serve")(verb(serve_command))
 app.command("export")(verb(export_command))
+app.command("import")(verb(import_command))
 app.command("inspect")(verb(inspect_command))
 app.command("bench")(verb(bench_command))
 app.command("doctor")(verb(doctor_command))
@@ -80,7 +82,7 @@ def _options(
     ] = False,
 ) -> None:
     """Post-training quantization of language models: advise, quantize, search, tune, evaluate, generate, chat,
-    serve, export, inspect, bench, doctor."""
+    serve, export, import, inspect, bench, doctor."""
 
 
 def main() -> None:

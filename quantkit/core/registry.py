@@ -17,6 +17,7 @@ _BUILT_IN = {
         "int_group_arranged": "quantkit.formats.int_group:ArrangedIntGroupWeight",
         "codebook": "quantkit.formats.codebook:CodebookWeight",
         "low_rank": "quantkit.formats.low_rank:LowRankWeight",
+        "ordered": "quantkit.formats.ordered:OrderedWeight",
         "pyramid": "quantkit.formats.pyramid:PyramidWeight",
         "rotated": "quantkit.formats.rotated:RotatedWeight",
         "scaled": "quantkit.formats.scaled:ScaledWeight",

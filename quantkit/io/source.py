@@ -323,6 +323,9 @@ class Sharded(Source):
         shards: of the folder.
         mapping: where the model's tensors are in them.
         structure_only: never read weights; names, shapes and sizes are all that is wanted.
+
+    Attributes:
+        shards: the same.
     """
 
     def __init__(
@@ -338,13 +341,17 @@ class Sharded(Source):
             self.notes = (
                 f"the files hold the model as {shards.form}, from which it is read; sizes are in its own dtype",
             )
-        self._folder, self._shards, self._structure_only = folder, shards, structure_only
+        self._folder, self.shards, self._structure_only = folder, shards, structure_only
         self._tensors = ModelTensors(shards, mapping)
         self._rotation: Rotation | None = None
         self._others = others(model, shards, mapping)
         if self._others:
             words = "%d stored tensors belong to no part of the model, %s among them, and go along as they are"
             logger.info(words, len(self._others), self._others[0])
+
+    def origin(self, name: str) -> Origin | None:
+        """Where a tensor of the model is stored; None for one that another is tied to."""
+        return self._tensors.mapping.get(name)
 
     def settle(self, plan: Plan) -> None:
         """See `Source`."""
@@ -388,7 +395,7 @@ class Sharded(Source):
 
     def fingerprint(self) -> dict[str, str]:
         """Of the files."""
-        return self._shards.fingerprint()
+        return self.shards.fingerprint()
 
     def files(self) -> dict[str, bytes]:
         """See `Source`."""
@@ -407,7 +414,7 @@ class Sharded(Source):
         return self.model
 
     def _stored(self) -> dict[str, int]:
-        apart = {name: self._shards.tensor_nbytes(name) for name in self._others}
+        apart = {name: self.shards.tensor_nbytes(name) for name in self._others}
         shared = inner_ties(self.model, self.prefix)
         own = {name: origin.nbytes for name, origin in self._tensors.mapping.items() if name not in shared}
         return own | apart
@@ -415,7 +422,7 @@ class Sharded(Source):
     def _read(self, names: list[str]) -> Iterable[tuple[str, Tensor]]:
         apart = set(self._others).intersection(names)
         yield from self._tensors.read([name for name in names if name not in apart])
-        yield from self._shards.read(apart)
+        yield from self.shards.read(apart)
 
 
 def open_folder(folder: Path, dtype: torch.dtype | None = None, structure_only: bool = False) -> Source:

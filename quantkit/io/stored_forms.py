@@ -32,6 +32,29 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight columns AutoAWQ puts into a word's nibbles, the lowest first."""
 
 
+@dataclass(frozen=True, eq=False)
+class Numbers:
+    """A matrix of whole numbers: (codes - zeros) * scales, those of a column's group.
+
+    Attributes:
+        codes: int64 [rows, columns], from 0 to 2^bits - 1.
+        zeros: int64 [rows, groups].
+        scales: fp32 [rows, groups].
+        group: int64 [columns], of each column.
+        bits: of a code.
+    """
+
+    codes: Tensor
+    zeros: Tensor
+    scales: Tensor
+    group: Tensor
+    bits: int
+
+    def values(self) -> Tensor:
+        """The matrix, fp32 [rows, columns]."""
+        return (self.codes - self.zeros[:, self.group]).float() * self.scales[:, self.group]
+
+
 @dataclass(frozen=True)
 class Quantized:
     """A matrix of which its quantized parts are stored.
@@ -40,11 +63,19 @@ class Quantized:
         parts: name of each stored tensor that it is made of, by what it is.
         shape: of the matrix.
         make: gives it in fp32, of those tensors.
+        numbers: gives the whole numbers that it is made of; None where it is not.
     """
 
     parts: Mapping[str, str]
     shape: tuple[int, ...]
     make: Callable[[Mapping[str, Tensor]], Tensor]
+    numbers: Callable[[Mapping[str, Tensor]], Numbers] | None = None
+
+
+def _of_numbers(
+    parts: Mapping[str, str], shape: tuple[int, ...], numbers: Callable[[Mapping[str, Tensor]], Numbers]
+) -> Quantized:
+    return Quantized(parts, shape, lambda p: numbers(p).values(), numbers)
 
 
 class Dequantized(Shards):
@@ -118,6 +149,21 @@ class Dequantized(Shards):
         if matrix.shape != made.shape:
             raise CheckpointError(f"{name}: its parts make {list(matrix.shape)}, not {list(made.shape)}")
         return matrix.to(self._dtype)
+
+    def numbers(self, name: str) -> Numbers | None:
+        """The whole numbers that a matrix is stored as; None where it is not.
+
+        Raises:
+            CheckpointError: its parts cannot be read, or do not go together.
+        """
+        made = self._made.get(name)
+        if made is None or made.numbers is None:
+            return None
+        stored = dict(self._shards.read(made.parts.values()))
+        try:
+            return made.numbers({what: stored[part] for what, part in made.parts.items()})
+        except (*_ODD, RuntimeError) as error:
+            raise CheckpointError(f"{name}: {first_line(error)}; the {self.form} files are damaged") from error
 
     def checksums(self) -> dict[str, str]:
         """See `Shards.checksums`: of what is stored."""
@@ -234,13 +280,14 @@ def _gptq(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantized]:
             part: name for part, name in names.items() if part == ".g_idx"
         }
 
-        def make(p: Mapping[str, Tensor], inputs: int = inputs, outputs: int = outputs, groups: int = groups) -> Tensor:
-            codes = _stream(p[".qweight"].T, bits, inputs).T
-            zeros = _stream(p[".qzeros"], bits, outputs) + offset
+        def numbers(
+            p: Mapping[str, Tensor], inputs: int = inputs, outputs: int = outputs, groups: int = groups
+        ) -> Numbers:
+            zeros = _stream(p[".qzeros"], bits, outputs).T + offset
             group = p[".g_idx"].long() if ".g_idx" in p else _groups_of(inputs, groups, config)
-            return ((codes - zeros[group]) * p[".scales"].float()[group]).T
+            return Numbers(_stream(p[".qweight"].T, bits, inputs), zeros, p[".scales"].float().T, group, bits)
 
-        found[f"{place}.weight"] = Quantized(names, (outputs, inputs), make)
+        found[f"{place}.weight"] = _of_numbers(names, (outputs, inputs), numbers)
     return found
 
 
@@ -265,11 +312,11 @@ def _awq(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantized]:
         groups, _ = shards.specs[names[".scales"]][1]
         names = {part: names[part] for part in (".qweight", ".qzeros", ".scales")}
 
-        def make(p: Mapping[str, Tensor], inputs: int = inputs, groups: int = groups) -> Tensor:
-            group = _groups_of(inputs, groups, config)
-            return ((_nibbles(p[".qweight"]) - _nibbles(p[".qzeros"])[group]) * p[".scales"].float()[group]).T
+        def numbers(p: Mapping[str, Tensor], inputs: int = inputs, groups: int = groups) -> Numbers:
+            codes, zeros = (_nibbles(p[part]).T.long() for part in (".qweight", ".qzeros"))
+            return Numbers(codes, zeros, p[".scales"].float().T, _groups_of(inputs, groups, config), 4)
 
-        found[f"{place}.weight"] = Quantized(names, (words * 8, inputs), make)
+        found[f"{place}.weight"] = _of_numbers(names, (words * 8, inputs), numbers)
     return found
 
 
@@ -350,32 +397,51 @@ def _compressed(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantize
             columns = (
                 shards.specs[names[".weight_scale"]][1][1] * int(size) if strategy == "group" else words * 32 // bits
             )
-            found[f"{place}.weight"] = Quantized(names, (rows, columns), partial(_of_packed, bits, columns))
+            found[f"{place}.weight"] = _of_numbers(names, (rows, columns), partial(_of_packed, bits, columns))
         elif ".weight" in names:
-            shape = tuple(shards.specs[names[".weight"]][1])
-            found[f"{place}.weight"] = Quantized(names, shape, partial(_of_groups, 8))
+            kind, sizes = shards.specs[names[".weight"]]
+            made = partial(_of_groups, 8)
+            shape = tuple(sizes)
+            found[f"{place}.weight"] = (
+                _of_numbers(names, shape, made) if kind == "I8" else Quantized(names, shape, _of_floats)
+            )
     return _with_inputs(found, shards, ".input_scale")
 
 
-def _of_packed(bits: int, columns: int, parts: Mapping[str, Tensor]) -> Tensor:
+def _of_packed(bits: int, columns: int, parts: Mapping[str, Tensor]) -> Numbers:
     codes = _codes(parts[".weight_packed"], bits, columns) - 2 ** (bits - 1)
     return _of_groups(bits, {**parts, ".weight": codes})
 
 
-def _of_groups(bits: int, parts: Mapping[str, Tensor]) -> Tensor:
-    """(codes - zeros) * factors, [rows, columns] and [rows or 1, groups]."""
-    codes, scale, zeros = parts[".weight"].float(), parts[".weight_scale"].float(), parts.get(".weight_zero_point")
+def _of_groups(bits: int, parts: Mapping[str, Tensor]) -> Numbers:
+    """Signed codes [rows, columns] with zeros and factors [rows or 1, groups]."""
+    middle = 2 ** (bits - 1)
+    codes, zeros = parts[".weight"].long() + middle, parts.get(".weight_zero_point")
+    scale, group = _factors(parts)
+    scale = scale.expand(len(codes), -1)
+    if zeros is None:
+        zeros = torch.zeros_like(scale)
+    elif zeros.dtype == torch.int32:
+        zeros = _codes(zeros.T, bits, len(codes)).T - middle
+    zeros = zeros.long().reshape(-1, scale.shape[1]).expand(len(codes), -1) + middle
+    return Numbers(codes, zeros, scale, group, bits)
+
+
+def _of_floats(parts: Mapping[str, Tensor]) -> Tensor:
+    """E4M3 times factors."""
+    scale, group = _factors(parts)
+    return parts[".weight"].float() * scale[:, group]
+
+
+def _factors(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(fp32 [rows or 1, groups], the group of each column, int64 [columns])."""
+    columns, scale = parts[".weight"].shape[1], parts[".weight_scale"].float()
     scale = scale.reshape(-1, scale.shape[-1]) if scale.dim() > 1 else scale.reshape(-1, 1)
-    if codes.shape[1] % scale.shape[1]:
-        raise ValueError(f"{scale.shape[1]} groups for {codes.shape[1]} columns")
-    group = torch.arange(codes.shape[1]) // (codes.shape[1] // scale.shape[1])
+    if columns % scale.shape[1]:
+        raise ValueError(f"{scale.shape[1]} groups for {columns} columns")
     if ".weight_g_idx" in parts:
-        group = parts[".weight_g_idx"].long()
-    if zeros is not None:
-        if zeros.dtype == torch.int32:
-            zeros = _codes(zeros.T, bits, len(codes)).T - 2 ** (bits - 1)
-        codes = codes - zeros.float().reshape(-1, scale.shape[1])[:, group]
-    return codes * scale[:, group]
+        return scale, parts[".weight_g_idx"].long()
+    return scale, torch.arange(columns) // (columns // scale.shape[1])
 
 
 def _codes(words: Tensor, bits: int, count: int) -> Tensor:

@@ -19,7 +19,7 @@ def test_stored_models_are_read_a_block_at_a_time(stored, tmp_path):
     memory.write_untrained(tmp_path / "model", config)
     source = open_folder(tmp_path / "model")
     assert isinstance(source, Sharded) and not source._others
-    names = {*source._shards._shards.specs} if stored == "fp8" else {*source._shards.specs}
+    names = {*source.shards._shards.specs} if stored == "fp8" else {*source.shards.specs}
     assert not names <= source.model.state_dict().keys(), "stored as something else"
     report = quantize_checkpoint(tmp_path / "model", Recipe(RTN(3, 64)), tmp_path / "packed")
     assert report.packed_weights / report.all_weights > 0.1

@@ -16,6 +16,7 @@ from quantkit.core.stats import LayerStats
 from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.dense import DenseWeight
 from quantkit.formats.int_group import IntGroupWeight
+from quantkit.formats.ordered import OrderedWeight
 from quantkit.formats.rotated import RotatedWeight
 from quantkit.formats.tied import TiedWeight
 from quantkit.io.checkpoint import check_tensors
@@ -49,6 +50,7 @@ WEIGHTS = {
     "int_group_arranged": arranged,
     "codebook": lambda: stored(made(VPTQ(2.0, 2, outliers=0.1, residual_bits=2, scale_inputs=True))),
     "low_rank": lambda: stored(made(LowRank(RTN(2, 16), 3, adapter_bits=8))),
+    "ordered": lambda: stored(OrderedWeight(made(RTN(3, 16)), torch.arange(SHAPE[1]).flip(0).int())),
     "pyramid": lambda: stored(made(Pyramid(2.0, 8))),
     "rotated": lambda: stored(made(Hadamard(LowRank(Pyramid(3.0, 16, axis="in"), 2)))),
     "scaled": lambda: stored(quantized(Hadamard(RTN(3, 16)), torch.randn(SHAPE) * 1e-8, None)),

@@ -1,0 +1,161 @@
+"""A model that another program has quantized to whole numbers, as a packed checkpoint with the very same numbers.
+
+It is a run like any other (`run.pipeline`), whose quantizer for each layer takes what its file holds instead of
+rounding: progress, resumption, the report and the checkpoint are those of `quantize`. Zeros are stored. Columns in
+groups by activation order (`g_idx`) are brought side by side (`formats.ordered`).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from quantkit.core.errors import QuantkitError
+from quantkit.core.protocols import Needs
+from quantkit.core.stats import LayerStats
+from quantkit.core.weight import QuantizedWeight
+from quantkit.formats.int_group import IntGroupWeight
+from quantkit.formats.ordered import OrderedWeight
+from quantkit.io.checkpoint import CheckpointWriter, read_config
+from quantkit.io.run_folder import Output
+from quantkit.io.source import Sharded, open_folder
+from quantkit.io.stored_forms import FORMS, Dequantized, Numbers, quantization_of
+from quantkit.models.structure import block_linears
+from quantkit.run.pipeline import Progress, run, silent
+from quantkit.run.recipe import Recipe
+from quantkit.run.report import Report
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A layer's numbers as its file has them; a `Quantizer` for that layer alone.
+
+    Attributes:
+        layer: its name.
+        form: in which they are stored.
+        bits, group_size: of them.
+        ordered: whether groups go by activation order.
+        read: gives them.
+    """
+
+    layer: str
+    form: str
+    bits: int
+    group_size: int
+    ordered: bool
+    read: Callable[[], Numbers] = field(repr=False, compare=False)
+    needs: ClassVar[Needs] = Needs.NOTHING
+
+    def layout(self, out_features: int, in_features: int) -> QuantizedWeight:
+        """See `Quantizer`."""
+        base = IntGroupWeight.layout(out_features, in_features, self.bits, self.group_size, symmetric=False)
+        if not self.ordered:
+            return base
+        return OrderedWeight(base, torch.empty(in_features, dtype=torch.int32, device="meta"))
+
+    def quantize(self, weight: Tensor, stats: LayerStats | None) -> QuantizedWeight:
+        """The stored numbers; times a power of two where `weight` [out, in] is theirs times that.
+
+        Raises:
+            QuantkitError: scales that fp16 does not hold, or another weight.
+        """
+        found = self.read()
+        order = found.group.argsort(stable=True) if self.ordered else None
+        codes = (found.codes if order is None else found.codes[:, order]).to(torch.uint8)
+        norm = float(found.values().norm())
+        power = 2.0 ** round(math.log2(float(weight.norm()) / norm)) if norm and float(weight.norm()) else 1.0
+        scales = (found.scales * power).half()
+        if not torch.equal(scales.float(), found.scales * power):
+            raise QuantkitError(
+                f"{self.layer}: its scales are not numbers of fp16, so that they cannot be taken as they are; "
+                "`quantkit quantize` reads the model as what it stands for, and rounds anew"
+            )
+        zeros = found.zeros.half()
+        base = IntGroupWeight.pack(codes, scales.T.contiguous(), zeros.T.contiguous(), self.bits, self.group_size)
+        packed = base if order is None else OrderedWeight(base, order.int())
+        packed = packed.map(lambda tensor: tensor.to(weight.device))
+        off = float((packed.dequantize() - weight).norm())
+        if off > 2**-6 * float(weight.norm()):  # the model has the matrix in 16 bits
+            raise QuantkitError(f"{self.layer}: its numbers do not make the weight that the model has there")
+        return packed
+
+
+def import_folder(
+    folder: Path,
+    output: Path,
+    *,
+    name: str = "",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Report:
+    """Makes a packed checkpoint of a folder whose layers are stored as whole numbers, the same numbers.
+
+    Args:
+        folder: of GPTQ, AWQ, auto-round or compressed-tensors, as their writers leave it.
+        output: the folder to make.
+        name: of the model, for the report.
+        resume, overwrite, progress: see `run.pipeline.quantize_checkpoint`.
+
+    Returns:
+        The report; layers that are stored in another way, and experts, stay dense.
+
+    Raises:
+        QuantkitError: nothing in the folder is stored as whole numbers, or not as int_group holds them.
+    """
+    form = quantization_of(read_config(folder)).get("quant_method")
+    if form is None:
+        raise QuantkitError(f"{folder} holds no quantized model; `quantkit quantize` makes one of it")
+    if form not in FORMS:
+        raise QuantkitError(f"{folder} is quantized by {form}; whole numbers are taken from gptq, awq, auto-round and "
+                            "compressed-tensors")  # fmt: skip
+    source = open_folder(folder)
+    taken = _taken(source)
+    if not taken:
+        raise QuantkitError(
+            f"{folder} is stored as {form}, and no layer of its blocks as whole numbers; `quantkit quantize` reads it "
+            "as what it stands for"
+        )
+    target = Output(output, folder, resume=resume, overwrite=overwrite)
+    writer = CheckpointWriter(target, len(source.blocks), source.dense)
+    return run(source, Recipe(None, taken), writer, name=name, device="cpu", progress=progress)
+
+
+def _taken(source: Any) -> dict[str, Any]:
+    """What each layer is taken by, by its name."""
+    if not isinstance(source, Sharded) or not isinstance(source.shards, Dequantized):
+        return {}
+    shards, found = source.shards, {}
+    for name in block_linears(source.model):
+        origin = source.origin(f"{name}.weight")
+        if origin is None or origin.part is not None or len(origin.stored) != 1:
+            continue
+        (stored,) = origin.stored
+        numbers = shards.numbers(stored)
+        if numbers is None:
+            continue
+        counts = numbers.group.bincount()
+        size = int(counts.max())
+        even = all(int(count) == size for count in counts[:-1])
+        if not even:
+            raise QuantkitError(
+                f"{name}: its groups have {sorted({*counts.tolist()})} columns, and int_group's are alike"
+            )
+        ordered = not torch.equal(numbers.group, numbers.group.sort().values)
+        found[name] = Taken(name, shards.form, numbers.bits, size, ordered, _Reading(shards, stored))
+    return found
+
+
+@dataclass(frozen=True)
+class _Reading:
+    shards: Dequantized
+    stored: str
+
+    def __call__(self) -> Numbers:
+        found = self.shards.numbers(self.stored)
+        assert found is not None
+        return found

@@ -1,0 +1,135 @@
+"""`quantkit import`: what others have quantized is packed with the very same numbers, and goes back the same."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import quantkit
+from quantkit.cli.main import app
+from quantkit.core.errors import QuantkitError
+from quantkit.core.weight import QuantizedWeight
+from quantkit.exchange.importing import import_folder
+from quantkit.formats.int_group import IntGroupWeight
+from quantkit.formats.ordered import OrderedWeight
+from quantkit.io.checkpoint import contents
+from quantkit.io.shards import Shards
+
+from ..helpers.stored import FORMS, store
+
+WHOLE = [form for form in FORMS if form.startswith(("gptq", "auto", "awq", "compressed")) and "fp8" not in form]
+
+
+def layers_of(folder):
+    shards, found = Shards(folder), {}
+    state = dict(shards.read(shards.specs))
+    for name, weight in contents(folder).layers.items():
+        own = {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
+        found[name] = QuantizedWeight.from_state(weight.metadata(), own)
+    return found
+
+
+@pytest.mark.parametrize("form", WHOLE)
+def test_the_same_numbers(form, model_folder, tmp_path):
+    meant = store(model_folder("llama_even"), form, tmp_path / "stored")
+    report = import_folder(tmp_path / "stored", tmp_path / "packed")
+    packed = layers_of(tmp_path / "packed")
+    assert {f"{name}.weight" for name in packed} == meant.keys() and len(report.layers) == 14
+    for name, weight in packed.items():
+        ordered = form.startswith(("gptq", "auto"))  # whose groups go by activation order
+        assert isinstance(weight, OrderedWeight if ordered else IntGroupWeight)
+        torch.testing.assert_close(weight.dequantize(), meant[f"{name}.weight"], rtol=1e-6, atol=0)
+    model = quantkit.load(tmp_path / "packed", dtype=torch.float32)
+    assert torch.isfinite(model(torch.arange(12)[None]).logits).all()
+
+
+def test_products_in_an_order(model_folder, tmp_path):
+    """Whatever runs them: packed, unpacked, with a correction."""
+    store(model_folder("llama_even"), "gptq-3", tmp_path / "stored")
+    import_folder(tmp_path / "stored", tmp_path / "packed")
+    weight = layers_of(tmp_path / "packed")["model.layers.0.mlp.down_proj"]
+    x, (rows, columns) = torch.randn(3, weight.shape[1]), weight.shape
+    up, down, bias = torch.randn(rows, 2), torch.randn(2, columns), torch.randn(rows)
+    dense = weight.dequantize()
+    torch.testing.assert_close(weight.matmul(x), x @ dense.T, rtol=1e-4, atol=1e-4)
+    corrected = x @ (dense + up @ down).T + bias
+    torch.testing.assert_close(weight.matmul(x, bias, up, down), corrected, rtol=1e-4, atol=1e-3)
+    assert torch.equal(weight.rows(torch.tensor([5, 1])), dense[[5, 1]])
+    assert torch.equal(weight.cut(0, 8, 24).dequantize(), dense[8:24])
+    with pytest.raises(ValueError, match="order of its own"):
+        weight.cut(1, 0, 32)
+    twice = weight.order.clone()
+    twice[0] = twice[1]
+    with pytest.raises(ValueError, match="each input once"):
+        OrderedWeight(weight.base, twice).validate()
+
+
+def test_loaded_by_transformers_as_here(model_folder, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    quantkit.quantize(model_folder("llama_even"), output=tmp_path / "a", bits=4, method="rtn", group_size=32)
+    quantkit.export(tmp_path / "a", tmp_path / "stored", to="compressed-tensors")
+    import_folder(tmp_path / "stored", tmp_path / "packed")
+    tokens = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "stored", dtype=torch.float32)(tokens).logits
+        ours = quantkit.load(tmp_path / "packed", dtype=torch.float32)(tokens).logits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("to, bits", [("gptq", 3), ("gptq", 4), ("compressed-tensors", 3), ("compressed-tensors", 6)])
+def test_there_and_back_again(to, bits, model_folder, tmp_path):
+    """The same weights after export and import, and the same codes and scales after another export."""
+    quantkit.quantize(model_folder("llama_even"), output=tmp_path / "a", bits=bits, method="rtn", group_size=32)
+    quantkit.export(tmp_path / "a", tmp_path / "b", to=to)
+    import_folder(tmp_path / "b", tmp_path / "c")
+    first, second = layers_of(tmp_path / "a"), layers_of(tmp_path / "c")
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name].dequantize(), second[name].dequantize())
+    quantkit.export(tmp_path / "c", tmp_path / "d", to=to)
+    before, after = (dict(Shards(tmp_path / name).read(Shards(tmp_path / name).specs)) for name in "bd")
+    shared = before.keys() & after.keys()
+    assert sum(name.endswith(("weight_packed", "qweight")) for name in shared) == 14
+    assert all(torch.equal(before[name], after[name]) for name in shared)
+
+
+def test_stopped_and_gone_on_with(model_folder, tmp_path):
+    store(model_folder("llama_even"), "awq", tmp_path / "stored")
+
+    def stop(done, _total, _name):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        import_folder(tmp_path / "stored", tmp_path / "out", progress=stop)
+    import_folder(tmp_path / "stored", tmp_path / "out", resume=True)
+    import_folder(tmp_path / "stored", tmp_path / "whole")
+    assert Shards(tmp_path / "out").checksums() == Shards(tmp_path / "whole").checksums()
+
+
+def test_refused(model_folder, tmp_path):
+    folder = model_folder("llama_even")
+    with pytest.raises(QuantkitError, match="holds no quantized model"):
+        import_folder(folder, tmp_path / "out")
+    store(folder, "bnb-4", tmp_path / "bnb")
+    with pytest.raises(QuantkitError, match="stored as bitsandbytes, and no layer of its blocks as whole numbers"):
+        import_folder(tmp_path / "bnb", tmp_path / "out")
+    store(folder, "compressed-4", tmp_path / "fine")
+    shards = Shards(tmp_path / "fine")
+    tensors = dict(shards.read(shards.specs))
+    name = "model.layers.0.mlp.down_proj.weight_scale"
+    odd = tensors[name].float() * (1 + 2**-14)
+    save_file(tensors | {name: odd}, tmp_path / "fine" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(QuantkitError, match=r"layers.0.mlp.down_proj: its scales are not numbers of fp16"):
+        import_folder(tmp_path / "fine", tmp_path / "out")
+
+
+def test_the_command(model_folder, tmp_path):
+    store(model_folder("llama_even"), "awq", tmp_path / "stored")
+    said = CliRunner().invoke(app, ["import", str(tmp_path / "stored"), "--output", str(tmp_path / "out")])
+    assert said.exit_code == 0 and "14 layers as they were" in said.stdout, said.output
+    again = CliRunner().invoke(app, ["import", str(tmp_path / "stored"), "--json"])
+    assert again.exit_code == 0 and json.loads(again.stdout)["output"].endswith("stored-quantkit")
