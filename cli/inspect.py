@@ -1,4 +1,4 @@
-"""`quantkit inspect`: what a packed checkpoint holds."""
+"""`quantkit inspect`: what a packed checkpoint holds, or a model that another program has made."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.table import Table
 
 from quantkit.cli import options
 from quantkit.cli.display import console, without_prefix
+from quantkit.core.errors import QuantkitError
 from quantkit.core.units import size
 
 if TYPE_CHECKING:
@@ -20,18 +21,27 @@ if TYPE_CHECKING:
 
 
 def inspect_command(
-    folder: Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder or hub id of a packed checkpoint, or of any other model; or a GGUF file.")
+    ],
     check: Annotated[
         bool,
         typer.Option("--verify", help="Hold tensors and files against their checksums; exit code 2 if one differs."),
     ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """List a packed checkpoint's layers: format, shape, measured bits per weight, size."""
-    from quantkit.io.checkpoint import contents
+    """List a model's packed layers: format, shape, measured bits per weight, size; whoever has packed them."""
+    from quantkit.io.checkpoint import contents, is_packed, read_config
+    from quantkit.io.gguf_header import is_gguf
     from quantkit.io.hf import resolve_folder
 
-    folder = resolve_folder(folder)
+    file = Path(model).expanduser()
+    folder = file if file.is_file() and is_gguf(file) else resolve_folder(model)
+    if folder.is_file() or not is_packed(read_config(folder)):
+        if check:
+            raise QuantkitError(f"{folder} was not packed by quantkit, and has no checksums to verify")
+        _inspect_other(folder, as_json)
+        return
     found = contents(folder, check)
     rows = {name: _row(weight) for name, weight in found.layers.items()}
     if as_json:
@@ -39,7 +49,51 @@ def inspect_command(
         record = {"layers": rows, "bits_per_weight": bits, "bytes": found.nbytes, "verified": verified}
         print(json.dumps(record, indent=2))
         return
-    table = Table(title=escape(str(folder)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    _print_table(folder, rows)
+    console.print(
+        f"{len(rows)} packed layers: {found.bits_per_weight:.3f} bits per weight, {size(found.packed_nbytes)} of "
+        f"{size(found.nbytes)}"
+    )
+    if found.verified is not None:
+        console.print(f"all {found.verified} tensors are as they were written")
+
+
+def _inspect_other(place: Path, as_json: bool) -> None:
+    """What another program has made."""
+    from quantkit.exchange.survey import survey
+
+    found = survey(place)
+    rows = {
+        name: {
+            "format": matrix.format,
+            "shape": list(matrix.shape),
+            "bits": matrix.bits,
+            "bits_per_weight": matrix.bits_per_weight,
+            "bytes": matrix.nbytes,
+        }
+        for name, matrix in found.layers.items()
+    }
+    if as_json:
+        facts = {"quantized_by": found.by, "bits_per_weight": found.bits_per_weight, "bytes": found.nbytes}
+        print(json.dumps({"layers": rows, **facts}, indent=2))
+        return
+    if rows:
+        _print_table(place, rows)
+        console.print(
+            f"{len(rows)} matrices quantized by {escape(str(found.by))}: {found.bits_per_weight:.3f} bits per weight, "
+            f"{size(found.packed_nbytes)} of {size(found.nbytes)}; {found.dense:,} numbers are dense"
+        )
+    elif found.by is None:
+        console.print(f"{escape(str(place))} is not quantized: {found.dense:,} numbers, {size(found.nbytes)}")
+    else:
+        console.print(
+            f"{escape(str(place))} is quantized by {escape(found.by)}, whose tensors are not known here; "
+            f"{size(found.nbytes)}"
+        )
+
+
+def _print_table(place: Path, rows: dict[str, dict[str, Any]]) -> None:
+    table = Table(title=escape(str(place)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     before, names = without_prefix(list(rows))
     table.add_column(escape(f"layer of {before}" if before else "layer"), overflow="fold")
     for heading in ("format", "shape", "bits", "bits/w", "size"):
@@ -48,12 +102,6 @@ def inspect_command(
         cells = escape(name), row["format"], " x ".join(map(str, row["shape"])), str(row["bits"] or "")
         table.add_row(*cells, f"{row['bits_per_weight']:.3f}", size(row["bytes"]))
     console.print(table)
-    console.print(
-        f"{len(rows)} packed layers: {found.bits_per_weight:.3f} bits per weight, {size(found.packed_nbytes)} of "
-        f"{size(found.nbytes)}"
-    )
-    if found.verified is not None:
-        console.print(f"all {found.verified} tensors are as they were written")
 
 
 def _row(weight: QuantizedWeight) -> dict[str, Any]:

@@ -87,6 +87,7 @@ class Dequantized(Shards):
 
     Attributes:
         form: in which they are stored, for people.
+        made: how each of those matrices is made, by name.
 
     Raises:
         QuantkitError: another form than the known ones, or a matrix lacks a part. `read` raises it where parts do not
@@ -104,7 +105,7 @@ class Dequantized(Shards):
                 f"{', '.join(FORMS)}, or give the full-precision model"
             )
         try:
-            self._made = find(shards, asked)
+            self.made = find(shards, asked)
         except _ODD as error:
             raise QuantkitError(
                 f"{shards.folder}: its config.json or its tensors are not what {method} has "
@@ -114,17 +115,17 @@ class Dequantized(Shards):
         kinds = {str(known).removeprefix("torch."): name for name, known in DTYPES.items() if known.is_floating_point}
         kind = kinds.get(dtype, "BF16")
         self._dtype = DTYPES[kind]
-        hidden = {name for made in self._made.values() for name in made.parts.values()}
+        hidden = {name for made in self.made.values() for name in made.parts.values()}
         left = {name: spec for name, spec in shards.specs.items() if name not in hidden}
         for name, (stored, _) in left.items():
             if stored.startswith("F8"):
                 raise QuantkitError(f"{name} is stored in FP8, and its factors are not there; fetch the model anew")
-        self.specs = left | {name: (kind, list(made.shape)) for name, made in self._made.items()}
+        self.specs = left | {name: (kind, list(made.shape)) for name, made in self.made.items()}
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """See `Shards.read`."""
         names = list(names)
-        wanted = {name: self._made[name] for name in names if name in self._made}
+        wanted = {name: self.made[name] for name in names if name in self.made}
         users: dict[str, list[str]] = defaultdict(list)
         for name, made in wanted.items():
             for part in made.parts.values():
@@ -156,7 +157,7 @@ class Dequantized(Shards):
         Raises:
             CheckpointError: its parts cannot be read, or do not go together.
         """
-        made = self._made.get(name)
+        made = self.made.get(name)
         if made is None or made.numbers is None:
             return None
         stored = dict(self._shards.read(made.parts.values()))
