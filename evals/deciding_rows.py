@@ -228,7 +228,7 @@ def _searched() -> Iterator[Row]:
         way = Searched(bits, candidates, "gptq(3, group_size=64)")
         yield Row("search-gptq-g64", "search over GPTQ, groups of 64", bits, way, True)
     base, finer = (f"hadamard(trellis({bits}, state_bits={states}))" for bits, states in ((2, 14), (3, 12)))
-    tuned = EndToEnd(steps=160, mode="continuous")
+    tuned = EndToEnd(steps=400, batch=1, evaluate_every=100, mode="continuous")  # many small steps gain more
     for name, more, tuning in (("", "", None), ("-tuned", ", tuned end to end", tuned)):
         way = Searched(2.03, f"{base}, {finer}", base, generations=0, start="predicted", tuning=tuning)
         label = f"trellis, 2^14 states, few layers of 3 bits by prediction{more}"
