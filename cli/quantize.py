@@ -34,6 +34,13 @@ SETTINGS = (
 
 _OF_RECIPE = ("fisher", "target_shift", "true_sequential", "head_bits")
 """What presets decide beside the method."""
+_For = Annotated[
+    Literal["gguf", "vllm", "mlx"] | None,
+    typer.Option(
+        "--for", help="Integer grids that `quantkit export` writes for that program exactly, at its own widths: "
+        "GPTQ's or --method's, with groups and a grid that suit."
+    ),
+]  # fmt: skip
 _GroupSize = Annotated[
     int | None,
     typer.Option(help="Weights that share a scale, 128 by default; -1 for a whole row.", rich_help_panel=_INTEGER),
@@ -178,6 +185,7 @@ def quantize_command(
     model: options.Model,
     bits: _Bits = None,
     preset: _Preset = None,
+    meant_for: _For = None,
     method: _Method = None,
     hadamard: _Hadamard = None,
     low_rank: _LowRank = None,
@@ -233,7 +241,7 @@ def quantize_command(
             raise QuantkitError("--private says nothing without --push-to-hub; add the repository's id")
         if processes is not None and not dry_run:
             raise QuantkitError("--processes is for --dry-run; torchrun --nproc-per-node N -m quantkit.cli starts them")
-        given = context.params if preset is None else _take_preset(context, preset, plan)
+        given = _decided(context, preset, meant_for, plan)
         quantizer, words = _quantizer(context, plan, bits, given["method"], hadamard, low_rank, low_rank_bits)
         from quantkit.io.hf import resolve_folder
         from quantkit.io.hub import check_push, hub_id
@@ -257,8 +265,9 @@ def quantize_command(
             experts_bits,
             dict(map(_bits_of, include or ())),
         )
-        named = hub_id if dry_run else check_push  # hours before it is needed
-        address = named(push_to_hub) if push_to_hub is not None and options.is_first_process() else None
+        address = None
+        if push_to_hub is not None and options.is_first_process():
+            address = (hub_id if dry_run else check_push)(push_to_hub)  # hours before it is needed
         return recipe, resolve_folder(model), output or Path(f"{Path(model).resolve().name}-{words}"), address
 
     recipe, folder, output, repository = options.by_all(asked, device, alone=dry_run)
@@ -278,8 +287,7 @@ def quantize_command(
         raise _interrupted(output) from None
     if not options.is_first_process():
         return
-    known = report.check or report.settings["calibration"]  # else nobody has read that text
-    more = _eval_command(output, model, calibration if known else "wikitext2")
+    more = _eval_command(output, model, calibration if report.check or report.settings["calibration"] else "wikitext2")
     if not as_json:
         report_table(report)
         aside.print(f"measure more     {escape(more)}", soft_wrap=True)
@@ -301,6 +309,28 @@ def _bits_of(word: str) -> tuple[str, int]:
     if not pattern or (given and not bits.isdecimal()):
         raise QuantkitError(f"--include {word}: give a pattern of layers' names, and bits as in 'model.visual*=6'")
     return pattern, int(bits) if given else TOWER_BITS
+
+
+def _decided(context: typer.Context, preset: str | None, meant_for: str | None, plan: Path | None) -> dict[str, Any]:
+    """All options, with the values that a preset, or the program that the model is for, gives those that nobody gave.
+
+    Raises:
+        QuantkitError: both are given, or a plan decides.
+    """
+    if meant_for is None:
+        return context.params if preset is None else _take_preset(context, preset, plan)
+    if preset is not None or plan is not None:
+        raise QuantkitError(f"--for {meant_for} decides what {'--plan' if plan else '--preset'} does; give one of them")
+    from quantkit.exchange.export import settings_for
+
+    given = context.params
+    given["method"] = given["method"] or "gptq"
+    settings = settings_for(meant_for, given["method"], 3 if given["bits"] is None else given["bits"])
+    if given["group_size"] is None:
+        given["group_size"] = settings["group_size"]
+    if not any(word.partition("=")[0] == "--grid" for word in context.args) and given["symmetric"] is not False:
+        context.args += ["--grid", settings["grid"]]
+    return given
 
 
 def _take_preset(context: typer.Context, preset: str, plan: Path | None) -> dict[str, Any]:

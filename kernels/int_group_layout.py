@@ -28,6 +28,8 @@ from quantkit.kernels.bitpack import LANES, TILE, pack, unpack
 
 ROWS = 64
 """Rows of a block."""
+BETWEEN, STORED, WHOLE = 0, 1, 2
+"""Where a grid's zero is: at (2^bits - 1) / 2, at a stored number of each group, or at 2^(bits - 1)."""
 AT_ONCE = 2**23
 """Bytes of packed codes that are brought into this form together: it takes many times as many for a moment."""
 THREE = [(0, 0), (0, 6), (0, 12), (1, 0), (1, 6), (1, 12), (2, 0), (2, 6)]
@@ -50,9 +52,19 @@ def prefers(bits: int, in_features: int, group_size: int) -> bool:
     return arranges(in_features, group_size) and (bits, group_size) != (8, 32)
 
 
-def words_of_block(bits: int, group_size: int, has_zeros: bool) -> int:
+def zero_of(zeros: Tensor | None) -> int:
+    """Where the zero of a checkpoint's weight is: BETWEEN, STORED or WHOLE."""
+    return BETWEEN if zeros is None else WHOLE if zeros.dim() == 1 else STORED
+
+
+def middle(bits: int, zero: int) -> float:
+    """The number of the zero that no group stores."""
+    return 2.0 ** (bits - 1) if zero == WHOLE else (2**bits - 1) / 2
+
+
+def words_of_block(bits: int, group_size: int, zero: int) -> int:
     """int32 words of a block of rows and a tile."""
-    return ROWS * LANES * bits + groups_of(group_size) * (ROWS // 2) * (1 + has_zeros)
+    return ROWS * LANES * bits + groups_of(group_size) * (ROWS // 2) * (1 + (zero == STORED))
 
 
 def arranged(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> Tensor:
@@ -68,7 +80,7 @@ def arranged(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, gro
     parts = [
         _arranged(
             codes[at : at + step],
-            [grid[:, at : at + step] for grid in (scales, zeros) if grid is not None],
+            [grid[:, at : at + step] for grid in (scales, zeros) if grid is not None and grid.dim() == 2],
             bits,
             group_size,
         )
@@ -92,7 +104,7 @@ def _arranged(codes: Tensor, grids: list[Tensor], bits: int, group_size: int) ->
 
 
 def restored(
-    stream: Tensor, bits: int, group_size: int, has_zeros: bool, out_features: int, index: Tensor | None = None
+    stream: Tensor, bits: int, group_size: int, zero: int, out_features: int, index: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The checkpoint's (codes, scales, zeros); the inverse of `arranged`.
 
@@ -111,11 +123,13 @@ def restored(
         planes = fields.split([LANES * width for width in _widths(bits)], dim=2)
         codes = torch.cat([plane.flatten(1) for plane in planes], dim=1)
     found = []
-    for grid in stream[:, :, size:].view(torch.float16).chunk(1 + has_zeros, dim=2):
+    for grid in stream[:, :, size:].view(torch.float16).chunk(1 + (zero == STORED), dim=2):
         of_rows = grid.unflatten(2, (-1, ROWS))[block, :, :, row].flatten(1).T
         every = max(1, min(group_size // TILE, tiles))  # tiles that repeat a group's
         found.append(of_rows[::every].contiguous())
-    return codes, found[0], found[1] if has_zeros else None
+    if zero == WHOLE:
+        return codes, found[0], found[0].new_full((1,), middle(bits, zero))
+    return codes, found[0], found[1] if zero == STORED else None
 
 
 def _widths(bits: int) -> list[int]:

@@ -2,8 +2,9 @@
 
     W[n, k] = (code[n, k] - zero[g, n]) * scale[g, n],    g = k // group_size
 
-`codes` int32 [N, words] are laid out by `quantkit.kernels.bitpack`; `scales` and `zeros` are fp16 [groups, N],
-without `zeros` the zero point is (2^bits - 1) / 2. U [N, r] and D [r, K] are an optional low-rank correction, bias [N].
+`codes` int32 [N, words] are laid out by `quantkit.kernels.bitpack`; `scales` and `zeros` are fp16 [groups, N]. Without
+`zeros` the zero point is (2^bits - 1) / 2; where they are one number, fp16 [1], all groups have it: 2^(bits - 1).
+U [N, r] and D [r, K] are an optional low-rank correction, bias [N].
 
 Bytes moved: N * K * bits / 8 for codes, 2 or 4 bytes a group and row, 2 * M * K for x, 2 * M * N for y.
 
@@ -30,7 +31,7 @@ from quantkit.kernels import cpu, launching, operators, plans
 from quantkit.kernels.bitpack import TILE, row_words, unpack
 from quantkit.kernels.experts import check as check_experts
 from quantkit.kernels.experts import configured, products
-from quantkit.kernels.int_group_layout import ROWS, arranges, restored, words_of_block
+from quantkit.kernels.int_group_layout import ROWS, STORED, WHOLE, arranges, middle, restored, words_of_block, zero_of
 from quantkit.kernels.launching import or_stand_in
 from quantkit.kernels.tuning import Config, chosen, shares
 
@@ -50,7 +51,10 @@ def dequantized(
     values = unpack(codes, bits, in_features).float()
     padding = scales.shape[0] * group_size - in_features
     grouped = (torch.nn.functional.pad(values, (0, padding)) if padding else values).unflatten(1, (-1, group_size))
-    grouped -= (2**bits - 1) / 2 if zeros is None else zeros.float().T.unsqueeze(2)
+    if zeros is not None and zeros.dim() == 2:
+        grouped -= zeros.float().T.unsqueeze(2)
+    else:
+        grouped -= middle(bits, zero_of(zeros))
     grouped *= scales.float().T.unsqueeze(2)
     return grouped.flatten(1)[:, :in_features]
 
@@ -78,7 +82,7 @@ def reference(
 
     def some(part: slice) -> Tensor:
         """y [..., rows of the part]: the product with some rows of the weight."""
-        own_zeros = None if zeros is None else zeros[:, part]
+        own_zeros = zeros[:, part] if zeros is not None and zeros.dim() == 2 else zeros
         weight = dequantized(codes[part], scales[:, part], own_zeros, bits, group_size, x.shape[-1])
         own_bias, own_up = (None if tensor is None else tensor[part] for tensor in (bias, up))
         return operators.product(x, weight, own_bias, own_up, down)
@@ -158,11 +162,11 @@ def gemm_rule(problem: Problem) -> Config:
     return Config(block_m, 128, num_warps=8 if block_m > 32 else 4, num_stages=2 if block_m == 128 else 3)
 
 
-def flags(problem: Problem, has_zeros: bool) -> dict[str, Any]:
-    """The compile-time arguments that all three kernels share."""
-    size = words_of_block(problem.bits, problem.group_size, has_zeros) if problem.arranged else 0
+def flags(problem: Problem, zero: int) -> dict[str, Any]:
+    """The compile-time arguments that all three kernels share; `zero` is one of `int_group_layout`'s."""
+    size = words_of_block(problem.bits, problem.group_size, zero) if problem.arranged else 0
     groups = TILE // problem.group_size if problem.group_size < min(TILE, problem.K) else 1
-    form = {"BITS": problem.bits, "HAS_ZEROS": has_zeros, "GROUPS": groups}
+    form = {"BITS": problem.bits, "HAS_ZEROS": zero == STORED, "MIDDLE": middle(problem.bits, zero), "GROUPS": groups}
     return form | {"ARRANGED": problem.arranged, "BLOCK_WORDS": size}
 
 
@@ -200,7 +204,14 @@ def launch(
     """
     check(x, codes, scales, zeros, bits, group_size, bias, up, down)
     return _multiply(
-        x, (codes, scales, zeros, codes.shape[1]), len(codes), bits, group_size, False, (bias, up, down), config
+        x,
+        (codes, scales, zeros, zero_of(zeros), codes.shape[1]),
+        len(codes),
+        bits,
+        group_size,
+        False,
+        (bias, up, down),
+        config,
     )
 
 
@@ -209,7 +220,7 @@ def launch_arranged(
     stream: Tensor,
     bits: int,
     group_size: int,
-    has_zeros: bool,
+    zero: int,
     out_features: int,
     bias: Tensor | None = None,
     up: Tensor | None = None,
@@ -224,15 +235,15 @@ def launch_arranged(
     K, N = x.shape[-1], out_features
     if bits not in range(1, 9) or group_size < 1 or not arranges(K, group_size):
         raise ValueError(f"bits={bits}, group_size={group_size}, x {tuple(x.shape)}: no such weight is arranged")
-    shape = -(-N // ROWS), K // TILE, words_of_block(bits, group_size, has_zeros)
+    shape = -(-N // ROWS), K // TILE, words_of_block(bits, group_size, zero)
     operators.check(x, N, {"stream": (stream, torch.int32, shape)}, bias, up, down)
     halves = stream.view(torch.float16)
-    weight = stream, halves, halves if has_zeros else None, shape[1] * shape[2]
+    weight = stream, halves, halves if zero == STORED else None, zero, shape[1] * shape[2]
     return _multiply(x, weight, N, bits, group_size, True, (bias, up, down), config)
 
 
-_Weight = tuple[Tensor, Tensor, Tensor | None, int]
-"""Codes, scales, zeros, and the words between rows, or blocks of rows, of codes."""
+_Weight = tuple[Tensor, Tensor, Tensor | None, int, int]
+"""Codes, scales, zeros, where zero is, and the words between rows, or blocks of rows, of codes."""
 
 
 def _multiply(x, weight: _Weight, N: int, bits: int, group_size: int, arranged: bool, others, config) -> Tensor:
@@ -260,7 +271,7 @@ def _decode(rows, weight: _Weight, bias, up, inner, y, problem: Problem, config:
     from quantkit.kernels.int_group_matmul_triton import decode_kernel  # Triton exists on Linux alone
 
     M, N, K = problem.M, problem.N, problem.K
-    codes, scales, zeros, words = weight
+    codes, scales, zeros, zero, words = weight
     tiles = -(-N // config.block_n), -(-M // config.block_m)
     partial, arrived = y, y
     if config.split_k > 1:
@@ -271,7 +282,7 @@ def _decode(rows, weight: _Weight, bias, up, inner, y, problem: Problem, config:
         rows, codes, scales, or_stand_in(zeros, scales), *(or_stand_in(tensor, y) for tensor in (bias, up, inner)),
         y, partial, arrived,
         M, N, K // TILE, words, min(problem.group_size, K), rows.stride(0), 0 if up is None else up.shape[1],
-        **flags(problem, zeros is not None), HAS_BIAS=bias is not None, BLOCK_R=launching.block_r(up),
+        **flags(problem, zero), HAS_BIAS=bias is not None, BLOCK_R=launching.block_r(up),
         SPLIT_K=config.split_k, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         PAIRS=launching.pairs(problem.capability, config.block_m),
         **launching.machine(y), num_warps=config.num_warps, num_stages=config.num_stages,
@@ -282,13 +293,13 @@ def _gemm(rows, weight: _Weight, bias, up, inner, y, problem: Problem) -> None:
     from quantkit.kernels.int_group_matmul_triton import gemm_kernel
 
     M, N, K = problem.M, problem.N, problem.K
-    codes, scales, zeros, words = weight
+    codes, scales, zeros, zero, words = weight
     config = gemm_rule(problem)
     plans.start(
         gemm_kernel, (-(-N // config.block_n), -(-M // config.block_m)),
         rows, codes, scales, or_stand_in(zeros, scales), *(or_stand_in(tensor, y) for tensor in (bias, up, inner)), y,
         M, N, K, words, min(problem.group_size, K), rows.stride(0), 0 if up is None else up.shape[1],
-        **flags(problem, zeros is not None), **shape_flags(problem), HAS_BIAS=bias is not None,
+        **flags(problem, zero), **shape_flags(problem), HAS_BIAS=bias is not None,
         BLOCK_R=launching.block_r(up), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         PAIRS=launching.pairs(problem.capability, config.block_m),
         **launching.machine(y), num_warps=config.num_warps, num_stages=config.num_stages,
@@ -300,12 +311,12 @@ def _write_out(weight: _Weight, problem: Problem) -> Tensor:
     from quantkit.kernels.int_group_matmul_triton import dequantize_kernel
 
     N, K = problem.N, problem.K
-    codes, scales, zeros, words = weight
+    codes, scales, zeros, zero, words = weight
     out = torch.empty(N, K, dtype=problem.dtype, device=codes.device)
     with torch.cuda.device_of(codes):
         dequantize_kernel[(-(-N // 64), -(-K // TILE))](
             codes, scales, or_stand_in(zeros, scales), out, N, K, words, min(problem.group_size, K),
-            **flags(problem, zeros is not None), **shape_flags(problem), BLOCK_N=64, **launching.machine(codes),
+            **flags(problem, zero), **shape_flags(problem), BLOCK_N=64, **launching.machine(codes),
             num_warps=4,
         )  # fmt: skip
     return out
@@ -336,7 +347,7 @@ def check(
     expected = {
         "codes": (codes, torch.int32, (N, row_words(K, bits))),
         "scales": (scales, torch.float16, groups),
-        "zeros": (zeros, torch.float16, groups),
+        "zeros": (zeros, torch.float16, (1,) if zero_of(zeros) == WHOLE else groups),
     }
     operators.check(x, N, expected, bias, up, down)
 
@@ -354,29 +365,29 @@ int_group_matmul = operators.register(
 
 
 def dequantized_arranged(
-    stream: Tensor, bits: int, group_size: int, has_zeros: bool, out_features: int, in_features: int
+    stream: Tensor, bits: int, group_size: int, zero: int, out_features: int, in_features: int
 ) -> Tensor:
     """The specification of an arranged weight, on any device: fp32 [N, in_features]."""
-    return dequantized(*restored(stream, bits, group_size, has_zeros, out_features), bits, group_size, in_features)
+    return dequantized(*restored(stream, bits, group_size, zero, out_features), bits, group_size, in_features)
 
 
-def reference_arranged(x, stream, bits, group_size, has_zeros, out_features, bias=None, up=None, down=None) -> Tensor:
+def reference_arranged(x, stream, bits, group_size, zero, out_features, bias=None, up=None, down=None) -> Tensor:
     """The specification of the product with an arranged weight, on any device: y [..., N] in x's dtype for x [..., K].
 
     Args:
         stream: int32 [ceil(N / ROWS), K / 128, words], see `int_group_layout`.
         bits, group_size: of the weight.
-        has_zeros: whether the stream holds zeros.
+        zero: where it is; see `int_group_layout`.
         out_features: N.
         x, bias, up, down: as in `reference`.
     """
-    codes, scales, zeros = restored(stream, bits, group_size, has_zeros, out_features)
+    codes, scales, zeros = restored(stream, bits, group_size, zero, out_features)
     return reference(x, codes, scales, zeros, bits, group_size, bias, up, down)
 
 
 int_group_arranged_matmul = operators.register(
     "int_group_arranged_matmul",
-    "Tensor stream, int bits, int group_size, bool has_zeros, int out_features",
+    "Tensor stream, int bits, int group_size, int zero, int out_features",
     lambda *weight: weight[-1],
     dequantized_arranged,
     reference_arranged,
@@ -389,10 +400,10 @@ def problem_of_expert(x: Tensor, N: int, bits: int, group_size: int, arranged: b
     return replace(problem_of(x[:1], N, bits, group_size, arranged), M=1)
 
 
-def expert_rule(problem: Problem, has_zeros: bool) -> Config:
+def expert_rule(problem: Problem, zero: int) -> Config:
     """Sizes for `experts_kernel`: those of a single weight, where registers suffice for an expert's place too."""
     config = rule(problem)
-    return replace(config, block_n=32, num_warps=2) if has_zeros and problem.group_size == 32 else config
+    return replace(config, block_n=32, num_warps=2) if zero == STORED and problem.group_size == 32 else config
 
 
 def launch_experts(
@@ -404,7 +415,7 @@ def launch_experts(
     bits: int,
     group_size: int,
     out_features: int,
-    has_zeros: bool,
+    zero: int,
     bias: Tensor | None = None,
 ) -> Tensor:
     """y [pairs, N] for x [rows, K], of a stack of weights; see `kernels.experts`.
@@ -413,8 +424,8 @@ def launch_experts(
         x, chosen, bias: see there.
         codes: int32 [experts, N, words]; or, without `scales`, streams of `int_group_layout` [experts, blocks, tiles,
             words].
-        scales, zeros: fp16 [experts, groups, N].
-        bits, group_size, out_features, has_zeros: of each weight.
+        scales, zeros: fp16 [experts, groups, N]; no zeros where none are stored.
+        bits, group_size, out_features, zero: of each weight; see `int_group_layout` for the last.
 
     Raises:
         ValueError: shapes or dtypes that the kernel's addresses do not allow.
@@ -426,7 +437,7 @@ def launch_experts(
     if not problem.decodes:
         raise ValueError(f"{K} columns in groups of {group_size}, x of {x.dtype}: no kernel takes such rows")
     if scales is None:
-        shape = experts, -(-N // 64), K // TILE, words_of_block(bits, group_size, has_zeros)
+        shape = experts, -(-N // 64), K // TILE, words_of_block(bits, group_size, zero)
         check_experts(x, chosen, experts, bias, N, {"streams": (codes, torch.int32, shape)})
         halves, words = codes.view(torch.float16), shape[2] * shape[3]
         own = codes, halves, halves
@@ -439,7 +450,7 @@ def launch_experts(
         })  # fmt: skip
         own, each = (codes, scales, or_stand_in(zeros, scales)), (N * words, groups[1] * N)
     rows, y = launching.rows_of(x), plans.result((len(chosen), N), x)
-    config = configured(expert_rule(problem, has_zeros), N, len(chosen), K // TILE, problem.multiprocessors)
+    config = configured(expert_rule(problem, zero), N, len(chosen), K // TILE, problem.multiprocessors)
     blocks = -(-N // config.block_n) * len(y)
     partial, arrived = plans.scratch(blocks, config.split_k, config.block_n * config.block_m, y)
     with torch.cuda.device_of(x):
@@ -447,7 +458,7 @@ def launch_experts(
             experts_kernel, (-(-N // config.block_n), len(chosen), config.split_k),
             rows, chosen, *own, or_stand_in(bias, y), y, partial, arrived,
             experts, N, K // TILE, words, min(group_size, K), rows.stride(0), *each,
-            PER_ROW=len(chosen) // len(x), **flags(problem, has_zeros), HAS_BIAS=bias is not None,
+            PER_ROW=len(chosen) // len(x), **flags(problem, zero), HAS_BIAS=bias is not None,
             SPLIT_K=config.split_k, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             PAIRS=launching.pairs(problem.capability, config.block_m), **launching.machine(y),
             num_warps=config.num_warps, num_stages=config.num_stages,
@@ -464,7 +475,7 @@ def reference_experts(
     bits: int,
     group_size: int,
     out_features: int,
-    has_zeros: bool,
+    zero: int,
     bias: Tensor | None = None,
 ) -> Tensor:
     """The specification of `launch_experts`, on any device: y [pairs, N] for x [rows, K]."""
@@ -472,9 +483,9 @@ def reference_experts(
 
     def weight(expert: int) -> Tensor:
         if scales is None:
-            form = bits, group_size, has_zeros, out_features
-            return dequantized_arranged(codes[expert], *form, K)
-        own = None if zeros is None else zeros[expert]
+            return dequantized_arranged(codes[expert], bits, group_size, zero, out_features, K)
+        whole = codes.new_full((1,), middle(bits, zero), dtype=torch.float16) if zero == WHOLE else None
+        own = whole if zeros is None else zeros[expert]
         return dequantized(codes[expert], scales[expert], own, bits, group_size, K)
 
     return products(x, chosen, weight, bias)
@@ -482,7 +493,7 @@ def reference_experts(
 
 int_group_experts = operators.define(
     "int_group_experts(Tensor x, Tensor chosen, Tensor codes, Tensor? scales, Tensor? zeros, int bits, int group_size, "
-    "int out_features, bool has_zeros, Tensor? bias=None) -> Tensor",
+    "int out_features, int zero, Tensor? bias=None) -> Tensor",
     launch_experts,
     reference_experts,
     lambda x, chosen, *others: x.new_empty(len(chosen), others[5]),

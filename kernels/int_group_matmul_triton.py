@@ -93,7 +93,7 @@ def _grid_of(
 def decode_kernel(
     x_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, up_ptr, inner_ptr, y_ptr, partial_ptr, arrived_ptr,
     M, N, full_tiles, words, group_size, stride_xm, rank,
-    BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr,
+    BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, MIDDLE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUPS: tl.constexpr, ARRANGED: tl.constexpr, BLOCK_WORDS: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -143,7 +143,9 @@ def decode_kernel(
                 x_part = x
                 if PARTS > 1:
                     x_part = tl.where((columns * PARTS // WIDTH == part)[:, None], x, tl.zeros_like(x))
-                product = _of_group(codes, high, x_part, zero, BLOCK_M, BLOCK_N, BITS, half, HAS_ZEROS, INTERPRETED)
+                product = _of_group(
+                    codes, high, x_part, zero, BLOCK_M, BLOCK_N, BITS, half, HAS_ZEROS, MIDDLE, INTERPRETED
+                )
                 accumulator += scale.to(tl.float32)[:, None] * product
     if SPLIT_K > 1:
         where = tile_n * tl.num_programs(1) + tile_m
@@ -160,12 +162,12 @@ def decode_kernel(
 @triton.jit
 def _of_group(
     codes, high, x, zero, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr,
-    HAS_ZEROS: tl.constexpr, INTERPRETED: tl.constexpr,
+    HAS_ZEROS: tl.constexpr, MIDDLE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """(code - zero) @ x of the columns where x is not 0, fp32 [BLOCK_N, BLOCK_M]; HALF 1 holds codes times 8."""
     MAGIC: tl.constexpr = 128.0 if x.dtype == tl.bfloat16 else 1024.0
     TIMES: tl.constexpr = 8.0 if HALF else 1.0
-    OFFSET: tl.constexpr = MAGIC * (17 if BITS == 8 else 1) / TIMES + (0.0 if HAS_ZEROS else (2**BITS - 1) / 2)
+    OFFSET: tl.constexpr = MAGIC * (17 if BITS == 8 else 1) / TIMES + (0.0 if HAS_ZEROS else MIDDLE)
     x_sum = tl.sum(x.to(tl.float32), axis=0)[None, :]
     empty = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     product = dot(codes, x, empty, INTERPRETED)
@@ -182,7 +184,7 @@ def _of_group(
 @triton.jit
 def _weight_tile(
     codes_ptr, scales_ptr, zeros_ptr, rows_n, tile, N, K, words, group_size, dtype: tl.constexpr,
-    BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, WHOLE_GROUPS: tl.constexpr, TAIL: tl.constexpr,
+    BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, MIDDLE: tl.constexpr, WHOLE_GROUPS: tl.constexpr, TAIL: tl.constexpr,
     GROUPS: tl.constexpr, ARRANGED: tl.constexpr, BLOCK_WORDS: tl.constexpr,
     BLOCK_N: tl.constexpr, PAIRS: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -191,7 +193,6 @@ def _weight_tile(
     WHOLE_GROUPS: no group ends inside a tile. Where the last tile is short (TAIL columns), all are read field by field.
     Columns stand in the order of `column_order(PAIRS)`.
     """
-    ZERO: tl.constexpr = (2**BITS - 1) / 2
     full_tiles = K // 128
     k = column_order(PAIRS)
     column = tile * 128 + k
@@ -204,11 +205,11 @@ def _weight_tile(
         low, high = _codes_tile(
             row_ptr, tile, full_tiles, BITS, narrow, BLOCK_N, PAIRS, ARRANGED, BLOCK_WORDS, False, ASM
         )
-        code = low.to(tl.float32) - (OFFSET if HAS_ZEROS else OFFSET + ZERO)  # exact either way
+        code = low.to(tl.float32) - (OFFSET if HAS_ZEROS else OFFSET + MIDDLE)  # exact either way
         if BITS == 8:
             code += (high.to(tl.float32) - OFFSET) * 16
     else:
-        code = ragged_codes(row_ptr, k, tile, K, BITS, TAIL).to(tl.float32) - (0.0 if HAS_ZEROS else ZERO)
+        code = ragged_codes(row_ptr, k, tile, K, BITS, TAIL).to(tl.float32) - (0.0 if HAS_ZEROS else MIDDLE)
     if ARRANGED:
         block = tl.minimum(rows_n // 64, (N - 1) // 64)
         place = ((block * words + tile * BLOCK_WORDS) * 2 + 512 * BITS + rows_n % 64)[:, None]
@@ -233,7 +234,7 @@ def _weight_tile(
 def gemm_kernel(
     x_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, up_ptr, inner_ptr, y_ptr,
     M, N, K, words, group_size, stride_xm, rank,
-    BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr,
+    BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, MIDDLE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr,
     WHOLE_GROUPS: tl.constexpr, TAIL: tl.constexpr, GROUPS: tl.constexpr, ARRANGED: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -252,7 +253,8 @@ def gemm_kernel(
     for tile in range(0, tl.cdiv(K, 128)):
         weight = _weight_tile(
             codes_ptr, scales_ptr, zeros_ptr, rows_n, tile, N, K, words, group_size, dtype,
-            BITS, HAS_ZEROS, WHOLE_GROUPS, TAIL, GROUPS, ARRANGED, BLOCK_WORDS, BLOCK_N, PAIRS, ASM, INTERPRETED,
+            BITS, HAS_ZEROS, MIDDLE, WHOLE_GROUPS, TAIL, GROUPS, ARRANGED, BLOCK_WORDS, BLOCK_N, PAIRS, ASM,
+            INTERPRETED,
         )  # fmt: skip
         if TAIL == 0:
             x = tl.load(x_row_ptr + tile * 128)
@@ -268,7 +270,7 @@ def gemm_kernel(
 @triton.jit
 def dequantize_kernel(
     codes_ptr, scales_ptr, zeros_ptr, weight_ptr, N, K, words, group_size,
-    BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, WHOLE_GROUPS: tl.constexpr, TAIL: tl.constexpr,
+    BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, MIDDLE: tl.constexpr, WHOLE_GROUPS: tl.constexpr, TAIL: tl.constexpr,
     GROUPS: tl.constexpr, ARRANGED: tl.constexpr, BLOCK_WORDS: tl.constexpr, BLOCK_N: tl.constexpr,
     ASM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -277,7 +279,7 @@ def dequantize_kernel(
     tile = tl.program_id(1)
     weight = _weight_tile(
         codes_ptr, scales_ptr, zeros_ptr, rows_n, tile, N, K, words, group_size, weight_ptr.dtype.element_ty,
-        BITS, HAS_ZEROS, WHOLE_GROUPS, TAIL, GROUPS, ARRANGED, BLOCK_WORDS, BLOCK_N, 2, ASM, INTERPRETED,
+        BITS, HAS_ZEROS, MIDDLE, WHOLE_GROUPS, TAIL, GROUPS, ARRANGED, BLOCK_WORDS, BLOCK_N, 2, ASM, INTERPRETED,
     )  # fmt: skip
     column = tile * 128 + tl.arange(0, 128)
     inside = (rows_n < N)[:, None] & (column < K)[None, :]
@@ -288,7 +290,8 @@ def dequantize_kernel(
 def experts_kernel(
     x_ptr, chosen_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, y_ptr, partial_ptr, arrived_ptr,
     experts, N, full_tiles, words, group_size, stride_xm, codes_each, scales_each,
-    PER_ROW: tl.constexpr, BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr,
+    PER_ROW: tl.constexpr, BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, MIDDLE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr,
     ARRANGED: tl.constexpr, BLOCK_WORDS: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PAIRS: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -300,5 +303,6 @@ def experts_kernel(
         x_ptr + (pair // PER_ROW).to(tl.int64) * stride_xm, codes_ptr + expert.to(tl.int64) * codes_each,
         scales_ptr + scales, zeros_ptr + scales, bias_ptr + expert.to(tl.int64) * N, y_ptr, y_ptr,
         y_ptr + (pair - row) * N, partial_ptr, arrived_ptr, row + 1, N, full_tiles, words, group_size, 0, 0,
-        BITS, HAS_ZEROS, HAS_BIAS, 0, GROUPS, ARRANGED, BLOCK_WORDS, SPLIT_K, BLOCK_M, BLOCK_N, PAIRS, ASM, INTERPRETED,
+        BITS, HAS_ZEROS, MIDDLE, HAS_BIAS, 0, GROUPS, ARRANGED, BLOCK_WORDS, SPLIT_K, BLOCK_M, BLOCK_N, PAIRS, ASM,
+        INTERPRETED,
     )  # fmt: skip

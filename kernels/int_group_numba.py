@@ -28,6 +28,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from quantkit.kernels.bitpack import TILE, planes, tail_words_per_lane
+from quantkit.kernels.int_group_layout import STORED, middle, zero_of
 from quantkit.kernels.numba_words import (
     decode,
     exact,
@@ -109,8 +110,8 @@ def multiply(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bit
     missing = _ROWS - len(codes)
     if missing > 0:
         scales = torch.nn.functional.pad(scales, (0, missing))
-        zeros = None if zeros is None else torch.nn.functional.pad(zeros, (0, missing))
-    weight = words_of(codes), *_grids(scales, zeros), bits, group_size, stored
+        zeros = zeros if zeros is None or zeros.dim() == 1 else torch.nn.functional.pad(zeros, (0, missing))
+    weight = words_of(codes), *_grids(scales, zeros, bits), bits, group_size, stored
     turned, sums = np.empty(len(order.columns), np.float32), np.empty(len(scales), np.float32)
     for row, result in zip(x.detach().contiguous().numpy(), y.numpy(), strict=True):
         _prepare(row, group_size, order.columns, order.planes, turned, sums)
@@ -123,12 +124,15 @@ def unpack(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, out: Tensor, first: int
 ) -> None:
     """Rows of the weight from `first` on into out, fp32 [rows, K]: the numbers of `dequantized`."""
-    work = words_of(codes), *_grids(scales, zeros), bits, group_size, out.numpy(), first
+    work = words_of(codes), *_grids(scales, zeros, bits), bits, group_size, out.numpy(), first
     run(_unpack, _unpack_parallel, len(out), _ROWS, out.numel(), *work)
 
 
-def _grids(scales: Tensor, zeros: Tensor | None) -> tuple[Any, Any]:
-    return words_of(scales), np.empty((0, 0), np.uint16) if zeros is None else words_of(zeros)
+def _grids(scales: Tensor, zeros: Tensor | None, bits: int) -> tuple[Any, Any, Any]:
+    """Scales, stored zeros, and the zero where none is stored."""
+    zero = zero_of(zeros)
+    stored = np.empty((0, 0), np.uint16) if zeros is None or zero != STORED else words_of(zeros)
+    return words_of(scales), stored, np.float32(middle(bits, zero))
 
 
 def _load(builder: Any, address: Any, offset: Any, kind: Any) -> Any:
@@ -325,10 +329,9 @@ def _prepare(x, group_size, columns, planes, turned, sums):
 
 
 @fast
-def _grid(scales, zeros, bits, first, sums, by_group, offset):
+def _grid(scales, zeros, zero, first, sums, by_group, offset):
     """The scales of _ROWS rows, [group, row], and what their zeros take off the products."""
     offset[:] = 0
-    middle = np.float32((2**bits - 1) / 2)
     for g in range(len(scales)):
         own, total = by_group[g], sums[g]
         for j in range(_ROWS):
@@ -338,11 +341,11 @@ def _grid(scales, zeros, bits, first, sums, by_group, offset):
                 offset[j] += own[j] * of_half(zeros[g, np.uint64(first + j)]) * total
         else:
             for j in range(_ROWS):
-                offset[j] += own[j] * middle * total
+                offset[j] += own[j] * zero * total
 
 
 @fast
-def _multiply(x, words, scales, zeros, bits, group_size, stored, groups, planes, turned, sums, y, first, last):
+def _multiply(x, words, scales, zeros, zero, bits, group_size, stored, groups, planes, turned, sums, y, first, last):
     """Outputs from `first` to `last`."""
     in_features, full = len(x), len(x) // 128
     by_group, offset = np.empty((len(scales), _ROWS), np.float32), np.empty(_ROWS, np.float32)
@@ -353,7 +356,7 @@ def _multiply(x, words, scales, zeros, bits, group_size, stored, groups, planes,
     codes = quads.view(np.uint16)
     for start in range(first, last, _ROWS):
         begin = min(start, scales.shape[1] - _ROWS)  # the last rows again, where fewer are left
-        _grid(scales, zeros, bits, begin, sums, by_group, offset)
+        _grid(scales, zeros, zero, begin, sums, by_group, offset)
         for row in range(start, min(start + _ROWS, last)):
             j = np.uint64(row - begin)
             for g in range(len(scales)):
@@ -371,32 +374,44 @@ def _multiply(x, words, scales, zeros, bits, group_size, stored, groups, planes,
 
 
 @fast_parallel
-def _multiply_parallel(x, words, scales, zeros, bits, group_size, stored, groups, planes, turned, sums, y, ends):
+def _multiply_parallel(x, words, scales, zeros, zero, bits, group_size, stored, groups, planes, turned, sums, y, ends):
     for i in prange(len(ends) - 1):
         _multiply(
-            x, words, scales, zeros, bits, group_size, stored, groups, planes, turned, sums, y, ends[i], ends[i + 1]
+            x,
+            words,
+            scales,
+            zeros,
+            zero,
+            bits,
+            group_size,
+            stored,
+            groups,
+            planes,
+            turned,
+            sums,
+            y,
+            ends[i],
+            ends[i + 1],
         )
 
 
 @exact
-def _unpack(words, scales, zeros, bits, group_size, out, shift, first, last):
+def _unpack(words, scales, zeros, zero, bits, group_size, out, shift, first, last):
     """Rows from `first` to `last` of `out`, which are those from `shift` on of the weight."""
     in_features = out.shape[1]
     quads = np.empty(32 * ((in_features + 127) // 128), np.uint64)
     codes = quads.view(np.uint16)
-    zero = np.float32((2**bits - 1) / 2)
     for j in range(first, last):
         row = np.uint64(shift + j)
         decode(words[row], bits, in_features, quads)
         for g in range(len(scales)):
             scale = of_half(scales[g, row])
-            if len(zeros):
-                zero = of_half(zeros[g, row])
+            here = of_half(zeros[g, row]) if len(zeros) else zero
             for k in range(g * group_size, min((g + 1) * group_size, in_features)):
-                out[j, np.uint64(k)] = (np.float32(codes[np.uint64(k)]) - zero) * scale
+                out[j, np.uint64(k)] = (np.float32(codes[np.uint64(k)]) - here) * scale
 
 
 @exact_parallel
-def _unpack_parallel(words, scales, zeros, bits, group_size, out, shift, ends):
+def _unpack_parallel(words, scales, zeros, zero, bits, group_size, out, shift, ends):
     for i in prange(len(ends) - 1):
-        _unpack(words, scales, zeros, bits, group_size, out, shift, ends[i], ends[i + 1])
+        _unpack(words, scales, zeros, zero, bits, group_size, out, shift, ends[i], ends[i + 1])

@@ -107,7 +107,7 @@ def _int_group_arranged(device: torch.device) -> Iterator[Case]:
         groups = K // group_size, N
         scales, zeros = (random.uniform(*groups) + 0.5).half(), (random.uniform(*groups) * 2**bits).half()
         stream = int_group_layout.arranged(codes, scales, zeros, bits, group_size)
-        weight = stream, bits, group_size, True, N
+        weight = stream, bits, group_size, int_group_layout.STORED, N
         yield _product(f"int{bits} g{group_size}", (EVEN, dtype, rows), random, _INT_GROUP_ARRANGED, weight, K)
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core.errors import QuantkitError
-from quantkit.exchange.integers import Integers, signed_bits
+from quantkit.exchange.integers import Integers, number_bits
 from quantkit.exchange.packed import PackedFolder
 from quantkit.exchange.whole_numbers import WholeNumbers
 from quantkit.formats.int_group import IntGroupWeight
+from quantkit.kernels.int_group_layout import STORED
 
 
 class CompressedTensors(WholeNumbers):
@@ -57,8 +58,8 @@ class CompressedTensors(WholeNumbers):
         for name, weight in self.packed.layers.items():
             if self.holds(name):
                 assert isinstance(weight, IntGroupWeight)
-                symmetric = weight.zeros is None
-                bits = self.carrier(signed_bits(weight) if symmetric else weight.bits)
+                symmetric = weight.zero != STORED
+                bits = self.carrier(number_bits(weight))
                 group = -1 if weight.group_size >= weight.in_features else weight.group_size
                 sorts.setdefault((bits, group, symmetric), []).append(name)
         kept = {name for names in sorts.values() for name in names}

@@ -12,11 +12,12 @@ from quantkit.core.errors import QuantkitError
 from quantkit.core.weight import QuantizedWeight
 from quantkit.exchange.gguf_blocks import BLOCK, Kind, kind_of
 from quantkit.exchange.gguf_models import OTHERS, add_tokenizer, architecture, describe, head_dim
-from quantkit.exchange.integers import signed_bits
+from quantkit.exchange.integers import integers, number_bits
 from quantkit.exchange.packed import PackedFolder
 from quantkit.exchange.target import Target, Told, Written, difference
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.kernels.bitpack import unpack
+from quantkit.kernels.int_group_layout import STORED
 
 
 class GGUF(Target):
@@ -60,29 +61,30 @@ class GGUF(Target):
         if columns % BLOCK or (weight.group_size < columns and weight.group_size % BLOCK):
             return f"groups of {min(weight.group_size, columns)} of {columns} inputs in blocks of {BLOCK}; {OTHERS}"
         if self._kind(weight) is None:
-            zeros = "" if weight.zeros is None else " with zeros"
+            zeros = " with zeros" if weight.zero == STORED else ""
             return f"{weight.bits}-bit codes{zeros}, for which it has no blocks; {OTHERS}"
         return ""
 
     def _kind(self, weight: IntGroupWeight) -> Kind | None:
-        has_zeros = weight.zeros is not None
-        return kind_of(weight.bits if has_zeros else signed_bits(weight), has_zeros)
+        return kind_of(number_bits(weight), weight.zero == STORED)
 
     def tensors(self, name: str, weight: QuantizedWeight) -> tuple[dict[str, Tensor], Tensor]:
         """The layer's blocks, uint8 [out, bytes of a row], by its name in the file."""
         assert isinstance(weight, IntGroupWeight)
         kind = self._kind(weight)
         assert kind is not None
-        codes = unpack(weight.codes, weight.bits, weight.in_features).short()
-        scales, group = weight.scales.float().T, torch.arange(0, weight.in_features, BLOCK) // weight.group_size
-        if weight.zeros is None:
-            numbers, scales, offsets = 2 * codes - (2**weight.bits - 1), scales / 2, None
+        group, offsets = torch.arange(0, weight.in_features, BLOCK) // weight.group_size, None
+        if weight.zeros is not None and weight.zero == STORED:
+            numbers, scales = unpack(weight.codes, weight.bits, weight.in_features).short(), weight.scales.float().T
+            offsets = (-weight.zeros.float().T * scales)[:, group].half()
         else:
-            numbers, offsets = codes, (-weight.zeros.float().T * scales)[:, group].half()
+            found = integers(weight)
+            assert found is not None
+            numbers, scales = found.numbers, found.scales
         steps = scales[:, group].half()
-        read = numbers.view(len(codes), -1, BLOCK).float() * steps.float().unsqueeze(2)
+        read = numbers.view(len(numbers), -1, BLOCK).float() * steps.float().unsqueeze(2)
         read = read if offsets is None else read + offsets.float().unsqueeze(2)
-        order = self._order(name, len(codes))
+        order = self._order(name, len(numbers))
         packed = kind.pack(numbers[order], steps[order], None if offsets is None else offsets[order])
         return {self._name(f"{name}.weight"): torch.from_numpy(packed)}, read.flatten(1)
 

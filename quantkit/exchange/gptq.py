@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from quantkit.core.errors import QuantkitError
-from quantkit.exchange.integers import Integers, signed_bits
+from quantkit.exchange.integers import Integers, number_bits
 from quantkit.exchange.packed import PackedFolder
 from quantkit.exchange.whole_numbers import WholeNumbers
 from quantkit.formats.int_group import IntGroupWeight
+from quantkit.kernels.int_group_layout import STORED
 
 
 class GPTQForm(WholeNumbers):
@@ -26,9 +27,8 @@ class GPTQForm(WholeNumbers):
         if len(groups) != 1:
             raise QuantkitError(f"{self.name} has one size of groups in all layers, and these have {sorted(groups)}")
         (self.group_size,) = groups
-        needed = [signed_bits(weight) if weight.zeros is None else weight.bits for weight in own]
-        self.asked = super().carrier(max(needed))
-        self.symmetric = all(weight.zeros is None for weight in own)
+        self.asked = super().carrier(max(number_bits(weight) for weight in own))
+        self.symmetric = all(weight.zero != STORED for weight in own)
 
     def shape_refusal(self, weight: IntGroupWeight, rows: int, columns: int) -> str:
         """See `WholeNumbers`: words hold whole numbers of both sides."""

@@ -1,8 +1,8 @@
 """A model that another program has quantized to whole numbers, as a packed checkpoint with the very same numbers.
 
 It is a run like any other (`run.pipeline`), whose quantizer for each layer takes what its file holds instead of
-rounding: progress, resumption, the report and the checkpoint are those of `quantize`. Zeros are stored. Columns in
-groups by activation order (`g_idx`) are brought side by side (`formats.ordered`).
+rounding: progress, resumption, the report and the checkpoint are those of `quantize`. Columns in groups by activation
+order (`g_idx`) are brought side by side (`formats.ordered`).
 """
 
 import math
@@ -24,6 +24,7 @@ from quantkit.io.checkpoint import CheckpointWriter, read_config
 from quantkit.io.run_folder import Output
 from quantkit.io.source import Sharded, open_folder
 from quantkit.io.stored_forms import FORMS, Dequantized, Numbers, quantization_of
+from quantkit.kernels.int_group_layout import STORED, WHOLE
 from quantkit.models.structure import block_linears
 from quantkit.run.pipeline import Progress, run, silent
 from quantkit.run.recipe import Recipe
@@ -38,6 +39,7 @@ class Taken:
         layer: its name.
         form: in which they are stored.
         bits, group_size: of them.
+        zero: where it is; one of `kernels.int_group_layout`'s.
         ordered: whether groups go by activation order.
         read: gives them.
     """
@@ -46,13 +48,14 @@ class Taken:
     form: str
     bits: int
     group_size: int
+    zero: int
     ordered: bool
     read: Callable[[], Numbers] = field(repr=False, compare=False)
     needs: ClassVar[Needs] = Needs.NOTHING
 
     def layout(self, out_features: int, in_features: int) -> QuantizedWeight:
         """See `Quantizer`."""
-        base = IntGroupWeight.layout(out_features, in_features, self.bits, self.group_size, symmetric=False)
+        base = IntGroupWeight.layout(out_features, in_features, self.bits, self.group_size, self.zero)
         if not self.ordered:
             return base
         return OrderedWeight(base, torch.empty(in_features, dtype=torch.int32, device="meta"))
@@ -74,8 +77,10 @@ class Taken:
                 f"{self.layer}: its scales are not numbers of fp16, so that they cannot be taken as they are; "
                 "`quantkit quantize` reads the model as what it stands for, and rounds anew"
             )
-        zeros = found.zeros.half()
-        base = IntGroupWeight.pack(codes, scales.T.contiguous(), zeros.T.contiguous(), self.bits, self.group_size)
+        zeros = found.zeros.half().T.contiguous()
+        if self.zero == WHOLE:
+            zeros = zeros.flatten()[:1]
+        base = IntGroupWeight.pack(codes, scales.T.contiguous(), zeros, self.bits, self.group_size)
         packed = base if order is None else OrderedWeight(base, order.int())
         packed = packed.map(lambda tensor: tensor.to(weight.device))
         off = float((packed.dequantize() - weight).norm())
@@ -146,7 +151,8 @@ def _taken(source: Any) -> dict[str, Any]:
                 f"{name}: its groups have {sorted({*counts.tolist()})} columns, and int_group's are alike"
             )
         ordered = not torch.equal(numbers.group, numbers.group.sort().values)
-        found[name] = Taken(name, shards.form, numbers.bits, size, ordered, _Reading(shards, stored))
+        zero = WHOLE if bool((numbers.zeros == 2 ** (numbers.bits - 1)).all()) else STORED
+        found[name] = Taken(name, shards.form, numbers.bits, size, zero, ordered, _Reading(shards, stored))
     return found
 
 

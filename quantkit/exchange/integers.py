@@ -5,7 +5,8 @@ the size hold it exactly, so that it fits where there is a bit more:
 
     (code - (2^b - 1) / 2) * scale  =  (2 code - (2^b - 1)) * (scale / 2)
 
-Stored zeros are whole numbers in weights that came from such a format; those that quantkit fits are not.
+Grids around a whole number (`grid="int"`) are what those formats have, at their own width. Stored zeros are whole
+numbers in weights that came from such a format; those that quantkit fits are not.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.kernels.bitpack import unpack
+from quantkit.kernels.int_group_layout import BETWEEN, WHOLE
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +45,9 @@ class Integers:
         return numbers.float() * self.scales[:, group]
 
 
-def signed_bits(weight: IntGroupWeight) -> int:
-    """Bits that a symmetric weight's whole numbers take."""
-    return weight.bits + 1
+def number_bits(weight: IntGroupWeight) -> int:
+    """Bits that a weight's whole numbers take."""
+    return weight.bits + (weight.zero == BETWEEN)
 
 
 def integers(weight: IntGroupWeight) -> Integers | None:
@@ -53,7 +55,9 @@ def integers(weight: IntGroupWeight) -> Integers | None:
     codes = unpack(weight.codes, weight.bits, weight.in_features).short()
     scales = weight.scales.float().T.contiguous()
     if weight.zeros is None:
-        return Integers(2 * codes - (2**weight.bits - 1), scales / 2, None, signed_bits(weight), weight.group_size)
+        return Integers(2 * codes - (2**weight.bits - 1), scales / 2, None, number_bits(weight), weight.group_size)
+    if weight.zero == WHOLE:
+        return Integers(codes - 2 ** (weight.bits - 1), scales, None, number_bits(weight), weight.group_size)
     zeros = weight.zeros.T.contiguous()
     if not torch.equal(zeros, zeros.round()):
         return None

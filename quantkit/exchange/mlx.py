@@ -10,6 +10,7 @@ from quantkit.exchange.packed import DENSE, PackedFolder
 from quantkit.exchange.target import Target
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.kernels.bitpack import unpack
+from quantkit.kernels.int_group_layout import STORED, middle
 from quantkit.models.experts import place
 
 _BITS = (2, 3, 4, 5, 6, 8)
@@ -56,7 +57,9 @@ class MLX(Target):
         assert isinstance(weight, IntGroupWeight)
         codes = unpack(weight.codes, weight.bits, weight.in_features)
         scales = weight.scales.float().T
-        zeros = (2**weight.bits - 1) / 2 if weight.zeros is None else weight.zeros.float().T
+        zeros: Tensor | float = middle(weight.bits, weight.zero)
+        if weight.zeros is not None and weight.zero == STORED:
+            zeros = weight.zeros.float().T
         stored, offsets = self.cast(f"{name}'s scales", scales), self.cast(f"{name}'s offsets", -zeros * scales)
         group = torch.arange(weight.in_features) // weight.group_size
         read = codes.float() * stored.float()[:, group] + offsets.float()[:, group]

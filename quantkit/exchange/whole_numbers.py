@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from quantkit.core.errors import QuantkitError
 from quantkit.core.weight import QuantizedWeight
-from quantkit.exchange.integers import Integers, integers, signed_bits
+from quantkit.exchange.integers import Integers, integers, number_bits
 from quantkit.exchange.packed import DENSE, PackedFolder
 from quantkit.exchange.target import Target
 from quantkit.formats.int_group import IntGroupWeight
@@ -42,7 +42,7 @@ class WholeNumbers(Target):
         rows, columns = weight.shape
         if weight.group_size < columns and columns % weight.group_size:
             return f"groups of {weight.group_size} of {columns} inputs, the last of which is shorter; {DENSE}"
-        bits = signed_bits(weight) if weight.zeros is None else weight.bits
+        bits = number_bits(weight)
         if self.asked is not None and bits > self.asked:
             return f"{weight.bits}-bit codes in numbers of {self.asked} bits: they take {bits}"
         if bits > max(self.carriers):

@@ -5,7 +5,8 @@
 Codes are packed densely (`quantkit.kernels.bitpack`). Asymmetric weights store zero points in fp16, so a grid
 may sit anywhere; symmetric ones store none and use zero = (2^bits - 1) / 2: the levels are then
 +-1/2, +-3/2, ... steps and no code is wasted, which at 2 bits is a third less error than a grid that
-must contain 0. The last group of a row may be shorter than the others.
+must contain 0. Other programs' formats have such grids alone, with zero = 2^(bits - 1): a single stored number
+says that all groups have it. The last group of a row may be shorter than the others.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         bits: 1..8.
         group_size: input features that share a scale.
         in_features: width of the weight.
-        zeros: fp16 [groups, out_features] in units of codes, or None for a symmetric grid.
+        zeros: fp16 [groups, out_features] in units of codes; fp16 [1], 2^(bits - 1), for a grid around that whole
+            number; None for a symmetric grid around no code.
     """
 
     codes: Tensor
@@ -70,15 +72,18 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
 
         Args:
             codes: uint8 [out_features, in_features].
-            scales, zeros: fp16 [groups, out_features]; zeros None for a symmetric grid.
+            scales, zeros: fp16 [groups, out_features]; zeros may be one or none as well, see the class.
         """
         return cls(pack(codes, bits), scales, bits, group_size, codes.shape[1], zeros)
 
     @classmethod
-    def layout(cls, out_features: int, in_features: int, bits: int, group_size: int, symmetric: bool) -> IntGroupWeight:
-        """A weight of this shape on the meta device."""
+    def layout(
+        cls, out_features: int, in_features: int, bits: int, group_size: int, zero: int = int_group_layout.BETWEEN
+    ) -> IntGroupWeight:
+        """A weight of this shape on the meta device; `zero` is one of `kernels.int_group_layout`'s."""
+        zeros = {int_group_layout.BETWEEN: None, int_group_layout.STORED: unset(1, out_features)}.get(zero, unset(1))
         sized = unset(out_features)
-        return cls(sized, sized, bits, group_size, in_features, None if symmetric else sized).laid_out()
+        return cls(sized, sized, bits, group_size, in_features, zeros).laid_out()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -86,10 +91,20 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         return extent(self.codes, 0), self.in_features
 
     def schema(self) -> dict[str, TensorSpec]:
-        """Codes of each row, and scales, mostly zeros too, of each group."""
+        """Codes of each row, and scales of each group; zeros of each group, or of all."""
         groups = TensorSpec(torch.float16, (-(-self.in_features // self.group_size), self.shape[0]), continuous=True)
         codes = TensorSpec(torch.int32, (self.shape[0], row_words(self.in_features, self.bits)))
-        return {"codes": codes, "scales": groups, "zeros": replace(groups, optional=True)}
+        zeros = TensorSpec(torch.float16, (1,)) if self.zero == int_group_layout.WHOLE else groups
+        return {"codes": codes, "scales": groups, "zeros": replace(zeros, optional=True)}
+
+    @property
+    def zero(self) -> int:
+        """Where zero is: one of `kernels.int_group_layout`'s."""
+        return int_group_layout.zero_of(self.zeros)
+
+    def _check_values(self) -> None:
+        if self.zero == int_group_layout.WHOLE and float(self.zeros) != 2 ** (self.bits - 1):  # type: ignore[arg-type]
+            raise self._refused("zeros", float(self.zeros), f"one of {2 ** (self.bits - 1)}")  # type: ignore[arg-type]
 
     def _check_fields(self) -> None:
         if not 1 <= self.bits <= 8 or self.group_size < 1:
@@ -116,7 +131,7 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
     def _rows(self, index: Tensor) -> Tensor:
         """Reads the words and scales of these rows alone."""
         codes, scales = self.codes.index_select(0, index), self.scales.index_select(1, index)
-        zeros = None if self.zeros is None else self.zeros.index_select(1, index)
+        zeros = self.zeros.index_select(1, index) if self.zeros is not None and self.zeros.dim() == 2 else self.zeros
         return unpacked(codes, scales, zeros, self.bits, self.group_size, self.in_features)
 
     def prepared(self) -> QuantizedWeight:
@@ -126,7 +141,7 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         if not int_group_layout.prefers(self.bits, self.in_features, self.group_size):
             return self
         stream = int_group_layout.arranged(self.codes, self.scales, self.zeros, self.bits, self.group_size)
-        return ArrangedIntGroupWeight(stream, self.bits, self.group_size, self.zeros is not None, *self.shape)
+        return ArrangedIntGroupWeight(stream, self.bits, self.group_size, self.zero, *self.shape)
 
     def prepare(self) -> None:
         """Allocates what launches on the codes' GPU share."""
@@ -147,8 +162,9 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         if not problem_of_expert(x, N, self.bits, self.group_size, False).decodes:
             return None
         product = launch_experts if plans.launches("int_group_experts", x) else int_group_experts
-        form = self.bits, self.group_size, N, self.zeros is not None
-        y: Tensor = product(x, experts, self.codes, self.scales, self.zeros, *form, bias)
+        zero = int_group_layout.zero_of(None if self.zeros is None else self.zeros[0])  # of a stack, all alike
+        zeros = self.zeros if zero == int_group_layout.STORED else None
+        y: Tensor = product(x, experts, self.codes, self.scales, zeros, self.bits, self.group_size, N, zero, bias)
         return y
 
     def launch(self, x: Tensor, config: Config) -> Tensor:
@@ -168,18 +184,20 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         """One weight with the outputs of all, where bits, groups and zeros are alike."""
         parts = [weight for weight in weights if isinstance(weight, IntGroupWeight)]
         first = parts[0]
-        if len({(part.bits, part.group_size, part.in_features, part.zeros is None) for part in parts}) > 1:
+        if len({(part.bits, part.group_size, part.in_features, part.zero) for part in parts}) > 1:
             return None
         codes = torch.cat([part.codes for part in parts])
         scales = torch.cat([part.scales for part in parts], dim=1)
         stored = [part.zeros for part in parts if part.zeros is not None]
-        zeros = torch.cat(stored, dim=1) if stored else None
+        zeros = torch.cat(stored, dim=1) if first.zero == int_group_layout.STORED else first.zeros
         return cls(codes, scales, first.bits, first.group_size, first.in_features, zeros)
 
     def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
         """Views of `sizes` outputs each."""
         codes, scales = torch.split(self.codes, list(sizes)), torch.split(self.scales, list(sizes), dim=1)
-        zeros = [None] * len(sizes) if self.zeros is None else torch.split(self.zeros, list(sizes), dim=1)
+        zeros: Sequence[Tensor | None] = [self.zeros] * len(sizes)
+        if self.zeros is not None and self.zero == int_group_layout.STORED:
+            zeros = torch.split(self.zeros, list(sizes), dim=1)
         return [
             IntGroupWeight(c, s, self.bits, self.group_size, self.in_features, z)
             for c, s, z in zip(codes, scales, zeros, strict=True)
@@ -195,7 +213,7 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
                 self._cut_at(dim, start, stop, self.group_size, "groups")
             codes = pack(unpack(self.codes, self.bits, self.in_features)[:, start:stop], self.bits)
             groups, own = slice(start // self.group_size, -(-stop // self.group_size)), slice(None)
-        zeros = None if self.zeros is None else self.zeros[groups, own]
+        zeros = self.zeros[groups, own] if self.zeros is not None and self.zeros.dim() == 2 else self.zeros
         in_features = self.in_features if dim == 0 else stop - start
         return replace(self, codes=codes, scales=self.scales[groups, own], zeros=zeros, in_features=in_features)
 
@@ -207,13 +225,13 @@ class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
     Attributes:
         stream: int32 [blocks of rows, tiles, words], see `quantkit.kernels.int_group_layout`.
         bits, group_size, out_features, in_features: of the weight.
-        has_zeros: whether the stored form has any.
+        zero: where it is; one of `kernels.int_group_layout`'s.
     """
 
     stream: Tensor
     bits: int
     group_size: int
-    has_zeros: bool
+    zero: int
     out_features: int
     in_features: int
 
@@ -230,7 +248,7 @@ class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
     def schema(self) -> dict[str, TensorSpec]:
         """The stream of codes, scales and zeros."""
         tiles = -(-self.out_features // int_group_layout.ROWS), self.in_features // TILE
-        words = int_group_layout.words_of_block(self.bits, self.group_size, self.has_zeros)
+        words = int_group_layout.words_of_block(self.bits, self.group_size, self.zero)
         return {"stream": TensorSpec(torch.int32, (*tiles, words))}
 
     def _check_fields(self) -> None:
@@ -243,7 +261,7 @@ class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
         return self._of_rows(None)
 
     def _of_rows(self, index: Tensor | None) -> IntGroupWeight:
-        form = self.bits, self.group_size, self.has_zeros, self.out_features
+        form = self.bits, self.group_size, self.zero, self.out_features
         codes, scales, zeros = int_group_layout.restored(self.stream, *form, index)
         return IntGroupWeight(codes, scales, self.bits, self.group_size, self.in_features, zeros)
 
@@ -278,7 +296,7 @@ class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
         if not problem_of_expert(x, self.out_features, self.bits, self.group_size, True).decodes:
             return None
         product = launch_experts if plans.launches("int_group_experts", x) else int_group_experts
-        form = self.bits, self.group_size, self.out_features, self.has_zeros
+        form = self.bits, self.group_size, self.out_features, self.zero
         y: Tensor = product(x, experts, self.stream, None, None, *form, bias)
         return y
 
@@ -291,8 +309,8 @@ class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
         return problem_of(x, self.out_features, self.bits, self.group_size, arranged=True)
 
     @property
-    def _form(self) -> tuple[int, int, bool, int]:
-        return self.bits, self.group_size, self.has_zeros, self.out_features
+    def _form(self) -> tuple[int, int, int, int]:
+        return self.bits, self.group_size, self.zero, self.out_features
 
     @cached_property
     def _planned(self) -> Callable[..., Tensor]:
@@ -305,7 +323,7 @@ class ArrangedIntGroupWeight(QuantizedWeight, format="int_group_arranged"):
     def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
         """Views of `sizes` outputs each, which `divides` allows."""
         streams = torch.split(self.stream, [-(-size // int_group_layout.ROWS) for size in sizes])
-        form = self.bits, self.group_size, self.has_zeros
+        form = self.bits, self.group_size, self.zero
         return [
             ArrangedIntGroupWeight(stream, *form, size, self.in_features)
             for stream, size in zip(streams, sizes, strict=True)

@@ -24,7 +24,7 @@ from quantkit.core.protocols import Needs
 from quantkit.core.stats import LayerStats
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.quantizers.feedback import check_feedback, error_feedback, required
-from quantkit.quantizers.grid import Grid, GridSettings, fit_grid
+from quantkit.quantizers.grid import Grid, GridSettings
 from quantkit.quantizers.row_feedback import RowFeedback
 
 Order = Literal["none", "group", "act"]
@@ -54,7 +54,7 @@ class GPTQ(GridSettings):
 
     def layout(self, out_features: int, in_features: int) -> IntGroupWeight:
         """The packed weight's layout for a shape, on the meta device."""
-        return IntGroupWeight.layout(out_features, in_features, self.bits, self.width(in_features), self.symmetric)
+        return IntGroupWeight.layout(out_features, in_features, self.bits, self.width(in_features), self.zero)
 
     def quantize(self, weight: Tensor, stats: LayerStats | None) -> IntGroupWeight:
         """Quantizes fp32 or fp64 [out_features, in_features].
@@ -138,12 +138,12 @@ class _GroupGrids:
     def packed(self) -> IntGroupWeight:
         grids = [self._grids[group] for group in range(len(self._grids))]
         scales = torch.stack([grid.scale for grid in grids]).half()
-        zeros = None if self._settings.symmetric else torch.stack([grid.zero for grid in grids]).half()
+        zeros = self._settings.zeros([grid.zero for grid in grids])
         return IntGroupWeight.pack(self._codes.T.contiguous(), scales, zeros, self._settings.bits, self._group)
 
     def _fit(self, group: int, columns: Tensor, importance: Tensor) -> None:
         settings = self._settings
-        grid = fit_grid(columns, settings.bits, settings.symmetric, settings.search, importance)
+        grid = settings.fitted(columns, importance)
         scale, zero = grid.scale.squeeze(1), grid.zero.squeeze(1)
         self._grids[group] = Grid(scale, zero, settings.bits)
         self._in_parts[group] = [Grid(scale[here], zero[here], settings.bits) for here in self._rows.rows]

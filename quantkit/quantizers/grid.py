@@ -12,9 +12,12 @@ taken, so the codes belong to the very grid that is stored.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from quantkit.kernels import int_group_layout
 
 _SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.69, 0.62, 0.55, 0.48, 0.41)
 _SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16
@@ -26,7 +29,8 @@ class Grid:
     """Integer grids of weights [..., group], one for each group.
 
     Attributes:
-        scale: [..., 1], fp32 holding fp16 values, positive.
+        scale: [..., 1], fp32 holding fp16 values; positive but around a whole number, where either sign may fit better:
+            there is a level more on one side.
         zero: [..., 1], like scale, in units of codes.
         bits: codes run from 0 to 2^bits - 1.
     """
@@ -44,7 +48,9 @@ class Grid:
         return (codes - self.zero) * self.scale
 
 
-def fit_grid(weight: Tensor, bits: int, symmetric: bool, search: bool, importance: Tensor | None = None) -> Grid:
+def fit_grid(
+    weight: Tensor, bits: int, symmetric: bool, search: bool, importance: Tensor | None = None, whole: bool = False
+) -> Grid:
     """The best grid for each group, the last dimension of `weight`.
 
     Args:
@@ -53,21 +59,34 @@ def fit_grid(weight: Tensor, bits: int, symmetric: bool, search: bool, importanc
         symmetric: zero = (2^bits - 1) / 2 instead of a fitted one.
         search: minimise the squared error; otherwise the grid spans the weights' range.
         importance: positive weights of the squared error, broadcastable to `weight`.
+        whole: of symmetric grids: zero = 2^(bits - 1).
     """
+    if whole:
+        up, down = (_fitted(one, bits, symmetric, search, importance, True) for one in (weight, -weight))
+        less = down[1] < up[1]
+        return Grid(torch.where(less, -down[0].scale, up[0].scale), up[0].zero, bits)
+    return _fitted(weight, bits, symmetric, search, importance, False)[0]
+
+
+def _fitted(
+    weight: Tensor, bits: int, symmetric: bool, search: bool, importance: Tensor | None, whole: bool
+) -> tuple[Grid, Tensor]:
+    """The grid, and its error [..., 1], where it was searched; else that of the range."""
     if symmetric:
         high = weight.abs().amax(-1, keepdim=True)
         low = -high
     else:
         low, high = weight.aminmax(dim=-1, keepdim=True)
-    best = _grid(low, high, bits, symmetric)
+    best = _grid(low, high, bits, symmetric, whole)
     if not search:
-        return best
+        off = (best.decode(best.encode(weight)) - weight).square()
+        return best, (off if importance is None else off * importance).sum(-1, keepdim=True)
     fit = _Fit(weight, importance, symmetric)
     best_error = torch.full_like(best.scale, torch.inf)
     for shrink in _SHRINKS:
-        grid, error = fit.refit(_grid(low * shrink, high * shrink, bits, symmetric))
+        grid, error = fit.refit(_grid(low * shrink, high * shrink, bits, symmetric, whole))
         best, best_error = _better(grid, error, best, best_error)
-    return _better(*fit.refit(best), best, best_error)[0]
+    return _better(*fit.refit(best), best, best_error)
 
 
 class _Fit:
@@ -113,13 +132,14 @@ def _better(grid: Grid, error: Tensor, best: Grid, best_error: Tensor) -> tuple[
     return Grid(scale, zero, grid.bits), torch.where(better, error, best_error)
 
 
-def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
+def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool, whole: bool) -> Grid:
     levels = 2**bits - 1
     scale = ((high - low) / levels).clamp_min(_SMALLEST_SCALE)
     if not symmetric:
         scale = scale.maximum(torch.maximum(low.abs(), high.abs()) / _LARGEST_ZERO)
     scale = _storable(scale)
-    return Grid(scale, torch.full_like(scale, levels / 2) if symmetric else _storable(-low / scale), bits)
+    middle = int_group_layout.middle(bits, int_group_layout.WHOLE if whole else int_group_layout.BETWEEN)
+    return Grid(scale, torch.full_like(scale, middle) if symmetric else _storable(-low / scale), bits)
 
 
 def _storable(values: Tensor) -> Tensor:
@@ -135,6 +155,8 @@ class GridSettings:
         bits: 1..8.
         group_size: input features that share a grid; -1 for one grid a row.
         symmetric: grids centred on zero, which store no zero points.
+        grid: of symmetric ones, where zero is: "half" a step beside the codes, or at a code, "int", as most programs
+            have it: such weights are exported at their own width (`quantkit.export`), at a cost at 2 and 3 bits.
         search: fit grids by least squared error instead of by range.
     """
 
@@ -142,16 +164,39 @@ class GridSettings:
     group_size: int = 128
     symmetric: bool = True
     search: bool = True
+    grid: Literal["half", "int"] = "half"
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or self.bits not in range(1, 9):
             raise ValueError(f"bits={self.bits}: integer formats hold 1 to 8 bits, whole ones")
+        if self.grid not in ("half", "int"):
+            raise ValueError(f"grid={self.grid!r}: known grids are half and int")
+        if self.grid == "int" and not self.symmetric:
+            raise ValueError("grid='int' is of symmetric grids; asymmetric ones store their zeros")
         if not isinstance(self.group_size, int):
             raise ValueError(f"group_size={self.group_size}: a whole number of input features, or -1")
         if self.group_size != -1 and self.group_size < 8:
             raise ValueError(
                 f"group_size={self.group_size}: use -1 for one group a row, or at least 8 (32, 64 and 128 are usual)"
             )
+
+    @property
+    def zero(self) -> int:
+        """Where zero is: one of `kernels.int_group_layout`'s."""
+        if not self.symmetric:
+            return int_group_layout.STORED
+        return int_group_layout.WHOLE if self.grid == "int" else int_group_layout.BETWEEN
+
+    def fitted(self, weight: Tensor, importance: Tensor | None = None) -> Grid:
+        """The best grid for each group [..., group]; see `fit_grid`."""
+        whole = self.grid == "int"
+        return fit_grid(weight, self.bits, self.symmetric, self.search, importance, whole)
+
+    def zeros(self, fitted: list[Tensor]) -> Tensor | None:
+        """What is stored of the zeros of all groups, each [out_features]: fp16 [groups, out_features], [1], or None."""
+        if self.zero == int_group_layout.STORED:
+            return torch.stack(fitted).half()
+        return fitted[0][:1].half() if self.zero == int_group_layout.WHOLE else None
 
     def width(self, in_features: int) -> int:
         """The group size of a layer; a group never exceeds a row."""

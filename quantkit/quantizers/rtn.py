@@ -12,7 +12,7 @@ from torch import Tensor
 from quantkit.core.protocols import Needs
 from quantkit.core.stats import LayerStats
 from quantkit.formats.int_group import IntGroupWeight
-from quantkit.quantizers.grid import GridSettings, fit_grid
+from quantkit.quantizers.grid import GridSettings
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RTN(GridSettings):
 
     def layout(self, out_features: int, in_features: int) -> IntGroupWeight:
         """The packed weight's layout for a shape, on the meta device."""
-        return IntGroupWeight.layout(out_features, in_features, self.bits, self.width(in_features), self.symmetric)
+        return IntGroupWeight.layout(out_features, in_features, self.bits, self.width(in_features), self.zero)
 
     def quantize(self, weight: Tensor, stats: LayerStats | None = None) -> IntGroupWeight:
         """Quantizes fp32 [out_features, in_features]; `stats` are not read."""
@@ -33,9 +33,8 @@ class RTN(GridSettings):
         scales, zeros = [], []
         for start in range(0, in_features, width):
             group = weight[:, start : start + width]
-            grid = fit_grid(group, self.bits, self.symmetric, self.search)
+            grid = self.fitted(group)
             codes[:, start : start + width] = grid.encode(group).to(torch.uint8)
             scales.append(grid.scale.squeeze(1))
             zeros.append(grid.zero.squeeze(1))
-        stored_zeros = None if self.symmetric else torch.stack(zeros).half()
-        return IntGroupWeight.pack(codes, torch.stack(scales).half(), stored_zeros, self.bits, width)
+        return IntGroupWeight.pack(codes, torch.stack(scales).half(), self.zeros(zeros), self.bits, width)

@@ -19,6 +19,7 @@ from quantkit import RTN
 from quantkit.cli.main import app
 from quantkit.core.errors import QuantkitError
 from quantkit.exchange.export import TARGETS, export_folder
+from quantkit.exchange.survey import survey
 from quantkit.io.shards import Shards
 
 from ..conftest import CONFIGS
@@ -123,6 +124,45 @@ def test_compressed_tensors(bits, carrier, width, packed, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["config_groups"]["group_0"]["weights"]["num_bits"] == width
     close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)), folder)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_grid_around_a_whole_number_goes_at_its_own_width(bits, packed, tmp_path):
+    folder = packed(None, method=f"rtn({bits}, group_size=32, grid='int')", group_size=None)
+    for to, config in (("compressed-tensors", "config_groups"), ("gptq", "bits")):
+        made = quantkit.export(folder, tmp_path / to, to=to)
+        said = json.loads((tmp_path / to / "config.json").read_text())["quantization_config"][config]
+        assert made.error == 0 and (said if to == "gptq" else said["group_0"]["weights"]["num_bits"]) == bits
+    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "compressed-tensors", dtype=torch.float32)), folder)
+    assert quantkit.export(folder, tmp_path / "mlx", to="mlx", dtype="float32").error < 1e-6
+    assert quantkit.export(folder, tmp_path / "model.gguf", to="gguf").error == 0
+    kinds = {matrix.format for matrix in survey(tmp_path / "model.gguf").layers.values()}
+    assert kinds == {f"Q{bits}_0"}
+    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)), folder)
+
+
+@pytest.mark.parametrize("program, bits", [("gguf", 3), ("gguf", 4), ("vllm", 8), ("mlx", 3)])
+def test_packed_for_a_program(program, bits, short_reference, tmp_path):
+    arguments = ["quantize", short_reference, "--bits", bits, "--method", "rtn", "--for", program, "--no-check"]
+    said = CliRunner().invoke(app, [*map(str, arguments), "--output", str(tmp_path / "packed")])
+    assert said.exit_code == 0, said.output
+    to = {"vllm": "compressed-tensors"}.get(program, program)
+    made = quantkit.export(tmp_path / "packed", tmp_path / "out", to=to, dtype="float32" if to == "mlx" else None)
+    assert made.error < 1e-6 and made.layers == 14
+    if to != "mlx":
+        form = {3: "Q4_0", 4: "Q4_0", 8: "compressed-tensors 8 bits g128"}[bits]
+        assert {matrix.format for matrix in survey(tmp_path / "out").layers.values()} == {form}
+
+
+def test_packed_for_nobody(short_reference, tmp_path):
+    for more, message in (
+        (["--method", "trellis"], "gguf has integer grids"),
+        (["--preset", "fast"], "--for gguf decides what --preset does"),
+        (["--bits", "2.5"], "has codes of 1, 2, 3"),
+    ):
+        asked = ["quantize", str(short_reference), "--for", "gguf", *more, "--output", str(tmp_path / "out")]
+        result = CliRunner().invoke(app, asked)
+        assert isinstance(result.exception, QuantkitError) and message in str(result.exception)
 
 
 def test_layers_of_different_bits(packed, tmp_path):

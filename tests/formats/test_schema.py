@@ -36,7 +36,7 @@ def arranged():
     form = 3, 32
     plain = RTN(*form, symmetric=False).quantize(torch.randn(24, 128))
     words = int_group_layout.arranged(plain.codes, plain.scales, plain.zeros, *form)
-    return {"format": "int_group_arranged", "bits": 3, "group_size": 32, "has_zeros": True, "out_features": 24,
+    return {"format": "int_group_arranged", "bits": 3, "group_size": 32, "zero": 1, "out_features": 24,
             "in_features": 128, "tensors": {"stream": ["int32", list(words.shape)]}}, {"stream": words}  # fmt: skip
 
 

@@ -25,11 +25,12 @@ OPERATORS = torch.ops.quantkit
 
 
 def int_group_weight(bits, out_features, in_features, group_size, symmetric):
-    """Random codes, scales and zeros."""
+    """Random codes, scales and zeros; `symmetric` may be "whole" too, for grids around a whole number."""
     groups = -(-in_features // group_size)
     codes = torch.randint(0, 2**bits, (out_features, in_features), dtype=torch.uint8)
     scales = (torch.rand(groups, out_features) + 0.5).half()
     zeros = None if symmetric else (torch.rand(groups, out_features) * 2**bits).half()
+    zeros = torch.full((1,), 2.0 ** (bits - 1)).half() if symmetric == "whole" else zeros
     return IntGroupWeight.pack(codes, scales, zeros, bits, group_size)
 
 
@@ -41,7 +42,7 @@ def int_group_arguments(weight):
 def arranged_arguments(weight):
     """Of `int_group_arranged_matmul` after x."""
     stream = int_group_layout.arranged(*int_group_arguments(weight))
-    return stream, weight.bits, weight.group_size, weight.zeros is not None, weight.shape[0]
+    return stream, weight.bits, weight.group_size, weight.zero, weight.shape[0]
 
 
 def trellis_product(out_features, in_features, bits=2, state_bits=16):

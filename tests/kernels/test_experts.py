@@ -20,7 +20,8 @@ from ..helpers.methods import layer
 
 def integers(N, K, bits, group_size, symmetric=True, experts=4):
     torch.manual_seed(0)
-    quantizer = RTN(bits, group_size, symmetric=symmetric)
+    whole = symmetric == "whole"
+    quantizer = RTN(bits, group_size, symmetric=bool(symmetric), grid="int" if whole else "half")
     return [quantizer.quantize(torch.randn(N, K), None) for _ in range(experts)]
 
 
@@ -33,18 +34,19 @@ def stacked(weights):
 @pytest.mark.parametrize("arranged", [False, True])
 @pytest.mark.parametrize(
     ("shape", "bits", "group_size", "symmetric"),
-    [((100, 256), 3, 128, True), ((64, 128), 2, 64, False), ((130, 1024), 4, 32, True), ((70, 256), 8, 256, False)],
-)
+    [((100, 256), 3, 128, True), ((64, 128), 2, 64, False), ((130, 1024), 4, 32, True), ((70, 256), 8, 256, False),
+     ((70, 256), 4, 128, "whole")],
+)  # fmt: skip
 def test_integers(shape, bits, group_size, symmetric, arranged, dtype):
     weights = integers(*shape, bits, group_size, symmetric)
     whole, dense = stacked(weights)
     x, chosen = torch.randn(2, shape[1]).to(dtype), torch.tensor([3, 0, 1, 3, 3, 2])
     bias = torch.randn(4, shape[0]).to(dtype)
-    own = whole.codes, whole.scales, whole.zeros
+    own = whole.codes, whole.scales, whole.zeros if weights[0].zero == int_group_layout.STORED else None
     if arranged:
         form = bits, group_size
         own = torch.stack([int_group_layout.arranged(w.codes, w.scales, w.zeros, *form) for w in weights]), None, None
-    weight = *own, bits, group_size, shape[0], not symmetric
+    weight = *own, bits, group_size, shape[0], weights[0].zero
     found = int_group_matmul.launch_experts(x, chosen, *weight, bias)
     exact = products(x.float(), chosen, dense.__getitem__, bias.float())
     assert found.dtype == dtype and found.shape == (6, shape[0])
@@ -95,7 +97,7 @@ def test_addresses_outside_of_the_tensors_are_refused(change, why):
     whole, _ = stacked(integers(64, 128, 4, 128))
     given = {
         "x": torch.randn(2, 128).half(), "chosen": torch.tensor([0, 1]), "codes": whole.codes, "scales": whole.scales,
-        "zeros": None, "bits": 4, "group_size": 128, "out_features": 64, "has_zeros": False, "bias": None,
+        "zeros": None, "bits": 4, "group_size": 128, "out_features": 64, "zero": 0, "bias": None,
     } | change  # fmt: skip
     with pytest.raises(ValueError, match=why):
         int_group_matmul.launch_experts(**given)

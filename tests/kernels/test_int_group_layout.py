@@ -20,17 +20,17 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 4e-3, torch.float32: 1e-5}
 SHAPES = [(70, 256, 128), (64, 128, 32), (128, 512, 256), (65, 384, 64), (7, 384, 384), (130, 640, 1024)]
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False, "whole"])
 @pytest.mark.parametrize(("bits", "shape"), itertools.product(range(1, 9), SHAPES))
 def test_the_checkpoints_bytes_come_back(bits, shape, symmetric):
     weight = weight_of(bits, *shape, symmetric)
     assert layout.arranges(shape[1], shape[2])
     stream, *form = arranged(weight)
-    assert stream.shape[2] == layout.words_of_block(bits, shape[2], not symmetric)
+    assert stream.shape[2] == layout.words_of_block(bits, shape[2], weight.zero)
     codes, scales, zeros = layout.restored(stream, *form)
     assert torch.equal(codes, weight.codes)
     assert torch.equal(scales, weight.scales)
-    assert zeros is None if symmetric else torch.equal(zeros, weight.zeros)
+    assert zeros is None if symmetric is True else torch.equal(zeros, weight.zeros)
 
 
 def test_words_of_three_bits_lie_where_the_docstring_says():
@@ -44,7 +44,7 @@ def test_words_of_three_bits_lie_where_the_docstring_says():
     assert words[2].tolist() == [0, 0, 0, -(1 << 31)]
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False, "whole"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
 def test_decode_against_fp64(bits, dtype, symmetric):
@@ -95,18 +95,18 @@ def test_identity_gives_the_dequantized_weight_exactly(bits, group_size, dtype):
 
 def test_what_would_read_out_of_bounds_is_refused():
     weight = weight_of(3, 70, 256, 128, True)
-    stream, bits, group_size, has_zeros, rows = arranged(weight)
+    stream, bits, group_size, zero, rows = arranged(weight)
     x = torch.randn(2, 256)
     for arguments, message in [
-        ((x[:, :128], stream, bits, group_size, has_zeros, rows), "stream are"),
-        ((x, stream, bits, group_size, has_zeros, rows + 64), "stream are"),
+        ((x[:, :128], stream, bits, group_size, zero, rows), "stream are"),
+        ((x, stream, bits, group_size, zero, rows + 64), "stream are"),
         ((x, stream, bits, group_size, True, rows), "stream are"),
-        ((x, stream, 4, group_size, has_zeros, rows), "stream are"),
-        ((x, stream.float(), bits, group_size, has_zeros, rows), "stream are"),
-        ((x, stream, bits, 48, has_zeros, rows), "no such weight"),
-        ((x, stream, 9, group_size, has_zeros, rows), "no such weight"),
-        ((x[:, :200], stream, bits, group_size, has_zeros, rows), "no such weight"),
-        ((x, stream, bits, group_size, has_zeros, rows, torch.randn(3)), "bias are"),
+        ((x, stream, 4, group_size, zero, rows), "stream are"),
+        ((x, stream.float(), bits, group_size, zero, rows), "stream are"),
+        ((x, stream, bits, 48, zero, rows), "no such weight"),
+        ((x, stream, 9, group_size, zero, rows), "no such weight"),
+        ((x[:, :200], stream, bits, group_size, zero, rows), "no such weight"),
+        ((x, stream, bits, group_size, zero, rows, torch.randn(3)), "bias are"),
     ]:
         with pytest.raises(ValueError, match=message):
             kernel.launch_arranged(*arguments)

@@ -46,6 +46,26 @@ def test_asymmetric_grid_represents_a_constant():
     torch.testing.assert_close(grid.decode(grid.encode(weight)), weight, rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("search", [True, False])
+def test_a_grid_around_a_whole_number(bits, search):
+    """Zero is a level, there is one more on one side, and each group has it where it fits better."""
+    weight = torch.randn(200, 64)
+    weight[0] = weight[0].abs()
+    weight[1] = -weight[0]
+    grid = fit_grid(weight, bits, True, search, whole=True)
+    assert torch.equal(grid.zero, torch.full_like(grid.zero, 2 ** (bits - 1)))
+    assert torch.equal(grid.scale, grid.scale.half().float()) and (grid.scale != 0).all()
+    assert torch.equal(grid.decode(grid.zero.expand_as(weight)), torch.zeros_like(weight))
+    error = (weight - grid.decode(grid.encode(weight))).square().sum(-1)
+    assert (error <= weight.square().sum(-1)).all()
+    if search and 1 < bits < 8:
+        half = fit_grid(weight, bits, True, True)
+        other = (weight - half.decode(half.encode(weight))).square().sum(-1)
+        assert error[2:].sum() < 2 * other[2:].sum() and error[0] < other[0]
+        assert float(grid.scale[0]) == -float(grid.scale[1]) < 0
+
+
 def test_importance_moves_the_grid():
     weight = torch.randn(50, 64)
     importance = torch.ones(64)
@@ -57,10 +77,14 @@ def test_importance_moves_the_grid():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"bits": 0}, {"bits": 9}, {"group_size": 0}, {"group_size": -2}, {"group_size": 4}]
+    "settings",
+    [
+        *({"bits": 0}, {"bits": 9}, {"group_size": 0}, {"group_size": -2}, {"group_size": 4}, {"grid": "whole"}),
+        {"grid": "int", "symmetric": False},
+    ],
 )
 def test_senseless_settings_are_refused(settings):
-    with pytest.raises(ValueError, match=r"bits|group_size"):
+    with pytest.raises(ValueError, match=r"bits|group_size|grid"):
         GridSettings(**settings)
 
 

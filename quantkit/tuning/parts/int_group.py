@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.formats.int_group import IntGroupWeight
+from quantkit.kernels import int_group_layout
 from quantkit.kernels.bitpack import pack, unpack
 from quantkit.tuning.parts.base import Coded, Scaled, storable
 
@@ -19,14 +20,18 @@ class TunableIntegers(Coded):
         self._bits, self._group_size, self._shape = weight.bits, weight.group_size, weight.shape
         self.register_buffer("codes", unpack(weight.codes, weight.bits, weight.in_features).to(torch.int16))
         self.scales = Scaled(weight.scales, each=True)
-        self.zeros = None if weight.zeros is None else nn.Parameter(weight.zeros.detach().float())
+        own = weight.zero == int_group_layout.STORED and weight.zeros is not None
+        self.zeros = nn.Parameter(weight.zeros.detach().float()) if own else None  # type: ignore[union-attr]
+        self._one = None if own else weight.zeros
 
     def _wide(self, groups: Tensor) -> Tensor:
         """[groups, out_features] for every weight."""
         return groups.T.repeat_interleave(self._group_size, dim=1)[:, : self._shape[1]]
 
     def _zero(self) -> Tensor | float:
-        return (2**self._bits - 1) / 2 if self.zeros is None else self._wide(self.zeros)
+        if self.zeros is not None:
+            return self._wide(self.zeros)
+        return int_group_layout.middle(self._bits, int_group_layout.zero_of(self._one))
 
     def decode(self) -> Tensor:
         """The weight [out_features, in_features]: (code - zero) * scale."""
@@ -53,6 +58,6 @@ class TunableIntegers(Coded):
     @torch.no_grad()
     def packed(self) -> IntGroupWeight:
         """See `Tunable`."""
-        zeros = None if self.zeros is None else self.zeros.half()
+        zeros = self._one if self.zeros is None else self.zeros.half()
         codes = pack(self.codes.int(), self._bits)
         return IntGroupWeight(codes, storable(self.scales()), self._bits, self._group_size, self._shape[1], zeros)
