@@ -294,7 +294,17 @@ def _other_settings() -> Iterator[Row]:
     yield Row("trellis-text128x512", "128 sequences of 512", 2, Quantized(trellis.format(""), sequences=(128, 512)))
 
 
-SETS: dict[str, tuple[Row, ...]] = {"settings": tuple(_other_settings())}
+def _grids() -> Iterator[Row]:
+    """What another program's grids and groups cost, beside those that quantkit has by itself."""
+    for bits in (3, 4, 8):
+        for group in (32, 64, 128):
+            for grid in ("half", "int"):
+                text = f"gptq({bits}, group_size={group}{', grid=' + repr(grid) if grid == 'int' else ''})"
+                where = "around a whole number" if grid == "int" else "half a step off"
+                yield Row(f"{grid}-g{group}", f"groups of {group}, {where}", bits, Quantized(text))
+
+
+SETS: dict[str, tuple[Row, ...]] = {"settings": tuple(_other_settings()), "grids": tuple(_grids())}
 """Rows by what they are for; "methods" are the table that decides."""
 
 ROWS: tuple[Row, ...] = tuple(
