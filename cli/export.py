@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from rich.markup import escape
 from quantkit.cli import options
 from quantkit.cli.progress import block_progress
 from quantkit.cli.voice import Voice, voice
-from quantkit.core.errors import Interrupted
+from quantkit.core.errors import Interrupted, QuantkitError
 from quantkit.core.units import size
 
 
@@ -27,27 +28,47 @@ def export_command(
     carrier: Annotated[
         int | None, typer.Option(help="Bits of the numbers that hold the codes; by default the fewest that do.")
     ] = None,
+    requantize: Annotated[
+        int | None, typer.Option(help="Round anew by GPTQ, to so many bits, what the form does not hold; KL is told.")
+    ] = None,
+    calibration: options.Text = "wikitext2",
+    num_samples: options.NumSamples = 128,
+    seqlen: options.Seqlen = None,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
-    """Write a packed model as another program's: bit for bit where that form holds the same, else refused by name."""
+    """Write a packed model as another program's: bit for bit where that form holds the same, else refused by name.
+
+    --requantize BITS writes any packed model, rounded anew.
+    """
     from quantkit.core.device import parse_dtype
     from quantkit.exchange.export import export_folder
     from quantkit.exchange.packed import beside
+    from quantkit.exchange.requantize import requantize_folder
     from quantkit.io.hf import resolve_folder
+    from quantkit.run.recipe import Calibration
 
     folder = resolve_folder(model)
     asked = output or beside(folder, to)
     try:
         with block_progress(voice() != Voice.QUIET and not as_json) as progress:
-            made = export_folder(
-                folder, asked, to, parse_dtype(dtype), carrier, resume=resume, overwrite=overwrite, progress=progress
-            )
+            kept = parse_dtype(dtype)
+            if requantize is None:
+                made, check = export_folder(folder, asked, to, kept, carrier, resume, overwrite, progress), None
+            elif resume:
+                raise QuantkitError("`requantize` begins anew; leave out `resume`")
+            else:
+                text = Calibration(calibration, num_samples, seqlen)
+                found = requantize_folder(
+                    folder, asked, to, requantize, text, overwrite=overwrite, progress=progress, dtype=kept,
+                    carrier=carrier,
+                )  # fmt: skip
+                made, check = found.exported, found.check
     except KeyboardInterrupt:
         raise Interrupted("stopped; repeat the command with --resume to continue") from None
     if as_json:
-        print(json.dumps({**vars(made), "output": str(made.output)}, indent=2))
+        print(json.dumps({**vars(made), "output": str(made.output), "check": check and asdict(check)}, indent=2))
         return
     console = Console(highlight=False, soft_wrap=True)
     exact = "exactly" if made.error == 0 else f"within {made.error:.1e} of each layer's weights (relative, Frobenius)"
@@ -56,4 +77,6 @@ def export_command(
     if made.dense:
         what = ", ".join(made.dense[:2]) + (f" and {len(made.dense) - 2} more" if len(made.dense) > 2 else "")
         console.print(f"dense: {escape(what)}")
+    if check is not None:
+        console.print(f"rounded anew: KL {check.kl_text()} to the packed model, on {check.where} of {check.source}")
     console.print(f"{to}: {escape(str(made.output))}, {size(made.nbytes)}")

@@ -355,3 +355,21 @@ def test_the_command(packed, tmp_path):
     assert record["layers"] == 14 and record["error"] == 0 and record["to"] == "gptq"
     again = CliRunner().invoke(app, ["export", str(folder), "--to", "dense", "--output", str(tmp_path / "dense")])
     assert again.exit_code == 0 and "dense" in again.stdout and (tmp_path / "dense" / "config.json").exists()
+
+
+def test_rounded_anew(packed, text_file, tmp_path):
+    """What a form does not hold goes there all the same, if asked for, and the cost is told."""
+    folder = packed(None, **TRELLIS)
+    text = ["--calibration", str(text_file), "--num-samples", "4", "--seqlen", "64"]
+    asked = ["export", str(folder), "--to", "gguf", "--requantize", "4", *text, "--json"]
+    said = CliRunner().invoke(app, [*asked, "--output", str(tmp_path / "model.gguf")])
+    assert said.exit_code == 0, said.output
+    record = json.loads(said.stdout)
+    assert record["layers"] == 14 and record["error"] == 0 and 0 < record["check"]["kl"] < 1
+    found = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    expected = logits(quantkit.load(folder, dtype=torch.float32))
+    assert 0 < (logits(found) - expected).norm() < 0.3 * expected.norm()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+    for more, message in ((["--to", "dense"], "dense needs no rounding"), (["--resume"], "begins anew")):
+        result = CliRunner().invoke(app, [*asked, *more, "--output", str(tmp_path / "other")])
+        assert isinstance(result.exception, QuantkitError) and message in str(result.exception)
