@@ -296,7 +296,7 @@ def _other_settings() -> Iterator[Row]:
 
 def _grids() -> Iterator[Row]:
     """What another program's grids and groups cost, beside those that quantkit has by itself."""
-    for bits in (3, 4, 8):
+    for bits in (2, 3, 4, 8):
         for group in (32, 64, 128):
             for grid in ("half", "int"):
                 text = f"gptq({bits}, group_size={group}{', grid=' + repr(grid) if grid == 'int' else ''})"

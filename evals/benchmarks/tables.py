@@ -6,11 +6,13 @@ from quantkit.evals.benchmarks.tables_runs import (
     CHECKSUMS,
     DAMAGE,
     DRY_RUN,
+    EXCHANGE,
     EXPERTS,
     EXPERTS_MEMORY,
     FAULTS,
     FINETUNE_MEMORY,
     GIANTS,
+    GRIDS,
     KV_MEMORY,
     MEMORY,
     PREDICTIONS,
@@ -469,5 +471,7 @@ TABLES: dict[str, Table | Printed] = {
     "shrinkage": SHRINKAGE,
     "architectures": ARCHITECTURES,
     "vllm": VLLM,
+    "grids": GRIDS,
+    "exchange": EXCHANGE,
 }
 """Tables by the name in a document's mark."""

@@ -125,4 +125,15 @@ SETTINGS = Printed("2026-11-30-cpu-settings-smollm2.json", table_of)
 EXPERTS = Printed("2026-11-30-cpu-experts.json", table_of)
 SHRINKAGE = Printed("2026-11-30-cpu-shrinkage.json", shrinkage_of)
 ARCHITECTURES = Printed("2026-11-30-architectures.json", architectures_of)
+GRIDS = Printed("2026-11-30-cpu-grids.json", table_of)
+_FILES = (("Q4_0", None), ("Q4_0", 4), ("Q4_0", 3), ("Q8_0", None), ("Q8_0", 8))
+EXCHANGE = Table(
+    "2026-11-30-cpu-exchange.json", "GGUF type | made by | KL x 1000 | perplexity | top-1, %",
+    ("{kl:k.1f} +- {kl_se:k.1f}", "{perplexity:.2f}", "{top1_agreement:c.1f}"),
+    {
+        f"{kind} | {'ggml' if bits is None else f'quantkit, {bits} bits'}": [{"type": kind, "bits": bits}]
+        for kind, bits in _FILES
+    },
+    "rows",
+)  # fmt: skip
 VLLM = Printed("2026-11-30-cpu-vllm.json", serving_of)
