@@ -19,7 +19,7 @@ from quantkit.core.units import size
 
 def import_command(
     model: Annotated[
-        str, typer.Argument(help="Folder or hub id: GPTQ, AWQ, auto-round or compressed-tensors, whole numbers.")
+        str, typer.Argument(help="Folder or hub id of GPTQ, AWQ, auto-round or compressed-tensors, or a GGUF file.")
     ],
     output: Annotated[Path | None, typer.Option(help="Folder to make; by default MODEL-quantkit beside MODEL.")] = None,
     resume: options.Resume = False,
@@ -27,14 +27,16 @@ def import_command(
     as_json: options.Json = False,
 ) -> None:
     """Pack a model that is quantized already, with the very numbers that it has: nothing is rounded."""
-    from quantkit.exchange.importing import import_folder
+    from quantkit.exchange.importing import import_model
+    from quantkit.io.gguf_header import is_gguf
     from quantkit.io.hf import resolve_folder
 
-    folder = resolve_folder(model)
-    asked = output or folder.resolve().with_name(f"{folder.resolve().name}-quantkit")
+    file = Path(model).expanduser()
+    place = file if file.is_file() and is_gguf(file) else resolve_folder(model)
+    asked = output or place.resolve().with_name(f"{place.resolve().stem}-quantkit")
     try:
         with block_progress(voice() != Voice.QUIET and not as_json) as progress:
-            made = import_folder(folder, asked, name=model, resume=resume, overwrite=overwrite, progress=progress)
+            made = import_model(place, asked, name=model, resume=resume, overwrite=overwrite, progress=progress)
     except KeyboardInterrupt:
         raise Interrupted("stopped; repeat the command with --resume to continue") from None
     if as_json:

@@ -11,7 +11,7 @@ from torch import Tensor
 from quantkit.core.errors import QuantkitError
 from quantkit.core.weight import QuantizedWeight
 from quantkit.exchange.gguf_blocks import BLOCK, Kind, kind_of
-from quantkit.exchange.gguf_models import OTHERS, add_tokenizer, architecture, describe, head_dim
+from quantkit.exchange.gguf_models import OTHERS, add_tokenizer, architecture, describe, row_order, tensor_names
 from quantkit.exchange.integers import integers, number_bits
 from quantkit.exchange.packed import PackedFolder
 from quantkit.exchange.target import Target, Told, Written, difference
@@ -45,8 +45,7 @@ class GGUF(Target):
 
         self._gguf, self._config = gguf, packed.model.config
         self._architecture = architecture(self._config)
-        kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-        self._names = gguf.get_tensor_name_map(kinds[self._architecture.name], self._config.num_hidden_layers)
+        self._called = tensor_names(self._architecture, self._config)
         super().__init__(packed, dtype)
 
     def holds(self, layer: str) -> bool:
@@ -89,18 +88,13 @@ class GGUF(Target):
         return {self._name(f"{name}.weight"): torch.from_numpy(packed)}, read.flatten(1)
 
     def _name(self, name: str) -> str:
-        found = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
+        found = self._called(name)
         if found is None:
             raise QuantkitError(f"llama.cpp's {self._architecture.name} has no {name}; {OTHERS}")
-        return str(found)
+        return found
 
     def _order(self, layer: str, rows: int) -> Tensor:
-        """Rows as llama.cpp has them, int64 [rows]: of queries and keys pairs of features that turn together."""
-        order = torch.arange(rows)
-        part = layer.rpartition(".")[2]
-        if self._architecture.interleaved and part in ("q_proj", "k_proj"):
-            order = order.view(-1, 2, head_dim(self._config) // 2).transpose(1, 2).flatten()
-        return order
+        return row_order(self._architecture, self._config, layer, rows)
 
     def _array(self, name: str, tensor: Tensor) -> np.ndarray:
         """A dense tensor as the file has it."""

@@ -22,12 +22,13 @@ class Kind:
     """A type of blocks.
 
     Attributes:
-        name: ggml's.
+        name, number: ggml's.
         bits: of a number.
         offset: whether there is one, and numbers count from 0.
     """
 
     name: str
+    number: int
     bits: int
     offset: bool
 
@@ -58,14 +59,35 @@ class Kind:
             parts.append((codes[..., :16] & 15) | ((codes[..., 16:] & 15) << 4))
         return np.concatenate(parts, axis=-1).reshape(rows, -1)
 
+    def unpack(self, blocks: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The inverse of `pack`, for a type without offsets.
+
+        Args:
+            blocks: uint8 [rows, bytes of a row's blocks].
+
+        Returns:
+            (numbers counted from 0, int64 [rows, columns]; scales, fp32 [rows, columns / 32]).
+        """
+        each = blocks.reshape(len(blocks), -1, self.nbytes)
+        scales = np.ascontiguousarray(each[..., :2]).view(np.float16)[..., 0].astype(np.float32)
+        rest = each[..., 2:]
+        if self.bits == 8:
+            codes = rest.view(np.int8).astype(np.int64) + 128
+        else:
+            low = rest[..., -BLOCK // 2 :]
+            codes = np.concatenate([low & 15, low >> 4], axis=-1).astype(np.int64)
+            if self.bits == 5:
+                codes |= np.unpackbits(rest[..., :4], axis=-1, bitorder="little").astype(np.int64) << 4
+        return torch.from_numpy(codes.reshape(len(blocks), -1)), torch.from_numpy(scales)
+
 
 def _bytes(values: Tensor) -> np.ndarray:
     """fp16 [rows, blocks] -> uint8 [rows, blocks, 2]."""
     return values.contiguous().unsqueeze(-1).view(torch.uint8).numpy()
 
 
-SYMMETRIC = (Kind("Q4_0", 4, False), Kind("Q5_0", 5, False), Kind("Q8_0", 8, False))
-WITH_ZEROS = (Kind("Q4_1", 4, True), Kind("Q5_1", 5, True))
+SYMMETRIC = (Kind("Q4_0", 2, 4, False), Kind("Q5_0", 6, 5, False), Kind("Q8_0", 8, 8, False))
+WITH_ZEROS = (Kind("Q4_1", 3, 4, True), Kind("Q5_1", 7, 5, True))
 
 
 def kind_of(bits: int, has_zeros: bool) -> Kind | None:

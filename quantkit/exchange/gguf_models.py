@@ -91,6 +91,23 @@ def head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
+def row_order(own: Architecture, config: Any, layer: str, rows: int) -> Tensor:
+    """Rows as llama.cpp has them, int64 [rows]: of queries and keys pairs of features that turn together."""
+    order = torch.arange(rows)
+    if own.interleaved and layer.rpartition(".")[2] in ("q_proj", "k_proj"):
+        order = order.view(-1, 2, head_dim(config) // 2).transpose(1, 2).flatten()
+    return order
+
+
+def tensor_names(own: Architecture, config: Any) -> Callable[[str], str | None]:
+    """A function: the name of a model's tensor -> that in a GGUF file; None where llama.cpp has no such tensor."""
+    import gguf
+
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[own.name], config.num_hidden_layers)
+    return lambda name: names.get_name(name, try_suffixes=(".weight", ".bias"))
+
+
 def describe(writer: Any, config: Any, own: Architecture, name: str) -> dict[str, Tensor]:
     """Says what the model is like.
 

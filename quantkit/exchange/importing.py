@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,14 +19,18 @@ from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Needs
 from quantkit.core.stats import LayerStats
 from quantkit.core.weight import QuantizedWeight
+from quantkit.exchange.gguf_blocks import BLOCK, SYMMETRIC, Kind
+from quantkit.exchange.gguf_models import architecture, row_order, tensor_names
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.formats.ordered import OrderedWeight
 from quantkit.io.checkpoint import CheckpointWriter, read_config
+from quantkit.io.gguf import gguf_folder
+from quantkit.io.gguf_header import TensorPlace, read_header
 from quantkit.io.run_folder import Output
-from quantkit.io.source import Sharded, open_folder
+from quantkit.io.source import Sharded, Source, open_folder
 from quantkit.io.stored_forms import FORMS, Dequantized, Numbers, quantization_of
 from quantkit.kernels.int_group_layout import STORED, WHOLE
-from quantkit.models.structure import block_linears
+from quantkit.models.structure import block_linears, linear_weight
 from quantkit.run.pipeline import Progress, run, silent
 from quantkit.run.recipe import Recipe
 from quantkit.run.report import Report
@@ -89,8 +94,8 @@ class Taken:
         return packed
 
 
-def import_folder(
-    folder: Path,
+def import_model(
+    place: Path,
     output: Path,
     *,
     name: str = "",
@@ -98,10 +103,10 @@ def import_folder(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Report:
-    """Makes a packed checkpoint of a folder whose layers are stored as whole numbers, the same numbers.
+    """Makes a packed checkpoint of a model whose layers are stored as whole numbers, the same numbers.
 
     Args:
-        folder: of GPTQ, AWQ, auto-round or compressed-tensors, as their writers leave it.
+        place: a folder of GPTQ, AWQ, auto-round or compressed-tensors, as their writers leave it; or a GGUF file.
         output: the folder to make.
         name: of the model, for the report.
         resume, overwrite, progress: see `run.pipeline.quantize_checkpoint`.
@@ -110,8 +115,21 @@ def import_folder(
         The report; layers that are stored in another way, and experts, stay dense.
 
     Raises:
-        QuantkitError: nothing in the folder is stored as whole numbers, or not as int_group holds them.
+        QuantkitError: nothing there is stored as whole numbers, or not as int_group holds them.
     """
+    source, taken, form = _of_file(place) if place.is_file() else _of_folder(place)
+    if not taken:
+        raise QuantkitError(
+            f"{place} is stored as {form}, and no layer of its blocks as whole numbers with scales; "
+            "`quantkit quantize` reads it as what it stands for"
+        )
+    target = Output(output, place, resume=resume, overwrite=overwrite)
+    writer = CheckpointWriter(target, len(source.blocks), source.dense)
+    return run(source, Recipe(None, taken), writer, name=name, device="cpu", progress=progress)
+
+
+def _of_folder(folder: Path) -> tuple[Source, dict[str, Any], str]:
+    """The model, what each layer is taken by, and the form in which they are stored."""
     form = quantization_of(read_config(folder)).get("quant_method")
     if form is None:
         raise QuantkitError(f"{folder} holds no quantized model; `quantkit quantize` makes one of it")
@@ -119,18 +137,46 @@ def import_folder(
         raise QuantkitError(f"{folder} is quantized by {form}; whole numbers are taken from gptq, awq, auto-round and "
                             "compressed-tensors")  # fmt: skip
     source = open_folder(folder)
-    taken = _taken(source)
-    if not taken:
-        raise QuantkitError(
-            f"{folder} is stored as {form}, and no layer of its blocks as whole numbers; `quantkit quantize` reads it "
-            "as what it stands for"
-        )
-    target = Output(output, folder, resume=resume, overwrite=overwrite)
-    writer = CheckpointWriter(target, len(source.blocks), source.dense)
-    return run(source, Recipe(None, taken), writer, name=name, device="cpu", progress=progress)
+    return source, _taken(source), form
 
 
-def _taken(source: Any) -> dict[str, Any]:
+def _of_file(file: Path) -> tuple[Source, dict[str, Any], str]:
+    """As `_of_folder`, of a GGUF file: blocks without offsets are taken, of others the scales do not divide those."""
+    source = open_folder(gguf_folder(file))
+    config = source.model.config
+    own = architecture(config)
+    called, header, found = tensor_names(own, config), read_header(file), dict[str, Any]()
+    kinds = {kind.number: kind for kind in SYMMETRIC}
+    for name, layer in block_linears(source.model).items():
+        place = header.tensors.get(called(f"{name}.weight") or "")
+        if place is None or place.kind not in kinds:
+            continue
+        kind = kinds[place.kind]
+        order = row_order(own, config, name, linear_weight(layer).shape[0])
+        found[name] = Taken(name, "gguf", kind.bits, BLOCK, WHOLE, False, _Blocks(file, place, kind, order.argsort()))
+    return source, found, "gguf"
+
+
+@dataclass(frozen=True, eq=False)
+class _Blocks:
+    """A matrix in a GGUF file; `order` has its rows as the model has them."""
+
+    file: Path
+    place: TensorPlace
+    kind: Kind
+    order: Tensor
+
+    def __call__(self) -> Numbers:
+        rows, columns = self.place.shape
+        row = columns // BLOCK * self.kind.nbytes
+        held = np.fromfile(self.file, np.uint8, rows * row, offset=self.place.offset).reshape(rows, row)
+        codes, scales = self.kind.unpack(held)
+        zeros = torch.full_like(scales, 2 ** (self.kind.bits - 1), dtype=torch.int64)
+        group = torch.arange(columns) // BLOCK
+        return Numbers(codes[self.order], zeros, scales[self.order], group, self.kind.bits)
+
+
+def _taken(source: Source) -> dict[str, Any]:
     """What each layer is taken by, by its name."""
     if not isinstance(source, Sharded) or not isinstance(source.shards, Dequantized):
         return {}

@@ -12,12 +12,15 @@ import quantkit
 from quantkit.cli.main import app
 from quantkit.core.errors import QuantkitError
 from quantkit.core.weight import QuantizedWeight
-from quantkit.exchange.importing import import_folder
+from quantkit.exchange.importing import import_model
+from quantkit.exchange.survey import survey
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.formats.ordered import OrderedWeight
 from quantkit.io.checkpoint import contents
 from quantkit.io.shards import Shards
 
+from ..conftest import CONFIGS
+from ..helpers.ggufs import write_gguf
 from ..helpers.stored import FORMS, store
 
 WHOLE = [form for form in FORMS if form.startswith(("gptq", "auto", "awq", "compressed")) and "fp8" not in form]
@@ -35,7 +38,7 @@ def layers_of(folder):
 @pytest.mark.parametrize("form", WHOLE)
 def test_the_same_numbers(form, model_folder, tmp_path):
     meant = store(model_folder("llama_even"), form, tmp_path / "stored")
-    report = import_folder(tmp_path / "stored", tmp_path / "packed")
+    report = import_model(tmp_path / "stored", tmp_path / "packed")
     packed = layers_of(tmp_path / "packed")
     assert {f"{name}.weight" for name in packed} == meant.keys() and len(report.layers) == 14
     for name, weight in packed.items():
@@ -49,7 +52,7 @@ def test_the_same_numbers(form, model_folder, tmp_path):
 def test_products_in_an_order(model_folder, tmp_path):
     """Whatever runs them: packed, unpacked, with a correction."""
     store(model_folder("llama_even"), "gptq-3", tmp_path / "stored")
-    import_folder(tmp_path / "stored", tmp_path / "packed")
+    import_model(tmp_path / "stored", tmp_path / "packed")
     weight = layers_of(tmp_path / "packed")["model.layers.0.mlp.down_proj"]
     x, (rows, columns) = torch.randn(3, weight.shape[1]), weight.shape
     up, down, bias = torch.randn(rows, 2), torch.randn(2, columns), torch.randn(rows)
@@ -71,7 +74,7 @@ def test_loaded_by_transformers_as_here(model_folder, tmp_path):
     pytest.importorskip("compressed_tensors")
     quantkit.quantize(model_folder("llama_even"), output=tmp_path / "a", bits=4, method="rtn", group_size=32)
     quantkit.export(tmp_path / "a", tmp_path / "stored", to="compressed-tensors")
-    import_folder(tmp_path / "stored", tmp_path / "packed")
+    import_model(tmp_path / "stored", tmp_path / "packed")
     tokens = torch.arange(24).view(2, 12)
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "stored", dtype=torch.float32)(tokens).logits
@@ -84,7 +87,7 @@ def test_there_and_back_again(to, bits, model_folder, tmp_path):
     """The same weights after export and import, and the same codes and scales after another export."""
     quantkit.quantize(model_folder("llama_even"), output=tmp_path / "a", bits=bits, method="rtn", group_size=32)
     quantkit.export(tmp_path / "a", tmp_path / "b", to=to)
-    import_folder(tmp_path / "b", tmp_path / "c")
+    import_model(tmp_path / "b", tmp_path / "c")
     first, second = layers_of(tmp_path / "a"), layers_of(tmp_path / "c")
     assert first.keys() == second.keys()
     for name in first:
@@ -104,19 +107,19 @@ def test_stopped_and_gone_on_with(model_folder, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        import_folder(tmp_path / "stored", tmp_path / "out", progress=stop)
-    import_folder(tmp_path / "stored", tmp_path / "out", resume=True)
-    import_folder(tmp_path / "stored", tmp_path / "whole")
+        import_model(tmp_path / "stored", tmp_path / "out", progress=stop)
+    import_model(tmp_path / "stored", tmp_path / "out", resume=True)
+    import_model(tmp_path / "stored", tmp_path / "whole")
     assert Shards(tmp_path / "out").checksums() == Shards(tmp_path / "whole").checksums()
 
 
 def test_refused(model_folder, tmp_path):
     folder = model_folder("llama_even")
     with pytest.raises(QuantkitError, match="holds no quantized model"):
-        import_folder(folder, tmp_path / "out")
+        import_model(folder, tmp_path / "out")
     store(folder, "bnb-4", tmp_path / "bnb")
     with pytest.raises(QuantkitError, match="stored as bitsandbytes, and no layer of its blocks as whole numbers"):
-        import_folder(tmp_path / "bnb", tmp_path / "out")
+        import_model(tmp_path / "bnb", tmp_path / "out")
     store(folder, "compressed-4", tmp_path / "fine")
     shards = Shards(tmp_path / "fine")
     tensors = dict(shards.read(shards.specs))
@@ -124,7 +127,7 @@ def test_refused(model_folder, tmp_path):
     odd = tensors[name].float() * (1 + 2**-14)
     save_file(tensors | {name: odd}, tmp_path / "fine" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(QuantkitError, match=r"layers.0.mlp.down_proj: its scales are not numbers of fp16"):
-        import_folder(tmp_path / "fine", tmp_path / "out")
+        import_model(tmp_path / "fine", tmp_path / "out")
 
 
 def test_the_command(model_folder, tmp_path):
@@ -133,3 +136,28 @@ def test_the_command(model_folder, tmp_path):
     assert said.exit_code == 0 and "14 layers as they were" in said.stdout, said.output
     again = CliRunner().invoke(app, ["import", str(tmp_path / "stored"), "--json"])
     assert again.exit_code == 0 and json.loads(again.stdout)["output"].endswith("stored-quantkit")
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q8_0"])
+def test_blocks_of_a_gguf_file(kind, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama_even"]).float()
+    write_gguf(tmp_path / "model.gguf", model, tokenizer, kind)  # which rounds the model's own weights
+    import_model(tmp_path / "model.gguf", tmp_path / "packed")
+    packed, state = layers_of(tmp_path / "packed"), model.state_dict()
+    assert len(packed) == 14
+    for name, weight in packed.items():
+        assert isinstance(weight, IntGroupWeight) and weight.bits == int(kind[1]) and weight.zero == 2
+        assert torch.equal(weight.dequantize(), state[f"{name}.weight"])
+    quantkit.export(tmp_path / "packed", tmp_path / "again.gguf", to="gguf")
+    first, again = (survey(tmp_path / name).layers for name in ("model.gguf", "again.gguf"))
+    blocks = {name: matrix for name, matrix in first.items() if name.startswith("blk.")}
+    assert blocks == {name: matrix for name, matrix in again.items() if name in blocks}
+
+
+def test_a_gguf_file_with_offsets_alone(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama_even"]).float()
+    write_gguf(tmp_path / "model.gguf", model, tokenizer, "Q4_1")
+    with pytest.raises(QuantkitError, match="no layer of its blocks as whole numbers with scales"):
+        import_model(tmp_path / "model.gguf", tmp_path / "packed")
