@@ -37,8 +37,8 @@ _OF_RECIPE = ("fisher", "target_shift", "true_sequential", "head_bits")
 _For = Annotated[
     Literal["gguf", "vllm", "mlx"] | None,
     typer.Option(
-        "--for", help="Integer grids that `quantkit export` writes for that program exactly, at its own widths: "
-        "GPTQ's or --method's, with groups and a grid that suit."
+        "--for", help="Integer codes that `quantkit export` writes for that program exactly: GPTQ's or --method's, in "
+        "groups that its kernels have."
     ),
 ]  # fmt: skip
 _GroupSize = Annotated[
@@ -325,11 +325,8 @@ def _decided(context: typer.Context, preset: str | None, meant_for: str | None, 
 
     given = context.params
     given["method"] = given["method"] or "gptq"
-    settings = settings_for(meant_for, given["method"], 3 if given["bits"] is None else given["bits"])
-    if given["group_size"] is None:
-        given["group_size"] = settings["group_size"]
-    if not any(word.partition("=")[0] == "--grid" for word in context.args) and given["symmetric"] is not False:
-        context.args += ["--grid", settings["grid"]]
+    for name, value in settings_for(meant_for, given["method"], 3 if given["bits"] is None else given["bits"]).items():
+        given[name] = value if given[name] is None else given[name]
     return given
 
 

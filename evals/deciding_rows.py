@@ -299,7 +299,7 @@ def _grids() -> Iterator[Row]:
     for bits in (2, 3, 4, 8):
         for group in (32, 64, 128):
             for grid in ("half", "int"):
-                text = f"gptq({bits}, group_size={group}{', grid=' + repr(grid) if grid == 'int' else ''})"
+                text = f"gptq({bits}, group_size={group}, grid={grid!r})"
                 where = "around a whole number" if grid == "int" else "half a step off"
                 yield Row(f"{grid}-g{group}", f"groups of {group}, {where}", bits, Quantized(text))
 

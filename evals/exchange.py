@@ -4,7 +4,7 @@
 
 ggml's own rounds each block by itself (the package gguf does it as llama.cpp does, Q4_0 and Q8_0); ours is packed by
 GPTQ `--for gguf`, exported, and read back by transformers' reader. Layers of the blocks alone are quantized, in both.
-"Q4_0, 3 bits" holds 3-bit codes, half a step off zero: as many bytes as Q4_0 has, and fewer in a packed checkpoint.
+"Q4_0, 3 bits" holds 3-bit codes: as many bytes as Q4_0 has, and fewer in a packed checkpoint.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def exported(folder: Path, kind: str, bits: int, arguments: argparse.Namespace) 
     if not packed.exists():
         settings = settings_for("gguf", "gptq", bits)
         text = Calibration(arguments.calibration, arguments.num_samples, arguments.seqlen)
-        method = f"gptq({bits}, group_size={settings['group_size']}, grid={settings['grid']!r})"
+        method = f"gptq({bits}, group_size={settings['group_size']})"
         quantize(folder, output=packed, method=method, calibration=text, device="cpu")
     made = export(packed, file, to="gguf", overwrite=True)
     if made.error or {matrix.format for matrix in survey(file).layers.values()} != {kind}:

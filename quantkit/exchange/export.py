@@ -29,13 +29,10 @@ TARGETS: Mapping[str, str] = {
 
 _GROUPS = {"gguf": 32, "vllm": 128, "mlx": 64}
 """Sizes of groups that a program's kernels are made for, by its name."""
-_NATIVE = (4, 8)
-"""Widths at which GGUF, GPTQ and vLLM's kernels have grids around a whole number; others go into the next, half a step
-off zero, which costs them nothing there and is nearer the weights."""
 
 
 def settings_for(program: str, method: str, bits: float) -> dict[str, Any]:
-    """Settings of `gptq` or `rtn` whose weights `export` writes for a program exactly, as narrow as it has them.
+    """Settings of `gptq` or `rtn` whose weights `export` writes for a program exactly.
 
     Args:
         program: "gguf", "vllm" or "mlx".
@@ -50,8 +47,7 @@ def settings_for(program: str, method: str, bits: float) -> dict[str, Any]:
     known = (2, 3, 4, 5, 6, 8) if program == "mlx" else range(1, 9)
     if bits not in known:
         raise QuantkitError(f"{program} has codes of {', '.join(map(str, known))} bits, and not of {bits:g}")
-    whole = program != "mlx" and bits in _NATIVE
-    return {"group_size": _GROUPS[program], "grid": "int" if whole else "half"}
+    return {"group_size": _GROUPS[program]}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from torch import Tensor
 from quantkit.kernels import int_group_layout
 
 _SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.69, 0.62, 0.55, 0.48, 0.41)
+_WHOLE_FROM = 3
+"""Bits from which on grids around a whole number lose less, by a tenth of GPTQ's KL; see docs/results/exchange.md."""
 _SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16
 _LARGEST_ZERO = 1024  # fp16 still holds it to half a code
 
@@ -156,7 +158,8 @@ class GridSettings:
         group_size: input features that share a grid; -1 for one grid a row.
         symmetric: grids centred on zero, which store no zero points.
         grid: of symmetric ones, where zero is: "half" a step beside the codes, or at a code, "int", as most programs
-            have it: such weights are exported at their own width (`quantkit.export`), at a cost at 2 and 3 bits.
+            have it, with a level more on the side that each group wants it on. None for what loses less: "int" from 3
+            bits on, and "half" below, where no code is to be spent on zero.
         search: fit grids by least squared error instead of by range.
     """
 
@@ -164,12 +167,12 @@ class GridSettings:
     group_size: int = 128
     symmetric: bool = True
     search: bool = True
-    grid: Literal["half", "int"] = "half"
+    grid: Literal["half", "int"] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or self.bits not in range(1, 9):
             raise ValueError(f"bits={self.bits}: integer formats hold 1 to 8 bits, whole ones")
-        if self.grid not in ("half", "int"):
+        if self.grid not in ("half", "int", None):
             raise ValueError(f"grid={self.grid!r}: known grids are half and int")
         if self.grid == "int" and not self.symmetric:
             raise ValueError("grid='int' is of symmetric grids; asymmetric ones store their zeros")
@@ -185,11 +188,12 @@ class GridSettings:
         """Where zero is: one of `kernels.int_group_layout`'s."""
         if not self.symmetric:
             return int_group_layout.STORED
-        return int_group_layout.WHOLE if self.grid == "int" else int_group_layout.BETWEEN
+        whole = self.bits >= _WHOLE_FROM if self.grid is None else self.grid == "int"
+        return int_group_layout.WHOLE if whole else int_group_layout.BETWEEN
 
     def fitted(self, weight: Tensor, importance: Tensor | None = None) -> Grid:
         """The best grid for each group [..., group]; see `fit_grid`."""
-        whole = self.grid == "int"
+        whole = self.zero == int_group_layout.WHOLE
         return fit_grid(weight, self.bits, self.symmetric, self.search, importance, whole)
 
     def zeros(self, fitted: list[Tensor]) -> Tensor | None:

@@ -115,10 +115,14 @@ def test_dense_of_codes_that_nobody_else_has(packed, tmp_path):
     close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), folder)
 
 
+def rtn(bits, grid):
+    return {"method": f"rtn({bits}, group_size=64, grid={grid!r})", "group_size": None}
+
+
 @pytest.mark.parametrize("bits, carrier, width", [(2, None, 4), (3, None, 4), (4, 5, 5), (4, None, 8), (6, None, 8)])
 def test_compressed_tensors(bits, carrier, width, packed, tmp_path):
     pytest.importorskip("compressed_tensors")
-    folder = packed(bits)
+    folder = packed(None, **rtn(bits, "half"))
     made = quantkit.export(folder, tmp_path / "out", to="compressed-tensors", carrier=carrier)
     assert made.error == 0 and made.layers == 14
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
@@ -128,7 +132,7 @@ def test_compressed_tensors(bits, carrier, width, packed, tmp_path):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_grid_around_a_whole_number_goes_at_its_own_width(bits, packed, tmp_path):
-    folder = packed(None, method=f"rtn({bits}, group_size=32, grid='int')", group_size=None)
+    folder = packed(bits, group_size=32)
     for to, config in (("compressed-tensors", "config_groups"), ("gptq", "bits")):
         made = quantkit.export(folder, tmp_path / to, to=to)
         said = json.loads((tmp_path / to / "config.json").read_text())["quantization_config"][config]
@@ -206,7 +210,7 @@ def test_mlx_runs_the_model(packed, tmp_path):
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_gptq(bits, packed, tmp_path):
-    folder = packed(bits)
+    folder = packed(None, **rtn(bits, "half"))
     made = quantkit.export(folder, tmp_path / "out", to="gptq")
     assert made.error == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
@@ -300,7 +304,7 @@ def test_refused_by_name_with_what_would_do(packed, model_of, tmp_path):
         with pytest.raises(QuantkitError, match=r"layers\.0\..*\(and 13 more layers\).*rotated.*--to dense"):
             quantkit.export(trellis, tmp_path / "none", to=to)
     with pytest.raises(QuantkitError, match="8-bit codes half a step off zero, which take 9 bits"):
-        quantkit.export(packed(8), tmp_path / "none", to="gptq")
+        quantkit.export(packed(None, **rtn(8, "half")), tmp_path / "none", to="gptq")
     with pytest.raises(QuantkitError, match="zeros lie between whole numbers"):
         quantkit.export(packed(4, symmetric=False), tmp_path / "none", to="gptq")
     with pytest.raises(QuantkitError, match="codes of 7 bits; it has 2, 3, 4, 5, 6, 8"):
