@@ -21,7 +21,7 @@ from quantkit.core.units import size
 def export_command(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a packed checkpoint.")],
     to: Annotated[str, typer.Option(help="compressed-tensors (vLLM), gguf (llama.cpp), mlx, gptq, or dense.")],
-    output: Annotated[Path | None, typer.Option(help="What to make; by default MODEL-FORM beside MODEL.")] = None,
+    output: Annotated[Path | None, typer.Option(help="What to make; by default ./MODEL-FORM.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of scales and dense weights; by default what keeps scales, and dense as it was.")
     ] = None,
@@ -44,13 +44,13 @@ def export_command(
     """
     from quantkit.core.device import parse_dtype
     from quantkit.exchange.export import export_folder
-    from quantkit.exchange.packed import beside
+    from quantkit.exchange.packed import named_after
     from quantkit.exchange.requantize import requantize_folder
     from quantkit.io.hf import resolve_folder
     from quantkit.run.recipe import Calibration
 
     folder = resolve_folder(model)
-    asked = output or beside(folder, to)
+    asked = output or named_after(model, to)
     try:
         with block_progress(voice() != Voice.QUIET and not as_json) as progress:
             kept = parse_dtype(dtype)
@@ -66,7 +66,8 @@ def export_command(
                 )  # fmt: skip
                 made, check = found.exported, found.check
     except KeyboardInterrupt:
-        raise Interrupted("stopped; repeat the command with --resume to continue") from None
+        more = "repeat the command with --resume to continue" if requantize is None else "nothing is kept"
+        raise Interrupted(f"stopped; {more}") from None
     if as_json:
         print(json.dumps({**vars(made), "output": str(made.output), "check": check and asdict(check)}, indent=2))
         return

@@ -21,7 +21,7 @@ def import_command(
     model: Annotated[
         str, typer.Argument(help="Folder or hub id of GPTQ, AWQ, auto-round or compressed-tensors, or a GGUF file.")
     ],
-    output: Annotated[Path | None, typer.Option(help="Folder to make; by default MODEL-quantkit beside MODEL.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to make; by default ./MODEL-quantkit.")] = None,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -33,7 +33,7 @@ def import_command(
 
     file = Path(model).expanduser()
     place = file if file.is_file() and is_gguf(file) else resolve_folder(model)
-    asked = output or place.resolve().with_name(f"{place.resolve().stem}-quantkit")
+    asked = output or Path(f"{file.resolve().stem if place == file else file.resolve().name}-quantkit")
     try:
         with block_progress(voice() != Voice.QUIET and not as_json) as progress:
             made = import_model(place, asked, name=model, resume=resume, overwrite=overwrite, progress=progress)

@@ -324,6 +324,11 @@ def _decided(context: typer.Context, preset: str | None, meant_for: str | None, 
     from quantkit.exchange.export import settings_for
 
     given = context.params
+    for name, wrong in (
+        ("symmetric", given["symmetric"] is False), ("low_rank", given["low_rank"]), ("hadamard", given["hadamard"]),
+    ):  # fmt: skip
+        if wrong:
+            raise QuantkitError(f"--for {meant_for} is of plain symmetric codes; `{name}` gives others")
     given["method"] = given["method"] or "gptq"
     for name, value in settings_for(meant_for, given["method"], 3 if given["bits"] is None else given["bits"]).items():
         given[name] = value if given[name] is None else given[name]

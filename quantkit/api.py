@@ -343,6 +343,7 @@ def export(
     output: str | Path,
     *,
     to: str,
+    tokenizer: Any = None,
     dtype: str | torch.dtype | None = None,
     carrier: int | None = None,
     resume: bool = False,
@@ -355,6 +356,7 @@ def export(
         model: with packed layers, in memory, or its folder or hub id.
         output: folder to make; for "gguf" a file.
         to: "compressed-tensors", "gguf", "mlx", "gptq", or "dense".
+        tokenizer: of a model in memory; by default that which lies where the model was loaded from.
         dtype: of scales and dense weights; by default fp16 where there are scales, which keeps them, and else what the
             model has.
         carrier: bits of the numbers that hold the codes, for compressed-tensors and gptq; by default the fewest that do
@@ -373,7 +375,9 @@ def export(
     own = parse_dtype(dtype) if isinstance(dtype, str) else dtype
     settings: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": progress}
     if isinstance(model, PreTrainedModel):
-        return forms.export_model(model, Path(output), to, dtype=own, carrier=carrier, **settings)
+        return forms.export_model(model, Path(output), to, tokenizer, dtype=own, carrier=carrier, **settings)
+    if tokenizer is not None:
+        raise QuantkitError("a model in a folder has its tokenizer there")
     return forms.export_folder(resolve_folder(model), Path(output), to, own, carrier, **settings)
 
 

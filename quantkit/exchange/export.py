@@ -13,8 +13,11 @@ from transformers import PreTrainedModel
 from quantkit.core.errors import QuantkitError, UnknownName
 from quantkit.exchange.folder import write
 from quantkit.exchange.gguf import GGUF
+from quantkit.exchange.gguf_models import architecture, check_tokenizer
 from quantkit.exchange.packed import PackedFolder
 from quantkit.exchange.target import Target, Told
+from quantkit.io.beside import files_beside
+from quantkit.io.classes import config_of
 from quantkit.io.run_folder import Output
 
 TARGETS: Mapping[str, str] = {
@@ -89,9 +92,9 @@ def export_folder(
     settings: dict[str, Any] = {} if carrier is None else {"carrier": carrier}
     if carrier is not None and not hasattr(kind, "carriers"):
         raise QuantkitError(f"`carrier` is of forms with whole numbers, and not of {to}")
+    place = checked(folder, output, to, overwrite)
     target = kind(PackedFolder(folder), dtype, **settings)
     if isinstance(target, GGUF):
-        place = _file(output, overwrite)
         written = target.write(place, progress)
     else:
         made = Output(output, folder, resume=resume, overwrite=overwrite)
@@ -100,13 +103,20 @@ def export_folder(
     return Exported(place, to, written.layers, written.dense, written.error, written.nbytes)
 
 
-def _file(output: Path, overwrite: bool) -> Path:
-    """The file to make.
+def checked(folder: Path, output: Path, to: str, overwrite: bool) -> Path:
+    """What is to be made of a packed folder, which can be: nothing is read of its weights.
 
     Raises:
-        QuantkitError: something else is there.
+        QuantkitError: something else is there, it would lie in the packed folder, or GGUF files hold no such model.
     """
     place = output.expanduser().resolve()
+    if to != "gguf":
+        return place
+    config = config_of(folder)
+    architecture(config)
+    check_tokenizer(folder, config)
+    if folder.resolve() in place.parents:
+        raise QuantkitError(f"`output` {output} lies in the packed model's own folder; give another place")
     if place.is_dir():
         raise QuantkitError(f"`output` {output} is a folder; name a file, such as {output}/{place.name}.gguf")
     if place.exists() and not overwrite:
@@ -116,10 +126,22 @@ def _file(output: Path, overwrite: bool) -> Path:
     return place
 
 
-def export_model(model: PreTrainedModel, output: Path, to: str, **settings: Any) -> Exported:
-    """`export_folder` of a packed model in memory, by way of a folder for as long as it takes."""
+def export_model(model: PreTrainedModel, output: Path, to: str, tokenizer: Any = None, **settings: Any) -> Exported:
+    """`export_folder` of a packed model in memory, by way of a folder for as long as it takes.
+
+    Its tokenizer is the one given, or that which lies where the model was loaded from.
+    """
     if getattr(model, "hf_quantizer", None) is None:
         raise QuantkitError("the model has no packed layers; `quantkit.quantize` makes some")
-    with tempfile.TemporaryDirectory(prefix="quantkit-export-", dir=output.expanduser().resolve().parent) as name:
+    above = output.expanduser().resolve().parent
+    above.mkdir(parents=True, exist_ok=True)
+    origin = Path(str(model.config._name_or_path or ""))
+    with tempfile.TemporaryDirectory(prefix="quantkit-export-", dir=above) as name:
+        if tokenizer is None and origin.name and origin.is_dir():
+            for own, content in files_beside(origin).items():
+                (Path(name) / own).parent.mkdir(parents=True, exist_ok=True)
+                (Path(name) / own).write_bytes(content)
         model.save_pretrained(name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(name)
         return export_folder(Path(name), output, to, **settings)

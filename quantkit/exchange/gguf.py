@@ -23,8 +23,8 @@ from quantkit.kernels.int_group_layout import STORED
 class GGUF(Target):
     """A file of a model that llama.cpp knows.
 
-    Symmetric weights are kept exactly, in twice as many steps of half the size (`exchange.integers`); of others the
-    offset, zero * scale, is rounded to fp16. Vectors become fp32; matrices keep their type.
+    Symmetric weights are kept exactly (`exchange.integers`); of others the offset, zero * scale, is rounded to fp16.
+    Vectors become fp32; matrices keep their type.
 
     Args:
         packed: see `Target`.

@@ -5,6 +5,7 @@ GGUF specification and of llama.cpp's readers; keys are written by the package g
 """
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from quantkit.core.errors import QuantkitError
 from quantkit.exchange.packed import DENSE
 from quantkit.io.gguf import LLAMA3
 
+logger = logging.getLogger(__name__)
+
 OTHERS = f"{DENSE}, which llama.cpp's own convert_hf_to_gguf.py takes"
 """What helps where a GGUF file cannot be written."""
 
@@ -29,14 +32,22 @@ class Architecture:
     Attributes:
         name: its name there.
         says: adds what is its own to a writer, given the text model's config.
+        act: the activation function that its code has.
         interleaved: whether rows of queries and keys are in the order of interleaved rotary pairs.
         norm_shift: what is added to the weights of norms.
+        windowed: whether it has sliding windows.
     """
 
     name: str
     says: Callable[[Any, Any], None]
+    act: str = "silu"
     interleaved: bool = False
     norm_shift: float = 0.0
+    windowed: bool = False
+
+
+_LOCAL_BASE = 10000.0
+"""Of rotary positions in Gemma 3's local layers."""
 
 
 def _plain(_writer: Any, _config: Any) -> None:
@@ -51,11 +62,15 @@ def _gemma3(writer: Any, config: Any) -> None:
         )
     if config.query_pre_attn_scalar != config.head_dim and len(kinds) != 62:
         raise QuantkitError(f"llama.cpp scales gemma3's queries by head_dim, and this model does not; {OTHERS}")
+    local = dict(getattr(config, "rope_parameters", None) or {}).get("sliding_attention", {})
+    if float(local.get("rope_theta") or _LOCAL_BASE) != _LOCAL_BASE:
+        raise QuantkitError(
+            f"llama.cpp has a rotary base of 10000 in gemma3's local layers, this model another; {OTHERS}"
+        )
     writer.add_sliding_window(config.sliding_window)
 
 
 def _phi3(writer: Any, config: Any) -> None:
-    writer.add_sliding_window(config.sliding_window or 0)
     original = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
     writer.add_rope_scaling_orig_ctx_len(int(original))
     scale = config.max_position_embeddings / original
@@ -68,7 +83,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "mistral": Architecture("llama", _plain, interleaved=True),
     "qwen2": Architecture("qwen2", _plain),
     "qwen3": Architecture("qwen3", _plain),
-    "gemma3_text": Architecture("gemma3", _gemma3, norm_shift=1.0),
+    "gemma3_text": Architecture("gemma3", _gemma3, "gelu_pytorch_tanh", norm_shift=1.0, windowed=True),
     "phi3": Architecture("phi3", _phi3),
 }
 """By transformers' model type."""
@@ -83,7 +98,28 @@ def architecture(config: Any) -> Architecture:
     kind = getattr(config, "model_type", "")
     if kind not in ARCHITECTURES:
         raise QuantkitError(f"GGUF files are written of {', '.join(ARCHITECTURES)}, and not of {kind!r}; {OTHERS}")
-    return ARCHITECTURES[kind]
+    own, found = ARCHITECTURES[kind], getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    if found != own.act:
+        raise QuantkitError(f"llama.cpp has {own.act} in {own.name}, and this model has {found}; {OTHERS}")
+    return own
+
+
+def _window(config: Any) -> int | None:
+    """Tokens that a layer looks back to, where it is not all."""
+    kinds = getattr(config, "layer_types", None)
+    used = getattr(config, "sliding_window", None) is not None
+    if kinds is not None and "sliding_attention" not in kinds:
+        used = False
+    return int(config.sliding_window) if used else None
+
+
+def _context(config: Any, own: Architecture) -> int:
+    """Tokens of context: of a model whose windows llama.cpp does not have as many as one window sees."""
+    whole, window = int(config.max_position_embeddings), None if own.windowed else _window(config)
+    if window is None or window >= whole:
+        return whole
+    logger.warning("llama.cpp has no sliding windows in %s: the file says %s tokens of context", own.name, window)
+    return window
 
 
 def head_dim(config: Any) -> int:
@@ -121,7 +157,7 @@ def describe(writer: Any, config: Any, own: Architecture, name: str) -> dict[str
         Tensors [...] that llama.cpp wants beside the model's own, by name: how rotary positions are scaled.
     """
     writer.add_name(name)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(_context(config, own))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -197,6 +233,8 @@ def split_of(found: Mapping[str, Any]) -> str:
     steps = found.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     kinds = [step.get("type") for step in steps]
+    if any(step.get("add_prefix_space") for step in steps):
+        kinds = []  # llama.cpp puts no space in front of such text
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
@@ -208,29 +246,50 @@ def split_of(found: Mapping[str, Any]) -> str:
     raise QuantkitError(f"the tokenizer splits text in a way that llama.cpp's names are not known of here; {OTHERS}")
 
 
-def add_tokenizer(writer: Any, folder: Path, config: Any) -> None:
-    """Adds a model's tokenizer and its chat template.
+def check_tokenizer(folder: Path, config: Any) -> dict[str, Any]:
+    """What tokenizer.json of a folder says, which llama.cpp has a tokenizer for.
 
     Args:
-        writer: gguf's.
         folder: holds tokenizer.json.
         config: the text model's, whose vocabulary may be larger.
 
     Raises:
         QuantkitError: there is none, or llama.cpp has no such tokenizer.
     """
-    from gguf import SpecialVocab
-
     try:
-        found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         model = found["model"]
-        vocabulary = dict(model["vocab"]) if model["type"] == "BPE" else None
+        kind = model["type"]
+        numbers = [*dict(model["vocab"] if kind == "BPE" else {}).values()]
+        numbers += [entry["id"] for entry in found.get("added_tokens") or []]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise QuantkitError(f"{folder} has no tokenizer.json to write into a GGUF file ({error})") from error
-    if vocabulary is None:
-        raise QuantkitError(f"the tokenizer's model is {model['type']}, and GGUF files are written with BPE; {OTHERS}")
+    if kind != "BPE":
+        raise QuantkitError(f"the tokenizer's model is {kind}, and GGUF files are written with BPE; {OTHERS}")
+    most = max(numbers, default=0)
+    if most >= config.vocab_size:
+        raise QuantkitError(
+            f"the tokenizer has {most + 1} tokens, and the model's embedding {config.vocab_size} rows; take the tokens "
+            "beyond out of the tokenizer, or resize the model before it is packed"
+        )
+    if not model.get("byte_fallback"):
+        split_of(found)
+    return found
+
+
+def add_tokenizer(writer: Any, folder: Path, config: Any) -> None:
+    """Adds a model's tokenizer and its chat template.
+
+    Args:
+        writer: gguf's.
+        folder, config: see `check_tokenizer`.
+    """
+    from gguf import SpecialVocab
+
+    found = check_tokenizer(folder, config)
+    model = found["model"]
     by_bytes = not model.get("byte_fallback")
-    tokens, types = _tokens(vocabulary, found.get("added_tokens") or [], config.vocab_size, by_bytes)
+    tokens, types = _tokens(dict(model["vocab"]), found.get("added_tokens") or [], config.vocab_size, by_bytes)
     if by_bytes:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(split_of(found))
@@ -253,7 +312,7 @@ def _tokens(
     kinds = {entry["id"]: TokenType.CONTROL if entry["special"] else TokenType.USER_DEFINED for entry in added}
     texts = {number: text for text, number in vocabulary.items()} | {entry["id"]: entry["content"] for entry in added}
     tokens, types = [], []
-    for number in range(max(size, *(number + 1 for number in texts))):
+    for number in range(size):
         text = texts.get(number)
         tokens.append(f"[PAD{number}]" if text is None else text)
         if text is None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quantkit.core.errors import QuantkitError
 from quantkit.exchange.integers import Integers, number_bits
-from quantkit.exchange.packed import PackedFolder
+from quantkit.exchange.packed import DENSE, PackedFolder
 from quantkit.exchange.whole_numbers import WholeNumbers
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.kernels.int_group_layout import STORED
@@ -23,10 +23,13 @@ class GPTQForm(WholeNumbers):
         super().__init__(packed, dtype, carrier)
         weights = [weight for name, weight in packed.layers.items() if self.holds(name)]
         own = [weight for weight in weights if isinstance(weight, IntGroupWeight)]
-        groups = {-1 if weight.group_size >= weight.in_features else weight.group_size for weight in own}
-        if len(groups) != 1:
+        if not own:
+            raise QuantkitError(f"{self.name} holds layers of the blocks, and none of these is packed; {DENSE}")
+        groups = {min(weight.group_size, weight.in_features) for weight in own}
+        by_rows = all(weight.group_size >= weight.in_features for weight in own)
+        if len(groups) > 1 and not by_rows:
             raise QuantkitError(f"{self.name} has one size of groups in all layers, and these have {sorted(groups)}")
-        (self.group_size,) = groups
+        self.group_size = -1 if by_rows else groups.pop()
         self.asked = super().carrier(max(number_bits(weight) for weight in own))
         self.symmetric = all(weight.zero != STORED for weight in own)
 

@@ -1,5 +1,6 @@
 """MLX's affine form, which mlx-lm reads: codes at their own width, a scale and an offset a group."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 from quantkit.core.weight import QuantizedWeight
 from quantkit.exchange.packed import DENSE, PackedFolder
 from quantkit.exchange.target import Target
+from quantkit.exchange.whole_numbers import scales_dtype
 from quantkit.formats.int_group import IntGroupWeight
+from quantkit.io.conversion import as_stored
 from quantkit.kernels.bitpack import unpack
 from quantkit.kernels.int_group_layout import STORED, middle
 from quantkit.models.experts import place
@@ -22,14 +25,14 @@ class MLX(Target):
 
     Args:
         packed: see `Target`.
-        dtype: of scales, offsets and dense weights: fp16 where none is given; fp32 keeps offsets exactly.
+        dtype: of scales, offsets and dense weights: `scales_dtype` where none is given; fp32 keeps all offsets exactly.
     """
 
     name: ClassVar[str] = "mlx"
     outer: ClassVar[bool] = True
 
     def __init__(self, packed: PackedFolder, dtype: torch.dtype | None = None) -> None:
-        super().__init__(packed, dtype or torch.float16)
+        super().__init__(packed, dtype or scales_dtype(packed))
 
     def holds(self, layer: str) -> bool:
         """Layers outside of the blocks become dense where the form does not hold them."""
@@ -64,7 +67,12 @@ class MLX(Target):
         group = torch.arange(weight.in_features) // weight.group_size
         read = codes.float() * stored.float()[:, group] + offsets.float()[:, group]
         tensors = {"weight": _stream(codes, weight.bits), "scales": stored, "biases": offsets}
-        return {f"{name}.{part}": tensor.contiguous() for part, tensor in tensors.items()}, read
+        named = {f"{name}.{part}": tensor.contiguous() for part, tensor in tensors.items()}
+        return as_stored(self.packed.model, named), read
+
+    def dense(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Under the names in which transformers saves the model, as mlx-lm expects them."""
+        return as_stored(self.packed.model, super().dense(tensors))
 
     def config(self) -> dict[str, Any]:
         """The model's, with the bits and groups of each layer that differs from most."""
@@ -76,9 +84,18 @@ class MLX(Target):
         counted = [*forms.values()]
         usual = max(counted, key=counted.count)
         said: dict[str, Any] = {"group_size": usual[0], "bits": usual[1], "mode": "affine"}
-        said |= {name: {"group_size": form[0], "bits": form[1]} for name, form in forms.items() if form != usual}
+        said |= {
+            self._stored(name): {"group_size": form[0], "bits": form[1]}
+            for name, form in forms.items()
+            if form != usual
+        }
         dtype = str(self.dtype).removeprefix("torch.")
         return self.packed.config() | {"dtype": dtype, "quantization": said, "quantization_config": said}
+
+    def _stored(self, layer: str) -> str:
+        """A layer's name as it is stored."""
+        (name,) = as_stored(self.packed.model, {f"{layer}.weight": torch.empty(1, 1)})
+        return name.removesuffix(".weight")
 
 
 def _stream(codes: Tensor, bits: int) -> Tensor:

@@ -85,6 +85,11 @@ class PackedFolder:
                 found[name] = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
         return found
 
+    def field(self, layer: str, key: str) -> Tensor:
+        """One tensor of a packed layer."""
+        own = next((name for name, called in self._called.items() if called == layer), layer)
+        return next(tensor for _, tensor in self._shards.read([f"{own}.{key}"]))
+
     def read(self, unit: int) -> Iterator[tuple[str, QuantizedWeight | Tensor]]:
         """Yields (name, weight) of a unit's packed layers, and (name, tensor) of its other tensors.
 
@@ -138,7 +143,7 @@ class PackedFolder:
         return self._shards.fingerprint()
 
 
-def beside(folder: Path, to: str) -> Path:
-    """What an export makes of a folder where nobody names it."""
-    place = folder.expanduser().resolve()
-    return place.with_name(f"{place.name}.gguf" if to == "gguf" else f"{place.name}-{to}")
+def named_after(model: str, to: str) -> Path:
+    """What an export makes of a folder or hub id where nobody names it: it lies in the working directory."""
+    name = Path(model).expanduser().resolve().name
+    return Path(f"{name}.gguf" if to == "gguf" else f"{name}-{to}")

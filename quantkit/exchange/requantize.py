@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.core.errors import QuantkitError
 from quantkit.exchange.target import Told
+from quantkit.io.classes import meta_model
+from quantkit.io.run_folder import Output
+from quantkit.models.structure import block_linears, linear_weight
 from quantkit.quantizers.gptq import GPTQ
 from quantkit.run.pipeline import quantize_checkpoint
 from quantkit.run.recipe import Calibration, Recipe
@@ -57,17 +60,22 @@ def requantize_folder(
     Raises:
         QuantkitError: the form has no grids, or none of so many bits; or see `quantize_checkpoint`.
     """
-    from quantkit.exchange.export import export_folder, settings_for
+    from quantkit.exchange.export import checked, export_folder, settings_for
 
     if to not in PROGRAMS:
         raise QuantkitError(f"{to} needs no rounding to grids; leave out `requantize`")
-    grid = settings_for(PROGRAMS[to], "gptq", bits)
-    quantizer = GPTQ(bits, **grid)
+    group = settings_for(PROGRAMS[to], "gptq", bits)["group_size"]
+    checked(folder, output, to, overwrite)
+    if to != "gguf":
+        Output(output, folder, overwrite=overwrite)
+    narrowest = min(linear_weight(layer).shape[1] for layer in block_linears(meta_model(folder, None)).values())
+    quantizer = GPTQ(bits, min(group, narrowest))
 
     def step(what: str) -> Callable[[int, int, str], None]:
         return lambda done, total, name: progress(done, total, f"{what}: {name}")
 
     above = output.expanduser().resolve().parent
+    above.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="quantkit-export-", dir=above) as name:
         dense, packed = Path(name) / "dense", Path(name) / folder.name
         export_folder(folder, dense, "dense", progress=step("dense"))

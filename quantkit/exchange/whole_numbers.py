@@ -11,14 +11,23 @@ from quantkit.exchange.integers import Integers, integers, number_bits
 from quantkit.exchange.packed import DENSE, PackedFolder
 from quantkit.exchange.target import Target
 from quantkit.formats.int_group import IntGroupWeight
+from quantkit.kernels.int_group_layout import STORED
 from quantkit.models.experts import place
+
+
+def scales_dtype(packed: PackedFolder) -> torch.dtype:
+    """The type of scales and dense weights where nobody asks for one: fp16, which keeps scales; not of Gemma's models,
+    whose activations leave its range.
+    """
+    wide = str(getattr(packed.model.config, "model_type", "")).startswith("gemma")
+    return torch.bfloat16 if wide else torch.float16
 
 
 class WholeNumbers(Target):
     """A form of linear layers with whole numbers.
 
     Args:
-        packed, dtype: see `Target`; scales are fp16 where no dtype is given, which keeps them as they are.
+        packed, dtype: see `Target`; scales have `scales_dtype` where no dtype is given.
         carrier: bits of a number; None for the fewest of `carriers` that hold it.
     """
 
@@ -29,7 +38,15 @@ class WholeNumbers(Target):
             known = ", ".join(map(str, self.carriers))
             raise QuantkitError(f"carrier={carrier}: {self.name} has numbers of {known} bits")
         self.asked = carrier
-        super().__init__(packed, dtype or torch.float16)
+        super().__init__(packed, dtype or scales_dtype(packed))
+        for name, weight in self._held():
+            if isinstance(weight, IntGroupWeight) and weight.zero == STORED:
+                zeros = packed.field(name, "zeros")
+                if not torch.equal(zeros, zeros.round()):
+                    raise QuantkitError(
+                        f"{name}: its zeros lie between whole numbers, which {self.name} does not hold; `--to mlx` "
+                        f"does, a symmetric grid goes, and {DENSE}"
+                    )
 
     def refusal(self, name: str, weight: QuantizedWeight) -> str:
         """See `Target`."""
@@ -61,11 +78,7 @@ class WholeNumbers(Target):
         """See `Target`."""
         assert isinstance(weight, IntGroupWeight) and self.dtype is not None
         found = integers(weight)
-        if found is None:
-            raise QuantkitError(
-                f"{name}: its zeros lie between whole numbers, which {self.name} does not hold; `--to mlx` does, and "
-                f"so does a symmetric grid, and {DENSE}"
-            )
+        assert found is not None
         scales = self.cast(f"{name}'s scales", found.scales)
         read = Integers(found.numbers, scales.float(), found.zeros, found.bits, found.group_size)
         return self.stored(name, found, scales), read.values()

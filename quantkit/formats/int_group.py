@@ -4,9 +4,9 @@
 
 Codes are packed densely (`quantkit.kernels.bitpack`). Asymmetric weights store zero points in fp16, so a grid
 may sit anywhere; symmetric ones store none and use zero = (2^bits - 1) / 2: the levels are then
-+-1/2, +-3/2, ... steps and no code is wasted, which at 2 bits is a third less error than a grid that
-must contain 0. Other programs' formats have such grids alone, with zero = 2^(bits - 1): a single stored number
-says that all groups have it. The last group of a row may be shorter than the others.
++-1/2, +-3/2, ... steps and no code is spent on 0, which is best at 2 bits. A grid around a whole number, zero =
+2^(bits - 1), has one level more on one side; a scale's sign says on which. Other programs' formats have no others;
+here a single stored number says that all groups have it. The last group of a row may be shorter than the others.
 """
 
 from __future__ import annotations

@@ -379,25 +379,26 @@ def _compressed(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantize
     facts = ("num_bits", "strategy", "group_size", "symmetric")
     kinds = {tuple(one.get(fact) for fact in facts) for one in asked}
     found = {}
+    told = shards.read([name for name in shards.specs if name.endswith(".weight_shape")])
+    shapes = {name: tuple(map(int, shape.tolist())) for name, shape in told}
     for place, names in _places(
         shards, ".weight_scale", ".weight", ".weight_packed", ".weight_shape", ".weight_zero_point", ".weight_g_idx",
         ".weight_global_scale",
     ).items():  # fmt: skip
-        bits, strategy, size, symmetric = next(iter(kinds))
-        if ".weight_global_scale" in names or len(kinds) > 1 or strategy not in ("group", "channel", "tensor"):
+        strategies, symmetric = {kind[1] for kind in kinds}, all(kind[3] is not False for kind in kinds)
+        if ".weight_global_scale" in names or not strategies <= {"group", "channel", "tensor"}:
             raise QuantkitError(
-                f"{place} is stored in a form of compressed-tensors that quantkit does not read (NVFP4, by block, or "
-                "several widths); give the full-precision model"
+                f"{place} is stored in a form of compressed-tensors that quantkit does not read (NVFP4, or by block); "
+                "give the full-precision model"
             )
-        if symmetric is False and ".weight_zero_point" not in names:
+        if len(kinds) == 1 and not symmetric and ".weight_zero_point" not in names:
             raise KeyError(f"{place}.weight_zero_point")
         if ".weight_packed" in names:
-            rows, words = shards.specs[names[".weight_packed"]][1]
-            if strategy != "group" and 32 % bits:
-                raise QuantkitError(f"{place}: of compressed-tensors' {bits} bits quantkit reads those in groups")
-            columns = (
-                shards.specs[names[".weight_scale"]][1][1] * int(size) if strategy == "group" else words * 32 // bits
-            )
+            words = shards.specs[names[".weight_packed"]][1][1]
+            rows, columns = shapes.get(names.get(".weight_shape", ""), (0, 0))
+            bits = next((b for b in sorted({int(kind[0]) for kind in kinds}) if _fits(words, columns, b)), 0)
+            if not bits:
+                raise ValueError(f"{place}: {words} words for {columns} columns")
             found[f"{place}.weight"] = _of_numbers(names, (rows, columns), partial(_of_packed, bits, columns))
         elif ".weight" in names:
             kind, sizes = shards.specs[names[".weight"]]
@@ -407,6 +408,11 @@ def _compressed(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantize
                 _of_numbers(names, shape, made) if kind == "I8" else Quantized(names, shape, _of_floats)
             )
     return _with_inputs(found, shards, ".input_scale")
+
+
+def _fits(words: int, columns: int, bits: int) -> bool:
+    """Whether so many words hold a row's codes, as a stream of bits or as many to a word as it holds whole."""
+    return words in (-(-columns * bits // 32), -(-columns // (32 // bits)))
 
 
 def _of_packed(bits: int, columns: int, parts: Mapping[str, Tensor]) -> Numbers:

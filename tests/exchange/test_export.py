@@ -11,7 +11,13 @@ from tokenizers.normalizers import Prepend, Replace, Sequence
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner
 
 import quantkit
@@ -20,9 +26,11 @@ from quantkit.cli.main import app
 from quantkit.core.errors import QuantkitError
 from quantkit.exchange.export import TARGETS, export_folder
 from quantkit.exchange.survey import survey
+from quantkit.io.gguf_header import read_header
 from quantkit.io.shards import Shards
 
 from ..conftest import CONFIGS
+from ..helpers.vision import SEEING
 
 TOKENS = torch.arange(10, 40).view(2, 15)
 TEXT = "class Node:\n    def __init__(self, value=12.5):\n        self.value = value  # naïve\n"
@@ -321,6 +329,49 @@ def test_refused_by_name_with_what_would_do(packed, model_of, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "kind, more, message",
+    [
+        ("llama", {"hidden_act": "gelu"}, "llama.cpp has silu in llama, and this model has gelu"),
+        ("gemma3_text", {"rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        }}, "rotary base of 10000"),
+        ("llama", {"vocab_size": 2000}, "the tokenizer has 2048 tokens, and the model's embedding 2000 rows"),
+    ],
+)  # fmt: skip
+def test_what_llama_cpp_would_do_otherwise_is_refused(kind, more, message, model_of, packed, tmp_path):
+    name = f"{kind}-{next(iter(more))}"
+    config = AutoConfig.for_model(kind, **SIZES | LLAMAS[kind] | more)
+    with pytest.raises(QuantkitError, match=message):
+        quantkit.export(packed(4, model_of(name, config), group_size=32), tmp_path / "out.gguf", to="gguf")
+    assert not any(tmp_path.iterdir())
+
+
+def test_windows_that_llama_cpp_has_not_bound_the_context(model_of, packed, tmp_path):
+    config = AutoConfig.for_model("mistral", **SIZES | {"sliding_window": 48})
+    quantkit.export(packed(4, model_of("windowed", config), group_size=32), tmp_path / "out.gguf", to="gguf")
+    assert read_header(tmp_path / "out.gguf").metadata["llama.context_length"] == 48
+
+
+def test_models_that_see_keep_their_names_in_mlx(packed, tokenizer, tmp_path):
+    """Which are those of the files, as mlx-lm looks them up, and not those of transformers' modules."""
+    folder = tmp_path / "source"
+    AutoModelForImageTextToText.from_config(SEEING["gemma3"].config, dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    quantkit.quantize(folder, output=tmp_path / "packed", bits=4, method="rtn", group_size=32)
+    quantkit.export(tmp_path / "packed", tmp_path / "out", to="mlx")
+    weights = {name for name in Shards(folder).specs if name.endswith(".weight")}
+    found = {name for name in Shards(tmp_path / "out").specs if name.endswith(".weight")}
+    assert found == weights
+
+
+def test_groups_as_wide_as_some_layers(packed, model_of, tmp_path):
+    config = AutoConfig.for_model("llama", **SIZES | {"hidden_size": 64, "head_dim": 16})
+    folder = packed(4, model_of("even", config), group_size=64)
+    assert quantkit.export(folder, tmp_path / "out", to="gptq").layers == 14
+
+
 def test_stopped_and_gone_on_with(packed, tmp_path):
     folder, out = packed(3), tmp_path / "out"
 
@@ -343,6 +394,8 @@ def test_stopped_and_gone_on_with(packed, tmp_path):
 def test_a_model_in_memory(packed, tmp_path):
     folder = packed(3)
     quantkit.export(quantkit.load(folder, dtype=torch.float32), tmp_path / "memory", to="gptq")
+    assert (tmp_path / "memory" / "tokenizer.json").exists()
+    quantkit.export(quantkit.load(folder), tmp_path / "new" / "model.gguf", to="gguf")
     quantkit.export(folder, tmp_path / "folder", to="gptq")
     one, other = (
         {**dict(Shards(tmp_path / name).read(Shards(tmp_path / name).specs))} for name in ("memory", "folder")
@@ -374,6 +427,9 @@ def test_rounded_anew(packed, text_file, tmp_path):
     expected = logits(quantkit.load(folder, dtype=torch.float32))
     assert 0 < (logits(found) - expected).norm() < 0.3 * expected.norm()
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
-    for more, message in ((["--to", "dense"], "dense needs no rounding"), (["--resume"], "begins anew")):
-        result = CliRunner().invoke(app, [*asked, *more, "--output", str(tmp_path / "other")])
+    for more, message in (
+        (["--to", "dense"], "dense needs no rounding"), (["--resume"], "begins anew"),
+        (["--output", str(tmp_path / "model.gguf")], "already exists"),
+    ):  # fmt: skip
+        result = CliRunner().invoke(app, [*asked, "--output", str(tmp_path / "other"), *more])
         assert isinstance(result.exception, QuantkitError) and message in str(result.exception)

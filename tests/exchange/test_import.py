@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import quantkit
+from quantkit import RTN
 from quantkit.cli.main import app
 from quantkit.core.errors import QuantkitError
 from quantkit.core.weight import QuantizedWeight
@@ -97,6 +98,18 @@ def test_there_and_back_again(to, bits, model_folder, tmp_path):
     shared = before.keys() & after.keys()
     assert sum(name.endswith(("weight_packed", "qweight")) for name in shared) == 14
     assert all(torch.equal(before[name], after[name]) for name in shared)
+
+
+def test_layers_of_different_bits_and_groups(model_folder, tmp_path):
+    rules = {"*down_proj": RTN(6, group_size=32), "*o_proj": RTN(4, group_size=-1)}
+    folder = model_folder("llama_even")
+    quantkit.quantize(folder, output=tmp_path / "a", bits=4, method="rtn", group_size=32, rules=rules)
+    quantkit.export(tmp_path / "a", tmp_path / "b", to="compressed-tensors")
+    import_model(tmp_path / "b", tmp_path / "c")
+    first, second = layers_of(tmp_path / "a"), layers_of(tmp_path / "c")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name].dequantize(), second[name].dequantize()) for name in first)
+    assert len(survey(tmp_path / "b").layers) == 14
 
 
 def test_stopped_and_gone_on_with(model_folder, tmp_path):
