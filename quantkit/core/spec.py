@@ -73,10 +73,10 @@ def make(name: str, *values: Any, **settings: Any) -> Any:
     """
     kind = resolve(GROUP, name)
     entries = [entry for entry in dataclasses.fields(kind) if entry.init]
-    known = [entry.name for entry in entries]
-    if len(values) > len(known):
-        raise QuantkitError(f"{name} has {len(known)} settings ({', '.join(known)}), and {len(values)} are given")
-    given = dict(zip(known, values, strict=False))
+    known, placed = [entry.name for entry in entries], [entry.name for entry in entries if not entry.kw_only]
+    if len(values) > len(placed):
+        raise QuantkitError(f"{name} has {len(placed)} settings ({', '.join(placed)}), and {len(values)} are given")
+    given = dict(zip(placed, values, strict=False))
     for key, value in settings.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)

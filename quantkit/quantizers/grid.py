@@ -11,7 +11,7 @@ so a candidate costs one rounding and its sums. Scales and zeros are rounded to 
 taken, so the codes belong to the very grid that is stored.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -21,7 +21,7 @@ from quantkit.kernels import int_group_layout
 
 _SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.69, 0.62, 0.55, 0.48, 0.41)
 _WHOLE_FROM = 3
-"""Bits from which on grids around a whole number lose less, by a tenth of GPTQ's KL; see docs/results/exchange.md."""
+"""Bits from which on grids around a whole number lose less, or no more; see docs/results/exchange.md."""
 _SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16
 _LARGEST_ZERO = 1024  # fp16 still holds it to half a code
 
@@ -167,7 +167,7 @@ class GridSettings:
     group_size: int = 128
     symmetric: bool = True
     search: bool = True
-    grid: Literal["half", "int"] | None = None
+    grid: Literal["half", "int"] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or self.bits not in range(1, 9):

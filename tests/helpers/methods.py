@@ -9,7 +9,7 @@ from quantkit.quantizers.sparse import Sparse
 METHODS = {
     "rtn": RTN(3, 64),
     "gptq": GPTQ(3, 64, symmetric=False),
-    "gptq-int": GPTQ(4, 64, grid="int"),
+    "gptq-half": GPTQ(3, 64, grid="half"),
     "pyramid": Pyramid(2.0, 8),
     "pyramid-wide": Pyramid(2.5, 32),
     "pyramid-in": Pyramid(3.0, 16, axis="in"),

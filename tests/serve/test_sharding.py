@@ -21,6 +21,7 @@ from ..helpers.products import int_group_weight
 ROWS, COLUMNS = 96, 192
 BORDERS = {
     "rtn": ([0, 17, 96], [0, 64, 192]),
+    "gptq-half": ([0, 17, 96], [0, 64, 192]),
     "gptq": ([0, 17, 96], [0, 64, 128, 192]),
     "pyramid": ([0, 8, 96], [0, 5, 192]),
     "pyramid-wide": ([0, 32, 96], [0, 7, 192]),
