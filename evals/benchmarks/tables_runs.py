@@ -129,7 +129,7 @@ GRIDS = Printed("2026-11-30-cpu-grids.json", table_of)
 _FILES = (("Q4_0", None), ("Q4_0", 4), ("Q4_0", 3), ("Q8_0", None), ("Q8_0", 8))
 EXCHANGE = Table(
     "2026-11-30-cpu-exchange.json", "GGUF type | made by | KL x 1000 | perplexity | top-1, %",
-    ("{kl:k.1f} +- {kl_se:k.1f}", "{perplexity:.2f}", "{top1_agreement:c.1f}"),
+    ("{kl:k.2f} +- {kl_se:k.2f}", "{perplexity:.2f}", "{top1_agreement:c.1f}"),
     {
         f"{kind} | {'ggml' if bits is None else f'quantkit, {bits} bits'}": [{"type": kind, "bits": bits}]
         for kind, bits in _FILES

@@ -16,6 +16,7 @@ from ..conftest import REFERENCE, ROOT
 
 HAND_WRITTEN = {
     "docs/guide/quantize.md": ["preset", "source"],
+    "docs/guide/export.md": ["packed"],
     "docs/guide/serve.md": ["part of a model", "format"],
     "README.md": ["you want"],
     "docs/format.md": ["format"],

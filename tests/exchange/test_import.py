@@ -143,7 +143,8 @@ def test_refused(model_folder, tmp_path):
         import_model(tmp_path / "fine", tmp_path / "out")
 
 
-def test_the_command(model_folder, tmp_path):
+def test_the_command(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     store(model_folder("llama_even"), "awq", tmp_path / "stored")
     said = CliRunner().invoke(app, ["import", str(tmp_path / "stored"), "--output", str(tmp_path / "out")])
     assert said.exit_code == 0 and "14 layers as they were" in said.stdout, said.output
