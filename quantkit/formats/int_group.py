@@ -5,8 +5,8 @@
 Codes are packed densely (`quantkit.kernels.bitpack`). Asymmetric weights store zero points in fp16, so a grid
 may sit anywhere; symmetric ones store none and use zero = (2^bits - 1) / 2: the levels are then
 +-1/2, +-3/2, ... steps and no code is spent on 0, which is best at 2 bits. A grid around a whole number, zero =
-2^(bits - 1), has one level more on one side; a scale's sign says on which. Other programs' formats have no others;
-here a single stored number says that all groups have it. The last group of a row may be shorter than the others.
+2^(bits - 1), has one level more on one side; a scale's sign says on which. Other programs' formats have no others.
+The last group of a row may be shorter than the others.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -55,8 +56,9 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         bits: 1..8.
         group_size: input features that share a scale.
         in_features: width of the weight.
-        zeros: fp16 [groups, out_features] in units of codes; fp16 [1], 2^(bits - 1), for a grid around that whole
-            number; None for a symmetric grid around no code.
+        zeros: fp16 [groups, out_features] in units of codes; None for a symmetric grid around no code; fp16 [1], which
+            is not stored, for one around 2^(bits - 1).
+        grid: "int" for such a one; it follows from zeros of one number, and they from it.
     """
 
     codes: Tensor
@@ -65,6 +67,21 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
     group_size: int
     in_features: int
     zeros: Tensor | None = None
+    grid: Literal["int"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.grid is None and isinstance(self.zeros, Tensor) and tuple(self.zeros.shape) == (1,):
+            object.__setattr__(self, "grid", "int")
+        if self.grid == "int" and isinstance(self.codes, Tensor) and isinstance(self.bits, int):
+            zeros = torch.full((1,), 2.0 ** (min(self.bits, 9) - 1), dtype=torch.float16, device=self.codes.device)
+            object.__setattr__(self, "zeros", zeros)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See `QuantizedWeight`: a zero that all groups have follows from the bits."""
+        found = super().tensors()
+        if self.grid == "int":
+            found.pop("zeros", None)
+        return found
 
     @classmethod
     def pack(cls, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> IntGroupWeight:
@@ -91,20 +108,15 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         return extent(self.codes, 0), self.in_features
 
     def schema(self) -> dict[str, TensorSpec]:
-        """Codes of each row, and scales of each group; zeros of each group, or of all."""
+        """Codes of each row, and scales of each group, mostly zeros too where the grid has any."""
         groups = TensorSpec(torch.float16, (-(-self.in_features // self.group_size), self.shape[0]), continuous=True)
         codes = TensorSpec(torch.int32, (self.shape[0], row_words(self.in_features, self.bits)))
-        zeros = TensorSpec(torch.float16, (1,)) if self.zero == int_group_layout.WHOLE else groups
-        return {"codes": codes, "scales": groups, "zeros": replace(zeros, optional=True)}
+        return {"codes": codes, "scales": groups, "zeros": replace(groups, optional=True)}
 
     @property
     def zero(self) -> int:
         """Where zero is: one of `kernels.int_group_layout`'s."""
         return int_group_layout.zero_of(self.zeros)
-
-    def _check_values(self) -> None:
-        if self.zero == int_group_layout.WHOLE and float(self.zeros) != 2 ** (self.bits - 1):  # type: ignore[arg-type]
-            raise self._refused("zeros", float(self.zeros), f"one of {2 ** (self.bits - 1)}")  # type: ignore[arg-type]
 
     def _check_fields(self) -> None:
         if not 1 <= self.bits <= 8 or self.group_size < 1:
@@ -162,9 +174,8 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         if not problem_of_expert(x, N, self.bits, self.group_size, False).decodes:
             return None
         product = launch_experts if plans.launches("int_group_experts", x) else int_group_experts
-        zero = int_group_layout.zero_of(None if self.zeros is None else self.zeros[0])  # of a stack, all alike
-        zeros = self.zeros if zero == int_group_layout.STORED else None
-        y: Tensor = product(x, experts, self.codes, self.scales, zeros, self.bits, self.group_size, N, zero, bias)
+        zeros = self.zeros if self.zero == int_group_layout.STORED else None
+        y: Tensor = product(x, experts, self.codes, self.scales, zeros, self.bits, self.group_size, N, self.zero, bias)
         return y
 
     def launch(self, x: Tensor, config: Config) -> Tensor:

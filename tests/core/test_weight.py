@@ -62,7 +62,7 @@ def test_size_counts_every_byte(nested):
     assert nested.nbytes == words + 2 * 2 * nested.base.scales.numel() + 4 * 6
     assert nested.bits_per_weight == 8 * nested.nbytes / (6 * 80)
     assert RTN(3, 128, grid="half").layout(4096, 4096).bits_per_weight == 3 + 16 / 128
-    assert RTN(3, 128).layout(4096, 4096).bits_per_weight == 3 + 16 / 128 + 16 / 4096**2  # the zero of all groups
+    assert RTN(3, 128).layout(4096, 4096).bits_per_weight == 3 + 16 / 128
     assert RTN(3, 128, symmetric=False).layout(4096, 4096).bits_per_weight == 3 + 32 / 128
 
 
