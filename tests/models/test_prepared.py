@@ -118,7 +118,7 @@ def test_rows_and_what_has_no_such_form():
     assert torch.equal(weight.rows(index), weight.dequantize()[index])
     weight.validate()
     with pytest.raises(ValueError, match=r"stream is .*; int_group_arranged takes"):
-        ArrangedIntGroupWeight(weight.stream, 5, 128, False, 150, 512).validate()
+        ArrangedIntGroupWeight(weight.stream, 5, 128, 0, 150, 512).validate()
     ragged = RTN(4, 64).quantize(torch.randn(32, 200))
     narrow = RTN(8, 32).quantize(torch.randn(32, 128))
     assert ragged.prepared() is ragged
