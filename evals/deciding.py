@@ -76,6 +76,8 @@ class Runner:
         Raises:
             KeyboardInterrupt, SystemExit: the command is stopped; so is the row, with all that it has started.
         """
+        if self.work is not None:
+            self.work.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="quantkit-row-", dir=self.work) as name:
             folder = Path(name)
             task, result, log = folder / "task", folder / "result", folder / "log"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # each is imported by the function that needs it
     from quantkit.evopress.run import Searched
     from quantkit.evopress.run import Watch as SearchWatch
     from quantkit.evopress.settings import Evolution
-    from quantkit.exchange.export import Exported
+    from quantkit.exchange.target import Exported
     from quantkit.tuning.block import BlockTuning
     from quantkit.tuning.end_to_end import Progress as TuningProgress
 

@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from quantkit.core.weight import QuantizedWeight
-from quantkit.exchange.target import Target
+from quantkit.exchange.target import FolderTarget
 from quantkit.io.conversion import as_stored
 
 
-class Dense(Target):
+class Dense(FolderTarget):
     """Every packed layer becomes dense, rounded to the type of the other weights."""
 
     name: ClassVar[str] = "dense"
@@ -24,8 +24,8 @@ class Dense(Target):
         return ""
 
     def tensors(self, name: str, weight: QuantizedWeight) -> tuple[dict[str, Tensor], Tensor]:
-        """Never asked."""
-        raise NotImplementedError
+        """Not asked, since no layer stays packed."""
+        raise AssertionError(name)
 
     def dense(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Under the names in which transformers saves the model."""

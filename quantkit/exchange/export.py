@@ -1,8 +1,7 @@
 """A packed model as another program's: which forms there are, and a run from the packed folder to the new one."""
 
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from quantkit.core.errors import QuantkitError, UnknownName
-from quantkit.exchange.folder import write
-from quantkit.exchange.gguf import GGUF
-from quantkit.exchange.gguf_models import architecture, check_tokenizer
 from quantkit.exchange.packed import PackedFolder
-from quantkit.exchange.target import Target, Told
+from quantkit.exchange.target import Exported, Target, Told
 from quantkit.io.beside import files_beside
-from quantkit.io.classes import config_of
-from quantkit.io.run_folder import Output
 
 TARGETS: Mapping[str, str] = {
     "dense": "dense:Dense",
@@ -53,25 +47,17 @@ def settings_for(program: str, method: str, bits: float) -> dict[str, Any]:
     return {"group_size": _GROUPS[program]}
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What an export came to.
+def form(to: str) -> type[Target]:
+    """The form of that name.
 
-    Attributes:
-        output: what was made.
-        to: its form.
-        layers: packed layers that are packed there too.
-        dense: packed layers that became dense.
-        error: the most by which a layer that stayed packed differs from what it was, as |W' - W| / |W|; 0 if none does.
-        nbytes: of the weights.
+    Raises:
+        UnknownName: there is none.
     """
-
-    output: Path
-    to: str
-    layers: int
-    dense: tuple[str, ...]
-    error: float
-    nbytes: int
+    if to not in TARGETS:
+        raise UnknownName("form", to, [*TARGETS])
+    module, _, name = TARGETS[to].partition(":")
+    found: type[Target] = getattr(import_module(f"quantkit.exchange.{module}"), name)
+    return found
 
 
 def export_folder(
@@ -85,45 +71,13 @@ def export_folder(
     progress: Told = lambda _done, _total, _what: None,
 ) -> Exported:
     """Writes a packed checkpoint in another form; see `quantkit.export`."""
-    if to not in TARGETS:
-        raise UnknownName("form", to, [*TARGETS])
-    module, _, name = TARGETS[to].partition(":")
-    kind: Callable[..., Target] = getattr(import_module(f"quantkit.exchange.{module}"), name)
-    settings: dict[str, Any] = {} if carrier is None else {"carrier": carrier}
-    if carrier is not None and not hasattr(kind, "carriers"):
-        raise QuantkitError(f"`carrier` is of forms with whole numbers, and not of {to}")
-    place = checked(folder, output, to, overwrite)
-    target = kind(PackedFolder(folder), dtype, **settings)
-    if isinstance(target, GGUF):
-        written = target.write(place, progress)
-    else:
-        made = Output(output, folder, resume=resume, overwrite=overwrite)
-        identity = {"to": to, "dtype": str(target.dtype), "carrier": carrier, "packed": target.packed.fingerprint()}
-        place, written = made.output, write(target, made, identity, progress)
-    return Exported(place, to, written.layers, written.dense, written.error, written.nbytes)
-
-
-def checked(folder: Path, output: Path, to: str, overwrite: bool) -> Path:
-    """What is to be made of a packed folder, which can be: nothing is read of its weights.
-
-    Raises:
-        QuantkitError: something else is there, it would lie in the packed folder, or GGUF files hold no such model.
-    """
-    place = output.expanduser().resolve()
-    if to != "gguf":
-        return place
-    config = config_of(folder)
-    architecture(config)
-    check_tokenizer(folder, config)
-    if folder.resolve() in place.parents:
-        raise QuantkitError(f"`output` {output} lies in the packed model's own folder; give another place")
-    if place.is_dir():
-        raise QuantkitError(f"`output` {output} is a folder; name a file, such as {output}/{place.name}.gguf")
-    if place.exists() and not overwrite:
-        raise QuantkitError(f"{place} already exists; give another `output`, or `overwrite` to replace it")
-    if not place.parent.is_dir():
-        raise QuantkitError(f"`output` {output}: {place.parent} is no folder")
-    return place
+    kind, settings = form(to), dict[str, Any]()
+    if carrier is not None:
+        if not hasattr(kind, "carriers"):
+            raise QuantkitError(f"`carrier` is of forms with whole numbers, and not of {to}")
+        settings["carrier"] = carrier
+    kind.check(folder, output, resume, overwrite)
+    return kind(PackedFolder(folder), dtype, **settings).write(output, resume, overwrite, progress)
 
 
 def export_model(model: PreTrainedModel, output: Path, to: str, tokenizer: Any = None, **settings: Any) -> Exported:

@@ -11,11 +11,20 @@ from torch import Tensor
 from quantkit.core.errors import QuantkitError
 from quantkit.core.weight import QuantizedWeight
 from quantkit.exchange.gguf_blocks import BLOCK, Kind, kind_of
-from quantkit.exchange.gguf_models import OTHERS, add_tokenizer, architecture, describe, row_order, tensor_names
+from quantkit.exchange.gguf_models import (
+    OTHERS,
+    add_tokenizer,
+    architecture,
+    check_tokenizer,
+    describe,
+    row_order,
+    tensor_names,
+)
 from quantkit.exchange.integers import integers, number_bits
 from quantkit.exchange.packed import PackedFolder
-from quantkit.exchange.target import Target, Told, Written, difference
+from quantkit.exchange.target import Exported, Target, Told, difference
 from quantkit.formats.int_group import IntGroupWeight
+from quantkit.io.classes import config_of
 from quantkit.kernels.bitpack import unpack
 from quantkit.kernels.int_group_layout import STORED
 
@@ -105,12 +114,24 @@ class GGUF(Target):
         tensor = self.cast(name, tensor).contiguous()
         return (tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
-    def config(self) -> dict[str, Any]:
-        """None; a GGUF file has its own."""
-        return {}
+    @classmethod
+    def check(cls, folder: Path, output: Path, resume: bool, overwrite: bool) -> None:
+        """See `Target`; a file is written anew, whatever `resume` says."""
+        config, place = config_of(folder), output.expanduser().resolve()
+        architecture(config)
+        check_tokenizer(folder, config)
+        if folder.resolve() in place.parents:
+            raise QuantkitError(f"`output` {output} lies in the packed model's own folder; give another place")
+        if place.is_dir():
+            raise QuantkitError(f"`output` {output} is a folder; name a file, such as {output}/{place.name}.gguf")
+        if place.exists() and not overwrite:
+            raise QuantkitError(f"{place} already exists; give another `output`, or `overwrite` to replace it")
+        if not place.parent.is_dir():
+            raise QuantkitError(f"`output` {output}: {place.parent} is no folder")
 
-    def write(self, output: Path, progress: Told) -> Written:
+    def write(self, output: Path, resume: bool, overwrite: bool, progress: Told) -> Exported:
         """Writes the file, a layer at a time, under its name once it is whole."""
+        output = output.expanduser().resolve()
         partial = output.with_name(f"{output.name}.partial")
         partial.unlink(missing_ok=True)
         writer = self._gguf.GGUFWriter(None, self._architecture.name)
@@ -129,7 +150,7 @@ class GGUF(Target):
             raise QuantkitError(f"{partial} cannot be written ({error})") from error
         finally:
             partial.unlink(missing_ok=True)
-        return Written(len(errors), tuple(opened), max(errors, default=0.0), nbytes)
+        return Exported(output, self.name, len(errors), tuple(opened), max(errors, default=0.0), nbytes)
 
     def _declare(self, writer: Any, extra: dict[str, Tensor]) -> None:
         """Tells the writer of all tensors, in the order in which they will come."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from quantkit.core.weight import QuantizedWeight
 from quantkit.exchange.packed import DENSE, PackedFolder
-from quantkit.exchange.target import Target
+from quantkit.exchange.target import FolderTarget
 from quantkit.exchange.whole_numbers import scales_dtype
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.io.conversion import as_stored
@@ -20,7 +20,7 @@ _BITS = (2, 3, 4, 5, 6, 8)
 _GROUPS = (32, 64, 128)
 
 
-class MLX(Target):
+class MLX(FolderTarget):
     """weight = scale * code + offset, in groups of 32, 64 or 128; any zero is an offset, rounded to the type asked for.
 
     Args:

@@ -4,20 +4,17 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantkit.core.errors import QuantkitError
-from quantkit.exchange.target import Told
+from quantkit.exchange.export import export_folder, form, settings_for
+from quantkit.exchange.target import Exported, Told
 from quantkit.io.classes import meta_model
-from quantkit.io.run_folder import Output
 from quantkit.models.structure import block_linears, linear_weight
 from quantkit.quantizers.gptq import GPTQ
 from quantkit.run.pipeline import quantize_checkpoint
 from quantkit.run.recipe import Calibration, Recipe
 from quantkit.run.report import Check
-
-if TYPE_CHECKING:
-    from quantkit.exchange.export import Exported
 
 PROGRAMS = {"gguf": "gguf", "mlx": "mlx", "compressed-tensors": "vllm", "gptq": "vllm"}
 """Whose grids a form is given."""
@@ -32,7 +29,7 @@ class Requantized:
         check: what the rounding did to held-out text, beside the packed model; None where there was none to spare.
     """
 
-    exported: "Exported"
+    exported: Exported
     check: Check | None
 
 
@@ -60,14 +57,10 @@ def requantize_folder(
     Raises:
         QuantkitError: the form has no grids, or none of so many bits; or see `quantize_checkpoint`.
     """
-    from quantkit.exchange.export import checked, export_folder, settings_for
-
     if to not in PROGRAMS:
         raise QuantkitError(f"{to} needs no rounding to grids; leave out `requantize`")
     group = settings_for(PROGRAMS[to], "gptq", bits)["group_size"]
-    checked(folder, output, to, overwrite)
-    if to != "gguf":
-        Output(output, folder, overwrite=overwrite)
+    form(to).check(folder, output, resume=False, overwrite=overwrite)
     narrowest = min(linear_weight(layer).shape[1] for layer in block_linears(meta_model(folder, None)).values())
     quantizer = GPTQ(bits, min(group, narrowest))
 

@@ -3,30 +3,41 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from quantkit.core.errors import QuantkitError
 from quantkit.core.weight import QuantizedWeight
 from quantkit.exchange.packed import PackedFolder
+from quantkit.io.beside import files_beside
+from quantkit.io.run_folder import Output
+from quantkit.io.shards import INDEX, checksum, open_shard
 
 Told = Callable[[int, int, str], None]
 """Called with (units done, units in all, what comes next)."""
 
 
 @dataclass(frozen=True)
-class Written:
-    """What became of the packed layers.
+class Exported:
+    """What an export came to.
 
     Attributes:
-        layers: that are packed in the new form too.
+        output: what was made.
+        to: its form.
+        layers: packed layers that are packed there too.
         dense: packed layers that became dense.
-        error: the most by which a layer that stayed packed differs from what it was, |W' - W| / |W| (Frobenius).
-        nbytes: of all tensors.
+        error: the most by which a layer that stayed packed differs from what it was, |W' - W| / |W| (Frobenius); 0 if
+            none does.
+        nbytes: of the weights.
     """
 
+    output: Path
+    to: str
     layers: int
     dense: tuple[str, ...]
     error: float
@@ -34,7 +45,7 @@ class Written:
 
 
 class Target(ABC):
-    """A form of a model's folder that other programs read.
+    """A form of a model that other programs read.
 
     Args:
         packed: what is exported.
@@ -80,12 +91,17 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def config(self) -> dict[str, Any]:
-        """config.json."""
+    def write(self, output: Path, resume: bool, overwrite: bool, progress: Told) -> Exported:
+        """Writes the model; see `exchange.export.export_folder`."""
 
-    def dense(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A unit's other tensors as they are stored."""
-        return {name: self.cast(name, tensor) for name, tensor in tensors.items()}
+    @classmethod
+    def check(cls, folder: Path, output: Path, resume: bool, overwrite: bool) -> None:
+        """Looks whether a packed folder can be written so, before its weights are read.
+
+        Raises:
+            QuantkitError: something else is there, it would lie in the packed folder, or the form has no such model.
+        """
+        Output(output, folder, resume=resume, overwrite=overwrite)
 
     def cast(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of numbers in the type asked for.
@@ -99,6 +115,88 @@ class Target(ABC):
         if not torch.isfinite(made).all() and torch.isfinite(tensor).all():
             raise QuantkitError(f"{name} has numbers beyond {self.dtype}; give another `dtype`")
         return made
+
+
+class FolderTarget(Target):
+    """A folder with config.json and safetensors, as transformers lays them out, written a block at a time; a run that
+    was stopped goes on where it was.
+    """
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+
+    def dense(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A unit's other tensors as they are stored."""
+        return {name: self.cast(name, tensor) for name, tensor in tensors.items()}
+
+    def settings(self) -> dict[str, Any]:
+        """JSON of what was asked for; a run goes on only if it was asked for the same."""
+        return {"to": self.name, "dtype": str(self.dtype)}
+
+    def write(self, output: Path, resume: bool, overwrite: bool, progress: Told) -> Exported:
+        """Writes the folder a block at a time, and publishes it."""
+        made, count = Output(output, self.packed.folder, resume=resume, overwrite=overwrite), len(self.packed.units)
+        with made.begin(self.settings() | {"packed": self.packed.fingerprint()}):
+            for nth, unit in enumerate(self.packed.units):
+                progress(nth, count, "the rest" if unit < 0 else f"block {unit}")
+                stem = _stem(nth, count)
+                shard = made.made(f"{stem}.safetensors")
+                if not made.has(shard):
+                    tensors, record = self._unit(unit)
+                    made.write_record(f"{stem}.json", record)
+                    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+                    made.write(shard, partial(_save, tensors), needed)
+            progress(count, count, "the folder")
+            return self._finish(made)
+
+    def _unit(self, unit: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All tensors of a unit, and what is to be remembered of them."""
+        found: dict[str, Tensor] = {}
+        dense: dict[str, Tensor] = {}
+        errors: dict[str, float] = {}
+        opened: list[str] = []
+        for name, value in self.packed.read(unit):
+            if not isinstance(value, QuantizedWeight):
+                dense[name] = value
+            elif self.holds(name):
+                stored, read = self.tensors(name, value)
+                found |= stored
+                errors[name] = difference(read, value)
+            else:
+                dense[f"{name}.weight"] = self.packed.as_dense(name, value, self.dtype)
+                opened.append(name)
+        found |= self.dense(dense)
+        sums = {name: checksum(tensor) for name, tensor in found.items()}
+        return found, {"errors": errors, "dense": opened, "checksums": sums}
+
+    def _finish(self, made: Output) -> Exported:
+        stems = [_stem(nth, len(self.packed.units)) for nth in range(len(self.packed.units))]
+        records = [
+            made.read_record(f"{stem}.json", "what was written of a block; remove it and its shard") for stem in stems
+        ]
+        weight_map: dict[str, str] = {}
+        for stem in stems:
+            with open_shard(made.path(made.made(f"{stem}.safetensors"))) as shard:
+                weight_map |= dict.fromkeys(shard.keys(), f"{stem}.safetensors")
+        nbytes = sum(made.path(made.made(f"{stem}.safetensors")).stat().st_size for stem in stems)
+        for name, content in files_beside(self.packed.folder).items():
+            made.write_bytes(made.made(name), content)
+        made.write_json(made.made("config.json"), self.config())
+        index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+        made.write_json(made.made(INDEX), index)
+        made.publish({name: value for record in records for name, value in record["checksums"].items()})
+        errors = [error for record in records for error in record["errors"].values()]
+        opened = tuple(name for record in records for name in record["dense"])
+        return Exported(made.output, self.name, len(errors), opened, max(errors, default=0.0), nbytes)
+
+
+def _stem(nth: int, count: int) -> str:
+    return f"model-{nth + 1:05d}-of-{count:05d}"
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def difference(read: Tensor, weight: QuantizedWeight) -> float:

@@ -1,6 +1,7 @@
 """What the forms have in common that hold whole numbers with a scale for each group."""
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from quantkit.core.errors import QuantkitError
 from quantkit.core.weight import QuantizedWeight
 from quantkit.exchange.integers import Integers, integers, number_bits
 from quantkit.exchange.packed import DENSE, PackedFolder
-from quantkit.exchange.target import Target
+from quantkit.exchange.target import FolderTarget
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.kernels.int_group_layout import STORED
 from quantkit.models.experts import place
@@ -23,7 +24,7 @@ def scales_dtype(packed: PackedFolder) -> torch.dtype:
     return torch.bfloat16 if wide else torch.float16
 
 
-class WholeNumbers(Target):
+class WholeNumbers(FolderTarget):
     """A form of linear layers with whole numbers.
 
     Args:
@@ -65,6 +66,10 @@ class WholeNumbers(Target):
         if bits > max(self.carriers):
             return f"{weight.bits}-bit codes half a step off zero, which take {bits} bits; {DENSE}"
         return self.shape_refusal(weight, rows, columns)
+
+    def settings(self) -> dict[str, Any]:
+        """See `FolderTarget`."""
+        return super().settings() | {"carrier": self.asked}
 
     def shape_refusal(self, weight: IntGroupWeight, rows: int, columns: int) -> str:
         """What of a weight's shape or groups the form does not hold; "" where it does."""
