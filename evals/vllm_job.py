@@ -241,7 +241,9 @@ def completion(address: str, model: str, prompt: Sequence[int]) -> dict[str, Any
         return dict(json.load(reply)["choices"][0])
 
 
-def differences(choice: dict[str, Any], expected: Any, prompt: int, tolerance: float = TOLERANCE) -> tuple[list[float], bool]:
+def differences(
+    choice: dict[str, Any], expected: Any, prompt: int, tolerance: float = TOLERANCE
+) -> tuple[list[float], bool]:
     """How far a completion is from a model's own log-probabilities.
 
     Args:
