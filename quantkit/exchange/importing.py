@@ -23,6 +23,7 @@ from quantkit.exchange.gguf_blocks import BLOCK, SYMMETRIC, Kind
 from quantkit.exchange.gguf_models import architecture, row_order, tensor_names
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.formats.ordered import OrderedWeight
+from quantkit.formats.scaled import ScaledWeight
 from quantkit.io.checkpoint import CheckpointWriter, read_config
 from quantkit.io.gguf import gguf_folder
 from quantkit.io.gguf_header import TensorPlace, read_header
@@ -33,6 +34,7 @@ from quantkit.kernels.int_group_layout import STORED, WHOLE
 from quantkit.models.structure import block_linears, linear_weight
 from quantkit.run.pipeline import Progress, run, silent
 from quantkit.run.recipe import Recipe
+from quantkit.run.record import and_others
 from quantkit.run.report import Report
 
 
@@ -69,29 +71,44 @@ class Taken:
         """The stored numbers; times a power of two where `weight` [out, in] is theirs times that.
 
         Raises:
-            QuantkitError: scales that fp16 does not hold, or another weight.
+            QuantkitError: another weight.
         """
         found = self.read()
         order = found.group.argsort(stable=True) if self.ordered else None
         codes = (found.codes if order is None else found.codes[:, order]).to(torch.uint8)
         norm = float(found.values().norm())
         power = 2.0 ** round(math.log2(float(weight.norm()) / norm)) if norm and float(weight.norm()) else 1.0
-        scales = (found.scales * power).half()
-        if not torch.equal(scales.float(), found.scales * power):
-            raise QuantkitError(
-                f"{self.layer}: its scales are not numbers of fp16, so that they cannot be taken as they are; "
-                "`quantkit quantize` reads the model as what it stands for, and rounds anew"
-            )
+        held = halves(found.scales * power)
+        assert held is not None  # of layers whose scales fp16 does not hold nothing is taken
+        scales, factor = held
         zeros = found.zeros.half().T.contiguous()
         if self.zero == WHOLE:
             zeros = zeros.flatten()[:1]
         base = IntGroupWeight.pack(codes, scales.T.contiguous(), zeros, self.bits, self.group_size)
-        packed = base if order is None else OrderedWeight(base, order.int())
+        packed: QuantizedWeight = base if order is None else OrderedWeight(base, order.int())
+        if factor != 1:
+            packed = ScaledWeight(packed, torch.full((1,), factor))
         packed = packed.map(lambda tensor: tensor.to(weight.device))
         off = float((packed.dequantize() - weight).norm())
         if off > 2**-6 * float(weight.norm()):  # the model has the matrix in 16 bits
             raise QuantkitError(f"{self.layer}: its numbers do not make the weight that the model has there")
         return packed
+
+
+def halves(scales: Tensor) -> tuple[Tensor, float] | None:
+    """Scales in fp16 and a power of two whose products are the very scales; None where there are no such.
+
+    bf16's scales may lie below what fp16 has: then the largest is brought near fp16's upper end.
+
+    Args:
+        scales: fp32, any shape.
+    """
+    _, exponent = math.frexp(float(scales.abs().max()))
+    for factor in (1.0, 2.0 ** (exponent - 15)):
+        half = (scales / factor).half()
+        if torch.equal(half.float() * factor, scales):
+            return half, factor
+    return None
 
 
 def import_model(
@@ -180,7 +197,7 @@ def _taken(source: Source) -> dict[str, Any]:
     """What each layer is taken by, by its name."""
     if not isinstance(source, Sharded) or not isinstance(source.shards, Dequantized):
         return {}
-    shards, found = source.shards, {}
+    shards, found, left = source.shards, dict[str, Any](), list[str]()
     for name in block_linears(source.model):
         origin = source.origin(f"{name}.weight")
         if origin is None or origin.part is not None or len(origin.stored) != 1:
@@ -191,14 +208,17 @@ def _taken(source: Source) -> dict[str, Any]:
             continue
         counts = numbers.group.bincount()
         size = int(counts.max())
-        even = all(int(count) == size for count in counts[:-1])
-        if not even:
-            raise QuantkitError(
-                f"{name}: its groups have {sorted({*counts.tolist()})} columns, and int_group's are alike"
-            )
+        if halves(numbers.scales) is None or not all(int(count) == size for count in counts[:-1]):
+            left.append(name)
+            continue
         ordered = not torch.equal(numbers.group, numbers.group.sort().values)
         zero = WHOLE if bool((numbers.zeros == 2 ** (numbers.bits - 1)).all()) else STORED
         found[name] = Taken(name, shards.form, numbers.bits, size, zero, ordered, _Reading(shards, stored))
+    if left:
+        note = f"{and_others(left)} stay dense: fp16 does not hold their scales, or their groups are of several sizes"
+        if not found:
+            raise QuantkitError(f"nothing can be taken as it is: {note}")
+        source.notes = (*source.notes, note)
     return found
 
 

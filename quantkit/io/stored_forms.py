@@ -323,8 +323,9 @@ def _awq(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantized]:
 
 def _groups_of(columns: int, groups: int, config: Mapping[str, Any]) -> Tensor:
     """Each column's group, int64 [columns], of groups side by side."""
-    size = int(config.get("group_size") or -1)
-    size = columns if size < 0 else size
+    asked = config.get("group_size")
+    size = -(-columns // groups) if asked is None else int(asked)  # where nobody says it, as many as there are
+    size = columns if size <= 0 else size
     if -(-columns // size) != groups:
         raise ValueError(f"{groups} groups of {size} for {columns} columns")
     return torch.arange(columns) // size

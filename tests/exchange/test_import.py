@@ -17,8 +17,10 @@ from quantkit.exchange.importing import import_model
 from quantkit.exchange.survey import survey
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.formats.ordered import OrderedWeight
-from quantkit.io.checkpoint import contents
+from quantkit.formats.scaled import ScaledWeight
+from quantkit.io.checkpoint import contents, read_config
 from quantkit.io.shards import Shards
+from quantkit.io.stored_forms import Dequantized
 
 from ..conftest import CONFIGS
 from ..helpers.ggufs import write_gguf
@@ -133,14 +135,62 @@ def test_refused(model_folder, tmp_path):
     store(folder, "bnb-4", tmp_path / "bnb")
     with pytest.raises(QuantkitError, match="stored as bitsandbytes, and no layer of its blocks as whole numbers"):
         import_model(tmp_path / "bnb", tmp_path / "out")
-    store(folder, "compressed-4", tmp_path / "fine")
-    shards = Shards(tmp_path / "fine")
+
+
+def changed_scales(folder, form, output, change):
+    """A stored model whose first block's down_proj has other scales; the name of that layer."""
+    store(folder, form, output)
+    shards = Shards(output)
     tensors = dict(shards.read(shards.specs))
-    name = "model.layers.0.mlp.down_proj.weight_scale"
-    odd = tensors[name].float() * (1 + 2**-14)
-    save_file(tensors | {name: odd}, tmp_path / "fine" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(QuantkitError, match=r"layers.0.mlp.down_proj: its scales are not numbers of fp16"):
-        import_model(tmp_path / "fine", tmp_path / "out")
+    layer = "model.layers.0.mlp.down_proj"
+    name = f"{layer}.weight_scale"
+    tensors[name] = change(tensors[name].float())
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    return layer
+
+
+def test_small_scales_of_bf16_are_taken(model_folder, tmp_path):
+    def small(scales):
+        scales = scales.bfloat16()
+        scales[:, :1] = 2.0**-21 * 1.3125  # of which fp16 has three binary digits
+        return scales
+
+    layer = changed_scales(model_folder("llama_even"), "compressed-4", tmp_path / "stored", small)
+    report = import_model(tmp_path / "stored", tmp_path / "out")
+    assert len(report.layers) == 14 and not any("does not hold" in note for note in report.notes)
+    weight = layers_of(tmp_path / "out")[layer]
+    assert isinstance(weight, ScaledWeight) and float(weight.factor) < 1
+    shards = Dequantized(Shards(tmp_path / "stored"), read_config(tmp_path / "stored"))
+    assert torch.equal(weight.dequantize(), shards.numbers(f"{layer}.weight").values())
+
+
+def test_scales_beyond_fp16_leave_a_layer_dense(model_folder, tmp_path):
+    folder = model_folder("llama_even")
+    layer = changed_scales(folder, "compressed-4", tmp_path / "stored", lambda scales: scales * (1 + 2**-14))
+    report = import_model(tmp_path / "stored", tmp_path / "out")
+    assert len(report.layers) == 13 and layer not in {one.name for one in report.layers}
+    assert any(f"{layer} stay dense: fp16 does not hold their scales" in note for note in report.notes)
+    model = quantkit.load(tmp_path / "out", dtype=torch.float32)
+    assert torch.isfinite(model(torch.arange(12)[None]).logits).all()
+
+
+def test_no_layer_that_can_be_taken(model_folder, tmp_path):
+    store(model_folder("llama_even"), "compressed-4", tmp_path / "stored")
+    tensors = dict(Shards(tmp_path / "stored").read(Shards(tmp_path / "stored").specs))
+    odd = {name: tensor.float() * (1 + 2**-14) for name, tensor in tensors.items() if name.endswith("weight_scale")}
+    save_file(tensors | odd, tmp_path / "stored" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(QuantkitError, match=r"nothing can be taken as it is: .* and 12 others stay dense"):
+        import_model(tmp_path / "stored", tmp_path / "out")
+
+
+def test_awq_whose_config_does_not_say_the_groups(model_folder, tmp_path):
+    meant = store(model_folder("llama_even"), "awq", tmp_path / "stored")
+    config = json.loads((tmp_path / "stored" / "config.json").read_text())
+    del config["quantization_config"]["group_size"]
+    (tmp_path / "stored" / "config.json").write_text(json.dumps(config))
+    import_model(tmp_path / "stored", tmp_path / "out")
+    for name, weight in layers_of(tmp_path / "out").items():
+        torch.testing.assert_close(weight.dequantize(), meant[f"{name}.weight"], rtol=1e-6, atol=0)
 
 
 def test_the_command(model_folder, tmp_path, monkeypatch):
