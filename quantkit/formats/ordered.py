@@ -5,6 +5,7 @@ W[:, order] = base        y = base x[order]
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,22 @@ class OrderedWeight(QuantizedWeight, format="ordered"):
         if dim == 1:
             raise self._uncut(dim, "has its inputs in an order of its own")
         return OrderedWeight(self.base.cut(dim, start, stop), self.order)
+
+    @classmethod
+    def concatenated(cls, weights: Sequence[QuantizedWeight]) -> OrderedWeight | None:
+        """One weight with the outputs of all, where their inputs are in one order and the bases go together.
+
+        Layers that read the same inputs are rounded by the same moments, and so have the same order.
+        """
+        parts = [weight for weight in weights if isinstance(weight, OrderedWeight)]
+        order = parts[0].order
+        base = QuantizedWeight.side_by_side([part.base for part in parts])
+        alike = base is not None and all(torch.equal(part.order, order) for part in parts)
+        return cls(base, order) if base is not None and alike else None
+
+    def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
+        """Views of `sizes` outputs each."""
+        return [OrderedWeight(base, self.order) for base in self.base.split(sizes)]
 
     def prepare(self) -> None:
         """Prepares the base."""

@@ -256,11 +256,13 @@ class QuantizedLinear(Packed, nn.Linear):
         self.settle()
         return self
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.shared is not None:  # views into a fused weight; files hold each layer's own
-            for name in self._buffers:
-                destination[prefix + name] = destination[prefix + name].clone(memory_format=torch.contiguous_format)
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """See `Packed`; of a layer that shares a fused weight, whose tensors are views, copies of its own."""
+        found = super().state_dict(*args, prefix=prefix, **kwargs)
+        if self.shared is not None:
+            for name, _ in self.named_buffers(prefix.removesuffix(".")):
+                found[name] = found[name].clone(memory_format=torch.contiguous_format)
+        return found
 
     def extra_repr(self) -> str:
         """Shape, format and measured bits per weight."""

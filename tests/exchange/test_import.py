@@ -73,6 +73,22 @@ def test_products_in_an_order(model_folder, tmp_path):
         OrderedWeight(weight.base, twice).validate()
 
 
+def test_layers_with_one_order_are_fused(model_folder, tmp_path):
+    store(model_folder("llama_even"), "gptq-4", tmp_path / "stored")
+    import_model(tmp_path / "stored", tmp_path / "packed")
+    model, tokens = quantkit.load(tmp_path / "packed", dtype=torch.float32, unpack=False), torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        apart = model(tokens).logits
+        assert quantkit.fuse(model) == 2 * len(model.model.layers)
+        torch.testing.assert_close(model(tokens).logits, apart, rtol=0, atol=1e-5 * float(apart.abs().max()))
+    model.save_pretrained(tmp_path / "again")
+    before, after = layers_of(tmp_path / "packed"), layers_of(tmp_path / "again")
+    for name, weight in before.items():
+        assert all(torch.equal(tensor, after[name].state()[key]) for key, tensor in weight.state().items())
+    gate = layers_of(tmp_path / "packed")["model.layers.0.mlp.gate_proj"]
+    assert QuantizedWeight.side_by_side([gate, OrderedWeight(gate.base, gate.order.flip(0))]) is None
+
+
 def test_loaded_by_transformers_as_here(model_folder, tmp_path):
     pytest.importorskip("compressed_tensors")
     quantkit.quantize(model_folder("llama_even"), output=tmp_path / "a", bits=4, method="rtn", group_size=32)

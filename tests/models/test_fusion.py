@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 import quantkit
 from quantkit import RTN, Hadamard, Trellis
 from quantkit.formats.int_group import IntGroupWeight
+from quantkit.io.shards import Shards
 from quantkit.models.linear import QuantizedLinear
 from quantkit.models.unpacking import choose_unpacked
 
@@ -57,7 +58,7 @@ def test_unlike_siblings_stay_apart(model_folder):
     assert quantkit.fuse(model) == len(model.model.layers) - 1
 
 
-def test_trellis_codes_side_by_side(tokenizer):
+def test_trellis_codes_side_by_side(tokenizer, tmp_path):
     """Where outputs are multiples of the kernel's tiles: gate and up here, and not queries, keys and values."""
     config = copy.deepcopy(CONFIGS["llama"])
     config.intermediate_size = 256
@@ -71,6 +72,10 @@ def test_trellis_codes_side_by_side(tokenizer):
         assert quantkit.fuse(model) == len(model.model.layers)
         torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-5)
         assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+        model.save_pretrained(tmp_path)
+        saved = Shards(tmp_path)
+        assert saved.specs.keys() == state.keys()
+        assert all(torch.equal(t, state[name]) for name, t in saved.read(saved.specs))
 
 
 def test_fused_models_with_biases_are_copied(model_folder):
