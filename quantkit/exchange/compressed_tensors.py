@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core.errors import QuantkitError
-from quantkit.exchange.integers import Integers, number_bits
-from quantkit.exchange.packed import PackedFolder
+from quantkit.core.weight import QuantizedWeight
+from quantkit.exchange.integers import Integers, grid, is_ordered, number_bits
+from quantkit.exchange.packed import DENSE, PackedFolder
 from quantkit.exchange.whole_numbers import WholeNumbers
-from quantkit.formats.int_group import IntGroupWeight
 from quantkit.kernels.int_group_layout import STORED
 
 
@@ -26,6 +26,12 @@ class CompressedTensors(WholeNumbers):
         if find_spec("compressed_tensors") is None:
             raise QuantkitError("the package compressed-tensors is missing: pip install compressed-tensors")
         super().__init__(packed, dtype, carrier)
+
+    def refusal(self, name: str, weight: QuantizedWeight) -> str:
+        """See `WholeNumbers`; groups by activation order, which it once had, it has no more."""
+        if is_ordered(weight):
+            return f"groups of inputs that lie apart; `--to gptq` has them, and {DENSE}"
+        return super().refusal(name, weight)
 
     def carrier(self, bits: int) -> int:
         """See `WholeNumbers`."""
@@ -55,13 +61,11 @@ class CompressedTensors(WholeNumbers):
         from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
         sorts: dict[tuple[int, int, bool], list[str]] = {}
-        for name, weight in self.packed.layers.items():
-            if self.holds(name):
-                assert isinstance(weight, IntGroupWeight)
-                symmetric = weight.zero != STORED
-                bits = self.carrier(number_bits(weight))
-                group = -1 if weight.group_size >= weight.in_features else weight.group_size
-                sorts.setdefault((bits, group, symmetric), []).append(name)
+        for name, weight in self._held():
+            own = grid(weight)
+            assert own is not None
+            group = -1 if own.group_size >= own.in_features else own.group_size
+            sorts.setdefault((self.carrier(number_bits(own)), group, own.zero != STORED), []).append(name)
         kept = {name for names in sorts.values() for name in names}
         others = [
             name for name, module in self.packed.model.named_modules()

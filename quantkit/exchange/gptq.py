@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from quantkit.core.errors import QuantkitError
-from quantkit.exchange.integers import Integers, number_bits
+from quantkit.exchange.integers import Integers, grid, is_ordered, number_bits
 from quantkit.exchange.packed import DENSE, PackedFolder
 from quantkit.exchange.whole_numbers import WholeNumbers
-from quantkit.formats.int_group import IntGroupWeight
 from quantkit.kernels.int_group_layout import STORED
 
 
@@ -21,8 +20,8 @@ class GPTQForm(WholeNumbers):
 
     def __init__(self, packed: PackedFolder, dtype: torch.dtype | None = None, carrier: int | None = None) -> None:
         super().__init__(packed, dtype, carrier)
-        weights = [weight for name, weight in packed.layers.items() if self.holds(name)]
-        own = [weight for weight in weights if isinstance(weight, IntGroupWeight)]
+        held = [weight for _, weight in self._held()]
+        own = [found for weight in held if (found := grid(weight)) is not None]
         if not own:
             raise QuantkitError(f"{self.name} holds layers of the blocks, and none of these is packed; {DENSE}")
         groups = {min(weight.group_size, weight.in_features) for weight in own}
@@ -32,8 +31,9 @@ class GPTQForm(WholeNumbers):
         self.group_size = -1 if by_rows else groups.pop()
         self.asked = super().carrier(max(number_bits(weight) for weight in own))
         self.symmetric = all(weight.zero != STORED for weight in own)
+        self.ordered = any(is_ordered(weight) for weight in held)
 
-    def shape_refusal(self, weight: IntGroupWeight, rows: int, columns: int) -> str:
+    def shape_refusal(self, rows: int, columns: int) -> str:
         """See `WholeNumbers`: words hold whole numbers of both sides."""
         return f"a shape of {rows} x {columns}; sides are multiples of 32" if rows % 32 or columns % 32 else ""
 
@@ -47,19 +47,18 @@ class GPTQForm(WholeNumbers):
             numbers, zeros = found.numbers, found.zeros
         if int(zeros.min()) < 1 or int(zeros.max()) > 2**bits:
             raise QuantkitError(f"{name}: zeros from {int(zeros.min())} to {int(zeros.max())} do not fit {bits} bits")
-        columns = numbers.shape[1]
         return {
             f"{name}.qweight": _words(numbers.T, bits),
             f"{name}.qzeros": _words(zeros - 1, bits).T.contiguous(),
             f"{name}.scales": scales.T.contiguous(),
-            f"{name}.g_idx": (torch.arange(columns) // found.group_size).int(),
+            f"{name}.g_idx": found.group.int(),
         }
 
     def config(self) -> dict[str, Any]:
         """The model's, with what GPTQ's readers ask for."""
         said = {
             "quant_method": "gptq", "checkpoint_format": "gptq", "bits": self.asked, "group_size": self.group_size,
-            "sym": self.symmetric, "desc_act": False, "damp_percent": 0.01, "true_sequential": True,
+            "sym": self.symmetric, "desc_act": self.ordered, "damp_percent": 0.01, "true_sequential": True,
         }  # fmt: skip
         return self.packed.config() | {"dtype": str(self.dtype).removeprefix("torch."), "quantization_config": said}
 

@@ -14,14 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.int_group import IntGroupWeight
+from quantkit.formats.ordered import OrderedWeight
+from quantkit.formats.scaled import ScaledWeight
 from quantkit.kernels.bitpack import unpack
 from quantkit.kernels.int_group_layout import BETWEEN, WHOLE
 
 
 @dataclass(frozen=True, eq=False)
 class Integers:
-    """weight[o, i] = (numbers[o, i] - zeros[o, g]) * scales[o, g],    g = i // group_size
+    """weight[o, i] = (numbers[o, i] - zeros[o, g]) * scales[o, g],    g = group[i]
 
     Attributes:
         numbers: int16 [out_features, in_features]; codes from 0 to 2^bits - 1 where there are zeros, else signed ones
@@ -29,20 +32,31 @@ class Integers:
         scales: fp32 [out_features, groups].
         zeros: int16 [out_features, groups]; None where zero is the number 0.
         bits: that the numbers take, by their format.
-        group_size: input features that share a scale.
+        group: int64 [in_features], of each input.
     """
 
     numbers: Tensor
     scales: Tensor
     zeros: Tensor | None
     bits: int
-    group_size: int
+    group: Tensor
 
     def values(self) -> Tensor:
         """The weight, fp32 [out_features, in_features]."""
-        group = torch.arange(self.numbers.shape[1]) // self.group_size
-        numbers = self.numbers if self.zeros is None else self.numbers - self.zeros[:, group]
-        return numbers.float() * self.scales[:, group]
+        numbers = self.numbers if self.zeros is None else self.numbers - self.zeros[:, self.group]
+        return numbers.float() * self.scales[:, self.group]
+
+
+def grid(weight: QuantizedWeight) -> IntGroupWeight | None:
+    """The integer weight that a weight is, behind an order of its inputs and a factor or not; None where it is none."""
+    base = weight.base if isinstance(weight, ScaledWeight) else weight
+    base = base.base if isinstance(base, OrderedWeight) else base
+    return base if isinstance(base, IntGroupWeight) else None
+
+
+def is_ordered(weight: QuantizedWeight) -> bool:
+    """Whether a weight has its inputs in an order of its own."""
+    return isinstance(weight.base if isinstance(weight, ScaledWeight) else weight, OrderedWeight)
 
 
 def number_bits(weight: IntGroupWeight) -> int:
@@ -50,15 +64,24 @@ def number_bits(weight: IntGroupWeight) -> int:
     return weight.bits + (weight.zero == BETWEEN)
 
 
-def integers(weight: IntGroupWeight) -> Integers | None:
-    """A weight, on the CPU, as whole numbers; None where its zeros are none."""
-    codes = unpack(weight.codes, weight.bits, weight.in_features).short()
-    scales = weight.scales.float().T.contiguous()
-    if weight.zeros is None:
-        return Integers(2 * codes - (2**weight.bits - 1), scales / 2, None, number_bits(weight), weight.group_size)
-    if weight.zero == WHOLE:
-        return Integers(codes - 2 ** (weight.bits - 1), scales, None, number_bits(weight), weight.group_size)
-    zeros = weight.zeros.T.contiguous()
+def integers(weight: QuantizedWeight) -> Integers | None:
+    """A weight that has a `grid`, on the CPU, as whole numbers; None where its zeros are none."""
+    own = grid(weight)
+    assert own is not None
+    factor = float(weight.factor) if isinstance(weight, ScaledWeight) else 1.0
+    behind = weight.base if isinstance(weight, ScaledWeight) else weight
+    order = behind.order.long() if isinstance(behind, OrderedWeight) else None
+    codes = unpack(own.codes, own.bits, own.in_features).short()
+    group = torch.arange(own.in_features) // own.group_size
+    if order is not None:
+        back = order.argsort()
+        codes, group = codes[:, back], group[back]
+    scales, bits = factor * own.scales.float().T.contiguous(), number_bits(own)
+    if own.zeros is None:
+        return Integers(2 * codes - (2**own.bits - 1), scales / 2, None, bits, group)
+    if own.zero == WHOLE:
+        return Integers(codes - 2 ** (own.bits - 1), scales, None, bits, group)
+    zeros = own.zeros.T.contiguous()
     if not torch.equal(zeros, zeros.round()):
         return None
-    return Integers(codes, scales, zeros.short(), weight.bits, weight.group_size)
+    return Integers(codes, scales, zeros.short(), bits, group)

@@ -1,6 +1,7 @@
 """What the forms have in common that hold whole numbers with a scale for each group."""
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,10 +9,9 @@ from torch import Tensor, nn
 
 from quantkit.core.errors import QuantkitError
 from quantkit.core.weight import QuantizedWeight
-from quantkit.exchange.integers import Integers, integers, number_bits
+from quantkit.exchange.integers import Integers, grid, integers, number_bits
 from quantkit.exchange.packed import DENSE, PackedFolder
 from quantkit.exchange.target import FolderTarget
-from quantkit.formats.int_group import IntGroupWeight
 from quantkit.kernels.int_group_layout import STORED
 from quantkit.models.experts import place
 
@@ -41,8 +41,9 @@ class WholeNumbers(FolderTarget):
         self.asked = carrier
         super().__init__(packed, dtype or scales_dtype(packed))
         for name, weight in self._held():
-            if isinstance(weight, IntGroupWeight) and weight.zero == STORED:
-                zeros = packed.field(name, "zeros")
+            own = grid(weight)
+            if own is not None and own.zero == STORED:
+                zeros = packed.field(name, next(key for key in weight.state() if key.rpartition(".")[2] == "zeros"))
                 if not torch.equal(zeros, zeros.round()):
                     raise QuantkitError(
                         f"{name}: its zeros lie between whole numbers, which {self.name} does not hold; `--to mlx` "
@@ -51,28 +52,29 @@ class WholeNumbers(FolderTarget):
 
     def refusal(self, name: str, weight: QuantizedWeight) -> str:
         """See `Target`."""
-        if not isinstance(weight, IntGroupWeight):
+        own = grid(weight)
+        if own is None:
             return f"{weight.label}; it holds whole numbers with scales (`--method gptq` or `rtn`), and {DENSE}"
         if place(name) is not None:
             return f"experts one by one; {DENSE}"
         if not isinstance(self.packed.model.get_submodule(name), nn.Linear):
             return f"layers such as {type(self.packed.model.get_submodule(name)).__name__}; {DENSE}"
         rows, columns = weight.shape
-        if weight.group_size < columns and columns % weight.group_size:
-            return f"groups of {weight.group_size} of {columns} inputs, the last of which is shorter; {DENSE}"
-        bits = number_bits(weight)
+        if own.group_size < columns and columns % own.group_size:
+            return f"groups of {own.group_size} of {columns} inputs, the last of which is shorter; {DENSE}"
+        bits = number_bits(own)
         if self.asked is not None and bits > self.asked:
-            return f"{weight.bits}-bit codes in numbers of {self.asked} bits: they take {bits}"
+            return f"{own.bits}-bit codes in numbers of {self.asked} bits: they take {bits}"
         if bits > max(self.carriers):
-            return f"{weight.bits}-bit codes half a step off zero, which take {bits} bits; {DENSE}"
-        return self.shape_refusal(weight, rows, columns)
+            return f"{own.bits}-bit codes half a step off zero, which take {bits} bits; {DENSE}"
+        return self.shape_refusal(rows, columns)
 
     def settings(self) -> dict[str, Any]:
         """See `FolderTarget`."""
         return super().settings() | {"carrier": self.asked}
 
-    def shape_refusal(self, weight: IntGroupWeight, rows: int, columns: int) -> str:
-        """What of a weight's shape or groups the form does not hold; "" where it does."""
+    def shape_refusal(self, rows: int, columns: int) -> str:
+        """What of a weight's shape the form does not hold; "" where it does."""
         return ""
 
     def carrier(self, bits: int) -> int:
@@ -81,12 +83,11 @@ class WholeNumbers(FolderTarget):
 
     def tensors(self, name: str, weight: QuantizedWeight) -> tuple[dict[str, Tensor], Tensor]:
         """See `Target`."""
-        assert isinstance(weight, IntGroupWeight) and self.dtype is not None
+        assert self.dtype is not None
         found = integers(weight)
         assert found is not None
         scales = self.cast(f"{name}'s scales", found.scales)
-        read = Integers(found.numbers, scales.float(), found.zeros, found.bits, found.group_size)
-        return self.stored(name, found, scales), read.values()
+        return self.stored(name, found, scales), replace(found, scales=scales.float()).values()
 
     @abstractmethod
     def stored(self, name: str, found: Integers, scales: Tensor) -> dict[str, Tensor]:

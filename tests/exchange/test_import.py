@@ -89,6 +89,20 @@ def test_layers_with_one_order_are_fused(model_folder, tmp_path):
     assert QuantizedWeight.side_by_side([gate, OrderedWeight(gate.base, gate.order.flip(0))]) is None
 
 
+def test_an_order_of_inputs_goes_back(model_folder, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    store(model_folder("llama_even"), "gptq-4", tmp_path / "stored")
+    import_model(tmp_path / "stored", tmp_path / "packed")
+    quantkit.export(tmp_path / "packed", tmp_path / "back", to="gptq")
+    asked = read_config(tmp_path / "back")["quantization_config"]
+    assert asked["desc_act"] and asked["bits"] == 4 and asked["group_size"] == 32
+    before, after = (dict(Shards(tmp_path / name).read(Shards(tmp_path / name).specs)) for name in ("stored", "back"))
+    parts = [name for name in before if name.endswith(("qweight", "qzeros", "scales", "g_idx"))]
+    assert len(parts) == 4 * 14 and all(torch.equal(before[name], after[name]) for name in parts)
+    with pytest.raises(QuantkitError, match="groups of inputs that lie apart; `--to gptq` has them"):
+        quantkit.export(tmp_path / "packed", tmp_path / "out", to="compressed-tensors")
+
+
 def test_loaded_by_transformers_as_here(model_folder, tmp_path):
     pytest.importorskip("compressed_tensors")
     quantkit.quantize(model_folder("llama_even"), output=tmp_path / "a", bits=4, method="rtn", group_size=32)
