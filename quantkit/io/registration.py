@@ -142,7 +142,8 @@ class QuantkitHfQuantizer(HfQuantizer):
 
         config, modules = model.config.quantization_config, dict(model.named_modules())
         assert isinstance(config, QuantkitConfig) and config.layers is not None
-        if not getattr(model, "_hf_peft_config_loaded", False):  # else transformers saves the adapters alone
+        adapters = getattr(model, "_hf_peft_config_loaded", False)  # which transformers then saves alone
+        if not adapters:
             for name in config.layers:
                 if f"{name}.base_layer" in modules:
                     raise QuantkitError(
@@ -158,6 +159,8 @@ class QuantkitHfQuantizer(HfQuantizer):
             _unnamed(model.config)  # it would name code that transformers does not write along
         config.layers |= _shared(model, config.layers)
         model._weight_conversions = []  # type: ignore[assignment]
+        if not adapters:
+            _leave_code(model)
         return None, {}
 
     def _dequantize(self, model: "PreTrainedModel", dtype: Any = None) -> "PreTrainedModel":
@@ -166,9 +169,12 @@ class QuantkitHfQuantizer(HfQuantizer):
         Raises:
             QuantkitError: tensors are offloaded, or adapters sit on packed layers.
         """
+        import torch
+
         from quantkit.models.dense import make_dense
 
-        make_dense(model, dtype or model.dtype)
+        kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a name, once the model has been saved
+        make_dense(model, kind or model.dtype)
         _plain(model)
         return model
 
@@ -198,6 +204,24 @@ def _unnamed(config: Any) -> None:
     named = getattr(config, "auto_map", None) or {}
     if any(str(place).rpartition("--")[2].startswith(f"{SHIM}.") for place in named.values()):
         del config.auto_map
+
+
+def _leave_code(model: Any) -> None:
+    """Has the next save of a model's config, which takes away what guards the weights, add it again, with the code."""
+    config, kind = model.config, type(model.config)
+
+    class Saved(kind):  # type: ignore[valid-type, misc]
+        """The config's own class, once its file is written."""
+
+        def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+            from quantkit.io import shim
+
+            self.__class__ = kind
+            self.save_pretrained(save_directory, *args, **kwargs)
+            shim.leave(model, Path(save_directory))
+
+    Saved.__name__, Saved.__qualname__, Saved.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    config.__class__ = Saved
 
 
 def _plain(model: Any) -> None:

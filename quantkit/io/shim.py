@@ -7,6 +7,8 @@ also names a file of weights that is not there (`transformers_weights`), which t
 quantkit, once it is imported, takes that name away (`quantkit.io.registration`).
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -52,6 +54,14 @@ def files(model: PreTrainedModel) -> dict[str, bytes]:
         return {}
     code = _CODE.format(config=type(model.config).__name__, model=type(model).__name__)
     return {f"{SHIM}.py": code.encode()}
+
+
+def leave(model: PreTrainedModel, folder: Path) -> None:
+    """Adds both to a folder that transformers has written the model's config.json into."""
+    for name, content in files(model).items():
+        (folder / name).write_bytes(content)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries(model), indent=2, sort_keys=True) + "\n")
 
 
 def _known(model: PreTrainedModel) -> bool:

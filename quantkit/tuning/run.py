@@ -13,7 +13,6 @@ import torch
 
 from quantkit.core.device import compute_dtype, parse_dtype
 from quantkit.core.products import full_width
-from quantkit.io import shim
 from quantkit.io.checkpoint import read_config, sealed, stored_dtype
 from quantkit.io.hf import load
 from quantkit.io.shards import Shards
@@ -112,10 +111,7 @@ def run(
             output.take((student if stored is None else student.to(stored)).save_pretrained)
             output.take(tokenizer.save_pretrained)
             folder = output.path(output.made(""))
-            for name, content in shim.files(student).items():
-                output.write_bytes(output.made(name), content)
-            described = read_config(folder) | shim.entries(student)
-            config = sealed(described, sorted(folder.glob("*.safetensors")))
+            config = sealed(read_config(folder), sorted(folder.glob("*.safetensors")))
             output.write_json(output.made("config.json"), config)
             record = {"teacher": asked.teacher_name or str(asked.teacher), "settings": asdict(asked.settings)}
             record |= {"history": student.quantkit_tuning}

@@ -65,8 +65,29 @@ def test_the_plain_path_is_as_it_was(model_folder, tmp_path):
         assert type(quantkit.load(packed)) is type(model)
     model.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert "auto_map" not in saved, "it would name a file that is not there"
+    assert saved["transformers_weights"] == GUARD and (tmp_path / "saved" / f"{shim.SHIM}.py").exists()
     assert torch.equal(logits(quantkit.load(tmp_path / "saved", dtype=torch.float32)), logits(model))
+
+
+def test_what_is_saved_from_memory(model_folder, tmp_path):
+    """`save_pretrained` of a model that was packed in memory, once and again, and of the dense one made of it."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder("llama_small"), dtype=torch.float32)
+    quantkit.quantize(model, method="rtn", bits=4, group_size=32)
+    kind, expected = type(model.config), logits(model)
+    for folder in (tmp_path / "once", tmp_path / "again"):
+        model.save_pretrained(folder)
+        assert type(model.config) is kind and not hasattr(model.config, "auto_map")
+        refused = run(folder, tmp_path / "no", tmp_path)
+        assert refused.returncode and f"{folder.name}/{GUARD}" in refused.stderr.splitlines()[-1], refused.stderr
+    done = run(folder, tmp_path / "logits", tmp_path, trusting=", trust_remote_code=True")
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), expected, rtol=1e-4, atol=1e-5)
+    refused = run(tmp_path / "logits.saved", tmp_path / "no", tmp_path)
+    assert GUARD in refused.stderr.splitlines()[-1], "a program that trusted the code saves what others refuse, too"
+    model.dequantize()  # whose config has the type as a name by now
+    model.save_pretrained(tmp_path / "dense")
+    assert run(tmp_path / "dense", tmp_path / "plain", tmp_path).returncode == 0
+    torch.testing.assert_close(torch.load(tmp_path / "plain"), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_models_that_see(tmp_path, tokenizer):
