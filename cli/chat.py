@@ -20,7 +20,7 @@ from quantkit.core.errors import QuantkitError
 if TYPE_CHECKING:
     from quantkit.serve.chat import Conversation
 
-HELP = "/new forgets what was said, /quit or the end of input leaves; Ctrl-C ends an answer"
+HELP = "/new forgets what was said, /quit or the end of input leaves; Ctrl-C ends an answer, twice the program"
 
 
 def chat_command(
@@ -34,17 +34,16 @@ def chat_command(
     device: options.Device = "auto",
     unpack: options.Unpack = None,
     dtype: Annotated[str | None, typer.Option(help="Of the computation; by default float32 on a CPU.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.")] = 0,
 ) -> None:
     """Talk with a model in the terminal, turn by turn; lines from a pipe are turns too."""
-    if max_new_tokens < 1 or (temperature or 0) < 0:
-        raise QuantkitError("give --max-new-tokens of at least 1 and a --temperature of at least 0")
+    options.check_generation(max_new_tokens, temperature)
     import torch
 
     from quantkit.kvcache.attention import compressed_kv
-    from quantkit.serve.chat import Conversation
+    from quantkit.serve.chat import Conversation, check_template
 
-    loaded, tokenizer = subject(model, device, dtype, unpack)
+    loaded, tokenizer = subject(model, device, dtype, unpack, partial(check_template, system=system))
     generation: dict[str, Any] = {}
     if temperature is not None:
         generation = {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature else {})
@@ -59,50 +58,66 @@ def chat_command(
 def _talk(talk: "Conversation", notes: Console) -> None:
     if sys.stdin.isatty():
         notes.print(HELP)
-    for said in _lines():
+    fine = True
+    for said in _lines(notes):
         if said in ("/quit", "/exit"):
-            return
+            break
         if said == "/new":
             talk.begin()
             notes.print("forgotten")
-        elif said.startswith("/"):
+        elif said in ("/help", "/?"):
             notes.print(HELP)
         elif said:
-            _turn(talk, said, notes)
+            fine &= _turn(talk, said, notes)
+    if not (fine or sys.stdin.isatty()):
+        raise typer.Exit(QuantkitError.exit_code)
 
 
-def _turn(talk: "Conversation", said: str, notes: Console) -> None:
+def _turn(talk: "Conversation", said: str, notes: Console) -> bool:
+    """Answers; False where that cannot be done, which is said."""
     begun = time.monotonic()
     try:
         with _stops(talk):
             talk.answer(said, partial(print, end="", flush=True))
     except QuantkitError as error:
-        if not sys.stdin.isatty():
-            raise
-        notes.print(f"[bold red]error:[/] {escape(str(error))}")
-        return
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
+        return False
     print(flush=True)
     read, made = talk.tokens
     seconds = time.monotonic() - begun
     forgotten = f"; {talk.forgotten} former turns did not fit and are forgotten" if talk.forgotten else ""
     notes.print(f"[dim]{read} + {made} tokens, {made / seconds:.1f} a second{forgotten}[/]")
+    return True
 
 
-def _lines() -> Iterator[str]:
+def _lines(notes: Console) -> Iterator[str]:
     """What the user says: lines of the terminal, with their history, or of a pipe."""
     with suppress(ImportError):
         import readline  # noqa: F401  gives `input` its keys and its history
-    ask = "> " if sys.stdin.isatty() else ""
+    seen, asks, pressed = sys.stdout.isatty(), sys.stdin.isatty(), False
     with suppress(EOFError):
         while True:
-            yield input(ask).strip()
+            if asks and not seen:  # the answers go to a file
+                print("> ", end="", file=sys.stderr, flush=True)
+            try:
+                said = input("> " if asks and seen else "").strip()
+            except KeyboardInterrupt:
+                if pressed or not asks:
+                    raise
+                pressed = True
+                notes.print("\nCtrl-C once more leaves")
+                continue
+            pressed = False
+            yield said
 
 
 @contextmanager
 def _stops(talk: "Conversation") -> Iterator[None]:
-    """While it lasts, Ctrl-C ends the answer instead of the program."""
+    """While it lasts, Ctrl-C ends the answer instead of the program; twice, the program."""
 
     def stop(_number: int, _frame: Any) -> None:
+        if talk.stopped:
+            raise KeyboardInterrupt
         talk.stopped = True
 
     former = signal.signal(signal.SIGINT, stop)

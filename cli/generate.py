@@ -27,29 +27,29 @@ def generate_command(
     device: options.Device = "auto",
     unpack: options.Unpack = None,
     dtype: Annotated[str | None, typer.Option(help="Of the computation; by default float32 on a CPU.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.")] = 0,
 ) -> None:
     """Generate text; --kv-bits compresses the cache meanwhile. Speed and cache are told on standard error."""
     text = sys.stdin.read() if prompt is None else prompt
     if not text.strip():
         raise QuantkitError("the prompt is empty; give --prompt or text on standard input")
-    if max_new_tokens < 1 or temperature < 0:
-        raise QuantkitError("give --max-new-tokens of at least 1 and a --temperature of at least 0")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise QuantkitError("--prompt is not UTF-8") from None
+    options.check_generation(max_new_tokens, temperature)
     import torch
     from transformers import TextStreamer
 
     from quantkit.kvcache.attention import compressed_kv
     from quantkit.kvcache.cache import cache_argument
     from quantkit.models.structure import context_length
+    from quantkit.serve.chat import check_template, rendered
 
-    loaded, tokenizer = subject(model, device, dtype, unpack)
+    loaded, tokenizer = subject(model, device, dtype, unpack, check_template if chat else lambda _tokenizer: None)
     if chat:
-        if not tokenizer.chat_template:
-            raise QuantkitError("the tokenizer has no chat template; leave --chat out")
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(loaded.device)
+        text = rendered(tokenizer, [{"role": "user", "content": text}])
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat, verbose=False).to(loaded.device)
     tokens, context = inputs["input_ids"].shape[1], context_length(loaded)
     if context is not None and tokens + max_new_tokens > context:
         raise QuantkitError(f"{tokens} tokens of prompt and {max_new_tokens} new ones exceed the context of {context}")

@@ -1,5 +1,6 @@
 """The command line: `quantkit VERB ...`; one file a verb."""
 
+import io
 import logging
 import os
 import re
@@ -92,6 +93,8 @@ def main() -> None:
     logger.addHandler(_handler(console))
     logger.propagate = False
     speak(Voice.NORMAL)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # text that is not UTF-8 is no reason to end
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch, huge pages on a CPU: a lower, steadier peak, no slower
     try:
         app()

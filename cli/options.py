@@ -53,14 +53,32 @@ Unpack = Annotated[
         help="On a CPU, unpack packed layers once; by default those that are faster so, as far as memory allows.",
     ),
 ]
+
+
+def _of_a_cache(bits: int | None) -> int | None:
+    if bits is not None and bits not in (2, 3, 4, 8, 16):
+        raise QuantkitError(f"--kv-bits {bits}: a cache has 2, 3, 4 or 8 bits, or 16 for none")
+    return bits
+
+
 KvBits = Annotated[
     int | None,
-    typer.Option(help="Compress the KV cache (GEAR) to codes of 2, 3, 4 or 8 bits.", rich_help_panel="KV cache"),
+    typer.Option(
+        callback=_of_a_cache,
+        help="Compress the KV cache (GEAR) to codes of 2, 3, 4 or 8 bits; 16 leaves it as it is.",
+        rich_help_panel="KV cache",
+    ),
 ]
 
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what the run would make and need.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def check_generation(max_new_tokens: int, temperature: float | None) -> None:
+    """Raises QuantkitError where text cannot be written like that."""
+    if max_new_tokens < 1 or not 0 <= (temperature or 0) < float("inf"):
+        raise QuantkitError("give --max-new-tokens of at least 1 and a --temperature of at least 0")
 
 
 def is_first_process() -> bool:

@@ -133,13 +133,9 @@ def load(
     folder = resolve_folder(folder)
     if verify:
         verify_folder(folder)
-    config = read_config(folder)
-    if is_packed(config):
-        packed_layers(folder)
-    elif quantization_of(config).get("quant_method") in FORMS:
+    form = check_files(folder)
+    if form != METHOD and form in FORMS:
         return _dequantized(folder, dtype, device)
-    elif any(folder.glob("*.safetensors*")):
-        Shards(folder)
     asked = ASKED.set(unpack)
     try:
         loaded: Any = class_of(config_of(folder)).from_pretrained(folder, dtype=dtype, output_loading_info=True)
@@ -164,6 +160,28 @@ def load(
     if torch.cuda.is_available():
         choose_unpacked(model, unpack)
     return model
+
+
+def check_files(folder: Path) -> str:
+    """Looks into the headers of a model's files, and reads no weights.
+
+    Returns:
+        What its weights are quantized by, as its config.json says; "" for nothing.
+
+    Raises:
+        CheckpointError: damaged or incomplete files, or an unknown format.
+        QuantkitError: there is no model.
+    """
+    if not (folder / "config.json").is_file():
+        raise QuantkitError(f"{folder} has no config.json, so it holds no model")
+    config = read_config(folder)
+    if is_packed(config):
+        packed_layers(folder)
+        return METHOD
+    form = str(quantization_of(config).get("quant_method") or "")
+    if form in FORMS or any(folder.glob("*.safetensors*")):
+        Shards(folder)
+    return form
 
 
 def _of_head(model: PreTrainedModel) -> set[str]:

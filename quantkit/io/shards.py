@@ -182,5 +182,7 @@ def open_shard(path: Path):  # noqa: ANN201  (safe_open is untyped)
     """
     try:
         return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; fetch it anew") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}); fetch it anew") from error

@@ -4,14 +4,46 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import StoppingCriteria, TextStreamer
 
-from quantkit.core.errors import QuantkitError
+from quantkit.core.errors import QuantkitError, first_line
 from quantkit.kvcache.cache import cache_argument
 from quantkit.models.structure import context_length
 
 LEAST = 4
 """An answer has room for a quarter of the context at least, or for what is asked for; former turns make way for it."""
+
+
+def check_template(tokenizer: Any, system: str | None = None) -> None:
+    """Looks whether a conversation can be had by a tokenizer's chat template.
+
+    Raises:
+        QuantkitError: it has none, or it refuses a first turn.
+    """
+    if not tokenizer.chat_template:
+        raise QuantkitError(
+            "the tokenizer has no chat template, so the model was not made for conversations; "
+            "`quantkit generate` goes on from any text"
+        )
+    rendered(tokenizer, [*_beginning(system), {"role": "user", "content": "?"}])
+
+
+def rendered(tokenizer: Any, turns: list[dict[str, str]]) -> str:
+    """Turns in the chat template's words, up to where the model's answer begins.
+
+    Raises:
+        QuantkitError: the template refuses them, as some do a system's, or cannot be read.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        hint = "; leave `system` out" if turns[0]["role"] == "system" else ""
+        raise QuantkitError(f"the tokenizer's chat template refuses this ({first_line(error)}){hint}") from error
+
+
+def _beginning(system: str | None) -> list[dict[str, str]]:
+    return [] if system is None else [{"role": "system", "content": system}]
 
 
 class Conversation:
@@ -45,14 +77,10 @@ class Conversation:
         make_cache: Callable[[], Any] | None = None,
         generation: dict[str, Any] | None = None,
     ) -> None:
-        if not tokenizer.chat_template:
-            raise QuantkitError(
-                "the tokenizer has no chat template, so the model was not made for conversations; "
-                "`quantkit generate` goes on from any text"
-            )
+        check_template(tokenizer, system)
         self._model, self._tokenizer, self._make_cache = model, tokenizer, make_cache
         self._most, self._generation = max_new_tokens, generation or {}
-        self._first = [] if system is None else [{"role": "system", "content": system}]
+        self._first = _beginning(system)
         self.tokens = (0, 0)
         self.begin()
 
@@ -105,25 +133,33 @@ class Conversation:
         return text
 
     def _prompt(self, turns: list[dict[str, str]]) -> tuple[list[dict[str, str]], torch.Tensor, int]:
-        """(the turns that there is room for; all their tokens, int64 [n]; how many may be written)."""
+        """(the turns that there is room for; all their tokens, int64 [n]; how many may be written).
+
+        Where room has to be made, enough is made for the next turns too: these then find in the cache what is left.
+        """
         context = context_length(self._model)
+        least = min(self._most, context // LEAST) if context else self._most
+        wanted = least
         while True:
-            text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            text = rendered(self._tokenizer, turns)
             goes_on = bool(self._text) and text.startswith(self._text)
             rest = text.removeprefix(self._text) if goes_on else text
-            new = self._tokenizer(rest, add_special_tokens=False, return_tensors="pt").input_ids[0].long()
+            asked = self._tokenizer(rest, add_special_tokens=False, return_tensors="pt", verbose=False)
+            new = asked.input_ids[0].long()
             tokens = torch.cat([self._cached, new]) if goes_on else new
-            room = self._most if context is None else min(self._most, context - len(tokens))
-            if room >= min(self._most, context // LEAST if context else self._most):
+            left = self._most if context is None else context - len(tokens)
+            may_forget = len(turns) >= len(self._first) + 3
+            if left >= wanted or (left >= least and not may_forget):
                 break
-            if len(turns) < len(self._first) + 3:
+            if not may_forget:
                 raise QuantkitError(f"{len(tokens)} tokens, and the model's context has {context}; say it shorter")
             del turns[len(self._first) : len(self._first) + 2]
             self.forgotten += 1
+            wanted = context // 2 if context else least
         if not goes_on:
             self._forget()
         self._text = text
-        return turns, tokens, room
+        return turns, tokens, min(self._most, left)
 
 
 class _Writer(TextStreamer):

@@ -3,6 +3,7 @@
 Which server, and with which arguments, is all that is decided here.
 """
 
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -28,8 +29,10 @@ metadata.version = lambda name: version("{_CPU_BUILD}") + "+cpu" if name == "vll
 """
 """vLLM's command line asks for its version by a name that its build for CPUs does not have."""
 _VLLM = "from vllm.entrypoints.cli.main import main; main()"
-_TRANSFORMERS = "import quantkit; from transformers.cli.transformers import main; main()"
-"""Its command line, told of packed layers."""
+_LOG_LEVELS: dict[Engine, tuple[str, str]] = {
+    "vllm": ("--uvicorn-log-level", "info"), "transformers": ("--log-level", "debug")
+}  # fmt: skip
+"""The option that says how much is logged, and the level at which all of it is."""
 
 
 def engine_of(wanted: str = "auto", has: Callable[[str], object] = find_spec) -> Engine:
@@ -55,7 +58,15 @@ def engine_of(wanted: str = "auto", has: Callable[[str], object] = find_spec) ->
 
 
 def command(
-    model: str, engine: Engine, host: str, port: int, dtype: torch.dtype | None, more: Sequence[str] = ()
+    model: str,
+    engine: Engine,
+    host: str,
+    port: int,
+    dtype: torch.dtype | None,
+    more: Sequence[str] = (),
+    *,
+    trusted: bool = False,
+    said: Literal["errors", "usual", "all"] = "usual",
 ) -> list[str]:
     """The server's command.
 
@@ -65,12 +76,38 @@ def command(
         host, port: where it listens.
         dtype: of the computation; None for the engine's choice.
         more: further options of the engine's own.
+        trusted: whether code that comes with the model is run.
+        said: how much is logged.
     """
-    place = ["--host", host, "--port", str(port)]
-    kept = [] if dtype is None else ["--dtype", str(dtype).removeprefix("torch.")]
-    vllm = f"{_NAMED if _is_installed(_CPU_BUILD) else ''}{_VLLM}"
-    code = vllm if engine == "vllm" else _TRANSFORMERS
-    return [sys.executable, "-c", code, "serve", model, *place, *kept, *more]
+    option, everything = _LOG_LEVELS[engine]
+    asked = ["serve", model, "--host", host, "--port", str(port)]
+    asked += [] if dtype is None else ["--dtype", str(dtype).removeprefix("torch.")]
+    asked += ["--trust-remote-code"] if trusted else []
+    asked += {"errors": [option, "error"], "usual": [], "all": [option, everything]}[said]
+    if engine == "transformers":
+        return [sys.executable, "-m", "quantkit.serve.by_transformers", *asked, *more]
+    return [sys.executable, "-c", f"{_NAMED if _is_installed(_CPU_BUILD) else ''}{_VLLM}", *asked, *more]
+
+
+def check_address(host: str, port: int) -> None:
+    """Looks whether a server can listen there, which else shows after the model is loaded.
+
+    Raises:
+        QuantkitError: there is no such address here, or something listens there already.
+    """
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(place)
+    except OSError as error:
+        words = f"nothing can listen at `host` {host}, `port` {port} ({error.strerror or error})"
+        raise QuantkitError(f"{words}; give others") from error
+
+
+def address(host: str, port: int) -> str:
+    """Of the endpoint."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
 def _is_installed(distribution: str) -> bool:

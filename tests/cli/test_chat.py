@@ -26,16 +26,25 @@ def talkative(reference, tokenizer, tmp_path_factory):
 
 
 def test_turns(talkative):
-    said = ["def main():", "/new", "def main():", "/what", "import os", "/quit", "never read"]
+    said = ["def main():", "/new", "def main():", "/help", "/usr", "import os", "/quit", "never read"]
     options = ["--temperature", 0, "--max-new-tokens", 6, "--system", "be brief", "--kv-bits", 8]
     found = chat(talkative, *options, said=said)
     assert found.returncode == 0, found.stderr
     notes = found.stderr.splitlines()
     counts = [line for line in notes if "a second" in line]
-    assert len(counts) == 3 and counts[0].split(",")[0] == counts[1].split(",")[0]
+    assert len(counts) == 4 and counts[0].split(",")[0] == counts[1].split(",")[0]
     assert "forgotten" in notes and any(line.startswith("/new forgets") for line in notes)
     quiet = chat(talkative, *options, "--quiet", said=["def main():"])
     assert quiet.returncode == 0 and not quiet.stderr and found.stdout.startswith(quiet.stdout)
+
+
+def test_a_line_that_is_too_long_and_one_that_is_not_utf8(talkative):
+    command = [*COMMAND, "chat", str(talkative), "--max-new-tokens", "4"]
+    said = b"x = 1 " * 2000 + b"\ncaf\xe9\n"
+    found = subprocess.run(command, input=said, capture_output=True)
+    notes = found.stderr.decode()
+    assert found.returncode == 2 and "say it shorter" in notes and notes.count("a second") == 1
+    assert "Traceback" not in notes and "indexing errors" not in notes
 
 
 def test_ctrl_c_ends_an_answer_and_no_more(talkative):
@@ -59,6 +68,8 @@ def test_ctrl_c_ends_an_answer_and_no_more(talkative):
         (["MODEL", "--max-new-tokens", "0"], "at least 1"),
         (["MODEL", "--kv-bits", "5"], "2, 3, 4 or 8 bits"),
         (["nowhere"], "nowhere"),
+        (["MODEL", "--temperature", "nan"], "--temperature of at least 0"),
+        (["MODEL", "--seed", "-1"], "--seed"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, reference, talkative, complaint):

@@ -75,6 +75,29 @@ def test_former_turns_make_way(model, tokenizer):
     assert made.messages == before
 
 
+def test_room_is_made_for_the_next_turns_too(model, tokenizer):
+    made, forgotten, read = talk(model, tokenizer), [], []
+    for _ in range(16):
+        made.answer("x = 1\n" * 12)
+        forgotten.append(made.forgotten)
+        read.append(made.tokens[0])
+    full = next(turn for turn, count in enumerate(forgotten) if count)
+    assert forgotten[full] > 1 and not any(forgotten[full + 1 : full + 3])
+    assert all(count < read[full] / 2 for count in read[full + 1 : full + 3]), "they are read from the cache"
+
+
+def test_templates_that_refuse(model, tokenizer):
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    )
+    talk(model, tokenizer)
+    with pytest.raises(QuantkitError, match=r"refuses this \(no system\); leave `system` out"):
+        talk(model, tokenizer, system="be brief")
+    tokenizer.chat_template = "{% if"
+    with pytest.raises(QuantkitError, match="refuses this"):
+        talk(model, tokenizer)
+
+
 def test_an_answer_that_is_stopped(model, tokenizer):
     made = talk(model, tokenizer, max_new_tokens=64)
 
