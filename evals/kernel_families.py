@@ -123,7 +123,8 @@ def _int_group(kernel: str, p: int_group_matmul.Problem, zeros: bool, rank: int)
     config = Config(1, 64, num_stages=3)
     if kernel != "dequantize":
         config = int_group_matmul.rule(p) if kernel == "decode" else int_group_matmul.gemm_rule(p)
-    constants = int_group_matmul.flags(p, zeros) | {"BLOCK_N": config.block_n}
+    zero = int_group_layout.STORED if zeros else int_group_layout.WHOLE if p.bits > 2 else int_group_layout.BETWEEN
+    constants = int_group_matmul.flags(p, zero) | {"BLOCK_N": config.block_n}
     if kernel != "decode":
         constants |= int_group_matmul.shape_flags(p)
     if kernel != "dequantize":
