@@ -16,8 +16,11 @@ from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Quantizer
 from quantkit.core.units import parse_size
 from quantkit.evopress.memory import beside_weights
+from quantkit.io.checkpoint import read_config
 from quantkit.io.hf import resolve_folder
+from quantkit.io.shards import Shards
 from quantkit.io.source import open_folder
+from quantkit.io.stored_forms import quantization_of
 from quantkit.kvcache.config import KVCacheConfig
 from quantkit.models.structure import block_linears, context_length, ends
 from quantkit.run.estimate import expected_seconds, sizes
@@ -152,7 +155,7 @@ def advise(
                 expected_seconds(source, recipe, num_samples * length, where),
             )
         )  # fmt: skip
-    before = source.nbytes()
+    before = Shards(folder).nbytes() if quantization_of(read_config(folder)) else source.nbytes()
     every = (Choice("", 16, "", 8 * before / parameters, before, 1.0, 0.0, 0.0, 0.0, 0.0), *choices)
     beside = {packed: _beside(folder, packed, where, asked, batch, kv_bits) for packed in (False, True)}
     every = tuple(_placed(choice, beside[bool(choice.method)], limit) for choice in every)

@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+from quantkit.io.shards import Shards
+
+from ..helpers.stored import store
 from .conftest import run
 
 pytestmark = pytest.mark.slow
@@ -33,6 +36,12 @@ def test_sizes_are_those_of_the_run_and_the_command_is_one(model_folder, text_fi
     made = json.loads(run("quantize", folder, *choice["options"].split(), *words, "--output", tmp_path / "made").stdout)
     assert made["bytes_after"] == choice["nbytes"]
     assert made["bits_per_weight"] == pytest.approx(choice["bits_per_weight"])
+
+
+def test_a_stored_form_is_as_large_as_its_files(model_folder, tmp_path):
+    store(model_folder("llama_even"), "gptq-4", tmp_path / "stored")
+    found = json.loads(run("advise", tmp_path / "stored", "--context", 64, "--json").stdout)
+    assert found["choices"][0]["nbytes"] == Shards(tmp_path / "stored").nbytes()
 
 
 def test_measured_advice_is_narrower(model_folder, text_file):
