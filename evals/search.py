@@ -21,6 +21,7 @@ import torch
 from quantkit.core import spec
 from quantkit.core.constants import TARGET_SHIFT
 from quantkit.core.device import pick_device
+from quantkit.evals.machine import cpu_name, name_of, versions
 from quantkit.evals.perplexity import Quality, evaluate
 from quantkit.evopress.baselines import best_of_random
 from quantkit.evopress.budget import Budget
@@ -134,7 +135,10 @@ def main() -> None:
     arguments = parser().parse_args()
     found = measure(arguments)
     if arguments.output:
-        arguments.output.write_text(json.dumps(found, indent=2) + "\n")
+        said = {name: value for name, value in vars(arguments).items() if name not in ("database", "output")}
+        settings = {name: name_of(value) if isinstance(value, str) else value for name, value in said.items()}
+        record = {"machine": cpu_name(), "versions": versions(), "settings": settings}
+        arguments.output.write_text(json.dumps(record | {"rows": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
