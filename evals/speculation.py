@@ -136,16 +136,25 @@ def main() -> None:
     for name in arguments.draft:
         draft = load(name, dtype=torch.float32, device=device).eval()
         found = measure(target, draft, prompts, arguments.new_tokens, arguments.drafts)
-        rows.append({"target": name_of(arguments.target), "draft": name_of(name)} | asdict(found))
+        where = {"target": name_of(arguments.target), "draft": name_of(name), "data": name_of(arguments.data)}
+        rows.append(where | asdict(found) | {"ratio": found.seconds / found.seconds_alone})
         print(
             f"| {name_of(name)} | {found.accepted:.1%} | {found.alike:.1%} | {found.tokens_per_step:.2f} | "
             f"{found.same_text:.0%} | {found.seconds / found.seconds_alone:.2f} |",
             flush=True,
         )
     if arguments.output:
-        settings = {name: getattr(arguments, name) for name in ("prompt_tokens", "new_tokens", "drafts")}
-        record = {"machine": cpu_name(), "versions": versions(), "data": name_of(arguments.data), "prompts": count}
-        arguments.output.write_text(json.dumps(record | settings | {"rows": rows}, indent=1) + "\n")
+        _write(arguments, count, rows)
+
+
+def _write(arguments: argparse.Namespace, prompts: int, rows: list[dict[str, Any]]) -> None:
+    """Writes the rows, beside those of other models that the file has already."""
+    settings = {name: getattr(arguments, name) for name in ("prompt_tokens", "new_tokens", "drafts")}
+    record = {"machine": cpu_name(), "versions": versions(), "prompts": prompts} | settings
+    before = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
+    made = {(row["target"], row["draft"]) for row in rows}
+    kept = [row for row in before if (row["target"], row["draft"]) not in made]
+    arguments.output.write_text(json.dumps(record | {"rows": [*kept, *rows]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
