@@ -18,6 +18,7 @@ from quantkit.evals.benchmarks.tables_runs import (
     PREDICTIONS,
     REAL_MODEL,
     REFERENCE_ROWS,
+    SEARCH_REAL,
     SETTINGS,
     SHARED,
     SHRINKAGE,
@@ -473,5 +474,6 @@ TABLES: dict[str, Table | Printed] = {
     "vllm": VLLM,
     "grids": GRIDS,
     "exchange": EXCHANGE,
+    "search-real": SEARCH_REAL,
 }
 """Tables by the name in a document's mark."""

@@ -136,4 +136,12 @@ EXCHANGE = Table(
     },
     "rows",
 )  # fmt: skip
+_SEARCHED = ("uniform", "random, best of 32", "greedy, measured", "knapsack, measured", "knapsack, predicted")
+SEARCH_REAL = Table(
+    "2026-12-01-cpu-search-smollm2.json",
+    "bits/weight | uniform | best of 32 random | greedy, measured | knapsack, measured | knapsack, predicted "
+    "| search from the prediction | search",
+    tuple(f"{{kl[{way}][0]:k.0f}} +- {{kl[{way}][1]:k.0f}}" for way in (*_SEARCHED, "search, predicted", "search")),
+    {"2.5": [{"bits": 2.5}]}, "rows",
+)  # fmt: skip
 VLLM = Printed("2026-11-30-cpu-vllm.json", serving_of)
