@@ -7,6 +7,7 @@ from quantkit.evals.benchmarks.tables_runs import (
     DAMAGE,
     DRY_RUN,
     EXCHANGE,
+    EXCHANGE_REAL,
     EXPERTS,
     EXPERTS_MEMORY,
     FAULTS,
@@ -474,6 +475,7 @@ TABLES: dict[str, Table | Printed] = {
     "vllm": VLLM,
     "grids": GRIDS,
     "exchange": EXCHANGE,
+    "exchange-real": EXCHANGE_REAL,
     "search-real": SEARCH_REAL,
 }
 """Tables by the name in a document's mark."""

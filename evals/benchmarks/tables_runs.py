@@ -127,15 +127,22 @@ SHRINKAGE = Printed("2026-11-30-cpu-shrinkage.json", shrinkage_of)
 ARCHITECTURES = Printed("2026-11-30-architectures.json", architectures_of)
 GRIDS = Printed("2026-11-30-cpu-grids.json", table_of)
 _FILES = (("Q4_0", None), ("Q4_0", 4), ("Q4_0", 3), ("Q8_0", None), ("Q8_0", 8))
-EXCHANGE = Table(
-    "2026-11-30-cpu-exchange.json", "GGUF type | made by | KL x 1000 | perplexity | top-1, %",
-    ("{kl:k.2f} +- {kl_se:k.2f}", "{perplexity:.2f}", "{top1_agreement:c.1f}"),
-    {
-        f"{kind} | {'ggml' if bits is None else f'quantkit, {bits} bits'}": [{"type": kind, "bits": bits}]
-        for kind, bits in _FILES
-    },
-    "rows",
-)  # fmt: skip
+
+
+def _exchanged(file: str) -> Table:
+    return Table(
+        file, "GGUF type | made by | KL x 1000 | perplexity | top-1, %",
+        ("{kl:k.2f} +- {kl_se:k.2f}", "{perplexity:.2f}", "{top1_agreement:c.1f}"),
+        {
+            f"{kind} | {'ggml' if bits is None else f'quantkit, {bits} bits'}": [{"type": kind, "bits": bits}]
+            for kind, bits in _FILES
+        },
+        "rows",
+    )  # fmt: skip
+
+
+EXCHANGE = _exchanged("2026-11-30-cpu-exchange.json")
+EXCHANGE_REAL = _exchanged("2026-12-01-cpu-exchange-smollm2.json")
 _SEARCHED = ("uniform", "random, best of 32", "greedy, measured", "knapsack, measured", "knapsack, predicted")
 SEARCH_REAL = Table(
     "2026-12-01-cpu-search-smollm2.json",
