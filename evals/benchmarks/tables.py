@@ -5,6 +5,7 @@ from quantkit.evals.benchmarks.tables_runs import (
     ARCHITECTURES,
     CHECKSUMS,
     DAMAGE,
+    DRAFTS,
     DRY_RUN,
     EXCHANGE,
     EXCHANGE_REAL,
@@ -477,5 +478,6 @@ TABLES: dict[str, Table | Printed] = {
     "exchange": EXCHANGE,
     "exchange-real": EXCHANGE_REAL,
     "search-real": SEARCH_REAL,
+    "drafts": DRAFTS,
 }
 """Tables by the name in a document's mark."""

@@ -151,4 +151,10 @@ SEARCH_REAL = Table(
     tuple(f"{{kl[{way}][0]:k.0f}} +- {{kl[{way}][1]:k.0f}}" for way in (*_SEARCHED, "search, predicted", "search")),
     {"2.5": [{"bits": 2.5}]}, "rows",
 )  # fmt: skip
+DRAFTS = Table(
+    "2026-12-01-cpu-drafts.json",
+    "model | target | draft | accepted, % | of those that were reached, % | tokens a step | its own text, % | time / alone",
+    ("{accepted:c.1f}", "{alike:c.1f}", "{tokens_per_step:.2f}", "{same_text:c.0f}", "{ratio:.2f}"),
+    {"SmolLM2-135M | RTN, 8 bits | trellis, 2 bits, tuned": [{"target": "rtn8", "draft": "tuned"}]}, "rows",
+)  # fmt: skip
 VLLM = Printed("2026-11-30-cpu-vllm.json", serving_of)
