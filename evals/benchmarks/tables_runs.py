@@ -153,7 +153,7 @@ SEARCH_REAL = Table(
 )  # fmt: skip
 DRAFTS = Table(
     "2026-12-01-cpu-drafts.json",
-    "model | target | draft | accepted, % | of those that were reached, % | tokens a step | its own text, % | time / alone",
+    "model | target | draft | accepted, % | of those reached, % | tokens a step | its own text, % | time / alone",
     ("{accepted:c.1f}", "{alike:c.1f}", "{tokens_per_step:.2f}", "{same_text:c.0f}", "{ratio:.2f}"),
     {"SmolLM2-135M | RTN, 8 bits | trellis, 2 bits, tuned": [{"target": "rtn8", "draft": "tuned"}]}, "rows",
 )  # fmt: skip
