@@ -169,11 +169,8 @@ def check_files(folder: Path) -> str:
         What its weights are quantized by, as its config.json says; "" for nothing.
 
     Raises:
-        CheckpointError: damaged or incomplete files, or an unknown format.
-        QuantkitError: there is no model.
+        CheckpointError: no model, damaged or incomplete files, or an unknown format.
     """
-    if not (folder / "config.json").is_file():
-        raise QuantkitError(f"{folder} has no config.json, so it holds no model")
     config = read_config(folder)
     if is_packed(config):
         packed_layers(folder)

@@ -61,7 +61,9 @@ class KVCacheConfig:
                 raise QuantkitError(f"{name}={value!r}: give a whole number, at least {smallest}")
         for name in ("k_bits", "v_bits"):
             if type(getattr(self, name)) is not int or getattr(self, name) not in WIDTHS:
-                raise QuantkitError(f"{name}={getattr(self, name)}: a cache has 2, 3, 4 or 8 bits, or 16 for none")
+                raise QuantkitError(
+                    f"{name}={getattr(self, name)!r}: a cache has 2, 3, 4 or 8 bits, as a whole number, or 16 for none"
+                )
         if self.backbone not in get_args(Backbone):
             raise QuantkitError(f"backbone={self.backbone!r}: known are {', '.join(get_args(Backbone))}")
         if self.group_size > 256 or self.group_size % 8:

@@ -260,7 +260,7 @@ class QuantizedLinear(Packed, nn.Linear):
         """See `Packed`; of a layer that shares a fused weight, whose tensors are views, copies of its own."""
         found = super().state_dict(*args, prefix=prefix, **kwargs)
         if self.shared is not None:
-            for name, _ in self.named_buffers(prefix.removesuffix(".")):
+            for name in [name for name in found if name.startswith(prefix)]:
                 found[name] = found[name].clone(memory_format=torch.contiguous_format)
         return found
 

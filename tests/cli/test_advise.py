@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from quantkit.advice.advise import advise
 from quantkit.io.shards import Shards
 
 from ..helpers.stored import store
@@ -40,8 +41,7 @@ def test_sizes_are_those_of_the_run_and_the_command_is_one(model_folder, text_fi
 
 def test_a_stored_form_is_as_large_as_its_files(model_folder, tmp_path):
     store(model_folder("llama_even"), "gptq-4", tmp_path / "stored")
-    found = json.loads(run("advise", tmp_path / "stored", "--context", 64, "--json").stdout)
-    assert found["choices"][0]["nbytes"] == Shards(tmp_path / "stored").nbytes()
+    assert advise(tmp_path / "stored", context=64).choices[0].nbytes == Shards(tmp_path / "stored").nbytes()
 
 
 def test_measured_advice_is_narrower(model_folder, text_file):

@@ -70,7 +70,7 @@ def test_addresses():
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "config.json").unlink(), "holds no model"),
+        (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
         (lambda folder: next(folder.glob("*.safetensors")).unlink(), "not there"),
         (lambda folder: next(folder.glob("*.safetensors")).write_bytes(b"no"), "fetch it anew"),
