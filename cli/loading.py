@@ -23,11 +23,12 @@ def subject(
     """
     import quantkit
     from quantkit.core.device import compute_dtype, parse_dtype, pick_device
-    from quantkit.io.hf import check_files, resolve_folder
+    from quantkit.io.checkpoint import read_config
+    from quantkit.io.hf import resolve_folder
     from quantkit.io.source import load_tokenizer
 
     where, folder = pick_device(device), resolve_folder(model)
-    check_files(folder)
+    read_config(folder)  # a folder without a model says so before its tokenizer does
     tokenizer = load_tokenizer(folder)
     check(tokenizer)
     kept = parse_dtype(dtype) or compute_dtype(where) or "auto"

@@ -56,8 +56,11 @@ Unpack = Annotated[
 
 
 def _of_a_cache(bits: int | None) -> int | None:
-    if bits is not None and bits not in (2, 3, 4, 8, 16):
-        raise QuantkitError(f"--kv-bits {bits}: a cache has 2, 3, 4 or 8 bits, or 16 for none")
+    if bits is not None:
+        from quantkit.kvcache.config import WIDTHS
+
+        if bits not in WIDTHS:
+            raise QuantkitError(f"--kv-bits {bits}: a cache has 2, 3, 4 or 8 bits, or 16 for none")
     return bits
 
 

@@ -29,7 +29,7 @@ def serve_command(
     Requests name the model as it is named here; the first line says how where that is another way.
     """
     from quantkit.core.device import compute_dtype, parse_dtype, pick_device
-    from quantkit.io.hf import REFERENCE, check_files, resolve_folder
+    from quantkit.io.hf import check_files, resolve_folder
     from quantkit.io.source import load_tokenizer
     from quantkit.serve.endpoint import address, check_address, command, engine_of
 
@@ -44,8 +44,8 @@ def serve_command(
             f"`quantkit import {model}` makes a packed checkpoint of the same numbers"
         )
     check_address(host, port)
-    name = model if Path(model).is_dir() or not Path(model).expanduser().is_dir() else str(folder)
-    name = str(folder) if folder == REFERENCE else name
+    named_here = model != "reference" and not model.startswith("~")  # else the engine would look for it on the hub
+    name = model if named_here or Path(model).is_dir() else str(folder)
     if kept is None and chosen == "transformers":
         kept = compute_dtype(pick_device("auto"))
     said: dict[Voice, Literal["errors", "usual", "all"]] = {Voice.QUIET: "errors", Voice.VERBOSE: "all"}

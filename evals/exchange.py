@@ -9,6 +9,7 @@ GPTQ `--for gguf`, exported, and read back by transformers' reader. Layers of th
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -79,9 +80,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
     return rows
 
 
-def main() -> None:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(description: str | None, measure: Callable[[Path, argparse.Namespace], list[dict[str, Any]]]) -> None:
+    """Parses the command line, and writes what was measured of the model."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--test", required=True)
@@ -99,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, measure)

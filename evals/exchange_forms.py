@@ -11,7 +11,6 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from quantkit.api import export, quantize
-from quantkit.evals.machine import cpu_name, versions
+from quantkit.evals.exchange import command
 from quantkit.evals.perplexity import evaluate
-from quantkit.evals.real import model_folder
 from quantkit.io.checkpoint import contents
 from quantkit.io.hf import load
 from quantkit.io.source import load_tokenizer
@@ -119,24 +117,5 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
     return rows
 
 
-def main() -> None:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--test", required=True)
-    parser.add_argument("--num-samples", type=int, default=64, help="calibration sequences")
-    parser.add_argument("--sequences", type=int, default=24, help="that are measured")
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--work", type=Path, required=True, help="folder for what is made; packed folders are kept")
-    parser.add_argument("--output", type=Path, required=True, metavar="JSON")
-    arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    name, folder = model_folder(arguments.model)
-    rows = measure(folder, arguments)
-    record = {"model": name, "date": date.today().isoformat(), "cpu": cpu_name(), "versions": versions(), "rows": rows}
-    arguments.output.write_text(json.dumps(record, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, measure)

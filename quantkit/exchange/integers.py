@@ -49,14 +49,18 @@ class Integers:
 
 def grid(weight: QuantizedWeight) -> IntGroupWeight | None:
     """The integer weight that a weight is, behind an order of its inputs and a factor or not; None where it is none."""
-    base = weight.base if isinstance(weight, ScaledWeight) else weight
-    base = base.base if isinstance(base, OrderedWeight) else base
+    behind = _behind_factor(weight)
+    base = behind.base if isinstance(behind, OrderedWeight) else behind
     return base if isinstance(base, IntGroupWeight) else None
 
 
 def is_ordered(weight: QuantizedWeight) -> bool:
     """Whether a weight has its inputs in an order of its own."""
-    return isinstance(weight.base if isinstance(weight, ScaledWeight) else weight, OrderedWeight)
+    return isinstance(_behind_factor(weight), OrderedWeight)
+
+
+def _behind_factor(weight: QuantizedWeight) -> QuantizedWeight:
+    return weight.base if isinstance(weight, ScaledWeight) else weight
 
 
 def number_bits(weight: IntGroupWeight) -> int:
@@ -69,7 +73,7 @@ def integers(weight: QuantizedWeight) -> Integers | None:
     own = grid(weight)
     assert own is not None
     factor = float(weight.factor) if isinstance(weight, ScaledWeight) else 1.0
-    behind = weight.base if isinstance(weight, ScaledWeight) else weight
+    behind = _behind_factor(weight)
     order = behind.order.long() if isinstance(behind, OrderedWeight) else None
     codes = unpack(own.codes, own.bits, own.in_features).short()
     group = torch.arange(own.in_features) // own.group_size

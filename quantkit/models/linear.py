@@ -260,7 +260,8 @@ class QuantizedLinear(Packed, nn.Linear):
         """See `Packed`; of a layer that shares a fused weight, whose tensors are views, copies of its own."""
         found = super().state_dict(*args, prefix=prefix, **kwargs)
         if self.shared is not None:
-            for name in [name for name in found if name.startswith(prefix)]:
+            own = [name for name in found if name.startswith(prefix) and not isinstance(found[name], nn.Parameter)]
+            for name in own:
                 found[name] = found[name].clone(memory_format=torch.contiguous_format)
         return found
 

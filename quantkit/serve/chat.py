@@ -24,7 +24,7 @@ def check_template(tokenizer: Any, system: str | None = None) -> None:
     if not tokenizer.chat_template:
         raise QuantkitError(
             "the tokenizer has no chat template, so the model was not made for conversations; "
-            "`quantkit generate` goes on from any text"
+            "`quantkit generate` without --chat goes on from any text"
         )
     rendered(tokenizer, [*_beginning(system), {"role": "user", "content": "?"}])
 
