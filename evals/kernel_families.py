@@ -90,10 +90,12 @@ def _taken(forms: Sequence[Form], arch: int, quick: bool) -> Sequence[Form]:
 def int_group(arch: int, quick: bool) -> Iterator[Build]:
     """Builds of `int_group_matmul`."""
 
-    def build(kernel: str, M: int, bits: int, dtype: torch.dtype, zeros=False, rank=0, group=128, K=_SIZE) -> Build:
-        arranged = int_group_layout.prefers(bits, K, group)
+    def build(
+        kernel: str, M: int, bits: int, dtype: torch.dtype, zeros=False, rank=0, group=128, K=_SIZE, wide=False
+    ) -> Build:
+        arranged = not wide and int_group_layout.prefers(bits, K, group)
         problem = int_group_matmul.Problem(M, _SIZE, K, bits, group, dtype, arch, arranged=arranged)
-        return _int_group(kernel, problem, zeros, rank)
+        return _int_group(kernel, problem, zeros, rank, wide)
 
     for bits in _taken((2, 3, 4, 8), arch, quick):
         for M in (8,) if quick else (8, 16, 32):
@@ -117,9 +119,12 @@ def int_group(arch: int, quick: bool) -> Iterator[Build]:
         for M in (64,) if quick else (64, 128):
             yield build("gemm", M, bits, BRAIN, True)
         yield build("dequantize", 256, bits, BRAIN, True)
+    for bits in () if quick else (4, 5):  # offsets of other programs' blocks
+        for kernel, M in (("decode", 8), ("decode", 16), ("gemm", 64), ("dequantize", 256)):
+            yield build(kernel, M, bits, BRAIN, True, group=32, wide=True)
 
 
-def _int_group(kernel: str, p: int_group_matmul.Problem, zeros: bool, rank: int) -> Build:
+def _int_group(kernel: str, p: int_group_matmul.Problem, zeros: bool, rank: int, wide: bool = False) -> Build:
     config = Config(1, 64, num_stages=3)
     if kernel != "dequantize":
         config = int_group_matmul.rule(p) if kernel == "decode" else int_group_matmul.gemm_rule(p)
@@ -131,12 +136,12 @@ def _int_group(kernel: str, p: int_group_matmul.Problem, zeros: bool, rank: int)
         constants |= {"BLOCK_M": config.block_m, "PAIRS": pairs(p.capability, config.block_m)}
     if kernel == "decode":
         constants |= {"SPLIT_K": config.split_k}
-    types = {"codes_ptr": "*i32", "scales_ptr": "*fp16", "zeros_ptr": "*fp16"}
+    types = {"codes_ptr": "*i32", "scales_ptr": "*fp16", "zeros_ptr": "*fp32" if wide else "*fp16"}
     words = p.K // 128 * constants["BLOCK_WORDS"] if p.arranged else row_words(p.K, p.bits)
     values = {"group_size": p.group_size, "full_tiles": p.K // 128, "words": words}
     plain = kernel == "decode" and p.capability == 90 and p.M <= 8 and p.group_size == 128
     name = f"{kernel} int{p.bits} g{p.group_size} M={p.M} {_NAMES[p.dtype]}{' zeros' if zeros else ''}"
-    name += (f" rank {rank}" if rank else "") + (f" K={p.K}" if p.K % 128 else "")
+    name += (" in fp32" if wide else "") + (f" rank {rank}" if rank else "") + (f" K={p.K}" if p.K % 128 else "")
     return _product(
         name, f"int_group_matmul_triton.{kernel}_kernel", p, config, types, values, constants, rank,
         bar=INTEGER_BARS.get(p.bits, NO_BAR) if plain else NO_BAR, bits=p.bits,

@@ -57,6 +57,12 @@ def zero_of(zeros: Tensor | None) -> int:
     return BETWEEN if zeros is None else WHOLE if zeros.dim() == 1 else STORED
 
 
+def zeros_dtype(zeros: Tensor | None) -> torch.dtype:
+    """That of stored zeros: fp32 where they are, fp16 in every other case."""
+    wide = zeros is not None and zeros.dim() > 1 and zeros.dtype == torch.float32
+    return torch.float32 if wide else torch.float16
+
+
 def middle(bits: int, zero: int) -> float:
     """The number of the zero that no group stores."""
     return 2.0 ** (bits - 1) if zero == WHOLE else (2**bits - 1) / 2

@@ -2,8 +2,8 @@
 
     W[n, k] = (code[n, k] - zero[g, n]) * scale[g, n],    g = k // group_size
 
-`codes` int32 [N, words] are laid out by `quantkit.kernels.bitpack`; `scales` and `zeros` are fp16 [groups, N]. Without
-`zeros` the zero point is (2^bits - 1) / 2; where they are one number, fp16 [1], all groups have it: 2^(bits - 1).
+`codes` int32 [N, words] are laid out by `quantkit.kernels.bitpack`; `scales` and `zeros` are [groups, N], fp16, and zeros
+that fp16 would round are fp32. Without `zeros` the zero point is (2^bits - 1) / 2; where they are one number, fp16 [1], all groups have it: 2^(bits - 1).
 U [N, r] and D [r, K] are an optional low-rank correction, bias [N].
 
 Bytes moved: N * K * bits / 8 for codes, 2 or 4 bytes a group and row, 2 * M * K for x, 2 * M * N for y.
@@ -31,7 +31,17 @@ from quantkit.kernels import cpu, launching, operators, plans
 from quantkit.kernels.bitpack import TILE, row_words, unpack
 from quantkit.kernels.experts import check as check_experts
 from quantkit.kernels.experts import configured, products
-from quantkit.kernels.int_group_layout import ROWS, STORED, WHOLE, arranges, middle, restored, words_of_block, zero_of
+from quantkit.kernels.int_group_layout import (
+    ROWS,
+    STORED,
+    WHOLE,
+    arranges,
+    middle,
+    restored,
+    words_of_block,
+    zero_of,
+    zeros_dtype,
+)
 from quantkit.kernels.launching import or_stand_in
 from quantkit.kernels.tuning import Config, chosen, shares
 
@@ -347,7 +357,7 @@ def check(
     expected = {
         "codes": (codes, torch.int32, (N, row_words(K, bits))),
         "scales": (scales, torch.float16, groups),
-        "zeros": (zeros, torch.float16, (1,) if zero_of(zeros) == WHOLE else groups),
+        "zeros": (zeros, zeros_dtype(zeros), (1,) if zero_of(zeros) == WHOLE else groups),
     }
     operators.check(x, N, expected, bias, up, down)
 
@@ -424,7 +434,7 @@ def launch_experts(
         x, chosen, bias: see there.
         codes: int32 [experts, N, words]; or, without `scales`, streams of `int_group_layout` [experts, blocks, tiles,
             words].
-        scales, zeros: fp16 [experts, groups, N]; no zeros where none are stored.
+        scales, zeros: [experts, groups, N], of the types above; no zeros where none are stored.
         bits, group_size, out_features, zero: of each weight; see `int_group_layout` for the last.
 
     Raises:
@@ -446,7 +456,7 @@ def launch_experts(
         words, groups = codes.shape[-1], (experts, -(-K // group_size), N)
         tensors = {"codes": (codes, torch.int32, (experts, N, row_words(K, bits)))}
         check_experts(x, chosen, experts, bias, N, tensors | {
-            "scales": (scales, torch.float16, groups), "zeros": (zeros, torch.float16, groups),
+            "scales": (scales, torch.float16, groups), "zeros": (zeros, zeros_dtype(zeros), groups),
         })  # fmt: skip
         own, each = (codes, scales, or_stand_in(zeros, scales)), (N * words, groups[1] * N)
     rows, y = launching.rows_of(x), plans.result((len(chosen), N), x)

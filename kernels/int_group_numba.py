@@ -30,6 +30,7 @@ from torch import Tensor
 from quantkit.kernels.bitpack import TILE, planes, tail_words_per_lane
 from quantkit.kernels.int_group_layout import STORED, middle, zero_of
 from quantkit.kernels.numba_words import (
+    as_float,
     decode,
     exact,
     exact_parallel,
@@ -129,9 +130,10 @@ def unpack(
 
 
 def _grids(scales: Tensor, zeros: Tensor | None, bits: int) -> tuple[Any, Any, Any]:
-    """Scales, stored zeros, and the zero where none is stored."""
+    """The bits of scales and of stored zeros, and the zero where none is stored."""
     zero = zero_of(zeros)
     stored = np.empty((0, 0), np.uint16) if zeros is None or zero != STORED else words_of(zeros)
+    stored = stored if stored.dtype == np.uint16 else stored.view(np.uint32)
     return words_of(scales), stored, np.float32(middle(bits, zero))
 
 
@@ -328,6 +330,13 @@ def _prepare(x, group_size, columns, planes, turned, sums):
         sums[g] = part
 
 
+@inlined
+def _zero(zeros, g, row):
+    """A stored zero, of the bits of fp16 or fp32."""
+    word = np.uint32(zeros[g, row])
+    return as_float(word) if zeros.itemsize == 4 else of_half(word)
+
+
 @fast
 def _grid(scales, zeros, zero, first, sums, by_group, offset):
     """The scales of _ROWS rows, [group, row], and what their zeros take off the products."""
@@ -338,7 +347,7 @@ def _grid(scales, zeros, zero, first, sums, by_group, offset):
             own[j] = of_half(scales[g, np.uint64(first + j)])
         if len(zeros):
             for j in range(_ROWS):
-                offset[j] += own[j] * of_half(zeros[g, np.uint64(first + j)]) * total
+                offset[j] += own[j] * _zero(zeros, g, np.uint64(first + j)) * total
         else:
             for j in range(_ROWS):
                 offset[j] += own[j] * zero * total
@@ -406,7 +415,7 @@ def _unpack(words, scales, zeros, zero, bits, group_size, out, shift, first, las
         decode(words[row], bits, in_features, quads)
         for g in range(len(scales)):
             scale = of_half(scales[g, row])
-            here = of_half(zeros[g, row]) if len(zeros) else zero
+            here = _zero(zeros, g, row) if len(zeros) else zero
             for k in range(g * group_size, min((g + 1) * group_size, in_features)):
                 out[j, np.uint64(k)] = (np.float32(codes[np.uint64(k)]) - here) * scale
 

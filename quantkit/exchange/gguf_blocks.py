@@ -59,18 +59,18 @@ class Kind:
             parts.append((codes[..., :16] & 15) | ((codes[..., 16:] & 15) << 4))
         return np.concatenate(parts, axis=-1).reshape(rows, -1)
 
-    def unpack(self, blocks: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The inverse of `pack`, for a type without offsets.
+    def unpack(self, blocks: np.ndarray) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The inverse of `pack`.
 
         Args:
             blocks: uint8 [rows, bytes of a row's blocks].
 
         Returns:
-            (numbers counted from 0, int64 [rows, columns]; scales, fp32 [rows, columns / 32]).
+            (numbers counted from 0, int64 [rows, columns]; scales, fp32 [rows, columns / 32]; offsets alike, or None).
         """
         each = blocks.reshape(len(blocks), -1, self.nbytes)
-        scales = np.ascontiguousarray(each[..., :2]).view(np.float16)[..., 0].astype(np.float32)
-        rest = each[..., 2:]
+        scales, offsets = _numbers(each[..., :2]), _numbers(each[..., 2:4]) if self.offset else None
+        rest = each[..., 4 if self.offset else 2 :]
         if self.bits == 8:
             codes = rest.view(np.int8).astype(np.int64) + 128
         else:
@@ -78,12 +78,17 @@ class Kind:
             codes = np.concatenate([low & 15, low >> 4], axis=-1).astype(np.int64)
             if self.bits == 5:
                 codes |= np.unpackbits(rest[..., :4], axis=-1, bitorder="little").astype(np.int64) << 4
-        return torch.from_numpy(codes.reshape(len(blocks), -1)), torch.from_numpy(scales)
+        return torch.from_numpy(codes.reshape(len(blocks), -1)), scales, offsets
 
 
 def _bytes(values: Tensor) -> np.ndarray:
     """fp16 [rows, blocks] -> uint8 [rows, blocks, 2]."""
     return values.contiguous().unsqueeze(-1).view(torch.uint8).numpy()
+
+
+def _numbers(halves: np.ndarray) -> Tensor:
+    """uint8 [rows, blocks, 2] -> fp32 [rows, blocks]."""
+    return torch.from_numpy(np.ascontiguousarray(halves).view(np.float16)[..., 0].astype(np.float32))
 
 
 SYMMETRIC = (Kind("Q4_0", 2, 4, False), Kind("Q5_0", 6, 5, False), Kind("Q8_0", 8, 8, False))

@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Needs
 from quantkit.core.stats import LayerStats
 from quantkit.core.weight import QuantizedWeight
-from quantkit.exchange.gguf_blocks import BLOCK, SYMMETRIC, Kind
+from quantkit.exchange.gguf_blocks import BLOCK, SYMMETRIC, WITH_ZEROS, Kind
 from quantkit.exchange.gguf_models import architecture, row_order, tensor_names
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.formats.ordered import OrderedWeight
@@ -31,7 +31,7 @@ from quantkit.io.run_folder import Output
 from quantkit.io.source import Sharded, Source, open_folder
 from quantkit.io.stored_forms import FORMS, Dequantized, Numbers, quantization_of
 from quantkit.kernels.int_group_layout import STORED, WHOLE
-from quantkit.models.structure import block_linears, linear_weight
+from quantkit.models.structure import block_linears, ends, is_lookup, linear_weight, outer_linears
 from quantkit.run.pipeline import Progress, run, silent
 from quantkit.run.recipe import Recipe
 from quantkit.run.record import and_others
@@ -47,6 +47,7 @@ class Taken:
         form: in which they are stored.
         bits, group_size: of them.
         zero: where it is; one of `kernels.int_group_layout`'s.
+        zeros_dtype: of stored zeros; fp32 where offsets are not a few digits of them.
         ordered: whether groups go by activation order.
         read: gives them.
     """
@@ -58,11 +59,13 @@ class Taken:
     zero: int
     ordered: bool
     read: Callable[[], Numbers] = field(repr=False, compare=False)
+    zeros_dtype: torch.dtype = torch.float16
     needs: ClassVar[Needs] = Needs.NOTHING
 
     def layout(self, out_features: int, in_features: int) -> QuantizedWeight:
         """See `Quantizer`."""
-        base = IntGroupWeight.layout(out_features, in_features, self.bits, self.group_size, self.zero)
+        form = self.bits, self.group_size, self.zero, self.zeros_dtype
+        base = IntGroupWeight.layout(out_features, in_features, *form)
         if not self.ordered:
             return base
         return OrderedWeight(base, torch.empty(in_features, dtype=torch.int32, device="meta"))
@@ -81,7 +84,7 @@ class Taken:
         held = halves(found.scales * power)
         assert held is not None  # of layers whose scales fp16 does not hold nothing is taken
         scales, factor = held
-        zeros = found.zeros.half().T.contiguous()
+        zeros = found.zeros.to(self.zeros_dtype).T.contiguous()
         if self.zero == WHOLE:
             zeros = zeros.flatten()[:1]
         base = IntGroupWeight.pack(codes, scales.T.contiguous(), zeros, self.bits, self.group_size)
@@ -158,20 +161,41 @@ def _of_folder(folder: Path) -> tuple[Source, dict[str, Any], str]:
 
 
 def _of_file(file: Path) -> tuple[Source, dict[str, Any], str]:
-    """As `_of_folder`, of a GGUF file: blocks without offsets are taken, of others the scales do not divide those."""
+    """As `_of_folder`, of a GGUF file."""
     source = open_folder(gguf_folder(file))
     config = source.model.config
     own = architecture(config)
     called, header, found = tensor_names(own, config), read_header(file), dict[str, Any]()
-    kinds = {kind.number: kind for kind in SYMMETRIC}
-    for name, layer in block_linears(source.model).items():
+    kinds = {kind.number: kind for kind in (*SYMMETRIC, *WITH_ZEROS)}
+    for name, layer in _layers(source.model).items():
         place = header.tensors.get(called(f"{name}.weight") or "")
         if place is None or place.kind not in kinds:
             continue
         kind = kinds[place.kind]
         order = row_order(own, config, name, linear_weight(layer).shape[0])
-        found[name] = Taken(name, "gguf", kind.bits, BLOCK, WHOLE, False, _Blocks(file, place, kind, order.argsort()))
-    return source, found, "gguf"
+        read = _Blocks(file, place, kind, order.argsort())
+        zero, dtype = (STORED, torch.float32) if kind.offset else (WHOLE, torch.float16)
+        found[name] = Taken(name, "gguf", kind.bits, BLOCK, zero, False, read, dtype)
+    return source, _with_tie(source.model, found), "gguf"
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that may be taken, by name: those of the blocks, the input embedding and the head."""
+    embedding, head = ends(model)
+    found, outer = dict[str, nn.Module](block_linears(model)), outer_linears(model)
+    if embedding is not None and is_lookup(model.get_submodule(embedding)):
+        found[embedding] = model.get_submodule(embedding)
+    return found | ({head: outer[head]} if head in outer else {})
+
+
+def _with_tie(model: nn.Module, taken: dict[str, Any]) -> dict[str, Any]:
+    """With a head and an embedding that are one weight taken as one, or neither."""
+    embedding, head = ends(model)
+    found = taken.get(embedding or "") or taken.get(head or "")
+    if embedding is None or head is None or found is None:
+        return taken
+    same = getattr(model.get_submodule(head), "weight", None) is getattr(model.get_submodule(embedding), "weight", None)
+    return taken | {embedding: found, head: found} if same else taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,10 +211,15 @@ class _Blocks:
         rows, columns = self.place.shape
         row = columns // BLOCK * self.kind.nbytes
         held = np.fromfile(self.file, np.uint8, rows * row, offset=self.place.offset).reshape(rows, row)
-        codes, scales = self.kind.unpack(held)
+        codes, scales, offsets = self.kind.unpack(held)
         zeros = torch.full_like(scales, 2 ** (self.kind.bits - 1), dtype=torch.int64)
+        if offsets is not None:
+            level = scales == 0  # blocks of one number, which is their offset: of a step of 1 they are no steps
+            codes = codes.masked_fill(level.repeat_interleave(BLOCK, dim=1), 0)
+            scales = scales.masked_fill(level, 1.0)
+            zeros = -offsets / scales
         group = torch.arange(columns) // BLOCK
-        return Numbers(codes[self.order], zeros, scales[self.order], group, self.kind.bits)
+        return Numbers(codes[self.order], zeros[self.order], scales[self.order], group, self.kind.bits)
 
 
 def _taken(source: Source) -> dict[str, Any]:
@@ -198,7 +227,7 @@ def _taken(source: Source) -> dict[str, Any]:
     if not isinstance(source, Sharded) or not isinstance(source.shards, Dequantized):
         return {}
     shards, found, left = source.shards, dict[str, Any](), list[str]()
-    for name in block_linears(source.model):
+    for name in _layers(source.model):
         origin = source.origin(f"{name}.weight")
         if origin is None or origin.part is not None or len(origin.stored) != 1:
             continue
@@ -219,7 +248,7 @@ def _taken(source: Source) -> dict[str, Any]:
         if not found:
             raise QuantkitError(f"nothing can be taken as it is: {note}")
         source.notes = (*source.notes, note)
-    return found
+    return _with_tie(source.model, found)
 
 
 @dataclass(frozen=True)

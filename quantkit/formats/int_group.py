@@ -3,7 +3,7 @@
     weight[o, i] = (code[o, i] - zero[g, o]) * scale[g, o],    g = i // group_size
 
 Codes are packed densely (`quantkit.kernels.bitpack`). Asymmetric weights store zero points in fp16, so a grid
-may sit anywhere; symmetric ones store none and use zero = (2^bits - 1) / 2: the levels are then
+may sit anywhere, or in fp32 where others' offsets are to be kept exactly: code * scale + offset; symmetric ones store none and use zero = (2^bits - 1) / 2: the levels are then
 +-1/2, +-3/2, ... steps and no code is spent on 0, which is best at 2 bits. A grid around a whole number, zero =
 2^(bits - 1), has one level more on one side; a scale's sign says on which. Other programs' formats have no others.
 The last group of a row may be shorter than the others.
@@ -56,8 +56,8 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         bits: 1..8.
         group_size: input features that share a scale.
         in_features: width of the weight.
-        zeros: fp16 [groups, out_features] in units of codes; None for a symmetric grid around no code; fp16 [1], which
-            is not stored, for one around 2^(bits - 1).
+        zeros: fp16 or fp32 [groups, out_features] in units of codes; None for a symmetric grid around no code; fp16
+            [1], which is not stored, for one around 2^(bits - 1).
         grid: "int" for such a one; it follows from zeros of one number, and they from it.
     """
 
@@ -89,16 +89,24 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
 
         Args:
             codes: uint8 [out_features, in_features].
-            scales, zeros: fp16 [groups, out_features]; zeros may be one or none as well, see the class.
+            scales: fp16 [groups, out_features].
+            zeros: as in the class.
         """
         return cls(pack(codes, bits), scales, bits, group_size, codes.shape[1], zeros)
 
     @classmethod
     def layout(
-        cls, out_features: int, in_features: int, bits: int, group_size: int, zero: int = int_group_layout.BETWEEN
+        cls,
+        out_features: int,
+        in_features: int,
+        bits: int,
+        group_size: int,
+        zero: int = int_group_layout.BETWEEN,
+        zeros_dtype: torch.dtype = torch.float16,
     ) -> IntGroupWeight:
         """A weight of this shape on the meta device; `zero` is one of `kernels.int_group_layout`'s."""
-        zeros = {int_group_layout.BETWEEN: None, int_group_layout.STORED: unset(1, out_features)}.get(zero, unset(1))
+        stored = unset(1, out_features).to(zeros_dtype)
+        zeros = {int_group_layout.BETWEEN: None, int_group_layout.STORED: stored}.get(zero, unset(1))
         sized = unset(out_features)
         return cls(sized, sized, bits, group_size, in_features, zeros).laid_out()
 
@@ -111,7 +119,8 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         """Codes of each row, and scales of each group, mostly zeros too where the grid has any."""
         groups = TensorSpec(torch.float16, (-(-self.in_features // self.group_size), self.shape[0]), continuous=True)
         codes = TensorSpec(torch.int32, (self.shape[0], row_words(self.in_features, self.bits)))
-        return {"codes": codes, "scales": groups, "zeros": replace(groups, optional=True)}
+        zeros = replace(groups, dtype=(torch.float16, torch.float32), optional=True)
+        return {"codes": codes, "scales": groups, "zeros": zeros}
 
     @property
     def zero(self) -> int:
@@ -150,7 +159,8 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         """On a GPU that runs the kernels tile after tile, where the shape allows."""
         if not plans.on_gpu(self.codes) or properties(self.codes.device)[0] < 80:
             return self
-        if not int_group_layout.prefers(self.bits, self.in_features, self.group_size):
+        wide = self.zeros is not None and self.zeros.dtype == torch.float32  # of which the stream has no place
+        if wide or not int_group_layout.prefers(self.bits, self.in_features, self.group_size):
             return self
         stream = int_group_layout.arranged(self.codes, self.scales, self.zeros, self.bits, self.group_size)
         return ArrangedIntGroupWeight(stream, self.bits, self.group_size, self.zero, *self.shape)
@@ -195,7 +205,8 @@ class IntGroupWeight(QuantizedWeight, format="int_group"):
         """One weight with the outputs of all, where bits, groups and zeros are alike."""
         parts = [weight for weight in weights if isinstance(weight, IntGroupWeight)]
         first = parts[0]
-        if len({(part.bits, part.group_size, part.in_features, part.zero) for part in parts}) > 1:
+        kinds = {None if part.zeros is None else part.zeros.dtype for part in parts}
+        if len(kinds) > 1 or len({(part.bits, part.group_size, part.in_features, part.zero) for part in parts}) > 1:
             return None
         codes = torch.cat([part.codes for part in parts])
         scales = torch.cat([part.scales for part in parts], dim=1)

@@ -38,7 +38,7 @@ class Numbers:
 
     Attributes:
         codes: int64 [rows, columns], from 0 to 2^bits - 1.
-        zeros: int64 [rows, groups].
+        zeros: int64 or fp32 [rows, groups].
         scales: fp32 [rows, groups].
         group: int64 [columns], of each column.
         bits: of a code.

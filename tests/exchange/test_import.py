@@ -1,6 +1,7 @@
 """`quantkit import`: what others have quantized is packed with the very same numbers, and goes back the same."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -18,15 +19,17 @@ from quantkit.exchange.survey import survey
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.formats.ordered import OrderedWeight
 from quantkit.formats.scaled import ScaledWeight
+from quantkit.formats.tied import TiedWeight
 from quantkit.io.checkpoint import contents, read_config
 from quantkit.io.shards import Shards
 from quantkit.io.stored_forms import Dequantized
+from quantkit.kernels.int_group_layout import STORED, WHOLE
 
 from ..conftest import CONFIGS
 from ..helpers.ggufs import write_gguf
 from ..helpers.stored import FORMS, store
 
-WHOLE = [form for form in FORMS if form.startswith(("gptq", "auto", "awq", "compressed")) and "fp8" not in form]
+STORED_FORMS = [form for form in FORMS if form.startswith(("gptq", "auto", "awq", "compressed")) and "fp8" not in form]
 
 
 def layers_of(folder):
@@ -38,7 +41,7 @@ def layers_of(folder):
     return found
 
 
-@pytest.mark.parametrize("form", WHOLE)
+@pytest.mark.parametrize("form", STORED_FORMS)
 def test_the_same_numbers(form, model_folder, tmp_path):
     meant = store(model_folder("llama_even"), form, tmp_path / "stored")
     report = import_model(tmp_path / "stored", tmp_path / "packed")
@@ -232,26 +235,42 @@ def test_the_command(model_folder, tmp_path, monkeypatch):
     assert again.exit_code == 0 and json.loads(again.stdout)["output"].endswith("stored-quantkit")
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q8_0"])
-def test_blocks_of_a_gguf_file(kind, tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_blocks_of_a_gguf_file(kind, tied, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
-    model = AutoModelForCausalLM.from_config(CONFIGS["llama_even"]).float()
+    config = deepcopy(CONFIGS["llama_even"])
+    config.tie_word_embeddings = tied
+    model = AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, :64] = 0.0  # blocks without a step
+        model.model.layers[1].mlp.down_proj.weight[4, :32] = -0.375
     write_gguf(tmp_path / "model.gguf", model, tokenizer, kind)  # which rounds the model's own weights
-    import_model(tmp_path / "model.gguf", tmp_path / "packed")
+    report = import_model(tmp_path / "model.gguf", tmp_path / "packed")
     packed, state = layers_of(tmp_path / "packed"), model.state_dict()
-    assert len(packed) == 14
+    ends = {name: weight for name, weight in packed.items() if "layers" not in name}
+    assert len(packed) == 14 + 2 and len(ends) == 2 and len(report.layers) == 16
+    assert sum(isinstance(weight, TiedWeight) for weight in ends.values()) == tied
     for name, weight in packed.items():
-        assert isinstance(weight, IntGroupWeight) and weight.bits == int(kind[1]) and weight.zero == 2
-        assert torch.equal(weight.dequantize(), state[f"{name}.weight"])
+        if isinstance(weight, TiedWeight):
+            continue
+        assert isinstance(weight, IntGroupWeight) and weight.bits == int(kind[1])
+        assert weight.zero == (STORED if kind.endswith("1") else WHOLE)
+        torch.testing.assert_close(weight.dequantize(), state[f"{name}.weight"], rtol=0, atol=0 if kind[3] == "0" else 1e-6)
+    tokens = torch.arange(24).view(2, 12)
+    ours = quantkit.load(tmp_path / "packed", dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(tokens).logits
+        torch.testing.assert_close(ours(tokens).logits, logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
     quantkit.export(tmp_path / "packed", tmp_path / "again.gguf", to="gguf")
     first, again = (survey(tmp_path / name).layers for name in ("model.gguf", "again.gguf"))
     blocks = {name: matrix for name, matrix in first.items() if name.startswith("blk.")}
     assert blocks == {name: matrix for name, matrix in again.items() if name in blocks}
 
 
-def test_a_gguf_file_with_offsets_alone(tokenizer, tmp_path, monkeypatch):
+def test_a_gguf_file_without_such_blocks(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     model = AutoModelForCausalLM.from_config(CONFIGS["llama_even"]).float()
-    write_gguf(tmp_path / "model.gguf", model, tokenizer, "Q4_1")
+    write_gguf(tmp_path / "model.gguf", model, tokenizer, "F16")
     with pytest.raises(QuantkitError, match="no layer of its blocks as whole numbers with scales"):
         import_model(tmp_path / "model.gguf", tmp_path / "packed")

@@ -1,6 +1,7 @@
 """Products with the experts that each row chose: against their specification, in the interpreter."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,8 +22,9 @@ from ..helpers.methods import layer
 def integers(N, K, bits, group_size, symmetric=True, experts=4):
     torch.manual_seed(0)
     whole = symmetric == "whole"
-    quantizer = RTN(bits, group_size, symmetric=bool(symmetric), grid="int" if whole else "half")
-    return [quantizer.quantize(torch.randn(N, K), None) for _ in range(experts)]
+    quantizer = RTN(bits, group_size, symmetric=symmetric not in (False, "wide"), grid="int" if whole else "half")
+    made = [quantizer.quantize(torch.randn(N, K), None) for _ in range(experts)]
+    return [replace(weight, zeros=weight.zeros.float() + 1e-3) for weight in made] if symmetric == "wide" else made
 
 
 def stacked(weights):
@@ -35,7 +37,7 @@ def stacked(weights):
 @pytest.mark.parametrize(
     ("shape", "bits", "group_size", "symmetric"),
     [((100, 256), 3, 128, True), ((64, 128), 2, 64, False), ((130, 1024), 4, 32, True), ((70, 256), 8, 256, False),
-     ((70, 256), 4, 128, "whole")],
+     ((70, 256), 4, 128, "whole"), ((70, 256), 4, 32, "wide")],
 )  # fmt: skip
 def test_integers(shape, bits, group_size, symmetric, arranged, dtype):
     weights = integers(*shape, bits, group_size, symmetric)
@@ -44,6 +46,8 @@ def test_integers(shape, bits, group_size, symmetric, arranged, dtype):
     bias = torch.randn(4, shape[0]).to(dtype)
     own = whole.codes, whole.scales, whole.zeros if weights[0].zero == int_group_layout.STORED else None
     if arranged:
+        if symmetric == "wide":
+            pytest.skip("the stream has no place for zeros in fp32")
         form = bits, group_size
         own = torch.stack([int_group_layout.arranged(w.codes, w.scales, w.zeros, *form) for w in weights]), None, None
     weight = *own, bits, group_size, shape[0], weights[0].zero

@@ -1,6 +1,7 @@
 """The Triton kernels, through the interpreter, against an fp64 product with the dequantized weight."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,6 +43,20 @@ def test_decode_against_fp64(bits, dtype, symmetric, launched):
     assert y.dtype == dtype
     assert error(y, exact) < TOLERANCE[dtype]
     assert error(kernel.reference(x, *arguments(weight)), exact) < 1.5 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("bits", "in_features", "rows", "by"),
+    [(4, 256, 5, "_decode"), (5, 128, 20, "_decode"), (5, 200, 5, "_gemm"), (4, 256, 300, "_write_out")],
+)
+def test_zeros_in_fp32(bits, in_features, rows, by, launched):
+    weight = weight_of(bits, 70, in_features, 32, False)
+    weight = replace(weight, zeros=weight.zeros.float() + torch.rand(weight.zeros.shape) * 1e-3)
+    weight.validate()
+    x = torch.randn(rows, in_features).half()
+    y = kernel.launch(x, *arguments(weight))
+    assert launched == [by]
+    assert error(y, x.double() @ weight.dequantize(torch.float64).T) < 2e-3
 
 
 @pytest.mark.parametrize(

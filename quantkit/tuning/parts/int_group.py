@@ -23,6 +23,7 @@ class TunableIntegers(Coded):
         own = weight.zero == int_group_layout.STORED and weight.zeros is not None
         self.zeros = nn.Parameter(weight.zeros.detach().float()) if own else None  # type: ignore[union-attr]
         self._one = None if own else weight.zeros
+        self._zeros_dtype = int_group_layout.zeros_dtype(weight.zeros)
 
     def _wide(self, groups: Tensor) -> Tensor:
         """[groups, out_features] for every weight."""
@@ -58,6 +59,6 @@ class TunableIntegers(Coded):
     @torch.no_grad()
     def packed(self) -> IntGroupWeight:
         """See `Tunable`."""
-        zeros = self._one if self.zeros is None else self.zeros.half()
+        zeros = self._one if self.zeros is None else self.zeros.to(self._zeros_dtype)
         codes = pack(self.codes.int(), self._bits)
         return IntGroupWeight(codes, storable(self.scales()), self._bits, self._group_size, self._shape[1], zeros)
