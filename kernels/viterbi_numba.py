@@ -16,12 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
-import numba
 import numpy as np
+
+from quantkit.kernels.numba_words import fast, inlined
 
 _NEVER = np.float32(1e30)
 _LOCAL = threading.local()
-_compiled = numba.njit(fastmath=True, nogil=True, boundscheck=False, error_model="numpy")
 
 
 def search(x: Any, values: Any, bits: int, first: Any, last: Any, threads: int) -> Any:
@@ -100,27 +100,86 @@ def _scratch(states: int, count: int, steps: int) -> tuple[Any, Any]:
     return _LOCAL.spread[:states], _LOCAL.choice[: steps * count].reshape(steps, count)
 
 
+@inlined
+def _few_ways(cost, spread, values, double, choice, count, bits):
+    """A step for K <= 3.
+
+    Replaces cost [count] by that of one number more, 2 x in `double`; choice [count]: the best way into each.
+    """
+    ways = 1 << bits
+    for u in range(count):
+        for n in range(ways):
+            spread[u * ways + n] = cost[u]
+    for u in range(count):
+        best, chosen = spread[u] + values[u] * (values[u] - double), np.int32(0)
+        for t in range(1, ways):
+            s = t * count + u
+            found = spread[s] + values[s] * (values[s] - double)
+            chosen = np.int32(t) if found < best else chosen
+            best = found if found < best else best
+        cost[u], choice[u] = best, np.uint8(chosen)
+
+
+@inlined
+def _many_ways(cost, spread, values, double, choice, count, bits):
+    """As `_few_ways` for K >= 4 and L >= 2 K; costs before the step are in a part of `spread`.
+
+    Two runs are gone through at a time, because shorter loops are unrolled instead.
+    """
+    ways = 1 << bits
+    pair = min(2 * ways, count)
+    block = min(max(pair, 128), count)
+    before = spread[:count]
+    before[:] = cost
+    best, chosen = np.empty(block, dtype=np.float32), np.empty(block, dtype=np.int32)
+    for start in range(0, count, block):
+        best[:] = _NEVER
+        chosen[:] = 0
+        for t in range(ways):
+            for run in range(0, block, pair):
+                s = t * count + start + run
+                one, other = before[s >> bits], before[min((s >> bits) + 1, count - 1)]
+                own = values[s : s + pair]
+                for n in range(pair):
+                    found = (one if n < ways else other) + own[n] * (own[n] - double)
+                    chosen[run + n] = np.int32(t) if found < best[run + n] else chosen[run + n]
+                    best[run + n] = found if found < best[run + n] else best[run + n]
+        for i in range(block):
+            cost[start + i], choice[start + i] = best[i], np.uint8(chosen[i])
+
+
+@inlined
+def _path(x, values, first, last, states, spread, choice, bits, count):
+    """Writes the nearest path's states of x [steps]; spread [2^L] and choice [steps, count] are scratch memory."""
+    cost = np.empty(count, dtype=np.float32)
+    cost[:] = _NEVER if first >= 0 else np.float32(0)
+    if first >= 0:
+        cost[first] = 0
+    for i in range(len(x)):
+        if bits <= 3:
+            _few_ways(cost, spread, values, np.float32(2) * x[i], choice[i], count, bits)
+        else:
+            _many_ways(cost, spread, values, np.float32(2) * x[i], choice[i], count, bits)
+        if i % 64 == 63:  # or sums would outgrow their precision
+            cost -= cost.min()
+    u = np.int64(np.argmin(cost)) if last < 0 else last
+    for i in range(len(x) - 1, -1, -1):
+        state = np.int64(choice[i, u]) * count + u
+        states[i] = state
+        u = state >> bits
+
+
 @lru_cache
 def _sequence(bits: int, count: int) -> Callable:
-    """The compiled search over one sequence for K = bits and 2^(L-K) = count."""
-    step = _few_ways(bits) if bits <= 3 else _many_ways(bits, count)
+    """The compiled search over one sequence for K = bits and 2^(L-K) = count.
 
-    @_compiled
+    Numbers are all that it and `_column` take from around them: by them numba finds what it has compiled before.
+    """
+
+    @fast
     def sequence(x, values, first, last, states, spread, choice):
-        """Writes the nearest path's states of x [steps]; spread [2^L] and choice [steps, count] are scratch memory."""
-        cost = np.empty(count, dtype=np.float32)
-        cost[:] = _NEVER if first >= 0 else np.float32(0)
-        if first >= 0:
-            cost[first] = 0
-        for i in range(len(x)):
-            step(cost, spread, values, np.float32(2) * x[i], choice[i], count)
-            if i % 64 == 63:  # or sums would outgrow their precision
-                cost -= cost.min()
-        u = np.int64(np.argmin(cost)) if last < 0 else last
-        for i in range(len(x) - 1, -1, -1):
-            state = np.int64(choice[i, u]) * count + u
-            states[i] = state
-            u = state >> bits
+        """See `_path`."""
+        _path(x, values, first, last, states, spread, choice, bits, count)
 
     return sequence
 
@@ -128,9 +187,9 @@ def _sequence(bits: int, count: int) -> Callable:
 @lru_cache
 def _column(bits: int, count: int) -> Callable:
     """The compiled work of `ColumnInParts`."""
-    sequence, mask = _sequence(bits, count), count - 1
+    mask = count - 1
 
-    @_compiled
+    @fast
     def column(left, step, values, order, bounds, runs, onward, found, states, spread, choice):
         """Writes `found` [rows] and `states` [places]; `left` [rows] is what each row is to be by then."""
         rows, places, parts = len(left), len(states), len(bounds) - 1
@@ -148,7 +207,7 @@ def _column(bits: int, count: int) -> Callable:
                     below = np.int64(states[(start - 1) % places]) >> bits
                 if part == parts - 1:
                     above = np.int64(states[(start + length) % places]) & mask
-                sequence(x[:steps], values, above, below, path[:steps], spread, choice[:steps])
+                _path(x[:steps], values, above, below, path[:steps], spread, choice[:steps], bits, count)
                 for i in range(length):
                     states[(start + i) % places] = path[steps - 1 - before - i]
                 run += 1
@@ -166,55 +225,3 @@ def _column(bits: int, count: int) -> Callable:
                 left[order[end + j]] -= moved[j]
 
     return column
-
-
-def _few_ways(bits: int) -> Callable:
-    """A step for K <= 3."""
-    ways = 1 << bits
-
-    @_compiled
-    def step(cost, spread, values, double, choice, count):
-        """Replaces cost [count] by that of one number more, 2 x in `double`; choice [count]: the best way into each."""
-        for u in range(count):
-            for n in range(ways):
-                spread[u * ways + n] = cost[u]
-        for u in range(count):
-            best, chosen = spread[u] + values[u] * (values[u] - double), np.int32(0)
-            for t in range(1, ways):
-                s = t * count + u
-                found = spread[s] + values[s] * (values[s] - double)
-                chosen = np.int32(t) if found < best else chosen
-                best = found if found < best else best
-            cost[u], choice[u] = best, np.uint8(chosen)
-
-    return step
-
-
-def _many_ways(bits: int, count: int) -> Callable:
-    """A step for K >= 4 and L >= 2 K; two runs at a time, because shorter loops are unrolled instead."""
-    ways = 1 << bits
-    pair = min(2 * ways, count)
-    block = min(max(pair, 128), count)
-
-    @_compiled
-    def step(cost, spread, values, double, choice, _count):
-        """As the step of few ways; costs before it are in a part of `spread`."""
-        before = spread[:count]
-        before[:] = cost
-        best, chosen = np.empty(block, dtype=np.float32), np.empty(block, dtype=np.int32)
-        for start in range(0, count, block):
-            best[:] = _NEVER
-            chosen[:] = 0
-            for t in range(ways):
-                for run in range(0, block, pair):
-                    s = t * count + start + run
-                    one, other = before[s >> bits], before[min((s >> bits) + 1, count - 1)]
-                    own = values[s : s + pair]
-                    for n in range(pair):
-                        found = (one if n < ways else other) + own[n] * (own[n] - double)
-                        chosen[run + n] = np.int32(t) if found < best[run + n] else chosen[run + n]
-                        best[run + n] = found if found < best[run + n] else best[run + n]
-            for i in range(block):
-                cost[start + i], choice[start + i] = best[i], np.uint8(chosen[i])
-
-    return step
