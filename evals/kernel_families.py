@@ -207,18 +207,18 @@ def codebook(arch: int, quick: bool) -> Iterator[Build]:
         return _codebook(kernel, codebook_rule.Problem(M, _SIZE, K, *form, ranges, more, dtype, arch), rank)
 
     forms = ((2, 4, 0), (3, 6, 0), (4, 8, 0), (6, 12, 0), (8, 8, 8), (2, 6, 0), (4, 12, 0))
-    for form in _taken(forms, arch, quick):
+    for form in _taken(forms[2:5] if quick else forms, arch, quick):
         for M in (8,) if quick else (8, 16, 32):
             yield build("decode", M, form)
         if not quick:
             yield build("decode", 8, form, HALF)
     if quick and arch != 90:
         return
-    yield build("decode", 8, (8, 16, 0))
-    yield build("decode", 8, (4, 8, 0), K=4100)
     yield build("dequantize", 256, (4, 8, 0))
     if quick:
         return
+    yield build("decode", 8, (8, 16, 0))
+    yield build("decode", 8, (4, 8, 0), K=4100)
     for form in ((1, 2, 0), (5, 9, 3), (7, 11, 0), (8, 8, 0), (12, 12, 0), (16, 16, 0)):
         yield build("decode", 8, form)
     for form in ((4, 8, 0), (6, 12, 0), (8, 8, 8)):
@@ -320,7 +320,8 @@ def experts(arch: int, quick: bool) -> Iterator[Build]:
                 constants = build.constants | {"BLOCK_N": config.block_n}
                 weights = 128 * config.block_n
                 yield replace(build, constants=constants, num_warps=config.num_warps, weights=weights)
-    for bits in (3,) if quick else range(1, 9):
+    quickly = (3,) if arch in (90, 120) else ()
+    for bits in quickly if quick else range(1, 9):
         for dtype in (BRAIN,) if quick else (HALF, BRAIN, torch.float32):
             for state_bits in (16,) if quick or bits not in (2, 3) else (12, 16):
                 p = trellis_matmul.Problem(1, _SIZE, _SIZE, bits, state_bits, dtype, arch, 132, _SIZE)
@@ -363,7 +364,7 @@ def kv_cache(arch: int, quick: bool) -> Iterator[Build]:
         for size in (128,) if quick else (64, 128, 256):
             if v_bits == 8 and size == 256:
                 continue  # its groups of 64 channels are less than a word's field, which the kernel refuses
-            corrections = ((4, 2),) if quick else ((0, 0), (4, 0), (4, 2))
+            corrections = ((0, 0), (4, 0), (4, 2)) if not quick else ((4, 2),) if arch == 90 else ((0, 0),)
             for rank, kept in corrections if k_bits < 8 else ((0, 0),):
                 yield _kv_cache(arch, k_bits, v_bits, size, rank, kept)
     for size in (64, 128, 256) if not quick else (128,) if arch == 90 else ():

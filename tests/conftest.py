@@ -95,6 +95,13 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _short_trials(monkeypatch):
+    """What a run would take is told from few numbers: figures of time are not what most tests look at."""
+    monkeypatch.setattr("quantkit.run.trial.LONG", 0.0)
+    monkeypatch.setattr("quantkit.run.trial.WIDEST", 32)
+
+
 @pytest.fixture(scope="session")
 def reference() -> Path:
     return REFERENCE

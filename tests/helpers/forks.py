@@ -68,6 +68,8 @@ def _become(module, arguments, folder, path, output, errors):
     os.chdir(folder)
     sys.path += path
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *path])
+    trial = import_module("quantkit.run.trial")
+    trial.LONG, trial.WIDEST = 0.0, 32  # as tests/conftest.py has them
     become(module, arguments, output, errors)
 
 

@@ -36,5 +36,7 @@ def test_what_is_compiled_for_many_rows_alone_is_not_a_rows_time(monkeypatch):
         return 5.0 if rows == 64 and seen.count(64) == 1 else 0.1 + rows / 1000
 
     monkeypatch.setattr(trial, "_seconds", seconds)
+    monkeypatch.setattr(trial, "LONG", 1.0)
+    monkeypatch.setattr(trial, "WIDEST", 4096)
     layers = {"model.layers.0.mlp.up_proj": (GPTQ(3), (500, 128))}
     assert trial.rounding_seconds(layers, torch.device("cpu")) == pytest.approx(0.1 + 500 / 1000)
