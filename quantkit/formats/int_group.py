@@ -2,10 +2,11 @@
 
     weight[o, i] = (code[o, i] - zero[g, o]) * scale[g, o],    g = i // group_size
 
-Codes are packed densely (`quantkit.kernels.bitpack`). Asymmetric weights store zero points in fp16, so a grid
-may sit anywhere, or in fp32 where others' offsets are to be kept exactly: code * scale + offset; symmetric ones store none and use zero = (2^bits - 1) / 2: the levels are then
-+-1/2, +-3/2, ... steps and no code is spent on 0, which is best at 2 bits. A grid around a whole number, zero =
-2^(bits - 1), has one level more on one side; a scale's sign says on which. Other programs' formats have no others.
+Codes are packed densely (`quantkit.kernels.bitpack`). Asymmetric weights store zero points in fp16, so a grid may sit
+anywhere; in fp32 where others' offsets are to be kept exactly: code * scale + offset. Symmetric ones store none and use
+zero = (2^bits - 1) / 2: the levels are then +-1/2, +-3/2, ... steps and no code is spent on 0, which is best at 2 bits.
+A grid around a whole number, zero = 2^(bits - 1), has one level more on one side; a scale's sign says on which. Other
+programs' formats have no others.
 The last group of a row may be shorter than the others.
 """
 

@@ -256,7 +256,8 @@ def test_blocks_of_a_gguf_file(kind, tied, tokenizer, tmp_path, monkeypatch):
             continue
         assert isinstance(weight, IntGroupWeight) and weight.bits == int(kind[1])
         assert weight.zero == (STORED if kind.endswith("1") else WHOLE)
-        torch.testing.assert_close(weight.dequantize(), state[f"{name}.weight"], rtol=0, atol=0 if kind[3] == "0" else 1e-6)
+        close = {"rtol": 0, "atol": 0 if kind.endswith("0") else 1e-6}
+        torch.testing.assert_close(weight.dequantize(), state[f"{name}.weight"], **close)
     tokens = torch.arange(24).view(2, 12)
     ours = quantkit.load(tmp_path / "packed", dtype=torch.float32)
     with torch.no_grad():

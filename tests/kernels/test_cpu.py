@@ -56,7 +56,8 @@ CASES = [
         for shape in ((40, 1000, 100), (64, 384, 384), (21, 1024, 256))
     ],
     *[(integers, (bits, *shape, "whole")) for bits, shape in ((4, (40, 256, 32)), (3, (9, 77, 77)), (8, (5, 300, 64)))],
-    *[(integers, (bits, *shape, "wide")) for bits, shape in ((4, (40, 256, 32)), (5, (9, 77, 77)), (4, (21, 1024, 256)))],
+    *[(integers, (bits, *shape, "wide")) for bits, shape in ((4, (40, 256, 32)), (5, (9, 77, 77)))],
+    (integers, (4, 21, 1024, 256, "wide")),
     *[(integers, (2, *shape, False)) for shape in ((18, 200, 128), (3, 5, 64), (1, 130, 1000))],
     *[(trellis_codes, (bits, state_bits, [40], 77)) for bits in range(1, 9) for state_bits in (16, max(8, 2 * bits))],
     *[(trellis_codes, (2, 16, parts, 64)) for parts in ([128, 33], [256, 128, 5], [3])],
