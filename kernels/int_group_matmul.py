@@ -3,7 +3,7 @@
     W[n, k] = (code[n, k] - zero[g, n]) * scale[g, n],    g = k // group_size
 
 `codes` int32 [N, words] are laid out by `quantkit.kernels.bitpack`; `scales` and `zeros` are fp16 [groups, N]; zeros
-that fp16 would round are in fp32. Without `zeros` the zero point is (2^bits - 1) / 2; where they are one number, fp16 [1],
+that fp16 would round are fp32. Without `zeros` the zero point is (2^bits - 1) / 2; where they are one number, fp16 [1],
 all groups have it: 2^(bits - 1).
 U [N, r] and D [r, K] are an optional low-rank correction, bias [N].
 

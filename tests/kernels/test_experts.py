@@ -36,7 +36,7 @@ def stacked(weights):
 @pytest.mark.parametrize("arranged", [False, True])
 @pytest.mark.parametrize(
     ("shape", "bits", "group_size", "symmetric"),
-    [((100, 256), 3, 128, True), ((64, 128), 2, 64, False), ((130, 1024), 4, 32, True), ((70, 256), 8, 256, False),
+    [((100, 256), 3, 128, True), ((64, 128), 2, 64, False), ((70, 512), 4, 32, True), ((70, 256), 8, 256, False),
      ((70, 256), 4, 128, "whole"), ((70, 256), 4, 32, "wide")],
 )  # fmt: skip
 def test_integers(shape, bits, group_size, symmetric, arranged, dtype):
