@@ -1,13 +1,13 @@
 """Formats that no entry takes apart: their schema says what is continuous, and that is tuned everywhere."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 import quantkit
-from quantkit import BlockTuning, Calibration, Hadamard, LowRank, PVSettings, TuningSettings
+from quantkit import RTN, BlockTuning, Calibration, Hadamard, LowRank, PVSettings, TuningSettings
 from quantkit.core import registry
 from quantkit.core.errors import QuantkitError
 from quantkit.core.protocols import Needs
@@ -180,3 +180,15 @@ def test_every_entry_is_a_formats_and_resolves():
     assert set(registry.names("quantkit.tunables")) <= set(registry.names("quantkit.formats"))
     for name in registry.names("quantkit.tunables"):
         assert issubclass(registry.resolve("quantkit.tunables", name), Tunable)
+
+
+def test_zeros_in_fp32_stay_such():
+    """Of imported offsets; beside one with zeros in fp16 such a weight is not put."""
+    plain = RTN(4, 32, symmetric=False).quantize(torch.randn(24, 96))
+    wide = replace(plain, zeros=plain.zeros.float() + 1e-4)
+    again = tunable(wide).packed()
+    assert again.metadata() == wide.metadata()
+    assert all(torch.equal(tensor, again.state()[name]) for name, tensor in wide.state().items())
+    both = QuantizedWeight.side_by_side([wide, wide])
+    assert torch.equal(both.dequantize(), torch.cat([wide.dequantize()] * 2))
+    assert QuantizedWeight.side_by_side([wide, plain]) is None
