@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from .helpers.experts import EXPERTS
+from .helpers.shortcuts import SHORTCUTS
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "evals" / "reference" / "model"
@@ -96,10 +97,9 @@ def _seed():
 
 
 @pytest.fixture(autouse=True)
-def _short_trials(monkeypatch):
-    """What a run would take is told from few numbers: figures of time are not what most tests look at."""
-    monkeypatch.setattr("quantkit.run.trial.LONG", 0.0)
-    monkeypatch.setattr("quantkit.run.trial.WIDEST", 32)
+def _shortcuts(monkeypatch):
+    for place, value in SHORTCUTS.items():
+        monkeypatch.setattr(place, value)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import sys
 from functools import lru_cache
 from typing import Any
 
@@ -199,12 +200,23 @@ def _bypassed(cls: type) -> frozenset[str]:
     found: set[str] = set()
     for own in cls.__mro__:
         if own.__module__.partition(".")[0] not in ("torch", "builtins"):
-            try:
-                source = inspect.getsource(own)
-            except (OSError, TypeError):  # made at run time
-                continue
+            source = _class_sources(own.__module__).get(own.__name__, "")
             found |= {name for pair in _PRODUCT.findall(source) for name in pair if name}
     return frozenset(found)
+
+
+@lru_cache
+def _class_sources(module: str) -> dict[str, str]:
+    """The text of a module's classes by name, each up to the next one; `inspect` would parse the file for each."""
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):  # made at run time
+        return {}
+    return {_CLASS_NAME.match(text)[1]: text for text in _CLASS.split(source)[1:]}  # type: ignore[index]
+
+
+_CLASS, _CLASS_NAME = re.compile(r"^(?=class \w)", re.MULTILINE), re.compile(r"class (\w+)")
+"""Where a class begins that is in no other, and its name."""
 
 
 _PRODUCT = re.compile(r"self\.(\w+)\.weight @|F\.linear\([^\n]*?self\.(\w+)\.weight(?!\[)\b")

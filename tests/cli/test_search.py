@@ -107,7 +107,7 @@ def test_a_dry_run_tells_what_the_search_makes_and_makes_nothing(searched, short
     (kept,) = (place / "candidates").glob("teacher-*")
     predictions = sum(path.stat().st_size for path in kept.glob("*.safetensors"))
     assert new["prediction_bytes"] == pytest.approx(predictions, rel=0.01)
-    assert 0 < new["candidate_seconds"] < 60
+    assert new["candidate_seconds"] > 0
     assert new["search_seconds"] is new["memory_bytes"] is None
     assert new["least"] < new["budget"] < new["most"]
     there = run(*arguments, "--database", place / "candidates")

@@ -12,11 +12,17 @@ from transformers import AutoTokenizer
 
 from quantkit.run.card import base_model, model_card, title
 from quantkit.run.page import report_page
+from quantkit.run.pictures import picture
 from quantkit.run.report import Check, Continuation, LayerReport, Piece, Report, Samples
 from quantkit.run.samples import _pieces
 
 HOSTILE = "<script>alert(1)</script>\" onload='x' &amp; ]]> --> \u202e \x00 \ud800 $x$"
 VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+@pytest.fixture(autouse=True)
+def _pictures(_shortcuts, monkeypatch):
+    monkeypatch.setattr("quantkit.run.page.picture", picture)
 
 
 def report(text="name", **changes):
