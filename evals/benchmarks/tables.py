@@ -13,6 +13,7 @@ from quantkit.evals.benchmarks.tables_runs import (
     EXPERTS_MEMORY,
     FAULTS,
     FINETUNE_MEMORY,
+    FORMS,
     GIANTS,
     GRIDS,
     KV_MEMORY,
@@ -479,5 +480,6 @@ TABLES: dict[str, Table | Printed] = {
     "exchange-real": EXCHANGE_REAL,
     "search-real": SEARCH_REAL,
     "drafts": DRAFTS,
+    "forms": FORMS,
 }
 """Tables by the name in a document's mark."""

@@ -143,6 +143,18 @@ def _exchanged(file: str) -> Table:
 
 EXCHANGE = _exchanged("2026-11-30-cpu-exchange.json")
 EXCHANGE_REAL = _exchanged("2026-12-01-cpu-exchange-smollm2.json")
+_FORMS = (
+    ("compressed-tensors", "gptq(4, group_size=128)"), ("gptq", "gptq(4, group_size=128)"),
+    ("mlx", "gptq(4, group_size=64)"), ("mlx", "gptq(3, group_size=64)"), ("gguf", "gptq(4, group_size=32)"),
+    ("gguf", "gptq(3, group_size=32)"), ("dense", "hadamard(trellis(3, state_bits=12))"),
+)  # fmt: skip
+FORMS = Table(
+    "2026-12-01-cpu-forms.json",
+    "form | packed by | bits/weight | packed, MiB | KL x 1000 | error of weights | exported, MiB | read by | KL x 1000",
+    ("{bits:.3f}", "{nbytes:M.2f}", "{kl:k.1f} +- {kl_se:k.1f}", "{error:.1e}", "{exported_nbytes:M.2f}", "{reader}",
+     "{after:k.1f} +- {after_se:k.1f}"),
+    {f"{to} | `{packed}`": [{"to": to, "packed": packed}] for to, packed in _FORMS}, "rows",
+)  # fmt: skip
 _SEARCHED = ("uniform", "random, best of 32", "greedy, measured", "knapsack, measured", "knapsack, predicted")
 SEARCH_REAL = Table(
     "2026-12-01-cpu-search-smollm2.json",
