@@ -123,7 +123,7 @@ REFERENCE_ROWS = Printed("2026-11-29-cpu-reference.json", table_of)
 PREDICTIONS = Printed("2026-11-29-cpu-predicted.json", predictions_of)
 SETTINGS = Printed("2026-11-30-cpu-settings-smollm2.json", table_of)
 EXPERTS = Printed("2026-11-30-cpu-experts.json", table_of)
-SHRINKAGE = Printed("2026-11-30-cpu-shrinkage.json", shrinkage_of)
+SHRINKAGE = Printed("2026-12-01-cpu-shrinkage.json", shrinkage_of)
 ARCHITECTURES = Printed("2026-11-30-architectures.json", architectures_of)
 GRIDS = Printed("2026-11-30-cpu-grids.json", table_of)
 _FILES = (("Q4_0", None), ("Q4_0", 4), ("Q4_0", 3), ("Q8_0", None), ("Q8_0", 8))
@@ -151,7 +151,7 @@ _FORMS = (
 FORMS = Table(
     "2026-12-01-cpu-forms.json",
     "form | packed by | bits/weight | packed, MiB | KL x 1000 | error of weights | exported, MiB | read by | KL x 1000",
-    ("{bits:.3f}", "{nbytes:M.2f}", "{kl:k.1f} +- {kl_se:k.1f}", "{error:.1e}", "{exported_nbytes:M.2f}", "{reader}",
+    ("{bits:.3f}", "{nbytes:M.2f}", "{kl:k.1f} +- {kl_se:k.1f}", "{error:.1g}", "{exported_nbytes:M.2f}", "{reader}",
      "{after:k.1f} +- {after_se:k.1f}"),
     {f"{to} | `{packed}`": [{"to": to, "packed": packed}] for to, packed in _FORMS}, "rows",
 )  # fmt: skip
