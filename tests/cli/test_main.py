@@ -4,10 +4,13 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from ..conftest import ROOT
 from .conftest import COMMAND, run
 
 
@@ -258,3 +261,36 @@ def test_settings_in_errors_are_named_as_the_verbs_options():
     )
     assert "`micro_batch`" in _as_options(text, ["quantize", "x"])
     assert _as_options(text, ["--help"]) == text
+
+
+SHAPES = """
+import os
+from pathlib import Path
+
+from quantkit.cli.main import ENVIRONMENT
+
+os.environ.update(ENVIRONMENT)
+import torch
+
+torch.set_num_threads(1)
+weight = torch.randn(256, 256).bfloat16()
+
+
+def held():
+    return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
+
+
+sizes = iter(range(1, 2000))
+for count in (100, 150):
+    for _ in range(count):
+        torch.nn.functional.linear(torch.randn(next(sizes), 256).bfloat16(), weight)
+    print(held())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what a process holds")
+def test_products_of_many_shapes_are_not_kept():
+    """As experts have them: torch would keep a megabyte of each on some CPUs."""
+    done = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, cwd=ROOT)
+    before, after = map(int, done.stdout.split())
+    assert after - before < 64 * 1024
