@@ -199,7 +199,7 @@ def measure(blocks: int, method: str, workspace: Path, experts: int = 0, stored:
 
 RUNS = (("rtn", 22), ("rtn", 44), ("gptq", 2), ("gptq", 4), ("pyramid", 2))
 """(method, blocks) of a run without options."""
-EXPERTS_RUNS = (("rtn", 10), ("rtn", 20), ("gptq", 2), ("gptq", 4))
+EXPERTS_RUNS = (("rtn", 10), ("rtn", 20), ("gptq", 2), ("gptq", 4), ("gptq", 8))
 """Of a run with `--experts` alone."""
 STORED = ("experts", "renamed", "fp8")
 STORED_RUNS = (("rtn", 2), ("rtn", 8), ("gptq", 2), ("gptq", 4))
