@@ -67,7 +67,7 @@ class Row:
 
     Attributes:
         packed: arguments of `quantkit quantize`.
-        served: arguments of `vllm serve`, beside the folder and the port.
+        served: arguments of `vllm serve`, beside the folder and the port; DIR in them is the folder.
         model: which one, in evals/reference.
         exact: whether log-probabilities are held against those of `quantkit.load`.
         refused: what the server is to say instead of serving; empty for nothing.
@@ -98,6 +98,11 @@ ROWS = {
     "experts": Row("--bits 4 --method rtn", f"--dtype float32 {PACKED}", "experts"),
     "two ranks": Row(
         "--bits 4 --method rtn --head-bits 6", f"--dtype float32 --tensor-parallel-size 2 --enforce-eager {PACKED}"
+    ),
+    "drafts": Row(
+        "--bits 4 --method rtn --head-bits 8",
+        '--dtype float32 --enforce-eager --speculative-config {"model":"DIR","method":"draft_model",'
+        '"num_speculative_tokens":3}',
     ),
     "refused": Row(
         "--bits 2 --method trellis --state-bits 10 --no-fisher",
@@ -292,7 +297,7 @@ def check(name: str, row: Row, python: Path, work: Path) -> Checked:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
     start = time.monotonic()
-    with served(python, given, row.served, work / f"{stem}.log") as address:
+    with served(python, given, row.served.replace("DIR", str(given)), work / f"{stem}.log") as address:
         choices = [completion(address, str(given), prompt) for prompt in prompts]
     seconds = time.monotonic() - start
     if row.refused:

@@ -27,6 +27,8 @@ from quantkit.serve.vllm.experts import PackedExperts
 from quantkit.serve.vllm.linear import PackedLinear
 from quantkit.serve.vllm.vocabulary import PackedVocabulary, hand_over
 
+_DRAFT = "draft_model."
+"""What vLLM puts before the names of all layers of a model that drafts for another."""
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 """Layers that vLLM fuses under these names even where its model class does not say so."""
 
@@ -115,6 +117,7 @@ class QuantkitConfig(QuantizationConfig):
             CheckpointError: an embedding or a head cannot be told from another one.
             QuantkitError: `--additional-config` says of quantkit what it does not know.
         """
+        prefix = prefix.removeprefix(_DRAFT)
         vllm = get_current_vllm_config()
         self.ranks, self.unpack = vllm.parallel_config.world_size, _unpack(vllm.additional_config)
         if isinstance(layer, RoutedExperts):
