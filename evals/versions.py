@@ -1,7 +1,7 @@
 """The tests with other versions of transformers: the oldest that pyproject.toml admits, and the newest release.
 
     python -m quantkit.evals.versions --work FOLDER --json FILE
-    python -m quantkit.evals.versions --work FOLDER --json FILE --transformers 5.10.1 --tests tests/io
+    python -m quantkit.evals.versions --work FOLDER --json FILE --transformers 5.20.0 --tests tests/io
 
 Each version and what it depends on is installed into a folder of its own, which stands in front of this environment's
 packages for a run of pytest; so that nothing else differs. Folders are kept and used again. It needs the source tree,
@@ -57,7 +57,7 @@ def admitted(released: list[str], requirement: str) -> list[str]:
 
     Args:
         released: as the package index has them.
-        requirement: such as "transformers>=5.10,<6".
+        requirement: such as "transformers>=5.17,<6".
     """
     wanted = Requirement(requirement).specifier
     return [str(one) for one in sorted(Version(text) for text in released) if wanted.contains(one, prereleases=False)]

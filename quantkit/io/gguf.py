@@ -161,6 +161,7 @@ def _convert(file: Path, header: Header, folder: Path) -> None:
     finally:
         shutil.rmtree(alone)
     _split_digits(tokenizer, header)
+    _begin(tokenizer, header)
     record = _store(file, header, model, folder)
     with _quietly():
         tokenizer.save_pretrained(folder)
@@ -257,6 +258,23 @@ def llama3_factors(theta: float, count: int, factor: float) -> Tensor:
     low, high = LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"]
     kept = ((LLAMA3["original_max_position_embeddings"] / waves - low) / (high - low)).clamp(0, 1)
     return (1 / ((1 - kept) / factor + kept)).float()
+
+
+def _begin(tokenizer: Any, header: Header) -> None:
+    """Has texts begin with the token that the file says, and sets the padding, where transformers before 5.18 has not."""
+    from tokenizers import processors
+
+    places = header.metadata.get("tokenizer.ggml.bos_token_id"), header.metadata.get("tokenizer.ggml.padding_token_id")
+    first, padding = (tokenizer.convert_ids_to_tokens(place) if isinstance(place, int) else None for place in places)
+    if tokenizer.pad_token is None and padding is not None:
+        tokenizer.pad_token = padding
+    if first is None or not header.metadata.get("tokenizer.ggml.add_bos_token"):
+        return
+    if tokenizer("a")["input_ids"][:1] != [places[0]]:
+        template = processors.TemplateProcessing(f"{first} $A", f"{first} $A {first} $B", [(first, places[0])])
+        before = tokenizer.backend_tokenizer.post_processor
+        both = template if before is None else processors.Sequence([before, template])
+        tokenizer.backend_tokenizer.post_processor = both
 
 
 def _split_digits(tokenizer: Any, header: Header) -> None:

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-from transformers.integrations.mxfp4 import dequantize_convertops
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import quantkit
 from quantkit import Calibration, Recipe
@@ -81,7 +81,7 @@ def test_stacked_experts_in_mxfp4(model_folder, text_file, tmp_path):
                 blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=generator).byte()
                 scales = torch.randint(118, 123, blocks.shape[:-1], generator=generator).byte()
                 tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-                meant[name] = dequantize_convertops(blocks, scales, torch.bfloat16)
+                meant[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
                 assert meant[name].shape == tensor.shape
             else:
                 tensors[name] = tensor

@@ -65,7 +65,12 @@ def with_processor(tmp_path, tokenizer):
         folder = tmp_path / family
         make_processor, tokens, _ = PROCESSORS[family]
         tokenizer.save_pretrained(folder)
-        processor = make_processor(AutoTokenizer.from_pretrained(folder, extra_special_tokens=tokens))
+        try:
+            processor = make_processor(AutoTokenizer.from_pretrained(folder, extra_special_tokens=tokens))
+        except ImportError as error:  # Idefics 3's, up to transformers 5.17
+            if "Torchvision" not in str(error):
+                raise
+            pytest.skip("this version of transformers makes the processor by torchvision alone")
         config = copy.deepcopy(SEEING[family].config)
         config.text_config.vocab_size = len(processor.tokenizer)
         config.image_token_id = processor.tokenizer.convert_tokens_to_ids(MARK)
