@@ -261,7 +261,7 @@ def llama3_factors(theta: float, count: int, factor: float) -> Tensor:
 
 
 def _begin(tokenizer: Any, header: Header) -> None:
-    """Has texts begin with the token that the file says, and sets the padding, where transformers before 5.18 has not."""
+    """Has texts begin with the file's token, and sets the padding, as transformers does from 5.18 on."""
     from tokenizers import processors
 
     places = header.metadata.get("tokenizer.ggml.bos_token_id"), header.metadata.get("tokenizer.ggml.padding_token_id")
