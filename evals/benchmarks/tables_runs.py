@@ -175,7 +175,8 @@ DRAFTS = Table(
 )  # fmt: skip
 VERSIONS = Table(
     "2026-12-01-versions.json", "transformers | huggingface_hub | tokenizers | passed | failed | skipped",
-    ("{beside[huggingface_hub]}", "{beside[tokenizers]}", "{counts[passed]:.0f}", "{counts[failed]:.0f}", "{counts[skipped]:.0f}"),
+    ("{beside[huggingface_hub]}", "{beside[tokenizers]}",
+     *(f"{{counts[{outcome}]:.0f}}" for outcome in ("passed", "failed", "skipped"))),
     {version: [{"version": version}] for version in ("5.17.0", "5.24.0")}, "versions",
 )  # fmt: skip
 VLLM = Printed("2026-11-30-cpu-vllm.json", serving_of)
