@@ -4,8 +4,7 @@
 
 `codes` int32 [N, words] are laid out by `quantkit.kernels.bitpack`; `scales` and `zeros` are fp16 [groups, N]; zeros
 that fp16 would round are fp32. Without `zeros` the zero point is (2^bits - 1) / 2; where they are one number, fp16 [1],
-all groups have it: 2^(bits - 1).
-U [N, r] and D [r, K] are an optional low-rank correction, bias [N].
+all groups have it: 2^(bits - 1). U [N, r] and D [r, K] are an optional low-rank correction, bias [N].
 
 Bytes moved: N * K * bits / 8 for codes, 2 or 4 bytes a group and row, 2 * M * K for x, 2 * M * N for y.
 
@@ -33,16 +32,8 @@ from quantkit.kernels.bitpack import TILE, row_words, unpack
 from quantkit.kernels.experts import check as check_experts
 from quantkit.kernels.experts import configured, products
 from quantkit.kernels.int_group_layout import (
-    ROWS,
-    STORED,
-    WHOLE,
-    arranges,
-    middle,
-    restored,
-    words_of_block,
-    zero_of,
-    zeros_dtype,
-)
+    ROWS, STORED, WHOLE, arranges, middle, restored, words_of_block, zero_of, zeros_dtype,
+)  # fmt: skip
 from quantkit.kernels.launching import or_stand_in
 from quantkit.kernels.tuning import Config, chosen, shares
 
@@ -214,16 +205,8 @@ def launch(
         ValueError: shapes or dtypes that the kernels' addresses do not allow.
     """
     check(x, codes, scales, zeros, bits, group_size, bias, up, down)
-    return _multiply(
-        x,
-        (codes, scales, zeros, zero_of(zeros), codes.shape[1]),
-        len(codes),
-        bits,
-        group_size,
-        False,
-        (bias, up, down),
-        config,
-    )
+    weight = codes, scales, zeros, zero_of(zeros), codes.shape[1]
+    return _multiply(x, weight, len(codes), bits, group_size, False, (bias, up, down), config)
 
 
 def launch_arranged(
