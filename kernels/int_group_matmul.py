@@ -27,13 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.kernels import cpu, launching, operators, plans
+from quantkit.kernels import cpu, int_group_layout, launching, operators, plans
 from quantkit.kernels.bitpack import TILE, row_words, unpack
 from quantkit.kernels.experts import check as check_experts
 from quantkit.kernels.experts import configured, products
-from quantkit.kernels.int_group_layout import (
-    ROWS, STORED, WHOLE, arranges, middle, restored, words_of_block, zero_of, zeros_dtype,
-)  # fmt: skip
+from quantkit.kernels.int_group_layout import ROWS, STORED, WHOLE, arranges, middle, restored, words_of_block, zero_of
 from quantkit.kernels.launching import or_stand_in
 from quantkit.kernels.tuning import Config, chosen, shares
 
@@ -341,7 +339,7 @@ def check(
     expected = {
         "codes": (codes, torch.int32, (N, row_words(K, bits))),
         "scales": (scales, torch.float16, groups),
-        "zeros": (zeros, zeros_dtype(zeros), (1,) if zero_of(zeros) == WHOLE else groups),
+        "zeros": (zeros, int_group_layout.zeros_dtype(zeros), (1,) if zero_of(zeros) == WHOLE else groups),
     }
     operators.check(x, N, expected, bias, up, down)
 
@@ -440,7 +438,7 @@ def launch_experts(
         words, groups = codes.shape[-1], (experts, -(-K // group_size), N)
         tensors = {"codes": (codes, torch.int32, (experts, N, row_words(K, bits)))}
         check_experts(x, chosen, experts, bias, N, tensors | {
-            "scales": (scales, torch.float16, groups), "zeros": (zeros, zeros_dtype(zeros), groups),
+            "scales": (scales, torch.float16, groups), "zeros": (zeros, int_group_layout.zeros_dtype(zeros), groups),
         })  # fmt: skip
         own, each = (codes, scales, or_stand_in(zeros, scales)), (N * words, groups[1] * N)
     rows, y = launching.rows_of(x), plans.result((len(chosen), N), x)
