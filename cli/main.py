@@ -95,7 +95,8 @@ def main() -> None:
     speak(Voice.NORMAL)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # text that is not UTF-8 is no reason to end
-    os.environ.update(ENVIRONMENT | os.environ)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         app()
     except QuantkitError as error:

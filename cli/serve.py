@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from quantkit.cli.options import ENVIRONMENT
 from quantkit.cli.voice import Voice, voice
 from quantkit.core.errors import QuantkitError
 from quantkit.core.remote import REMOTE
@@ -59,6 +58,4 @@ def serve_command(
         if not load_tokenizer(folder).chat_template:
             console.print("its tokenizer has no chat template, so that only /v1/completions answers")
         console.print(shlex.join(asked), style="dim", markup=False)
-    for setting in [name for name, value in ENVIRONMENT.items() if os.environ.get(name) == value]:
-        del os.environ[setting]  # which suits a run and its end, and not a server
     os.execv(asked[0], asked)

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 ORIGIN = "quantkit_gguf.json"
 """In a folder that was made here: of which file, and what the conversion cost."""
-_MADE = 1
+_MADE = 2
 """Part of the checksum; counted up where the same file is to be made anew."""
 _F32 = 0
 """The ggml type of fp32."""
