@@ -27,16 +27,13 @@ def import_command(
     as_json: options.Json = False,
 ) -> None:
     """Pack a model that is quantized already, with the very numbers that it has: nothing is rounded."""
-    from quantkit.exchange.importing import import_model
-    from quantkit.io.gguf_header import is_gguf
-    from quantkit.io.hf import resolve_folder
+    from quantkit.api import import_model
 
     file = Path(model).expanduser()
-    place = file if file.is_file() and is_gguf(file) else resolve_folder(model)
-    asked = output or Path(f"{file.resolve().stem if place == file else file.resolve().name}-quantkit")
+    asked = output or Path(f"{file.resolve().stem if file.is_file() else file.resolve().name}-quantkit")
     try:
         with block_progress(voice() != Voice.QUIET and not as_json) as progress:
-            made = import_model(place, asked, name=model, resume=resume, overwrite=overwrite, progress=progress)
+            made = import_model(model, asked, resume=resume, overwrite=overwrite, progress=progress)
     except KeyboardInterrupt:
         raise Interrupted("stopped; repeat the command with --resume to continue") from None
     if as_json:

@@ -13,7 +13,8 @@ from quantkit.core.post_import import after_import
 
 if TYPE_CHECKING:
     from quantkit.advice.advise import advise
-    from quantkit.api import export, quantize, search, tune
+    from quantkit.api import export, import_model, quantize, search, tune
+    from quantkit.core.errors import QuantkitError
     from quantkit.core.remote import trust_remote_code
     from quantkit.evals.evaluate import CacheTest, evaluate
     from quantkit.io.hf import load
@@ -51,6 +52,7 @@ __all__ = [
     "LowRank",
     "PVSettings",
     "Pyramid",
+    "QuantkitError",
     "Recipe",
     "Rotation",
     "TargetShift",
@@ -63,6 +65,7 @@ __all__ = [
     "finetune",
     "finished",
     "fuse",
+    "import_model",
     "load",
     "push_to_hub",
     "quantize",
@@ -74,6 +77,7 @@ __all__ = [
     "tune",
 ]
 _PLACES = {
+    "core.errors": ("QuantkitError",),
     "core.remote": ("trust_remote_code",),
     "models.fusion": ("fuse",),
     "io.hf": ("load",),
@@ -82,7 +86,7 @@ _PLACES = {
     "kvcache.cache": ("GearCache",),
     "kvcache.config": ("KVCacheConfig",),
     "advice.advise": ("advise",),
-    "api": ("export", "quantize", "search", "tune"),
+    "api": ("export", "import_model", "quantize", "search", "tune"),
     "evals.evaluate": ("CacheTest", "evaluate"),
     "run.pipeline": ("quantize_checkpoint", "report"),
     "quantizers.gptq": ("GPTQ",),

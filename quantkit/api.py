@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # each is imported by the function that needs it
     from quantkit.evopress.run import Watch as SearchWatch
     from quantkit.evopress.settings import Evolution
     from quantkit.exchange.target import Exported
+    from quantkit.run.report import Report
     from quantkit.tuning.block import BlockTuning
     from quantkit.tuning.end_to_end import Progress as TuningProgress
 
@@ -379,6 +380,38 @@ def export(
     if tokenizer is not None:
         raise QuantkitError("a model in a folder has its tokenizer there")
     return forms.export_folder(resolve_folder(model), Path(output), to, own, carrier, **settings)
+
+
+def import_model(
+    model: str | Path,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Report:
+    """Packs a model that another program has quantized to whole numbers, with the very same numbers.
+
+    Args:
+        model: its folder or hub id (GPTQ, AWQ, auto-round, compressed-tensors), or a GGUF file.
+        output: folder to make, a packed checkpoint.
+        resume: go on with an unfinished run towards `output`; overwrite: replace one, and `output`.
+        progress: called with (blocks done, blocks in all, what comes next).
+
+    Returns:
+        The report; layers that are stored in another way, and experts, stay dense.
+
+    Raises:
+        QuantkitError: nothing there is stored as whole numbers, or not as int_group holds them.
+    """
+    from quantkit.exchange import importing
+    from quantkit.io.gguf_header import is_gguf
+
+    file = Path(model).expanduser()
+    place = file if file.is_file() and is_gguf(file) else resolve_folder(str(model))
+    return importing.import_model(
+        place, Path(output), name=str(model), resume=resume, overwrite=overwrite, progress=progress
+    )
 
 
 def _patterns(given: str | Sequence[str]) -> Sequence[str]:

@@ -31,7 +31,7 @@ from quantkit.io.run_folder import Output
 from quantkit.io.source import Sharded, Source, open_folder
 from quantkit.io.stored_forms import FORMS, Dequantized, Numbers, quantization_of
 from quantkit.kernels.int_group_layout import STORED, WHOLE
-from quantkit.models.structure import block_linears, ends, is_lookup, linear_weight, outer_linears
+from quantkit.models.structure import block_linears, ends, is_lookup, linear_weight, one_weight, outer_linears
 from quantkit.run.pipeline import Progress, run, silent
 from quantkit.run.recipe import Recipe
 from quantkit.run.record import and_others
@@ -194,8 +194,7 @@ def _with_tie(model: nn.Module, taken: dict[str, Any]) -> dict[str, Any]:
     found = taken.get(embedding or "") or taken.get(head or "")
     if embedding is None or head is None or found is None:
         return taken
-    same = getattr(model.get_submodule(head), "weight", None) is getattr(model.get_submodule(embedding), "weight", None)
-    return taken | {embedding: found, head: found} if same else taken
+    return taken | {embedding: found, head: found} if one_weight(model, embedding, head) else taken
 
 
 @dataclass(frozen=True, eq=False)

@@ -50,6 +50,12 @@ def ends(model: nn.Module) -> tuple[str | None, str | None]:
     return found[0], found[1]
 
 
+def one_weight(model: nn.Module, embedding: str, head: str) -> bool:
+    """Whether two modules have one parameter for a weight, as tied ends do."""
+    first, second = (getattr(model.get_submodule(name), "weight", None) for name in (embedding, head))
+    return first is second
+
+
 def linear_weight(module: nn.Module) -> Tensor:
     """The weight of a Linear, Conv1D or Embedding as [out_features, in_features]."""
     weight = module.weight

@@ -29,6 +29,7 @@ from quantkit.models.structure import (
     is_lookup,
     language_modules,
     linear_weight,
+    one_weight,
     outer_linears,
     shared_layers,
 )
@@ -411,8 +412,7 @@ class Recipe:
 
     def _keeps_tie(self, model: nn.Module, embedding: str, head: str) -> bool:
         """Whether the head's weight is the embedding's; a rotation of the model ends that."""
-        weights = [getattr(model.get_submodule(name), "weight", None) for name in (embedding, head)]
-        return self.rotation is None and weights[0] is weights[1]
+        return self.rotation is None and one_weight(model, embedding, head)
 
     def _shifted(self, quantizer: Quantizer | None) -> Quantizer | None:
         if quantizer is None or quantizer.needs != Needs.HESSIAN or self.target_shift == 0:

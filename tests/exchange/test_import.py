@@ -14,7 +14,6 @@ from quantkit import RTN
 from quantkit.cli.main import app
 from quantkit.core.errors import QuantkitError
 from quantkit.core.weight import QuantizedWeight
-from quantkit.exchange.importing import import_model
 from quantkit.exchange.survey import survey
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.formats.ordered import OrderedWeight
@@ -44,7 +43,7 @@ def layers_of(folder):
 @pytest.mark.parametrize("form", STORED_FORMS)
 def test_the_same_numbers(form, model_folder, tmp_path):
     meant = store(model_folder("llama_even"), form, tmp_path / "stored")
-    report = import_model(tmp_path / "stored", tmp_path / "packed")
+    report = quantkit.import_model(tmp_path / "stored", tmp_path / "packed")
     packed = layers_of(tmp_path / "packed")
     assert {f"{name}.weight" for name in packed} == meant.keys() and len(report.layers) == 14
     for name, weight in packed.items():
@@ -58,7 +57,7 @@ def test_the_same_numbers(form, model_folder, tmp_path):
 def test_products_in_an_order(model_folder, tmp_path):
     """Whatever runs them: packed, unpacked, with a correction."""
     store(model_folder("llama_even"), "gptq-3", tmp_path / "stored")
-    import_model(tmp_path / "stored", tmp_path / "packed")
+    quantkit.import_model(tmp_path / "stored", tmp_path / "packed")
     weight = layers_of(tmp_path / "packed")["model.layers.0.mlp.down_proj"]
     x, (rows, columns) = torch.randn(3, weight.shape[1]), weight.shape
     up, down, bias = torch.randn(rows, 2), torch.randn(2, columns), torch.randn(rows)
@@ -78,7 +77,7 @@ def test_products_in_an_order(model_folder, tmp_path):
 
 def test_layers_with_one_order_are_fused(model_folder, tmp_path):
     store(model_folder("llama_even"), "gptq-4", tmp_path / "stored")
-    import_model(tmp_path / "stored", tmp_path / "packed")
+    quantkit.import_model(tmp_path / "stored", tmp_path / "packed")
     model, tokens = quantkit.load(tmp_path / "packed", dtype=torch.float32, unpack=False), torch.arange(24).view(2, 12)
     with torch.no_grad():
         apart = model(tokens).logits
@@ -95,7 +94,7 @@ def test_layers_with_one_order_are_fused(model_folder, tmp_path):
 def test_an_order_of_inputs_goes_back(model_folder, tmp_path):
     pytest.importorskip("compressed_tensors")
     store(model_folder("llama_even"), "gptq-4", tmp_path / "stored")
-    import_model(tmp_path / "stored", tmp_path / "packed")
+    quantkit.import_model(tmp_path / "stored", tmp_path / "packed")
     quantkit.export(tmp_path / "packed", tmp_path / "back", to="gptq")
     asked = read_config(tmp_path / "back")["quantization_config"]
     assert asked["desc_act"] and asked["bits"] == 4 and asked["group_size"] == 32
@@ -110,7 +109,7 @@ def test_loaded_by_transformers_as_here(model_folder, tmp_path):
     pytest.importorskip("compressed_tensors")
     quantkit.quantize(model_folder("llama_even"), output=tmp_path / "a", bits=4, method="rtn", group_size=32)
     quantkit.export(tmp_path / "a", tmp_path / "stored", to="compressed-tensors")
-    import_model(tmp_path / "stored", tmp_path / "packed")
+    quantkit.import_model(tmp_path / "stored", tmp_path / "packed")
     tokens = torch.arange(24).view(2, 12)
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "stored", dtype=torch.float32)(tokens).logits
@@ -123,7 +122,7 @@ def test_there_and_back_again(to, bits, model_folder, tmp_path):
     """The same weights after export and import, and the same codes and scales after another export."""
     quantkit.quantize(model_folder("llama_even"), output=tmp_path / "a", bits=bits, method="rtn", group_size=32)
     quantkit.export(tmp_path / "a", tmp_path / "b", to=to)
-    import_model(tmp_path / "b", tmp_path / "c")
+    quantkit.import_model(tmp_path / "b", tmp_path / "c")
     first, second = layers_of(tmp_path / "a"), layers_of(tmp_path / "c")
     assert first.keys() == second.keys()
     for name in first:
@@ -140,7 +139,7 @@ def test_layers_of_different_bits_and_groups(model_folder, tmp_path):
     folder = model_folder("llama_even")
     quantkit.quantize(folder, output=tmp_path / "a", bits=4, method="rtn", group_size=32, rules=rules)
     quantkit.export(tmp_path / "a", tmp_path / "b", to="compressed-tensors")
-    import_model(tmp_path / "b", tmp_path / "c")
+    quantkit.import_model(tmp_path / "b", tmp_path / "c")
     first, second = layers_of(tmp_path / "a"), layers_of(tmp_path / "c")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name].dequantize(), second[name].dequantize()) for name in first)
@@ -155,19 +154,19 @@ def test_stopped_and_gone_on_with(model_folder, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        import_model(tmp_path / "stored", tmp_path / "out", progress=stop)
-    import_model(tmp_path / "stored", tmp_path / "out", resume=True)
-    import_model(tmp_path / "stored", tmp_path / "whole")
+        quantkit.import_model(tmp_path / "stored", tmp_path / "out", progress=stop)
+    quantkit.import_model(tmp_path / "stored", tmp_path / "out", resume=True)
+    quantkit.import_model(tmp_path / "stored", tmp_path / "whole")
     assert Shards(tmp_path / "out").checksums() == Shards(tmp_path / "whole").checksums()
 
 
 def test_refused(model_folder, tmp_path):
     folder = model_folder("llama_even")
     with pytest.raises(QuantkitError, match="holds no quantized model"):
-        import_model(folder, tmp_path / "out")
+        quantkit.import_model(folder, tmp_path / "out")
     store(folder, "bnb-4", tmp_path / "bnb")
     with pytest.raises(QuantkitError, match="stored as bitsandbytes, and no layer of its blocks as whole numbers"):
-        import_model(tmp_path / "bnb", tmp_path / "out")
+        quantkit.import_model(tmp_path / "bnb", tmp_path / "out")
 
 
 def changed_scales(folder, form, output, change):
@@ -189,7 +188,7 @@ def test_small_scales_of_bf16_are_taken(model_folder, tmp_path):
         return scales
 
     layer = changed_scales(model_folder("llama_even"), "compressed-4", tmp_path / "stored", small)
-    report = import_model(tmp_path / "stored", tmp_path / "out")
+    report = quantkit.import_model(tmp_path / "stored", tmp_path / "out")
     assert len(report.layers) == 14 and not any("does not hold" in note for note in report.notes)
     weight = layers_of(tmp_path / "out")[layer]
     assert isinstance(weight, ScaledWeight) and float(weight.factor) < 1
@@ -200,7 +199,7 @@ def test_small_scales_of_bf16_are_taken(model_folder, tmp_path):
 def test_scales_beyond_fp16_leave_a_layer_dense(model_folder, tmp_path):
     folder = model_folder("llama_even")
     layer = changed_scales(folder, "compressed-4", tmp_path / "stored", lambda scales: scales * (1 + 2**-14))
-    report = import_model(tmp_path / "stored", tmp_path / "out")
+    report = quantkit.import_model(tmp_path / "stored", tmp_path / "out")
     assert len(report.layers) == 13 and layer not in {one.name for one in report.layers}
     assert any(f"{layer} stay dense: fp16 does not hold their scales" in note for note in report.notes)
     model = quantkit.load(tmp_path / "out", dtype=torch.float32)
@@ -213,7 +212,7 @@ def test_no_layer_that_can_be_taken(model_folder, tmp_path):
     odd = {name: tensor.float() * (1 + 2**-14) for name, tensor in tensors.items() if name.endswith("weight_scale")}
     save_file(tensors | odd, tmp_path / "stored" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(QuantkitError, match=r"nothing can be taken as it is: .* and 12 others stay dense"):
-        import_model(tmp_path / "stored", tmp_path / "out")
+        quantkit.import_model(tmp_path / "stored", tmp_path / "out")
 
 
 def test_awq_whose_config_does_not_say_the_groups(model_folder, tmp_path):
@@ -221,7 +220,7 @@ def test_awq_whose_config_does_not_say_the_groups(model_folder, tmp_path):
     config = json.loads((tmp_path / "stored" / "config.json").read_text())
     del config["quantization_config"]["group_size"]
     (tmp_path / "stored" / "config.json").write_text(json.dumps(config))
-    import_model(tmp_path / "stored", tmp_path / "out")
+    quantkit.import_model(tmp_path / "stored", tmp_path / "out")
     for name, weight in layers_of(tmp_path / "out").items():
         torch.testing.assert_close(weight.dequantize(), meant[f"{name}.weight"], rtol=1e-6, atol=0)
 
@@ -246,7 +245,7 @@ def test_blocks_of_a_gguf_file(kind, tied, tokenizer, tmp_path, monkeypatch):
         model.model.layers[1].mlp.down_proj.weight[3, :64] = 0.0  # blocks without a step
         model.model.layers[1].mlp.down_proj.weight[4, :32] = -0.375
     write_gguf(tmp_path / "model.gguf", model, tokenizer, kind)  # which rounds the model's own weights
-    report = import_model(tmp_path / "model.gguf", tmp_path / "packed")
+    report = quantkit.import_model(tmp_path / "model.gguf", tmp_path / "packed")
     packed, state = layers_of(tmp_path / "packed"), model.state_dict()
     ends = {name: weight for name, weight in packed.items() if "layers" not in name}
     assert len(packed) == 14 + 2 and len(ends) == 2 and len(report.layers) == 16
@@ -274,4 +273,4 @@ def test_a_gguf_file_without_such_blocks(tokenizer, tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_config(CONFIGS["llama_even"]).float()
     write_gguf(tmp_path / "model.gguf", model, tokenizer, "F16")
     with pytest.raises(QuantkitError, match="no layer of its blocks as whole numbers with scales"):
-        import_model(tmp_path / "model.gguf", tmp_path / "packed")
+        quantkit.import_model(tmp_path / "model.gguf", tmp_path / "packed")
