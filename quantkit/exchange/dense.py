@@ -1,13 +1,11 @@
 """Dense: the model that a packed one stands for, as transformers saves it, which any program reads."""
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from quantkit.core.weight import QuantizedWeight
 from quantkit.exchange.target import FolderTarget
-from quantkit.io.conversion import as_stored
 
 
 class Dense(FolderTarget):
@@ -26,10 +24,6 @@ class Dense(FolderTarget):
     def tensors(self, name: str, weight: QuantizedWeight) -> tuple[dict[str, Tensor], Tensor]:
         """Not asked, since no layer stays packed."""
         raise AssertionError(name)
-
-    def dense(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Under the names in which transformers saves the model."""
-        return as_stored(self.packed.model, super().dense(tensors))
 
     def config(self) -> dict[str, Any]:
         """That of the model, of another type where one was asked for."""

@@ -1,6 +1,5 @@
 """MLX's affine form, which mlx-lm reads: codes at their own width, a scale and an offset a group."""
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -67,12 +66,7 @@ class MLX(FolderTarget):
         group = torch.arange(weight.in_features) // weight.group_size
         read = codes.float() * stored.float()[:, group] + offsets.float()[:, group]
         tensors = {"weight": _stream(codes, weight.bits), "scales": stored, "biases": offsets}
-        named = {f"{name}.{part}": tensor.contiguous() for part, tensor in tensors.items()}
-        return as_stored(self.packed.model, named), read
-
-    def dense(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Under the names in which transformers saves the model, as mlx-lm expects them."""
-        return as_stored(self.packed.model, super().dense(tensors))
+        return {f"{name}.{part}": tensor.contiguous() for part, tensor in tensors.items()}, read
 
     def config(self) -> dict[str, Any]:
         """The model's, with the bits and groups of each layer that differs from most."""

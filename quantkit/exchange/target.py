@@ -1,7 +1,7 @@
 """What an export has to know of the form that it writes; the forms are in the files beside."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from quantkit.core.errors import QuantkitError
 from quantkit.core.weight import QuantizedWeight
 from quantkit.exchange.packed import PackedFolder
 from quantkit.io.beside import files_beside
+from quantkit.io.conversion import as_stored
 from quantkit.io.run_folder import Output
 from quantkit.io.shards import INDEX, checksum, open_shard
 
@@ -118,17 +119,13 @@ class Target(ABC):
 
 
 class FolderTarget(Target):
-    """A folder with config.json and safetensors, as transformers lays them out, written a block at a time; a run that
-    was stopped goes on where it was.
+    """A folder with config.json and safetensors, under the names in which transformers saves the model, which are those
+    that other programs know; written a block at a time, and a run that was stopped goes on where it was.
     """
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """config.json."""
-
-    def dense(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A unit's other tensors as they are stored."""
-        return {name: self.cast(name, tensor) for name, tensor in tensors.items()}
 
     def settings(self) -> dict[str, Any]:
         """JSON of what was asked for; a run goes on only if it was asked for the same."""
@@ -153,20 +150,19 @@ class FolderTarget(Target):
     def _unit(self, unit: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All tensors of a unit, and what is to be remembered of them."""
         found: dict[str, Tensor] = {}
-        dense: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
         opened: list[str] = []
         for name, value in self.packed.read(unit):
             if not isinstance(value, QuantizedWeight):
-                dense[name] = value
+                found[name] = self.cast(name, value)
             elif self.holds(name):
                 stored, read = self.tensors(name, value)
                 found |= stored
                 errors[name] = difference(read, value)
             else:
-                dense[f"{name}.weight"] = self.packed.as_dense(name, value, self.dtype)
+                found[f"{name}.weight"] = self.packed.as_dense(name, value, self.dtype)
                 opened.append(name)
-        found |= self.dense(dense)
+        found = as_stored(self.packed.model, found)
         sums = {name: checksum(tensor) for name, tensor in found.items()}
         return found, {"errors": errors, "dense": opened, "checksums": sums}
 

@@ -26,6 +26,7 @@ from quantkit.cli.main import app
 from quantkit.core.errors import QuantkitError
 from quantkit.exchange.export import TARGETS, export_folder
 from quantkit.exchange.survey import survey
+from quantkit.io.checkpoint import contents
 from quantkit.io.gguf_header import read_header
 from quantkit.io.shards import Shards
 
@@ -354,16 +355,35 @@ def test_windows_that_llama_cpp_has_not_bound_the_context(model_of, packed, tmp_
     assert read_header(tmp_path / "out.gguf").metadata["llama.context_length"] == 48
 
 
-def test_models_that_see_keep_their_names_in_mlx(packed, tokenizer, tmp_path):
-    """Which are those of the files, as mlx-lm looks them up, and not those of transformers' modules."""
+@pytest.mark.parametrize(
+    ("to", "part"), [("mlx", "weight"), ("compressed-tensors", "weight_packed"), ("gptq", "qweight")]
+)
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_vl"])
+def test_models_that_see_keep_their_names(kind, to, part, packed, tokenizer, tmp_path):
+    """Which are those of the files, as other programs look them up, and not those of transformers' modules."""
     folder = tmp_path / "source"
-    AutoModelForImageTextToText.from_config(SEEING["gemma3"].config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoModelForImageTextToText.from_config(SEEING[kind].config, dtype=torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     quantkit.quantize(folder, output=tmp_path / "packed", bits=4, method="rtn", group_size=32)
-    quantkit.export(tmp_path / "packed", tmp_path / "out", to="mlx")
-    weights = {name for name in Shards(folder).specs if name.endswith(".weight")}
-    found = {name for name in Shards(tmp_path / "out").specs if name.endswith(".weight")}
-    assert found == weights
+    quantkit.export(tmp_path / "packed", tmp_path / "out", to=to, dtype="float32")
+    dense, stored = Shards(folder).specs, Shards(tmp_path / "out").specs
+    found = {name for name in stored if name.endswith(f".{part}")}
+    assert found and {name.replace(f".{part}", ".weight") for name in found} <= set(dense)
+    assert {name for name in stored if name in dense} | {name.replace(f".{part}", ".weight") for name in found} == set(
+        dense
+    )
+    if to == "compressed-tensors":
+        ours, theirs = (
+            load(tmp_path / name, dtype=torch.float32)
+            for load, name in ((quantkit.load, "packed"), (AutoModelForImageTextToText.from_pretrained, "out"))
+        )
+        with torch.no_grad():
+            logits = [model(torch.arange(10, 30)[None]).logits for model in (ours, theirs)]
+        torch.testing.assert_close(*logits, rtol=0, atol=1e-5 * float(logits[0].abs().max()))
+    if to != "mlx":
+        quantkit.import_model(tmp_path / "out", tmp_path / "again")
+        weights = (contents(tmp_path / name).layers for name in ("packed", "again"))
+        assert len({frozenset(found) for found in weights}) == 1
 
 
 def test_groups_as_wide_as_some_layers(packed, model_of, tmp_path):
