@@ -399,7 +399,7 @@ def import_model(
         progress: called with (blocks done, blocks in all, what comes next).
 
     Returns:
-        The report; layers that are stored in another way, and experts, stay dense.
+        The report; layers that are stored in another way stay dense, experts in one tensor among them.
 
     Raises:
         QuantkitError: nothing there is stored as whole numbers, or not as int_group holds them.

@@ -13,6 +13,7 @@ from quantkit.exchange.integers import Integers, grid, is_ordered, number_bits
 from quantkit.exchange.packed import DENSE, PackedFolder
 from quantkit.exchange.whole_numbers import WholeNumbers
 from quantkit.kernels.int_group_layout import STORED
+from quantkit.models.experts import place
 
 
 class CompressedTensors(WholeNumbers):
@@ -21,6 +22,7 @@ class CompressedTensors(WholeNumbers):
     name: ClassVar[str] = "compressed-tensors"
     carriers = tuple(range(2, 9))
     fast = (4, 8)
+    experts: ClassVar[bool] = True
 
     def __init__(self, packed: PackedFolder, dtype: torch.dtype | None = None, carrier: int | None = None) -> None:
         if find_spec("compressed_tensors") is None:
@@ -69,16 +71,29 @@ class CompressedTensors(WholeNumbers):
         kept = {name for names in sorts.values() for name in names}
         others = [
             name for name, module in self.packed.model.named_modules()
-            if isinstance(module, nn.Linear) and name not in kept
+            if _has_matrix(module) and name not in kept
         ]  # fmt: skip
         schemes = {}
         for nth, ((bits, group, symmetric), names) in enumerate(sorts.items()):
             grouped = {"strategy": "channel"} if group < 0 else {"strategy": "group", "group_size": group}
             weights = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, **grouped)
-            targets = ["Linear"] if len(sorts) == 1 else names
+            targets = ["Linear"] if len(sorts) == 1 else self._named(names)
             schemes[f"group_{nth}"] = QuantizationScheme(targets=targets, weights=weights)
         made = QuantizationConfig(
-            config_groups=schemes, format="pack-quantized", quantization_status="compressed", ignore=others
+            config_groups=schemes, format="pack-quantized", quantization_status="compressed", ignore=self._named(others)
         )
         dtype = str(self.dtype).removeprefix("torch.")
         return self.packed.config() | {"dtype": dtype, "quantization_config": json.loads(made.model_dump_json())}
+
+    def _named(self, layers: list[str]) -> list[str]:
+        """Layers as readers may call them: as transformers' modules, and as the files have them."""
+        places = self.packed.places
+        apart = {layer: [name for name, _ in places.get(layer, [])] for layer in layers}
+        ours = [layer for layer in layers if place(layer) is None]
+        return list(dict.fromkeys([*ours, *(name for names in apart.values() for name in names)]))
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether a module has a matrix to multiply by: routers, which are of classes of their own, have."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding)

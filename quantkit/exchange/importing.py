@@ -6,7 +6,7 @@ order (`g_idx`) are brought side by side (`formats.ordered`).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +25,7 @@ from quantkit.formats.int_group import IntGroupWeight
 from quantkit.formats.ordered import OrderedWeight
 from quantkit.formats.scaled import ScaledWeight
 from quantkit.io.checkpoint import CheckpointWriter, read_config
+from quantkit.io.conversion import stored_layers
 from quantkit.io.gguf import gguf_folder
 from quantkit.io.gguf_header import TensorPlace, read_header
 from quantkit.io.run_folder import Output
@@ -132,7 +133,7 @@ def import_model(
         resume, overwrite, progress: see `run.pipeline.quantize_checkpoint`.
 
     Returns:
-        The report; layers that are stored in another way, and experts, stay dense.
+        The report; layers that are stored in another way stay dense, experts in one tensor among them.
 
     Raises:
         QuantkitError: nothing there is stored as whole numbers, or not as int_group holds them.
@@ -226,12 +227,19 @@ def _taken(source: Source) -> dict[str, Any]:
     if not isinstance(source, Sharded) or not isinstance(source.shards, Dequantized):
         return {}
     shards, found, left = source.shards, dict[str, Any](), list[str]()
-    for name in _layers(source.model):
+    layers = _layers(source.model)
+    places = stored_layers(source.model, layers)
+    for name in layers:
         origin = source.origin(f"{name}.weight")
-        if origin is None or origin.part is not None or len(origin.stored) != 1:
+        if origin is None:
             continue
-        (stored,) = origin.stored
-        numbers = shards.numbers(stored)
+        own = {f"{part}.weight": outputs for part, outputs in places[name]}
+        if origin.part is None and len(origin.stored) == 1:
+            own = {origin.stored[0]: next(iter(own.values()))}
+        if {*own} != {*origin.stored}:  # experts in one tensor, or parts that only numbers can tell
+            continue
+        read = _Reading(shards, own)
+        numbers = read.found()
         if numbers is None:
             continue
         counts = numbers.group.bincount()
@@ -241,7 +249,7 @@ def _taken(source: Source) -> dict[str, Any]:
             continue
         ordered = not torch.equal(numbers.group, numbers.group.sort().values)
         zero = WHOLE if bool((numbers.zeros == 2 ** (numbers.bits - 1)).all()) else STORED
-        found[name] = Taken(name, shards.form, numbers.bits, size, zero, ordered, _Reading(shards, stored))
+        found[name] = Taken(name, shards.form, numbers.bits, size, zero, ordered, read)
     if left:
         note = f"{and_others(left)} stay dense: fp16 does not hold their scales, or their groups are of several sizes"
         if not found:
@@ -250,12 +258,30 @@ def _taken(source: Source) -> dict[str, Any]:
     return _with_tie(source.model, found)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Reading:
+    """A layer in its files, which may have an expert's gate apart: the outputs of each part, int64 [n], by its name."""
+
     shards: Dequantized
-    stored: str
+    parts: Mapping[str, Tensor]
 
     def __call__(self) -> Numbers:
-        found = self.shards.numbers(self.stored)
+        found = self.found()
         assert found is not None
         return found
+
+    def found(self) -> Numbers | None:
+        """None where a part is not of whole numbers, or has other widths or groups than the first."""
+        parts = [self.shards.numbers(name) for name in self.parts]
+        first = parts[0]
+        if first is None or len(parts) == 1:
+            return first
+        known = [part for part in parts if part is not None]
+        same = all(part.bits == first.bits and torch.equal(part.group, first.group) for part in known)
+        if not same or len(known) < len(parts):
+            return None
+        order = torch.cat([*self.parts.values()]).argsort()
+        codes, zeros, scales = (
+            torch.cat([getattr(part, what) for part in known])[order] for what in ("codes", "zeros", "scales")
+        )
+        return Numbers(codes, zeros, scales, first.group, first.bits)

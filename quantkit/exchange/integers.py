@@ -9,7 +9,7 @@ Grids around a whole number (`grid="int"`) are what those formats have, at their
 numbers in weights that came from such a format; those that quantkit fits are not.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,6 +45,11 @@ class Integers:
         """The weight, fp32 [out_features, in_features]."""
         numbers = self.numbers if self.zeros is None else self.numbers - self.zeros[:, self.group]
         return numbers.float() * self.scales[:, self.group]
+
+    def of(self, outputs: Tensor) -> "Integers":
+        """Those of some outputs, int64 [n]."""
+        zeros = None if self.zeros is None else self.zeros[outputs]
+        return replace(self, numbers=self.numbers[outputs], scales=self.scales[outputs], zeros=zeros)
 
 
 def grid(weight: QuantizedWeight) -> IntGroupWeight | None:

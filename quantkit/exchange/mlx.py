@@ -10,7 +10,6 @@ from quantkit.exchange.packed import DENSE, PackedFolder
 from quantkit.exchange.target import FolderTarget
 from quantkit.exchange.whole_numbers import scales_dtype
 from quantkit.formats.int_group import IntGroupWeight
-from quantkit.io.conversion import as_stored
 from quantkit.kernels.bitpack import unpack
 from quantkit.kernels.int_group_layout import STORED, middle
 from quantkit.models.experts import place
@@ -42,7 +41,7 @@ class MLX(FolderTarget):
         if not isinstance(weight, IntGroupWeight):
             return f"{weight.label}; it holds codes with scales (`--method gptq` or `rtn`), and {DENSE}"
         if place(name) is not None:
-            return f"experts one by one; {DENSE}"
+            return f"experts one by one; `--to compressed-tensors` has them, and {DENSE}"
         if not isinstance(self.packed.model.get_submodule(name), nn.Linear | nn.Embedding):
             return f"layers such as {type(self.packed.model.get_submodule(name)).__name__}; {DENSE}"
         if weight.bits not in _BITS:
@@ -66,7 +65,8 @@ class MLX(FolderTarget):
         group = torch.arange(weight.in_features) // weight.group_size
         read = codes.float() * stored.float()[:, group] + offsets.float()[:, group]
         tensors = {"weight": _stream(codes, weight.bits), "scales": stored, "biases": offsets}
-        return {f"{name}.{part}": tensor.contiguous() for part, tensor in tensors.items()}, read
+        called = self._stored(name)
+        return {f"{called}.{part}": tensor.contiguous() for part, tensor in tensors.items()}, read
 
     def config(self) -> dict[str, Any]:
         """The model's, with the bits and groups of each layer that differs from most."""
@@ -88,8 +88,8 @@ class MLX(FolderTarget):
 
     def _stored(self, layer: str) -> str:
         """A layer's name as it is stored."""
-        (name,) = as_stored(self.packed.model, {f"{layer}.weight": torch.empty(1, 1)})
-        return name.removesuffix(".weight")
+        ((name, _),) = self.packed.places[layer]
+        return name
 
 
 def _stream(codes: Tensor, bits: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.tied import TiedWeight
 from quantkit.io.checkpoint import packed_layers, read_config
 from quantkit.io.classes import meta_model
+from quantkit.io.conversion import as_stored, stored_layers
 from quantkit.io.shards import DTYPES, Shards
+from quantkit.models.experts import parts, place
 from quantkit.models.structure import find_blocks
 
 DENSE = "`--to dense` writes any model, rounded to the type of its other weights"
@@ -67,6 +70,26 @@ class PackedFolder:
     def units(self) -> tuple[int, ...]:
         """What is read together: each block, and at the end (-1) all that is outside of them."""
         return (*range(self.num_blocks), -1)
+
+    @cached_property
+    def places(self) -> dict[str, list[tuple[str, Tensor]]]:
+        """Where the model's files have each packed layer, and each expert's: (name, int64 [outputs]) of every part."""
+        experts = [name.removesuffix(".weight") for name in parts(self.model) if name.endswith(".weight")]
+        return stored_layers(self.model, dict.fromkeys([*self.layers, *experts]))
+
+    def as_stored(self, dense: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A unit's dense tensors as the model's files have them; of experts that lie there one by one, not all need be
+        given.
+        """
+        found: dict[str, Tensor] = {}
+        whole: dict[str, Tensor] = {}
+        for name, tensor in dense.items():
+            layer, _, what = name.rpartition(".")
+            own = self.places.get(layer, []) if what == "weight" and place(layer) is not None else []
+            found |= {f"{stored}.weight": tensor[rows] for stored, rows in own}
+            if not own:
+                whole[name] = tensor
+        return found | as_stored(self.model, whole)
 
     def inside(self, layer: str) -> bool:
         """Whether a layer is part of a decoder block."""

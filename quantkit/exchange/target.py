@@ -15,7 +15,6 @@ from quantkit.core.errors import QuantkitError
 from quantkit.core.weight import QuantizedWeight
 from quantkit.exchange.packed import PackedFolder
 from quantkit.io.beside import files_beside
-from quantkit.io.conversion import as_stored
 from quantkit.io.run_folder import Output
 from quantkit.io.shards import INDEX, checksum, open_shard
 
@@ -85,7 +84,7 @@ class Target(ABC):
 
     @abstractmethod
     def tensors(self, name: str, weight: QuantizedWeight) -> tuple[dict[str, Tensor], Tensor]:
-        """What is stored of a layer, by name, and the weight that readers make of it, fp32 [out, in].
+        """What is stored of a layer, by its name in the files, and the weight that readers make of it, fp32 [out, in].
 
         Raises:
             QuantkitError: the form does not hold its numbers.
@@ -150,19 +149,20 @@ class FolderTarget(Target):
     def _unit(self, unit: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All tensors of a unit, and what is to be remembered of them."""
         found: dict[str, Tensor] = {}
+        dense: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
         opened: list[str] = []
         for name, value in self.packed.read(unit):
             if not isinstance(value, QuantizedWeight):
-                found[name] = self.cast(name, value)
+                dense[name] = self.cast(name, value)
             elif self.holds(name):
                 stored, read = self.tensors(name, value)
                 found |= stored
                 errors[name] = difference(read, value)
             else:
-                found[f"{name}.weight"] = self.packed.as_dense(name, value, self.dtype)
+                dense[f"{name}.weight"] = self.packed.as_dense(name, value, self.dtype)
                 opened.append(name)
-        found = as_stored(self.packed.model, found)
+        found |= self.packed.as_stored(dense)
         sums = {name: checksum(tensor) for name, tensor in found.items()}
         return found, {"errors": errors, "dense": opened, "checksums": sums}
 

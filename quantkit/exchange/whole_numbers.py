@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ class WholeNumbers(FolderTarget):
     """
 
     carriers: tuple[int, ...]
+    experts: ClassVar[bool] = False
+    """Whether the form holds experts, one by one, where the model's files have them so."""
 
     def __init__(self, packed: PackedFolder, dtype: torch.dtype | None = None, carrier: int | None = None) -> None:
         if carrier is not None and carrier not in self.carriers:
@@ -55,8 +57,10 @@ class WholeNumbers(FolderTarget):
         own = grid(weight)
         if own is None:
             return f"{weight.label}; it holds whole numbers with scales (`--method gptq` or `rtn`), and {DENSE}"
-        if place(name) is not None:
-            return f"experts one by one; {DENSE}"
+        if place(name) is not None and not self.experts:
+            return f"experts one by one; `--to compressed-tensors` has them, and {DENSE}"
+        if not self.packed.places[name]:
+            return f"experts that the model's files have all in one tensor; {DENSE}"
         if not isinstance(self.packed.model.get_submodule(name), nn.Linear):
             return f"layers such as {type(self.packed.model.get_submodule(name)).__name__}; {DENSE}"
         rows, columns = weight.shape
@@ -87,14 +91,17 @@ class WholeNumbers(FolderTarget):
         found = integers(weight)
         assert found is not None
         scales = self.cast(f"{name}'s scales", found.scales)
-        return self.stored(name, found, scales), replace(found, scales=scales.float()).values()
+        tensors: dict[str, Tensor] = {}
+        for called, outputs in self.packed.places[name]:
+            tensors |= self.stored(called, found.of(outputs), scales[outputs])
+        return tensors, replace(found, scales=scales.float()).values()
 
     @abstractmethod
     def stored(self, name: str, found: Integers, scales: Tensor) -> dict[str, Tensor]:
         """The form's tensors of a layer.
 
         Args:
-            name: of the layer.
+            name: of the layer in the files.
             found: its whole numbers.
             scales: [out_features, groups] in the type in which they are stored.
         """

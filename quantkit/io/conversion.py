@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
 from quantkit.core.errors import QuantkitError
 from quantkit.io.shards import DTYPES, Shards
 from quantkit.models.experts import Apart, Part, parts
+from quantkit.models.structure import linear_weight
 from quantkit.models.ties import inner_ties, tied_names
 
 _COMPUTED = ("inv_freq", "masked_bias")
@@ -277,3 +278,43 @@ def as_stored(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tens
         whole[part.stack][part.expert].copy_(tensor.T if part.transposed and tensor.dim() > 1 else tensor)
     stacked: Any = _Stacked(model)
     return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(stacked, whole).items()}
+
+
+def stored_layers(model: nn.Module, layers: Iterable[str]) -> dict[str, list[tuple[str, Tensor]]]:
+    """The layers that a model's files have in each layer's place, and which of its outputs each of them has.
+
+    Args:
+        model: on the meta device, its experts taken apart.
+        layers: names of those with a weight [outputs, inputs].
+
+    Returns:
+        By layer, (name, int64 [outputs]) of each: several where files have an expert's gate apart; none where they have
+        all experts in one tensor.
+    """
+    taken, stacks = parts(model), dict[str, list[list[tuple[str, Tensor]]]]()
+    found: dict[str, list[tuple[str, Tensor]]] = {}
+    for layer in layers:
+        part = taken.get(f"{layer}.weight")
+        if part is None:
+            every = torch.arange(len(linear_weight(model.get_submodule(layer))))
+            named = as_stored(model, {f"{layer}.weight": every.view(-1, 1)})
+            found[layer] = [(name.removesuffix(".weight"), every) for name in named]
+            continue
+        if part.stack not in stacks:
+            stacks[part.stack] = _stored_experts(model, part)
+        found[layer] = stacks[part.stack][part.expert]
+    return found
+
+
+def _stored_experts(model: nn.Module, part: Part) -> list[list[tuple[str, Tensor]]]:
+    """What `stored_layers` gives of each expert of a part's stack: found by numbering all outputs."""
+    whole: Any = _Stacked(model)
+    experts, *sides = whole.get_parameter(part.stack).shape
+    outputs = sides[1 if part.transposed else 0]
+    marked = torch.arange(experts * outputs).view(experts, outputs, 1)
+    found: list[list[tuple[str, Tensor]]] = [[] for _ in range(experts)]
+    reverted = revert_weight_conversion(whole, {part.stack: marked.transpose(1, 2) if part.transposed else marked})
+    for name, rows in reverted.items():
+        if rows.dim() == 2:
+            found[int(rows[0, 0]) // outputs].append((name.removesuffix(".weight"), rows[:, 0] % outputs))
+    return found

@@ -16,8 +16,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    CompressedTensorsConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations import compressed_tensors
 from typer.testing import CliRunner
 
 import quantkit
@@ -26,11 +28,12 @@ from quantkit.cli.main import app
 from quantkit.core.errors import QuantkitError
 from quantkit.exchange.export import TARGETS, export_folder
 from quantkit.exchange.survey import survey
-from quantkit.io.checkpoint import contents
+from quantkit.io.checkpoint import contents, read_config
 from quantkit.io.gguf_header import read_header
 from quantkit.io.shards import Shards
 
 from ..conftest import CONFIGS
+from ..helpers.experts import EXPERTS
 from ..helpers.vision import SEEING
 
 TOKENS = torch.arange(10, 40).view(2, 15)
@@ -373,17 +376,43 @@ def test_models_that_see_keep_their_names(kind, to, part, packed, tokenizer, tmp
         dense
     )
     if to == "compressed-tensors":
-        ours, theirs = (
-            load(tmp_path / name, dtype=torch.float32)
-            for load, name in ((quantkit.load, "packed"), (AutoModelForImageTextToText.from_pretrained, "out"))
-        )
-        with torch.no_grad():
-            logits = [model(torch.arange(10, 30)[None]).logits for model in (ours, theirs)]
-        torch.testing.assert_close(*logits, rtol=0, atol=1e-5 * float(logits[0].abs().max()))
+        theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        close(logits(theirs), tmp_path / "packed")
     if to != "mlx":
         quantkit.import_model(tmp_path / "out", tmp_path / "again")
         weights = (contents(tmp_path / name).layers for name in ("packed", "again"))
         assert len({frozenset(found) for found in weights}) == 1
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "glm4_moe"])
+def test_experts_go_to_compressed_tensors_and_back(kind, model_of, packed, tmp_path):
+    """One by one under the names of the model's files, gate and up apart, as transformers and vLLM look them up."""
+    source = model_of(kind, EXPERTS[kind])
+    folder = packed(4, source, group_size=32)
+    quantkit.export(folder, tmp_path / "out", to="compressed-tensors", dtype="float32")
+    dense, stored = Shards(source).specs, Shards(tmp_path / "out").specs
+    assert {name.replace("_packed", "") for name in stored if not name.endswith(("_scale", "_shape"))} == set(dense)
+    quantization = read_config(tmp_path / "out")["quantization_config"]
+    assert any(name.endswith(".mlp.gate") for name in quantization["ignore"])  # routers
+    quantkit.import_model(tmp_path / "out", tmp_path / "again")
+    close(logits(quantkit.load(tmp_path / "again", dtype=torch.float32)), folder)
+    if hasattr(compressed_tensors, "CompressedTensorsDequantize"):  # newer than 5.17
+        unpacked = CompressedTensorsConfig(dequantize=True)
+        theirs = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", dtype=torch.float32, quantization_config=unpacked
+        )
+        close(logits(theirs), folder)
+    quantkit.export(tmp_path / "again", tmp_path / "twice", to="compressed-tensors", dtype="float32")
+    first, twice = (dict(shards.read(shards.specs)) for shards in map(Shards, (tmp_path / "out", tmp_path / "twice")))
+    assert first.keys() == twice.keys() and all(torch.equal(first[name], twice[name]) for name in first)
+
+
+def test_experts_in_one_tensor_are_refused(model_of, packed, tmp_path):
+    folder = packed(4, model_of("gpt_oss", EXPERTS["gpt_oss"]), group_size=32)
+    with pytest.raises(QuantkitError, match="experts that the model's files have all in one tensor; `--to dense`"):
+        quantkit.export(folder, tmp_path / "out", to="compressed-tensors")
+    with pytest.raises(QuantkitError, match="experts one by one; `--to compressed-tensors` has them"):
+        quantkit.export(folder, tmp_path / "out", to="gptq")
 
 
 def test_groups_as_wide_as_some_layers(packed, model_of, tmp_path):
