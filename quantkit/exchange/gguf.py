@@ -1,5 +1,6 @@
 """GGUF, llama.cpp's file of a model: its weights in ggml's blocks, its sizes and its tokenizer."""
 
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from quantkit.exchange.gguf_models import (
     architecture,
     check_tokenizer,
     describe,
+    file_name,
     row_order,
     tensor_names,
 )
@@ -27,6 +29,8 @@ from quantkit.formats.int_group import IntGroupWeight
 from quantkit.io.classes import config_of
 from quantkit.kernels.bitpack import unpack
 from quantkit.kernels.int_group_layout import STORED
+from quantkit.models.experts import number_of, place
+from quantkit.models.structure import ROUTERS
 
 
 class GGUF(Target):
@@ -56,6 +60,7 @@ class GGUF(Target):
         self._architecture = architecture(self._config)
         self._called = tensor_names(self._architecture, self._config)
         super().__init__(packed, dtype)
+        self.check_experts(self._kind)
 
     def holds(self, layer: str) -> bool:
         """Layers outside of the blocks become dense where there are no such blocks."""
@@ -73,11 +78,12 @@ class GGUF(Target):
             return f"{weight.bits}-bit codes{zeros}, for which it has no blocks; {OTHERS}"
         return ""
 
-    def _kind(self, weight: IntGroupWeight) -> Kind | None:
+    def _kind(self, weight: QuantizedWeight) -> Kind | None:
+        assert isinstance(weight, IntGroupWeight)
         return kind_of(number_bits(weight), weight.zero == STORED)
 
     def tensors(self, name: str, weight: QuantizedWeight) -> tuple[dict[str, Tensor], Tensor]:
-        """The layer's blocks, uint8 [out, bytes of a row], by its name in the file."""
+        """The layer's blocks, uint8 [out, bytes of a row]."""
         assert isinstance(weight, IntGroupWeight)
         kind = self._kind(weight)
         assert kind is not None
@@ -94,13 +100,37 @@ class GGUF(Target):
         read = read if offsets is None else read + offsets.float().unsqueeze(2)
         order = self._order(name, len(numbers))
         packed = kind.pack(numbers[order], steps[order], None if offsets is None else offsets[order])
-        return {self._name(f"{name}.weight"): torch.from_numpy(packed)}, read.flatten(1)
+        return {name: torch.from_numpy(packed)}, read.flatten(1)
 
     def _name(self, name: str) -> str:
-        found = self._called(name)
-        if found is None:
-            raise QuantkitError(f"llama.cpp's {self._architecture.name} has no {name}; {OTHERS}")
-        return found
+        return file_name(self._called, self._architecture, name)
+
+    def _stacks(self, unit: int) -> dict[str, list[tuple[str, Tensor | None]]]:
+        """The tensors of a unit by their names in the file, and what each is made of: what `described` names, and which
+        of its rows, int64 [n]; one for each expert, in their order, else all of one.
+        """
+        found: dict[str, dict[int, tuple[str, Tensor | None]]] = {}
+        for name, value in self.packed.described(unit).items():
+            own = f"{name}.weight" if isinstance(value, QuantizedWeight) else name
+            layer = own.removesuffix(".weight")
+            if place(layer) is None:
+                found[self._name(own)] = {0: (name, None)}
+                continue
+            for stored, rows in self.packed.places[layer]:
+                found.setdefault(self._name(f"{stored}.weight"), {})[number_of(stored)] = name, rows
+        return {name: [parts[number] for number in sorted(parts)] for name, parts in found.items()}
+
+    def _type(self, name: str, value: QuantizedWeight | Tensor) -> Kind | torch.dtype:
+        """In what a tensor is stored: blocks, or numbers."""
+        if isinstance(value, QuantizedWeight) and self.holds(name):
+            assert isinstance(value, IntGroupWeight)
+            kind = self._kind(value)
+            assert kind is not None
+            return kind
+        own = self.packed.model.dtype if isinstance(value, QuantizedWeight) else value.dtype
+        if len(value.shape) == 1 or _is_router(name):
+            return torch.float32
+        return self.dtype or own
 
     def _order(self, layer: str, rows: int) -> Tensor:
         return row_order(self._architecture, self._config, layer, rows)
@@ -111,6 +141,8 @@ class GGUF(Target):
         if tensor.dim() == 1:
             shift = self._architecture.norm_shift if name.endswith("norm.weight") else 0.0
             return (tensor.float() + shift).numpy()
+        if _is_router(name):
+            return (tensor[0] if len(tensor) == 1 else tensor).float().contiguous().numpy()
         tensor = self.cast(name, tensor).contiguous()
         return (tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
@@ -158,39 +190,23 @@ class GGUF(Target):
         for name, tensor in extra.items():
             writer.add_tensor_info(name, tensor.shape, np.float32, 4 * tensor.numel())
         for unit in self.packed.units:
-            for name, value in self.packed.described(unit).items():
-                if isinstance(value, QuantizedWeight) and self.holds(name):
-                    assert isinstance(value, IntGroupWeight)
-                    kind = self._kind(value)
-                    assert kind is not None
-                    rows, columns = value.shape
-                    shape, nbytes = (rows, columns // BLOCK * kind.nbytes), rows * columns // BLOCK * kind.nbytes
-                    writer.add_tensor_info(
-                        self._name(f"{name}.weight"), shape, np.uint8, nbytes, raw_dtype=kinds[kind.name]
-                    )
-                    continue
-                own = f"{name}.weight" if isinstance(value, QuantizedWeight) else name
-                dense = torch.empty(value.shape, dtype=self._dense_type(value), device="meta")
-                self._declare_dense(writer, own, dense)
-
-    def _dense_type(self, value: QuantizedWeight | Tensor) -> torch.dtype:
-        """Of what becomes dense, or is."""
-        own = self.packed.model.dtype if isinstance(value, QuantizedWeight) else value.dtype
-        if len(value.shape) == 1:
-            return torch.float32
-        return self.dtype or own
-
-    def _declare_dense(self, writer: Any, name: str, tensor: Tensor) -> None:
-        kinds = self._gguf.GGMLQuantizationType
-        shape, nbytes = tuple(tensor.shape), tensor.numel() * tensor.element_size()
-        if tensor.dtype == torch.bfloat16:
-            writer.add_tensor_info(
-                self._name(name), (*shape[:-1], 2 * shape[-1]), np.uint8, nbytes, raw_dtype=kinds.BF16
-            )
-        else:
-            writer.add_tensor_info(
-                self._name(name), shape, np.float16 if tensor.dtype == torch.float16 else np.float32, nbytes
-            )
+            described = self.packed.described(unit)
+            for called, parts in self._stacks(unit).items():
+                (name, rows), value = parts[0], described[parts[0][0]]
+                outputs = value.shape[0] if rows is None else len(rows)
+                shape = (*(() if rows is None else (len(parts),)), outputs, *value.shape[1:])
+                if _is_router(name) and outputs == 1:  # a vector, in llama.cpp's own files
+                    shape = shape[1:]
+                held = self._type(name, value)
+                stored: tuple[int, ...] = shape
+                dtype: Any = np.float16 if held == torch.float16 else np.float32
+                raw = None
+                if isinstance(held, Kind):
+                    stored, dtype, raw = (*shape[:-1], shape[-1] // BLOCK * held.nbytes), np.uint8, kinds[held.name]
+                elif held == torch.bfloat16:
+                    stored, dtype, raw = (*shape[:-1], 2 * shape[-1]), np.uint8, kinds.BF16
+                nbytes = math.prod(stored) * np.dtype(dtype).itemsize
+                writer.add_tensor_info(called, stored, dtype, nbytes, raw_dtype=raw)
 
     def _write_tensors(self, writer: Any, extra: dict[str, Tensor], progress: Told) -> tuple[list[float], list[str]]:
         for tensor in extra.values():
@@ -210,7 +226,13 @@ class GGUF(Target):
                     dense = self.packed.as_dense(name, value, self.dtype)
                     arrays[name] = self._array(f"{name}.weight", dense)
                     opened.append(name)
-            for name in self.packed.described(unit):
-                writer.write_tensor_data(arrays.pop(name))
+            for parts in self._stacks(unit).values():
+                whole = [arrays[name] if rows is None else arrays[name][rows.numpy()] for name, rows in parts]
+                writer.write_tensor_data(whole[0] if parts[0][1] is None else np.stack(whole))
         progress(len(self.packed.units), len(self.packed.units), "the file")
         return errors, opened
+
+
+def _is_router(tensor: str) -> bool:
+    """Whether a tensor is a router's, which llama.cpp's own files have in fp32."""
+    return tensor.removesuffix(".weight").rpartition(".")[2] in ROUTERS

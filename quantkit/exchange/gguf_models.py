@@ -18,6 +18,7 @@ from torch import Tensor
 from quantkit.core.errors import QuantkitError
 from quantkit.exchange.packed import DENSE
 from quantkit.io.gguf import LLAMA3
+from quantkit.models.experts import unnumbered
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ class Architecture:
         interleaved: whether rows of queries and keys are in the order of interleaved rotary pairs.
         norm_shift: what is added to the weights of norms.
         windowed: whether it has sliding windows.
+        sums_to_one: whether the weights of the experts that a token chooses are scaled to a sum of 1; None where there
+            are no experts.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Architecture:
     interleaved: bool = False
     norm_shift: float = 0.0
     windowed: bool = False
+    sums_to_one: bool | None = None
 
 
 _LOCAL_BASE = 10000.0
@@ -78,6 +82,28 @@ def _phi3(writer: Any, config: Any) -> None:
         writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(original)))
 
 
+def _experts(writer: Any, config: Any, width: int) -> None:
+    """Says how many experts there are, how many a token chooses, and how wide each is."""
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+        raise QuantkitError(f"llama.cpp has experts in all layers of such models, this one in some; {OTHERS}")
+    writer.add_expert_count(getattr(config, "num_local_experts", None) or config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_feed_forward_length(width)
+
+
+def _mixtral(writer: Any, config: Any) -> None:
+    _experts(writer, config, config.intermediate_size)
+
+
+def _qwen3_moe(writer: Any, config: Any) -> None:
+    _experts(writer, config, config.moe_intermediate_size)
+
+
+def _qwen2_moe(writer: Any, config: Any) -> None:
+    _experts(writer, config, config.moe_intermediate_size)
+    writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+
+
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("llama", _plain, interleaved=True),
     "mistral": Architecture("llama", _plain, interleaved=True),
@@ -85,6 +111,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen3": Architecture("qwen3", _plain),
     "gemma3_text": Architecture("gemma3", _gemma3, "gelu_pytorch_tanh", norm_shift=1.0, windowed=True),
     "phi3": Architecture("phi3", _phi3),
+    "mixtral": Architecture("llama", _mixtral, interleaved=True, sums_to_one=True),
+    "qwen2_moe": Architecture("qwen2moe", _qwen2_moe, sums_to_one=False),
+    "qwen3_moe": Architecture("qwen3moe", _qwen3_moe, sums_to_one=True),
 }
 """By transformers' model type."""
 
@@ -101,6 +130,12 @@ def architecture(config: Any) -> Architecture:
     own, found = ARCHITECTURES[kind], getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     if found != own.act:
         raise QuantkitError(f"llama.cpp has {own.act} in {own.name}, and this model has {found}; {OTHERS}")
+    if own.sums_to_one is not None and getattr(config, "norm_topk_prob", own.sums_to_one) != own.sums_to_one:
+        scaled = "scales" if own.sums_to_one else "does not scale"
+        raise QuantkitError(
+            f"llama.cpp {scaled} the weights of chosen experts to a sum of 1 in {own.name}, and norm_topk_prob says "
+            f"otherwise; {OTHERS}"
+        )
     return own
 
 
@@ -142,6 +177,23 @@ def tensor_names(own: Architecture, config: Any) -> Callable[[str], str | None]:
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[own.name], config.num_hidden_layers)
     return lambda name: names.get_name(name, try_suffixes=(".weight", ".bias"))
+
+
+def file_name(called: Callable[[str], str | None], own: Architecture, name: str) -> str:
+    """The name in a GGUF file of a model's tensor; of an expert's that of the stack that it is in.
+
+    Args:
+        called: `tensor_names`.
+        own: the architecture.
+        name: of the tensor in transformers' files.
+
+    Raises:
+        QuantkitError: llama.cpp has no such tensor.
+    """
+    found = called(unnumbered(name))
+    if found is None:
+        raise QuantkitError(f"llama.cpp's {own.name} has no {name}; {OTHERS}")
+    return found
 
 
 def describe(writer: Any, config: Any, own: Architecture, name: str) -> dict[str, Tensor]:

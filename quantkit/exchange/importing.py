@@ -6,8 +6,9 @@ order (`g_idx`) are brought side by side (`formats.ordered`).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,12 +28,13 @@ from quantkit.formats.scaled import ScaledWeight
 from quantkit.io.checkpoint import CheckpointWriter, read_config
 from quantkit.io.conversion import stored_layers
 from quantkit.io.gguf import gguf_folder
-from quantkit.io.gguf_header import TensorPlace, read_header
+from quantkit.io.gguf_header import Header, TensorPlace, read_header
 from quantkit.io.run_folder import Output
 from quantkit.io.source import Sharded, Source, open_folder
 from quantkit.io.stored_forms import FORMS, Dequantized, Numbers, quantization_of
 from quantkit.kernels.int_group_layout import STORED, WHOLE
-from quantkit.models.structure import block_linears, ends, is_lookup, linear_weight, one_weight, outer_linears
+from quantkit.models.experts import number_of, unnumbered
+from quantkit.models.structure import block_linears, ends, is_lookup, one_weight, outer_linears
 from quantkit.run.pipeline import Progress, run, silent
 from quantkit.run.recipe import Recipe
 from quantkit.run.record import and_others
@@ -168,16 +170,26 @@ def _of_file(file: Path) -> tuple[Source, dict[str, Any], str]:
     own = architecture(config)
     called, header, found = tensor_names(own, config), read_header(file), dict[str, Any]()
     kinds = {kind.number: kind for kind in (*SYMMETRIC, *WITH_ZEROS)}
-    for name, layer in _layers(source.model).items():
-        place = header.tensors.get(called(f"{name}.weight") or "")
-        if place is None or place.kind not in kinds:
+    layers = _layers(source.model)
+    for name, parts in stored_layers(source.model, layers).items():
+        held = [(_place(header, called, part), part, outputs) for part, outputs in parts]
+        known = {kinds.get(place.kind) for place, _, _ in held if place is not None}
+        kind = known.pop() if len(known) == 1 else None
+        if kind is None or any(place is None for place, _, _ in held):
             continue
-        kind = kinds[place.kind]
-        order = row_order(own, config, name, linear_weight(layer).shape[0])
-        read = _Blocks(file, place, kind, order.argsort())
+        reads = [
+            (_Blocks(file, place, kind, row_order(own, config, name, len(outputs)).argsort(), number_of(part)), outputs)
+            for place, part, outputs in held if place is not None
+        ]  # fmt: skip
         zero, dtype = (STORED, torch.float32) if kind.offset else (WHOLE, torch.float16)
-        found[name] = Taken(name, "gguf", kind.bits, BLOCK, zero, False, read, dtype)
+        found[name] = Taken(name, "gguf", kind.bits, BLOCK, zero, False, _Reading(reads), dtype)
     return source, _with_tie(source.model, found), "gguf"
+
+
+def _place(header: Header, called: Callable[[str], str | None], layer: str) -> TensorPlace | None:
+    """Where a file has a layer of transformers' files, or the stack that it is in; None where it has none such."""
+    name = called(unnumbered(f"{layer}.weight"))
+    return None if name is None else header.tensors.get(name)
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -200,17 +212,19 @@ def _with_tie(model: nn.Module, taken: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class _Blocks:
-    """A matrix in a GGUF file; `order` has its rows as the model has them."""
+    """A matrix in a GGUF file, or an expert's in a stack of them; `order` has its rows as the model has them."""
 
     file: Path
     place: TensorPlace
     kind: Kind
     order: Tensor
+    expert: int = 0
 
     def __call__(self) -> Numbers:
-        rows, columns = self.place.shape
+        rows, columns = self.place.shape[-2:]
         row = columns // BLOCK * self.kind.nbytes
-        held = np.fromfile(self.file, np.uint8, rows * row, offset=self.place.offset).reshape(rows, row)
+        start = self.place.offset + self.expert * rows * row
+        held = np.fromfile(self.file, np.uint8, rows * row, offset=start).reshape(rows, row)
         codes, scales, offsets = self.kind.unpack(held)
         zeros = torch.full_like(scales, 2 ** (self.kind.bits - 1), dtype=torch.int64)
         if offsets is not None:
@@ -238,7 +252,7 @@ def _taken(source: Source) -> dict[str, Any]:
             own = {origin.stored[0]: next(iter(own.values()))}
         if {*own} != {*origin.stored}:  # experts in one tensor, or parts that only numbers can tell
             continue
-        read = _Reading(shards, own)
+        read = _Reading([(partial(shards.numbers, stored), outputs) for stored, outputs in own.items()])
         numbers = read.found()
         if numbers is None:
             continue
@@ -260,10 +274,9 @@ def _taken(source: Source) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class _Reading:
-    """A layer in its files, which may have an expert's gate apart: the outputs of each part, int64 [n], by its name."""
+    """A layer in its files, which may have an expert's gate apart: what reads each part, and its outputs, int64 [n]."""
 
-    shards: Dequantized
-    parts: Mapping[str, Tensor]
+    parts: Sequence[tuple[Callable[[], Numbers | None], Tensor]]
 
     def __call__(self) -> Numbers:
         found = self.found()
@@ -272,7 +285,7 @@ class _Reading:
 
     def found(self) -> Numbers | None:
         """None where a part is not of whole numbers, or has other widths or groups than the first."""
-        parts = [self.shards.numbers(name) for name in self.parts]
+        parts = [read() for read, _ in self.parts]
         first = parts[0]
         if first is None or len(parts) == 1:
             return first
@@ -280,7 +293,7 @@ class _Reading:
         same = all(part.bits == first.bits and torch.equal(part.group, first.group) for part in known)
         if not same or len(known) < len(parts):
             return None
-        order = torch.cat([*self.parts.values()]).argsort()
+        order = torch.cat([outputs for _, outputs in self.parts]).argsort()
         codes, zeros, scales = (
             torch.cat([getattr(part, what) for part in known])[order] for what in ("codes", "zeros", "scales")
         )

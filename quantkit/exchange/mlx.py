@@ -1,5 +1,6 @@
 """MLX's affine form, which mlx-lm reads: codes at their own width, a scale and an offset a group."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,10 +13,12 @@ from quantkit.exchange.whole_numbers import scales_dtype
 from quantkit.formats.int_group import IntGroupWeight
 from quantkit.kernels.bitpack import unpack
 from quantkit.kernels.int_group_layout import STORED, middle
-from quantkit.models.experts import place
+from quantkit.models.experts import number_of, place
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _GROUPS = (32, 64, 128)
+_MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+"""Mixtral's names of an expert's layers, which all others call thus."""
 
 
 class MLX(FolderTarget):
@@ -31,6 +34,7 @@ class MLX(FolderTarget):
 
     def __init__(self, packed: PackedFolder, dtype: torch.dtype | None = None) -> None:
         super().__init__(packed, dtype or scales_dtype(packed))
+        self.check_experts(_form)
 
     def holds(self, layer: str) -> bool:
         """Layers outside of the blocks become dense where the form does not hold them."""
@@ -40,8 +44,8 @@ class MLX(FolderTarget):
         """See `Target`."""
         if not isinstance(weight, IntGroupWeight):
             return f"{weight.label}; it holds codes with scales (`--method gptq` or `rtn`), and {DENSE}"
-        if place(name) is not None:
-            return f"experts one by one; `--to compressed-tensors` has them, and {DENSE}"
+        if not self.packed.places[name]:
+            return f"experts that the model's files have all in one tensor; {DENSE}"
         if not isinstance(self.packed.model.get_submodule(name), nn.Linear | nn.Embedding):
             return f"layers such as {type(self.packed.model.get_submodule(name)).__name__}; {DENSE}"
         if weight.bits not in _BITS:
@@ -64,32 +68,73 @@ class MLX(FolderTarget):
         stored, offsets = self.cast(f"{name}'s scales", scales), self.cast(f"{name}'s offsets", -zeros * scales)
         group = torch.arange(weight.in_features) // weight.group_size
         read = codes.float() * stored.float()[:, group] + offsets.float()[:, group]
-        tensors = {"weight": _stream(codes, weight.bits), "scales": stored, "biases": offsets}
-        called = self._stored(name)
-        return {f"{called}.{part}": tensor.contiguous() for part, tensor in tensors.items()}, read
+        parts = {"weight": _stream(codes, weight.bits), "scales": stored, "biases": offsets}
+        tensors = {
+            f"{called}.{part}": tensor[outputs].contiguous()
+            for called, outputs in self.packed.places[name]
+            for part, tensor in parts.items()
+        }
+        return tensors, read
+
+    def arranged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `FolderTarget`: the experts of a block are stacked."""
+        stacks: dict[str, dict[int, Tensor]] = {}
+        for name in [name for name in tensors if place(name) is not None]:
+            stacks.setdefault(_stacked(name), {})[number_of(name)] = tensors.pop(name)
+        return tensors | {
+            name: torch.stack([parts[number] for number in sorted(parts)]) for name, parts in stacks.items()
+        }
 
     def config(self) -> dict[str, Any]:
         """The model's, with the bits and groups of each layer that differs from most."""
-        forms = {
-            name: (weight.group_size, weight.bits)
-            for name, weight in self._held()
-            if isinstance(weight, IntGroupWeight)
-        }
+        forms: dict[str, tuple[int, int]] = {}
+        for name, weight in self._held():
+            forms |= {_stacked(called): _form(weight) for called, _ in self.packed.places[name]}
         counted = [*forms.values()]
         usual = max(counted, key=counted.count)
         said: dict[str, Any] = {"group_size": usual[0], "bits": usual[1], "mode": "affine"}
-        said |= {
-            self._stored(name): {"group_size": form[0], "bits": form[1]}
-            for name, form in forms.items()
-            if form != usual
-        }
+        said |= {name: {"group_size": form[0], "bits": form[1]} for name, form in forms.items() if form != usual}
         dtype = str(self.dtype).removeprefix("torch.")
-        return self.packed.config() | {"dtype": dtype, "quantization": said, "quantization_config": said}
+        own = _with_older_keys(self.packed.config())
+        return own | {"dtype": dtype, "quantization": said, "quantization_config": said}
 
-    def _stored(self, layer: str) -> str:
-        """A layer's name as it is stored."""
-        ((name, _),) = self.packed.places[layer]
+
+def _with_older_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with what transformers calls otherwise since 5, and mlx-lm does not: without, it takes its defaults.
+
+    Those are the base of rotary positions and how they are scaled, Gemma's local layers', and the number of experts.
+    """
+    found = dict(config)
+    if isinstance(found.get("text_config"), dict):
+        found["text_config"] = _with_older_keys(found["text_config"])
+    if "num_local_experts" in found:
+        found.setdefault("num_experts", found["num_local_experts"])
+    said = found.get("rope_parameters") or {}
+    local, rope = said.get("sliding_attention") or {}, dict(said.get("full_attention") or said)
+    theta, kind = rope.pop("rope_theta", None), rope.get("rope_type", "default")
+    if theta is None:
+        return found
+    found.setdefault("rope_theta", theta)
+    found.setdefault("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
+    found.setdefault("rope_scaling", None if kind == "default" else rope | {"type": kind})
+    if "rope_theta" in local:
+        found.setdefault("rope_local_base_freq", local["rope_theta"])
+    return found
+
+
+def _form(weight: QuantizedWeight) -> tuple[int, int]:
+    """Weights of a group, and bits."""
+    assert isinstance(weight, IntGroupWeight)
+    return weight.group_size, weight.bits
+
+
+def _stacked(name: str) -> str:
+    """A tensor's or a layer's name; that of an expert's stack, as mlx-lm has it."""
+    of_expert = place(name)
+    if of_expert is None:
         return name
+    layer, dot, part = of_expert[2].partition(".")
+    return f"{of_expert[0].rpartition('.')[0]}.switch_mlp.{_MIXTRAL.get(layer, layer)}{dot}{part}"
 
 
 def _stream(codes: Tensor, bits: int) -> Tensor:

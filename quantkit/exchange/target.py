@@ -1,7 +1,7 @@
 """What an export has to know of the form that it writes; the forms are in the files beside."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from quantkit.exchange.packed import PackedFolder
 from quantkit.io.beside import files_beside
 from quantkit.io.run_folder import Output
 from quantkit.io.shards import INDEX, checksum, open_shard
+from quantkit.models.experts import parts
 
 Told = Callable[[int, int, str], None]
 """Called with (units done, units in all, what comes next)."""
@@ -78,6 +79,29 @@ class Target(ABC):
         """Whether a packed layer stays packed; the others become dense."""
         return self.outer or self.packed.inside(layer)
 
+    def check_experts(self, form: Callable[[QuantizedWeight], Hashable]) -> None:
+        """Looks whether the experts of each block can be one tensor.
+
+        Args:
+            form: what is the same of weights that go together.
+
+        Raises:
+            QuantkitError: they are packed in several ways.
+        """
+        ways: dict[str, dict[Hashable, str]] = {}
+        for name, part in parts(self.packed.model).items():
+            layer = name.removesuffix(".weight")
+            weight = self.packed.layers.get(layer)
+            if layer != name:
+                way = None if weight is None or not self.holds(layer) else form(weight)
+                ways.setdefault(part.stack, {}).setdefault(way, layer)
+        for layers in ways.values():
+            if len(layers) > 1:
+                raise QuantkitError(
+                    f"{' and '.join([*layers.values()][:2])} are packed in two ways, and {self.name} has the experts "
+                    "of a block in one tensor; give them one width and size of groups"
+                )
+
     @abstractmethod
     def refusal(self, name: str, weight: QuantizedWeight) -> str:
         """What of a layer on the meta device the form does not hold, and what would help; "" where it does."""
@@ -126,6 +150,10 @@ class FolderTarget(Target):
     def config(self) -> dict[str, Any]:
         """config.json."""
 
+    def arranged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A unit's tensors under the form's own names, where these are not those of the model's files."""
+        return tensors
+
     def settings(self) -> dict[str, Any]:
         """JSON of what was asked for; a run goes on only if it was asked for the same."""
         return {"to": self.name, "dtype": str(self.dtype)}
@@ -162,7 +190,7 @@ class FolderTarget(Target):
             else:
                 dense[f"{name}.weight"] = self.packed.as_dense(name, value, self.dtype)
                 opened.append(name)
-        found |= self.packed.as_stored(dense)
+        found = self.arranged(found | self.packed.as_stored(dense))
         sums = {name: checksum(tensor) for name, tensor in found.items()}
         return found, {"errors": errors, "dense": opened, "checksums": sums}
 

@@ -55,6 +55,11 @@ _DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", 
 """Vocabularies (tokenizer.ggml.pre) made from text in which every digit is a word."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """How Llama 3.1 and its successors scale rotary positions, but for the factor."""
+_WIDTHS = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+"""Of experts, which transformers' reader leaves at a config's defaults: their names in a file and in a config."""
 _TURNS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 """Tokens that end a turn of a conversation."""
 
@@ -182,8 +187,10 @@ def _model(file: Path, header: Header, alone: Path) -> Any:
         QuantkitError: it is not whole.
     """
     whole = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _keeps_blocks() else {}
+    said = {key.partition(".")[2]: value for key, value in header.metadata.items()}
+    widths = {name: said[key] for key, name in _WIDTHS.items() if key in said}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        alone, gguf_file="model.gguf", dtype=torch.float32, output_loading_info=True, **whole
+        alone, gguf_file="model.gguf", dtype=torch.float32, output_loading_info=True, **whole, **widths
     )
     model, info = loaded
     missing = sorted(info["missing_keys"])

@@ -60,6 +60,18 @@ def place(layer: str) -> tuple[str, int, str] | None:
     return None if found is None else (found["experts"], int(found["number"]), found["what"])
 
 
+def unnumbered(name: str) -> str:
+    """A tensor's name; that of an expert's without the number."""
+    of_expert = place(name)
+    return name if of_expert is None else f"{of_expert[0]}.{of_expert[2]}"
+
+
+def number_of(name: str) -> int:
+    """The number of the expert whose tensor a name is; 0 where it is none's."""
+    of_expert = place(name)
+    return 0 if of_expert is None else of_expert[1]
+
+
 def sees_text(layer: str) -> bool:
     """Whether text can reach a layer of the blocks, by its name: ERNIE 4.5 VL has experts for images alone."""
     return _OF_IMAGES.search(layer) is None

@@ -268,6 +268,24 @@ def test_blocks_of_a_gguf_file(kind, tied, tokenizer, tmp_path, monkeypatch):
     assert blocks == {name: matrix for name, matrix in again.items() if name in blocks}
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_experts_of_a_gguf_file(bits, tokenizer, tmp_path, monkeypatch):
+    """All of a block lie in one tensor there, gate and up in one each."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    config = deepcopy(CONFIGS["qwen3_moe"])
+    config.norm_topk_prob = True
+    config.save_pretrained(tmp_path / "source")
+    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    quantkit.quantize(tmp_path / "source", output=tmp_path / "packed", bits=bits, method="rtn", group_size=32)
+    quantkit.export(tmp_path / "packed", tmp_path / "model.gguf", to="gguf")
+    report = quantkit.import_model(tmp_path / "model.gguf", tmp_path / "again")
+    before, after = (layers_of(tmp_path / name) for name in ("packed", "again"))
+    assert before.keys() == after.keys() and len(report.layers) == len(before) == 40
+    for name, weight in before.items():
+        assert torch.equal(weight.dequantize(), after[name].dequantize())
+
+
 def test_a_gguf_file_without_such_blocks(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     model = AutoModelForCausalLM.from_config(CONFIGS["llama_even"]).float()
