@@ -54,6 +54,23 @@ def test_the_same_numbers(form, model_folder, tmp_path):
     assert torch.isfinite(model(torch.arange(12)[None]).logits).all()
 
 
+@pytest.mark.parametrize("form", ["gptq-4", "awq", "compressed-4"])
+def test_experts_and_heads_are_taken(form, model_folder, tmp_path):
+    """Experts' gate and up, which the files have apart, become one layer; a head is a layer too."""
+    meant = store(model_folder("qwen3_moe"), form, tmp_path / "stored", ("lm_head.weight",))
+    quantkit.import_model(tmp_path / "stored", tmp_path / "packed")
+    packed = layers_of(tmp_path / "packed")
+    assert "lm_head" in packed and len(packed) == 2 * 4 + 2 * 8 * 2 + 1
+    for name, weight in packed.items():
+        if name.endswith("gate_up_proj"):
+            apart = [meant[f"{name.replace('gate_up', part)}.weight"] for part in ("gate", "up")]
+            torch.testing.assert_close(weight.dequantize(), torch.cat(apart), rtol=1e-6, atol=0)
+        else:
+            torch.testing.assert_close(weight.dequantize(), meant[f"{name}.weight"], rtol=1e-6, atol=0)
+    model = quantkit.load(tmp_path / "packed", dtype=torch.float32)
+    assert torch.isfinite(model(torch.arange(12)[None]).logits).all()
+
+
 def test_products_in_an_order(model_folder, tmp_path):
     """Whatever runs them: packed, unpacked, with a correction."""
     store(model_folder("llama_even"), "gptq-3", tmp_path / "stored")

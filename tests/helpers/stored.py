@@ -175,15 +175,19 @@ FORMS = {
 """How a weight is packed, what its tensors' names begin with behind the layer's, and the quantization_config."""
 
 
-def store(folder, form, output):
-    """Writes a model's folder anew with its blocks' matrices in a form; the matrices that this stands for, by name."""
+def store(folder, form, output, also=()):
+    """Writes a model's folder anew with its blocks' matrices in a form, and those of the names in `also`.
+
+    Returns the matrices that this stands for, by name.
+    """
     pack, beginning, said = FORMS[form]
     output.mkdir()
     meant, tensors = {}, {}
     with safe_open(folder / "model.safetensors", "pt") as shard:
         for name in shard.keys():
             tensor = shard.get_tensor(name)
-            if ".layers." not in name or tensor.dim() != 2 or name.endswith(("gate.weight", "router.weight")):
+            left = ".layers." not in name or tensor.dim() != 2 or name.endswith(("gate.weight", "router.weight"))
+            if left and name not in also:
                 tensors[name] = tensor
                 continue
             parts, meant[name] = pack(tensor)
