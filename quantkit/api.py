@@ -393,7 +393,7 @@ def import_model(
     """Packs a model that another program has quantized to whole numbers, with the very same numbers.
 
     Args:
-        model: its folder or hub id (GPTQ, AWQ, auto-round, compressed-tensors), or a GGUF file.
+        model: its folder or hub id (GPTQ, AWQ, auto-round, compressed-tensors, MLX), or a GGUF file.
         output: folder to make, a packed checkpoint.
         resume: go on with an unfinished run towards `output`; overwrite: replace one, and `output`.
         progress: called with (blocks done, blocks in all, what comes next).

@@ -7,7 +7,7 @@ order (`g_idx`) are brought side by side (`formats.ordered`).
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,7 +31,8 @@ from quantkit.io.gguf import gguf_folder
 from quantkit.io.gguf_header import Header, TensorPlace, read_header
 from quantkit.io.run_folder import Output
 from quantkit.io.source import Sharded, Source, open_folder
-from quantkit.io.stored_forms import FORMS, Dequantized, Numbers, quantization_of
+from quantkit.io.stored.matrix import Numbers, with_offsets
+from quantkit.io.stored_forms import FORMS, Dequantized, quantization_of
 from quantkit.kernels.int_group_layout import STORED, WHOLE
 from quantkit.models.experts import number_of, unnumbered
 from quantkit.models.structure import block_linears, ends, is_lookup, one_weight, outer_linears
@@ -129,7 +130,7 @@ def import_model(
     """Makes a packed checkpoint of a model whose layers are stored as whole numbers, the same numbers.
 
     Args:
-        place: a folder of GPTQ, AWQ, auto-round or compressed-tensors, as their writers leave it; or a GGUF file.
+        place: a folder of GPTQ, AWQ, auto-round, compressed-tensors or MLX, as their writers leave it; or a GGUF file.
         output: the folder to make.
         name: of the model, for the report.
         resume, overwrite, progress: see `run.pipeline.quantize_checkpoint`.
@@ -157,8 +158,8 @@ def _of_folder(folder: Path) -> tuple[Source, dict[str, Any], str]:
     if form is None:
         raise QuantkitError(f"{folder} holds no quantized model; `quantkit quantize` makes one of it")
     if form not in FORMS:
-        raise QuantkitError(f"{folder} is quantized by {form}; whole numbers are taken from gptq, awq, auto-round and "
-                            "compressed-tensors")  # fmt: skip
+        raise QuantkitError(f"{folder} is quantized by {form}; whole numbers are taken from gptq, awq, auto-round, "
+                            "compressed-tensors and mlx")  # fmt: skip
     source = open_folder(folder)
     return source, _taken(source), form
 
@@ -226,14 +227,14 @@ class _Blocks:
         start = self.place.offset + self.expert * rows * row
         held = np.fromfile(self.file, np.uint8, rows * row, offset=start).reshape(rows, row)
         codes, scales, offsets = self.kind.unpack(held)
-        zeros = torch.full_like(scales, 2 ** (self.kind.bits - 1), dtype=torch.int64)
-        if offsets is not None:
-            level = scales == 0  # blocks of one number, which is their offset: of a step of 1 they are no steps
-            codes = codes.masked_fill(level.repeat_interleave(BLOCK, dim=1), 0)
-            scales = scales.masked_fill(level, 1.0)
-            zeros = -offsets / scales
         group = torch.arange(columns) // BLOCK
-        return Numbers(codes[self.order], zeros[self.order], scales[self.order], group, self.kind.bits)
+        zeros = torch.full_like(scales, 2 ** (self.kind.bits - 1), dtype=torch.int64)
+        found = Numbers(codes, zeros, scales, group, self.kind.bits)
+        if offsets is not None:
+            found = with_offsets(codes, scales, offsets, group, self.kind.bits)
+        return replace(
+            found, codes=found.codes[self.order], zeros=found.zeros[self.order], scales=found.scales[self.order]
+        )
 
 
 def _taken(source: Source) -> dict[str, Any]:
@@ -263,7 +264,8 @@ def _taken(source: Source) -> dict[str, Any]:
             continue
         ordered = not torch.equal(numbers.group, numbers.group.sort().values)
         zero = WHOLE if bool((numbers.zeros == 2 ** (numbers.bits - 1)).all()) else STORED
-        found[name] = Taken(name, shards.form, numbers.bits, size, zero, ordered, read)
+        dtype = torch.float16 if torch.equal(numbers.zeros, numbers.zeros.round()) else torch.float32
+        found[name] = Taken(name, shards.form, numbers.bits, size, zero, ordered, read, dtype)
     if left:
         note = f"{and_others(left)} stay dense: fp16 does not hold their scales, or their groups are of several sizes"
         if not found:
