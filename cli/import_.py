@@ -19,7 +19,7 @@ from quantkit.core.units import size
 
 def import_command(
     model: Annotated[
-        str, typer.Argument(help="Folder or hub id of GPTQ, AWQ, auto-round, compressed-tensors or MLX, or a GGUF file.")
+        str, typer.Argument(help="Folder or hub id of GPTQ, AWQ, auto-round, compressed-tensors, MLX; or a GGUF file.")
     ],
     output: Annotated[Path | None, typer.Option(help="Folder to make; by default ./MODEL-quantkit.")] = None,
     resume: options.Resume = False,
