@@ -1,6 +1,7 @@
 """What a model's folder or GGUF file holds, whoever has quantized it: by the names, shapes and types of its tensors."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,8 +83,9 @@ def _of_folder(folder: Path) -> Survey:
         return Survey(form, {}, 0, nbytes)
     found = Dequantized(shards, config)
     layers = {}
+    users = Counter(stored for made in found.made.values() for stored in made.parts.values())  # experts share a stack
     for name, made in found.made.items():
-        sizes = {part: shards.tensor_nbytes(stored) for part, stored in made.parts.items()}
+        sizes = {part: shards.tensor_nbytes(stored) // users[stored] for part, stored in made.parts.items()}
         main = max(sizes.values())
         bits = 8 * main / math.prod(made.shape)
         whole = int(bits) if bits % 1 < 0.4 else None  # words may hold as many codes as fit whole
@@ -98,7 +100,7 @@ def _of_folder(folder: Path) -> Survey:
 def _label(form: str, bits: int | None, shape: tuple[int, ...], parts: dict[str, tuple[str, list[int]]]) -> str:
     """A form with what its parts tell of it."""
     words = [form] + ([] if bits is None else [f"{bits} bits"])
-    for part, along in ((".scales", 0), (".weight_scale", -1)):
+    for part, along in ((".scales", -1 if ".biases" in parts else 0), (".weight_scale", -1)):  # MLX's are by row
         groups = parts[part][1][along] if part in parts and parts[part][1] else 0
         if groups > 1 and len(shape) > 1 and shape[-1] % groups == 0:
             words.append(f"g{shape[-1] // groups}")

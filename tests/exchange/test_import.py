@@ -1,6 +1,7 @@
 """`quantkit import`: what others have quantized is packed with the very same numbers, and goes back the same."""
 
 import json
+import shutil
 from copy import deepcopy
 
 import pytest
@@ -71,30 +72,36 @@ def test_experts_and_heads_are_taken(form, model_folder, tmp_path):
     assert torch.isfinite(model(torch.arange(12)[None]).logits).all()
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_what_mlx_has_quantized(tied, model_folder, tmp_path):
-    """By mlx-lm itself: offsets that are no whole numbers of steps, the embedding and the head among the layers."""
+@pytest.mark.parametrize("model, count", [("llama_even", 16), ("llama_tied", 16), ("mixtral", 26), ("qwen3_moe", 42)])
+def test_what_mlx_has_quantized(model, count, model_folder, tmp_path):
+    """By mlx-lm itself: offsets that are no whole numbers of steps; embedding, head and experts among the layers."""
     mlx, mlx_lm = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm")
     import numpy as np
 
-    mlx_lm.convert(str(model_folder("llama_tied" if tied else "llama_even")), str(tmp_path / "mlx"), True, 32, 4)
-    assert survey(tmp_path / "mlx").by == "mlx"
+    folder = shutil.copytree(model_folder(model), tmp_path / "model")
+    config = read_config(folder)
+    older = {"num_experts": config.get("num_local_experts"), "rope_theta": 10000.0}  # as mlx-lm knows them
+    (folder / "config.json").write_text(json.dumps(config | older))
+    mlx_lm.convert(str(folder), str(tmp_path / "mlx"), True, 32, 4)
+    found = survey(tmp_path / "mlx")
+    assert found.by == "mlx" and all(matrix.format.startswith("mlx ") for matrix in found.layers.values())
     report = quantkit.import_model(tmp_path / "mlx", tmp_path / "packed")
-    assert len(report.layers) == 14 + 2
+    assert len(report.layers) == count
     theirs, _ = mlx_lm.load(str(tmp_path / "mlx"))
     theirs.set_dtype(mlx.float32)
     tokens = torch.arange(24).view(2, 12)
     expected = torch.from_numpy(np.array(theirs(mlx.array(tokens.numpy()))))
     dense = tmp_path / "dense"
-    quantkit.quantize(tmp_path / "mlx", output=dense, bits=8, method="rtn")  # of what it stands for
-    for folder, most in ((tmp_path / "packed", 1e-4), (dense, 0.1)):
+    quantkit.quantize(tmp_path / "mlx", output=dense, bits=8, method="rtn", group_size=32)  # of what it stands for
+    for folder, most in ((tmp_path / "packed", 5e-3 if count > 16 else 1e-4), (dense, 0.1)):  # bf16 for routers
         with torch.no_grad():
             found = quantkit.load(folder, dtype=torch.float32)(tokens).logits
         torch.testing.assert_close(found, expected, rtol=0, atol=most * float(expected.abs().max()))
     quantkit.export(tmp_path / "packed", tmp_path / "again", to="mlx", dtype="bfloat16")
     first, again = (dict(shards.read(shards.specs)) for shards in map(Shards, (tmp_path / "mlx", tmp_path / "again")))
-    assert first.keys() == again.keys()
-    assert all(torch.equal(first[name], again[name]) for name in first if not name.endswith("biases"))
+    kept = {name for name in first if ".gate." not in name}
+    assert kept == {name for name in again if ".gate." not in name}
+    assert all(torch.equal(first[name], again[name]) for name in kept if not name.endswith("biases"))
 
 
 def test_products_in_an_order(model_folder, tmp_path):

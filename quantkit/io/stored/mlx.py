@@ -1,6 +1,7 @@
-"""MLX's affine form: codes as a stream of bits a row, a scale and an offset for each group."""
+"""MLX's affine form: codes as a stream of bits a row, a scale and an offset for each group; experts in stacks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ from quantkit.core.errors import QuantkitError
 from quantkit.io.shards import Shards
 from quantkit.io.stored.matrix import Numbers, Quantized, of_numbers, places, stream, with_offsets
 
+_MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+"""How Mixtral's own files call an expert's layers."""
+
 
 def mlx(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantized]:
-    """Layers, embeddings among them, of one width or of several, which config.json names."""
+    """Layers, embeddings among them, of one width or of several, which config.json names; experts one by one."""
     found = {}
     for place, names in places(shards, ".scales", ".weight", ".biases").items():
         own = config.get(place)
@@ -22,17 +26,35 @@ def mlx(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantized]:
                 f"{place} is stored in MLX's mode {said['mode']!r}, and quantkit reads affine ones; give the "
                 "full-precision model"
             )
-        shape, bits, size = shards.specs[names[".weight"]][1], int(said["bits"]), int(said["group_size"])
-        if len(shape) != 2:
-            raise QuantkitError(f"{place} holds experts in one tensor of MLX's; give the full-precision model")
-        rows, columns = shape[0], shape[1] * 32 // bits
-        if shards.specs[names[".scales"]][1] != [rows, columns // size]:
+        *stack, rows, words = shards.specs[names[".weight"]][1]
+        bits, size = int(said["bits"]), int(said["group_size"])
+        columns = words * 32 // bits
+        if shards.specs[names[".scales"]][1] != [*stack, rows, columns // size]:
             raise ValueError(f"{place}: {shards.specs[names['.scales']][1]} scales for {rows} x {columns}")
-
-        def numbers(p: Mapping[str, Tensor], bits: int = bits, size: int = size, columns: int = columns) -> Numbers:
-            codes = stream(p[".weight"].view(torch.int32), bits, columns)
-            scales, offsets = p[".scales"].float(), p[".biases"].float()
-            return with_offsets(codes, scales, offsets, torch.arange(columns) // size, bits)
-
-        found[f"{place}.weight"] = of_numbers(names, (rows, columns), numbers)
+        for number, name in enumerate(_names(place, stack)):
+            made = partial(_numbers, number if stack else None, bits, size, columns)
+            found[f"{name}.weight"] = of_numbers(names, (rows, columns), made)
     return found
+
+
+def _names(place: str, stack: Sequence[int]) -> list[str]:
+    """As other programs' files call a layer, or each expert's of a stack.
+
+    Raises:
+        ValueError: it is a stack of something else.
+    """
+    if not stack:
+        return [place]
+    block, found, layer = place.partition(".switch_mlp.")
+    if not found or len(stack) > 1:
+        raise ValueError(f"{place} has {len(stack) + 2} dimensions")
+    named = _MIXTRAL.get(layer, layer) if block.endswith("block_sparse_moe") else layer
+    return [f"{block}.experts.{number}.{named}" for number in range(stack[0])]
+
+
+def _numbers(expert: int | None, bits: int, size: int, columns: int, parts: Mapping[str, Tensor]) -> Numbers:
+    codes, scales, offsets = (
+        parts[what] if expert is None else parts[what][expert] for what in (".weight", ".scales", ".biases")
+    )
+    group = torch.arange(columns) // size
+    return with_offsets(stream(codes.view(torch.int32), bits, columns), scales.float(), offsets.float(), group, bits)
