@@ -15,6 +15,9 @@ from quantkit.exchange.whole_numbers import WholeNumbers
 from quantkit.kernels.int_group_layout import STORED
 from quantkit.models.experts import place
 
+_EXPERTS = r"re:.*\.experts\.\d+\..*"
+"""Of a scheme, which layers have it: transformers knows experts' scheme by such a pattern."""
+
 
 class CompressedTensors(WholeNumbers):
     """Numbers of 4 or 8 bits, for which vLLM has kernels, or of any other width that is asked for."""
@@ -28,9 +31,19 @@ class CompressedTensors(WholeNumbers):
         if find_spec("compressed_tensors") is None:
             raise QuantkitError("the package compressed-tensors is missing: pip install compressed-tensors")
         super().__init__(packed, dtype, carrier)
+        self.check_experts(self._sort)
+        of_experts = {self._sort(weight): name for name, weight in self._held() if place(name) is not None}
+        if len(of_experts) > 1:
+            raise QuantkitError(
+                f"{' and '.join([*of_experts.values()][:2])} are packed in two ways, and readers of {self.name} have "
+                f"one scheme for all experts; give them one width and size of groups, or {DENSE}"
+            )
 
     def refusal(self, name: str, weight: QuantizedWeight) -> str:
         """See `WholeNumbers`; groups by activation order, which it once had, it has no more."""
+        own = grid(weight)
+        if place(name) is not None and own is not None and own.zero == STORED:
+            return f"experts with zeros, for which its readers have no code; a symmetric grid goes, and {DENSE}"
         if is_ordered(weight):
             return f"groups of inputs that lie apart; `--to gptq` has them, and {DENSE}"
         return super().refusal(name, weight)
@@ -58,26 +71,33 @@ class CompressedTensors(WholeNumbers):
             tensors[f"{name}.weight_zero_point"] = pack_to_int32(zeros, bits, packed_dim=0)
         return tensors
 
+    def _sort(self, weight: QuantizedWeight) -> tuple[int, int, bool]:
+        """What layers of one scheme have in common: bits, the size of groups, whether zero is the number 0."""
+        own = grid(weight)
+        assert own is not None
+        group = -1 if own.group_size > own.in_features else own.group_size
+        return self.carrier(number_bits(own)), group, own.zero != STORED
+
     def config(self) -> dict[str, Any]:
-        """The model's, with a scheme for each sort of layers."""
+        """The model's, with a scheme for each sort of layers; experts have one of their own, as readers look for it."""
         from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
-        sorts: dict[tuple[int, int, bool], list[str]] = {}
+        sorts: dict[tuple[bool, int, int, bool], list[str]] = {}
         for name, weight in self._held():
-            own = grid(weight)
-            assert own is not None
-            group = -1 if own.group_size >= own.in_features else own.group_size
-            sorts.setdefault((self.carrier(number_bits(own)), group, own.zero != STORED), []).append(name)
+            bits, group, symmetric = self._sort(weight)
+            if place(name) is None and group >= weight.shape[1]:
+                group = -1
+            sorts.setdefault((place(name) is not None, bits, group, symmetric), []).append(name)
         kept = {name for names in sorts.values() for name in names}
         others = [
             name for name, module in self.packed.model.named_modules()
             if _has_matrix(module) and name not in kept
         ]  # fmt: skip
         schemes = {}
-        for nth, ((bits, group, symmetric), names) in enumerate(sorts.items()):
+        for nth, ((of_experts, bits, group, symmetric), names) in enumerate(sorts.items()):
             grouped = {"strategy": "channel"} if group < 0 else {"strategy": "group", "group_size": group}
             weights = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, **grouped)
-            targets = ["Linear"] if len(sorts) == 1 else self._named(names)
+            targets = [_EXPERTS] if of_experts else ["Linear"] if len(sorts) == 1 else self._named(names)
             schemes[f"group_{nth}"] = QuantizationScheme(targets=targets, weights=weights)
         made = QuantizationConfig(
             config_groups=schemes, format="pack-quantized", quantization_status="compressed", ignore=self._named(others)

@@ -29,7 +29,7 @@ from quantkit.formats.int_group import IntGroupWeight
 from quantkit.io.classes import config_of
 from quantkit.kernels.bitpack import unpack
 from quantkit.kernels.int_group_layout import STORED
-from quantkit.models.experts import number_of, place
+from quantkit.models.experts import number_of, parts, place
 from quantkit.models.structure import ROUTERS
 
 
@@ -61,6 +61,10 @@ class GGUF(Target):
         self._called = tensor_names(self._architecture, self._config)
         super().__init__(packed, dtype)
         self.check_experts(self._kind)
+        self._dense_stacks: dict[str, list[str]] = {}
+        """Experts that are all dense, which packed folders keep in one tensor: their layers, by its name."""
+        for name, part in parts(packed.model).items():
+            self._dense_stacks.setdefault(part.stack, []).append(name.removesuffix(".weight"))
 
     def holds(self, layer: str) -> bool:
         """Layers outside of the blocks become dense where there are no such blocks."""
@@ -105,19 +109,21 @@ class GGUF(Target):
     def _name(self, name: str) -> str:
         return file_name(self._called, self._architecture, name)
 
-    def _stacks(self, unit: int) -> dict[str, list[tuple[str, Tensor | None]]]:
-        """The tensors of a unit by their names in the file, and what each is made of: what `described` names, and which
-        of its rows, int64 [n]; one for each expert, in their order, else all of one.
+    def _stacks(self, unit: int) -> dict[str, list[tuple[str, Any, int]]]:
+        """The tensors of a unit by their names in the file, and what each is made of: what `described` names, an index
+        of the part that is taken, and how many rows that is; one an expert, in their order, else all (None) of one.
         """
-        found: dict[str, dict[int, tuple[str, Tensor | None]]] = {}
+        found: dict[str, dict[int, tuple[str, Any, int]]] = {}
         for name, value in self.packed.described(unit).items():
             own = f"{name}.weight" if isinstance(value, QuantizedWeight) else name
-            layer = own.removesuffix(".weight")
-            if place(layer) is None:
-                found[self._name(own)] = {0: (name, None)}
-                continue
-            for stored, rows in self.packed.places[layer]:
-                found.setdefault(self._name(f"{stored}.weight"), {})[number_of(stored)] = name, rows
+            layer, stack = own.removesuffix(".weight"), self._dense_stacks.get(name, ())
+            if place(layer) is None and not stack:
+                found[self._name(own)] = {0: (name, None, value.shape[0])}
+            for expert, one in enumerate(stack or ([layer] if place(layer) is not None else [])):
+                for stored, rows in self.packed.places[one]:
+                    index = (expert, rows.numpy()) if stack else rows.numpy()
+                    parts = found.setdefault(self._name(f"{stored}.weight"), {})
+                    parts[number_of(stored)] = name, index, len(rows)
         return {name: [parts[number] for number in sorted(parts)] for name, parts in found.items()}
 
     def _type(self, name: str, value: QuantizedWeight | Tensor) -> Kind | torch.dtype:
@@ -191,10 +197,10 @@ class GGUF(Target):
             writer.add_tensor_info(name, tensor.shape, np.float32, 4 * tensor.numel())
         for unit in self.packed.units:
             described = self.packed.described(unit)
-            for called, parts in self._stacks(unit).items():
-                (name, rows), value = parts[0], described[parts[0][0]]
-                outputs = value.shape[0] if rows is None else len(rows)
-                shape = (*(() if rows is None else (len(parts),)), outputs, *value.shape[1:])
+            for called, own in self._stacks(unit).items():
+                (name, index, outputs), value = own[0], described[own[0][0]]
+                columns = value.shape[-1:] if len(value.shape) > 1 else ()
+                shape = (*(() if index is None else (len(own),)), outputs, *columns)
                 if _is_router(name) and outputs == 1:  # a vector, in llama.cpp's own files
                     shape = shape[1:]
                 held = self._type(name, value)
@@ -226,9 +232,9 @@ class GGUF(Target):
                     dense = self.packed.as_dense(name, value, self.dtype)
                     arrays[name] = self._array(f"{name}.weight", dense)
                     opened.append(name)
-            for parts in self._stacks(unit).values():
-                whole = [arrays[name] if rows is None else arrays[name][rows.numpy()] for name, rows in parts]
-                writer.write_tensor_data(whole[0] if parts[0][1] is None else np.stack(whole))
+            for own in self._stacks(unit).values():
+                whole = [arrays[name] if index is None else arrays[name][index] for name, index, _ in own]
+                writer.write_tensor_data(whole[0] if own[0][1] is None else np.stack(whole))
         progress(len(self.packed.units), len(self.packed.units), "the file")
         return errors, opened
 

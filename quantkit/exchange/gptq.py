@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quantkit.core.errors import QuantkitError
 from quantkit.exchange.integers import Integers, grid, is_ordered, number_bits
-from quantkit.exchange.packed import DENSE, PackedFolder
+from quantkit.exchange.packed import PackedFolder
 from quantkit.exchange.whole_numbers import WholeNumbers
 from quantkit.kernels.int_group_layout import STORED
 
@@ -22,8 +22,6 @@ class GPTQForm(WholeNumbers):
         super().__init__(packed, dtype, carrier)
         held = [weight for _, weight in self._held()]
         own = [found for weight in held if (found := grid(weight)) is not None]
-        if not own:
-            raise QuantkitError(f"{self.name} holds layers of the blocks, and none of these is packed; {DENSE}")
         groups = {min(weight.group_size, weight.in_features) for weight in own}
         by_rows = all(weight.group_size >= weight.in_features for weight in own)
         if len(groups) > 1 and not by_rows:

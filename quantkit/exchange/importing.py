@@ -256,6 +256,7 @@ def _taken(source: Source) -> dict[str, Any]:
         read = _Reading([(partial(shards.numbers, stored), outputs) for stored, outputs in own.items()])
         numbers = read.found()
         if numbers is None:
+            left += [name] if read.differs else []
             continue
         counts = numbers.group.bincount()
         size = int(counts.max())
@@ -267,7 +268,7 @@ def _taken(source: Source) -> dict[str, Any]:
         dtype = torch.float16 if torch.equal(numbers.zeros, numbers.zeros.round()) else torch.float32
         found[name] = Taken(name, shards.form, numbers.bits, size, zero, ordered, read, dtype)
     if left:
-        note = f"{and_others(left)} stay dense: fp16 does not hold their scales, or their groups are of several sizes"
+        note = f"{and_others(left)} stay dense: fp16 does not hold their scales, or their groups or widths are several"
         if not found:
             raise QuantkitError(f"nothing can be taken as it is: {note}")
         source.notes = (*source.notes, note)
@@ -284,6 +285,11 @@ class _Reading:
         found = self.found()
         assert found is not None
         return found
+
+    @property
+    def differs(self) -> bool:
+        """Whether some part is of whole numbers, of those that do not go together."""
+        return len(self.parts) > 1 and any(read() is not None for read, _ in self.parts)
 
     def found(self) -> Numbers | None:
         """None where a part is not of whole numbers, or has other widths or groups than the first."""

@@ -59,6 +59,11 @@ def grid(weight: QuantizedWeight) -> IntGroupWeight | None:
     return base if isinstance(base, IntGroupWeight) else None
 
 
+def factor_of(weight: QuantizedWeight) -> float:
+    """By which all of a weight is multiplied."""
+    return float(weight.factor) if isinstance(weight, ScaledWeight) else 1.0
+
+
 def is_ordered(weight: QuantizedWeight) -> bool:
     """Whether a weight has its inputs in an order of its own."""
     return isinstance(_behind_factor(weight), OrderedWeight)
@@ -77,7 +82,6 @@ def integers(weight: QuantizedWeight) -> Integers | None:
     """A weight that has a `grid`, on the CPU, as whole numbers; None where its zeros are none."""
     own = grid(weight)
     assert own is not None
-    factor = float(weight.factor) if isinstance(weight, ScaledWeight) else 1.0
     behind = _behind_factor(weight)
     order = behind.order.long() if isinstance(behind, OrderedWeight) else None
     codes = unpack(own.codes, own.bits, own.in_features).short()
@@ -85,7 +89,7 @@ def integers(weight: QuantizedWeight) -> Integers | None:
     if order is not None:
         back = order.argsort()
         codes, group = codes[:, back], group[back]
-    scales, bits = factor * own.scales.float().T.contiguous(), number_bits(own)
+    scales, bits = factor_of(weight) * own.scales.float().T.contiguous(), number_bits(own)
     if own.zeros is None:
         return Integers(2 * codes - (2**own.bits - 1), scales / 2, None, bits, group)
     if own.zero == WHOLE:

@@ -1,22 +1,33 @@
 """MLX's affine form, which mlx-lm reads: codes at their own width, a scale and an offset a group."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from quantkit.core.errors import QuantkitError
 from quantkit.core.weight import QuantizedWeight
+from quantkit.exchange.integers import factor_of, grid, is_ordered
 from quantkit.exchange.packed import DENSE, PackedFolder
 from quantkit.exchange.target import FolderTarget
 from quantkit.exchange.whole_numbers import scales_dtype
-from quantkit.formats.int_group import IntGroupWeight
 from quantkit.kernels.bitpack import unpack
 from quantkit.kernels.int_group_layout import STORED, middle
 from quantkit.models.experts import number_of, place
 
+logger = logging.getLogger(__name__)
+
 _BITS = (2, 3, 4, 5, 6, 8)
 _GROUPS = (32, 64, 128)
+_REMADE = ("kv_b_proj",)
+"""Layers that mlx-lm takes apart when it loads them, and rounds anew: they become dense."""
+_TRIED = {
+    "gemma3_text", "glm4_moe", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+    "deepseek_v3",
+}  # fmt: skip
+"""Types of models that mlx-lm has run from such a folder, to the same numbers."""
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 """Mixtral's names of an expert's layers, which all others call thus."""
 
@@ -34,24 +45,39 @@ class MLX(FolderTarget):
 
     def __init__(self, packed: PackedFolder, dtype: torch.dtype | None = None) -> None:
         super().__init__(packed, dtype or scales_dtype(packed))
+        self.refuse_nothing()
         self.check_experts(_form)
+        kind = str(packed.model.config.get_text_config().model_type)
+        turned = [
+            name for unit in packed.units for name, value in packed.described(unit).items() if _is_turned(name, value)
+        ]
+        if turned:
+            raise QuantkitError(
+                f"{turned[0]} is a convolution, which mlx-lm has in another order in {kind}; {DENSE}, which its own "
+                "mlx_lm.convert takes"
+            )
+        if kind not in _TRIED:
+            logger.warning("mlx-lm has not been tried here with models of type %s; compare what it predicts", kind)
 
     def holds(self, layer: str) -> bool:
         """Layers outside of the blocks become dense where the form does not hold them."""
+        if layer.rpartition(".")[2] in _REMADE:
+            return False
         return self.packed.inside(layer) or not self.refusal(layer, self.packed.layers[layer])
 
     def refusal(self, name: str, weight: QuantizedWeight) -> str:
         """See `Target`."""
-        if not isinstance(weight, IntGroupWeight):
+        own = grid(weight)
+        if own is None or is_ordered(weight):
             return f"{weight.label}; it holds codes with scales (`--method gptq` or `rtn`), and {DENSE}"
         if not self.packed.places[name]:
             return f"experts that the model's files have all in one tensor; {DENSE}"
         if not isinstance(self.packed.model.get_submodule(name), nn.Linear | nn.Embedding):
             return f"layers such as {type(self.packed.model.get_submodule(name)).__name__}; {DENSE}"
-        if weight.bits not in _BITS:
-            return f"codes of {weight.bits} bits; it has {', '.join(map(str, _BITS))}, and {DENSE}"
-        columns = weight.shape[1]
-        group = min(weight.group_size, columns)
+        if own.bits not in _BITS:
+            return f"codes of {own.bits} bits; it has {', '.join(map(str, _BITS))}, and {DENSE}"
+        columns = own.in_features
+        group = min(own.group_size, columns)
         if group not in _GROUPS or columns % group:
             known = ", ".join(map(str, _GROUPS))
             return f"groups of {group} of {columns} inputs; it has {known}, which divide the inputs, and {DENSE}"
@@ -59,16 +85,17 @@ class MLX(FolderTarget):
 
     def tensors(self, name: str, weight: QuantizedWeight) -> tuple[dict[str, Tensor], Tensor]:
         """See `Target`."""
-        assert isinstance(weight, IntGroupWeight)
-        codes = unpack(weight.codes, weight.bits, weight.in_features)
-        scales = weight.scales.float().T
-        zeros: Tensor | float = middle(weight.bits, weight.zero)
-        if weight.zeros is not None and weight.zero == STORED:
-            zeros = weight.zeros.float().T
+        own = grid(weight)
+        assert own is not None
+        codes = unpack(own.codes, own.bits, own.in_features)
+        scales = factor_of(weight) * own.scales.float().T
+        zeros: Tensor | float = middle(own.bits, own.zero)
+        if own.zeros is not None and own.zero == STORED:
+            zeros = own.zeros.float().T
         stored, offsets = self.cast(f"{name}'s scales", scales), self.cast(f"{name}'s offsets", -zeros * scales)
-        group = torch.arange(weight.in_features) // weight.group_size
+        group = torch.arange(own.in_features) // own.group_size
         read = codes.float() * stored.float()[:, group] + offsets.float()[:, group]
-        parts = {"weight": _stream(codes, weight.bits), "scales": stored, "biases": offsets}
+        parts = {"weight": _stream(codes, own.bits), "scales": stored, "biases": offsets}
         tensors = {
             f"{called}.{part}": tensor[outputs].contiguous()
             for called, outputs in self.packed.places[name]
@@ -124,8 +151,14 @@ def _with_older_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _form(weight: QuantizedWeight) -> tuple[int, int]:
     """Weights of a group, and bits."""
-    assert isinstance(weight, IntGroupWeight)
-    return weight.group_size, weight.bits
+    own = grid(weight)
+    assert own is not None
+    return own.group_size, own.bits
+
+
+def _is_turned(name: str, value: QuantizedWeight | Tensor) -> bool:
+    """Whether a tensor is a convolution's over positions, [channels, 1, positions]."""
+    return "conv" in name and isinstance(value, Tensor) and value.dim() == 3
 
 
 def _stacked(name: str) -> str:

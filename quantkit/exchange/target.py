@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantkit.core.errors import QuantkitError
 from quantkit.core.weight import QuantizedWeight
-from quantkit.exchange.packed import PackedFolder
+from quantkit.exchange.packed import DENSE, PackedFolder
 from quantkit.io.beside import files_beside
 from quantkit.io.run_folder import Output
 from quantkit.io.shards import INDEX, checksum, open_shard
@@ -79,8 +79,13 @@ class Target(ABC):
         """Whether a packed layer stays packed; the others become dense."""
         return self.outer or self.packed.inside(layer)
 
+    def refuse_nothing(self) -> None:
+        """Raises QuantkitError where no layer would stay packed."""
+        if not self._held():
+            raise QuantkitError(f"no layer that {self.name} holds is packed; {DENSE}")
+
     def check_experts(self, form: Callable[[QuantizedWeight], Hashable]) -> None:
-        """Looks whether the experts of each block can be one tensor.
+        """Looks whether the experts of each block can be one tensor, as readers have them.
 
         Args:
             form: what is the same of weights that go together.
@@ -98,8 +103,8 @@ class Target(ABC):
         for layers in ways.values():
             if len(layers) > 1:
                 raise QuantkitError(
-                    f"{' and '.join([*layers.values()][:2])} are packed in two ways, and {self.name} has the experts "
-                    "of a block in one tensor; give them one width and size of groups"
+                    f"{' and '.join([*layers.values()][:2])} are stored in two ways, and readers of {self.name} have "
+                    "the experts of a block in one tensor; give them one width and size of groups"
                 )
 
     @abstractmethod

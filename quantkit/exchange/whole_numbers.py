@@ -42,6 +42,7 @@ class WholeNumbers(FolderTarget):
             raise QuantkitError(f"carrier={carrier}: {self.name} has numbers of {known} bits")
         self.asked = carrier
         super().__init__(packed, dtype or scales_dtype(packed))
+        self.refuse_nothing()
         for name, weight in self._held():
             own = grid(weight)
             if own is not None and own.zero == STORED:
@@ -57,10 +58,10 @@ class WholeNumbers(FolderTarget):
         own = grid(weight)
         if own is None:
             return f"{weight.label}; it holds whole numbers with scales (`--method gptq` or `rtn`), and {DENSE}"
-        if place(name) is not None and not self.experts:
-            return f"experts one by one; `--to compressed-tensors` has them, and {DENSE}"
         if not self.packed.places[name]:
             return f"experts that the model's files have all in one tensor; {DENSE}"
+        if place(name) is not None and not self.experts:
+            return f"experts one by one; `--to compressed-tensors` has them, and {DENSE}"
         if not isinstance(self.packed.model.get_submodule(name), nn.Linear):
             return f"layers such as {type(self.packed.model.get_submodule(name)).__name__}; {DENSE}"
         rows, columns = weight.shape

@@ -188,7 +188,8 @@ def _model(file: Path, header: Header, alone: Path) -> Any:
     """
     whole = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _keeps_blocks() else {}
     said = {key.partition(".")[2]: value for key, value in header.metadata.items()}
-    widths = {name: said[key] for key, name in _WIDTHS.items() if key in said}
+    named = str(header.metadata["general.architecture"])  # Mixtral's is Llama's, whose config has no such width
+    widths = {name: said[key] for key, name in _WIDTHS.items() if key in said and named.endswith("moe")}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         alone, gguf_file="model.gguf", dtype=torch.float32, output_loading_info=True, **whole, **widths
     )

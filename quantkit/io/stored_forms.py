@@ -9,7 +9,7 @@ compressed-tensors, and MLX's `quantize`.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _ODD = (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError)
 """What comes of files and settings that are not what their form says."""
+_KEPT = 3
+"""Stacks of experts: an expert's gate, its up and its down are read in turn."""
 _SAYING = ("quantization_config", "compression_config", "quantization")
 """Where a config.json says how a model is quantized."""
 
@@ -80,6 +82,8 @@ class Dequantized(Shards):
                 f"{shards.folder}: its config.json or its tensors are not what {method} has "
                 f"({type(error).__name__}: {first_line(error)}); fetch it anew"
             ) from error
+        self._users = Counter(part for made in self.made.values() for part in made.parts.values())
+        self._kept: dict[tuple[str, ...], dict[str, Tensor]] = {}
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
         kinds = {str(known).removeprefix("torch."): name for name, known in DTYPES.items() if known.is_floating_point}
         kind = kinds.get(dtype, "BF16")
@@ -95,6 +99,10 @@ class Dequantized(Shards):
         """See `Shards.read`."""
         names = list(names)
         wanted = {name: self.made[name] for name in names if name in self.made}
+        for name in [name for name, made in wanted.items() if self._users[next(iter(made.parts.values()))] > 1]:
+            made = wanted.pop(name)
+            names.remove(name)
+            yield name, self._matrix(name, made, self._parts(made))
         users: dict[str, list[str]] = defaultdict(list)
         for name, made in wanted.items():
             for part in made.parts.values():
@@ -120,6 +128,18 @@ class Dequantized(Shards):
             raise CheckpointError(f"{name}: its parts make {list(matrix.shape)}, not {list(made.shape)}")
         return matrix.to(self._dtype)
 
+    def _parts(self, made: Quantized) -> dict[str, Tensor]:
+        """A matrix' stored parts, by what they are; of stacks that many share the last few stay in memory."""
+        names = tuple(made.parts.values())
+        if names not in self._kept:
+            stored = dict(self._shards.read(names))
+            if self._users[names[0]] == 1:
+                return {what: stored[part] for what, part in made.parts.items()}
+            while len(self._kept) >= _KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[names] = stored
+        return {what: self._kept[names][part] for what, part in made.parts.items()}
+
     def numbers(self, name: str) -> Numbers | None:
         """The whole numbers that a matrix is stored as; None where it is not.
 
@@ -129,9 +149,9 @@ class Dequantized(Shards):
         made = self.made.get(name)
         if made is None or made.numbers is None:
             return None
-        stored = dict(self._shards.read(made.parts.values()))
+        stored = self._parts(made)
         try:
-            return made.numbers({what: stored[part] for what, part in made.parts.items()})
+            return made.numbers(stored)
         except (*_ODD, RuntimeError) as error:
             raise CheckpointError(f"{name}: {first_line(error)}; the {self.form} files are damaged") from error
 

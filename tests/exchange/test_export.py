@@ -434,12 +434,64 @@ def test_experts_go_to_compressed_tensors_and_back(kind, model_of, packed, tmp_p
     assert first.keys() == twice.keys() and all(torch.equal(first[name], twice[name]) for name in first)
 
 
-def test_experts_in_one_tensor_are_refused(model_of, packed, tmp_path):
-    folder = packed(4, model_of("gpt_oss", EXPERTS["gpt_oss"]), group_size=32)
-    with pytest.raises(QuantkitError, match="experts that the model's files have all in one tensor; `--to dense`"):
-        quantkit.export(folder, tmp_path / "out", to="compressed-tensors")
+@pytest.mark.parametrize("bits, of_experts", [(8, 4), (4, 8)])
+def test_experts_have_a_width_of_their_own(bits, of_experts, model_of, packed, tmp_path):
+    """transformers finds the experts' scheme by a pattern, and else takes the first one."""
+    source = model_of("qwen3_moe, experts", EXPERTS["qwen3_moe"])
+    folder = packed(bits, source, group_size=32, experts_bits=of_experts)
+    quantkit.export(folder, tmp_path / "out", to="compressed-tensors", dtype="float32")
+    groups = read_config(tmp_path / "out")["quantization_config"]["config_groups"].values()
+    (own,) = (group for group in groups if any("experts" in target for target in group["targets"]))
+    assert own["weights"]["num_bits"] == of_experts and own["targets"] == [r"re:.*\.experts\.\d+\..*"]
+    if hasattr(compressed_tensors, "CompressedTensorsDequantize"):  # newer than 5.17
+        unpacked = CompressedTensorsConfig(dequantize=True)
+        load = AutoModelForCausalLM.from_pretrained
+        close(logits(load(tmp_path / "out", dtype=torch.float32, quantization_config=unpacked)), folder)
+
+
+def test_experts_that_readers_would_not_have_are_refused(model_of, packed, tmp_path):
+    folder = packed(4, model_of("gpt_oss, experts", EXPERTS["gpt_oss"]), group_size=32)
+    for to in ("compressed-tensors", "gptq", "mlx"):
+        with pytest.raises(QuantkitError, match="experts that the model's files have all in one tensor; `--to dense`"):
+            quantkit.export(folder, tmp_path / "out", to=to)
+    source = model_of("qwen3_moe, experts", EXPERTS["qwen3_moe"])
     with pytest.raises(QuantkitError, match="experts one by one; `--to compressed-tensors` has them"):
-        quantkit.export(folder, tmp_path / "out", to="gptq")
+        quantkit.export(packed(4, source, group_size=32), tmp_path / "out", to="gptq")
+    with pytest.raises(QuantkitError, match="experts with zeros"):
+        quantkit.export(packed(4, source, group_size=32, symmetric=False), tmp_path / "out", to="compressed-tensors")
+    wider = {"*experts.1.down_proj": RTN(8, group_size=32)}
+    quantkit.quantize(source, output=tmp_path / "wider", bits=4, method="rtn", group_size=32, rules=wider)
+    for to in ("compressed-tensors", "mlx", "gguf"):
+        with pytest.raises(QuantkitError, match=r"experts\.0\.down_proj and .*experts\.1\.down_proj are .* two ways"):
+            quantkit.export(tmp_path / "wider", tmp_path / "out.gguf", to=to)
+
+
+def test_mlx_refuses_what_mlx_lm_has_otherwise(model_of, packed, tmp_path):
+    """Convolutions, which it turns; and where nothing stays packed."""
+    convolved = AutoConfig.for_model("lfm2", **SIZES, layer_types=["conv", "full_attention"])
+    with pytest.raises(QuantkitError, match=r"conv.* is a convolution, which mlx-lm has in another order in lfm2"):
+        quantkit.export(packed(4, model_of("lfm2", convolved), group_size=32), tmp_path / "out", to="mlx")
+    source = model_of("qwen3", AutoConfig.for_model("qwen3", **SIZES | LLAMAS["qwen3"]))
+    quantkit.quantize(
+        source, output=tmp_path / "head", bits=4, method="rtn", rules={"model.layers.*": None}, head_bits=7
+    )
+    for to in ("mlx", "compressed-tensors", "gptq"):
+        with pytest.raises(QuantkitError, match=f"no layer that {to} holds is packed"):
+            quantkit.export(tmp_path / "head", tmp_path / "out", to=to)
+
+
+@pytest.mark.parametrize("kept", ["*experts*", "*layers.0.*experts*"])
+def test_dense_experts_in_gguf(kept, model_of, packed, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    source = model_of("qwen3_moe", AutoConfig.for_model("qwen3_moe", **SIZES | LLAMAS["qwen3_moe"]))
+    folder = tmp_path / "packed"
+    quantkit.quantize(source, output=folder, bits=4, method="rtn", group_size=32, rules={kept: None})
+    quantkit.export(folder, tmp_path / "model.gguf", to="gguf", dtype="float32")
+    quantkit.import_model(tmp_path / "model.gguf", tmp_path / "again")
+    close(logits(quantkit.load(tmp_path / "again", dtype=torch.float32)), folder, 1e-3)  # whose ends are in fp16
+    quantkit.export(folder, tmp_path / "mlx", to="mlx", dtype="float32")
+    quantkit.import_model(tmp_path / "mlx", tmp_path / "mine")
+    close(logits(quantkit.load(tmp_path / "mine", dtype=torch.float32)), folder)
 
 
 def test_groups_as_wide_as_some_layers(packed, model_of, tmp_path):

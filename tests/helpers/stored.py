@@ -152,6 +152,17 @@ def _group(bits, symmetric=True, strategy="group"):
     return {"config_groups": {"all": {"targets": ["Linear"], "weights": weights}}}
 
 
+def mlx(bits):
+    def pack(weight):
+        codes, zeros, scale = rounded(weight, bits, 32)
+        offsets = -zeros * scale.float()
+        parts = {".weight": words(codes, bits).view(torch.uint32), ".scales": scale, ".biases": offsets}
+        columns = weight.shape[1]
+        return parts, codes * spread(scale.float(), columns) + spread(offsets, columns)
+
+    return pack
+
+
 FORMS = {
     "fp8": (fp8, ".weight", {"quant_method": "fp8", "weight_block_size": [32, 32]}),
     "fbgemm_fp8": (fbgemm, ".weight", {"quant_method": "fbgemm_fp8"}),
@@ -171,6 +182,7 @@ FORMS = {
     "compressed-fp8": (
         channel_fp8, ".weight", {"quant_method": "compressed-tensors"} | _group(8, strategy="channel")
     ),
+    "mlx-3": (mlx(3), "", {"bits": 3, "group_size": 32}),  # which names no method
 }  # fmt: skip
 """How a weight is packed, what its tensors' names begin with behind the layer's, and the quantization_config."""
 

@@ -122,6 +122,13 @@ ODD = {
     "by block": (
         "compressed-fp8", {"config_groups": {"a": {"weights": {"num_bits": 8, "strategy": "block"}}}}, None, "by block"
     ),
+    "other groups than said": (
+        "compressed-4", {"config_groups": {"a": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 64}}}},
+        None, "are not what compressed-tensors has .*factors",
+    ),
+    "half a bit of MLX's": ("mlx-3", {"bits": 3.5}, None, "are not what mlx has .*3 bits in groups of 32"),
+    "another mode": ("mlx-3", {"mode": "mxfp4"}, None, "MLX's mode 'mxfp4', and quantkit reads affine ones"),
+    "no offsets": ("mlx-3", {}, "1.mlp.up_proj.biases", "are not what mlx has .*biases"),
     "no groups": ("compressed-4", {"config_groups": []}, None, "are not what compressed-tensors has"),
 }  # fmt: skip
 

@@ -1,6 +1,8 @@
 """compressed-tensors' integers and E4M3."""
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,19 +13,21 @@ from quantkit.core.errors import QuantkitError
 from quantkit.io.shards import Shards
 from quantkit.io.stored.matrix import Numbers, Quantized, of_numbers, places, stream, with_inputs
 
+_FACTS = ("num_bits", "strategy", "group_size", "symmetric")
+
 
 def compressed(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantized]:
     """compressed-tensors' packed and plain integers and E4M3, with factors by group, row or tensor."""
-    asked = [group["weights"] for group in config["config_groups"].values()]
-    facts = ("num_bits", "strategy", "group_size", "symmetric")
-    kinds = {tuple(one.get(fact) for fact in facts) for one in asked}
-    found = {}
+    groups, found = [*config["config_groups"].values()], dict[str, Quantized]()
+    exact = [{*map(str, group.get("targets") or ())} for group in groups]
     told = shards.read([name for name in shards.specs if name.endswith(".weight_shape")])
     shapes = {name: tuple(map(int, shape.tolist())) for name, shape in told}
     for place, names in places(
         shards, ".weight_scale", ".weight", ".weight_packed", ".weight_shape", ".weight_zero_point", ".weight_g_idx",
         ".weight_global_scale",
     ).items():  # fmt: skip
+        named = [group for group, targets in zip(groups, exact, strict=True) if _names(targets, place)]
+        kinds = {tuple(one["weights"].get(fact) for fact in _FACTS) for one in named or groups}
         strategies, symmetric = {kind[1] for kind in kinds}, all(kind[3] is not False for kind in kinds)
         if ".weight_global_scale" in names or not strategies <= {"group", "channel", "tensor"}:
             raise QuantkitError(
@@ -36,8 +40,9 @@ def compressed(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantized
             words = shards.specs[names[".weight_packed"]][1][1]
             rows, columns = shapes.get(names.get(".weight_shape", ""), (0, 0))
             bits = next((b for b in sorted({int(kind[0]) for kind in kinds}) if _fits(words, columns, b)), 0)
-            if not bits:
+            if not bits or shards.specs[names[".weight_packed"]][0] != "I32":
                 raise ValueError(f"{place}: {words} words for {columns} columns")
+            _check_scales(shards.specs[names[".weight_scale"]][1], rows, columns, kinds)
             found[f"{place}.weight"] = of_numbers(names, (rows, columns), partial(_of_packed, bits, columns))
         elif ".weight" in names:
             kind, sizes = shards.specs[names[".weight"]]
@@ -47,6 +52,26 @@ def compressed(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantized
                 of_numbers(names, shape, made) if kind == "I8" else Quantized(names, shape, _of_floats)
             )
     return with_inputs(found, shards, ".input_scale")
+
+
+def _names(targets: set[str], layer: str) -> bool:
+    """Whether targets name a layer itself, and not only its class."""
+    patterns = [target[3:] for target in targets if target.startswith("re:")]
+    try:
+        return layer in targets or any(re.match(pattern, layer) for pattern in patterns)
+    except re.error as error:
+        raise ValueError(f"{error} in a target") from error
+
+
+def _check_scales(shape: Sequence[int], rows: int, columns: int, kinds: Collection[tuple[Any, ...]]) -> None:
+    """Raises ValueError where factors are not one for all, for each row, or for each group of each row."""
+    size = int(next(iter(kinds))[2] or 0) if len(kinds) == 1 else 0
+    by_group = {kind[1] for kind in kinds} == {"group"} and size > 0
+    wanted = [[rows, -(-columns // size)]] if by_group else [[rows], [rows, 1], [1], [1, 1], []]
+    if (by_group or len(kinds) == 1) and list(shape) not in wanted:
+        raise ValueError(f"factors {list(shape)} for {rows} x {columns}")
+    if len(kinds) > 1 and shape and math.prod(shape) > 1 and shape[0] != rows:
+        raise ValueError(f"factors {list(shape)} for {rows} rows")
 
 
 def _fits(words: int, columns: int, bits: int) -> bool:

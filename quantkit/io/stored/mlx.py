@@ -11,6 +11,9 @@ from quantkit.core.errors import QuantkitError
 from quantkit.io.shards import Shards
 from quantkit.io.stored.matrix import Numbers, Quantized, of_numbers, places, stream, with_offsets
 
+_STACK = ".switch_mlp."
+"""In the names of experts' stacks."""
+_FLOATS = ("BF16", "F16", "F32")
 _MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 """How Mixtral's own files call an expert's layers."""
 
@@ -26,28 +29,46 @@ def mlx(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantized]:
                 f"{place} is stored in MLX's mode {said['mode']!r}, and quantkit reads affine ones; give the "
                 "full-precision model"
             )
-        *stack, rows, words = shards.specs[names[".weight"]][1]
+        names = {part: names[part] for part in (".weight", ".scales", ".biases")}
+        (kind, [*stack, rows, words]), (of_scales, scales), (of_biases, biases) = (
+            shards.specs[name] for name in names.values()
+        )
         bits, size = int(said["bits"]), int(said["group_size"])
         columns = words * 32 // bits
-        if shards.specs[names[".scales"]][1] != [*stack, rows, columns // size]:
-            raise ValueError(f"{place}: {shards.specs[names['.scales']][1]} scales for {rows} x {columns}")
+        right = kind == "U32" and of_scales in _FLOATS and of_biases in _FLOATS and bits == said["bits"]
+        if not right or not scales == biases == [*stack, rows, columns // size]:
+            raise ValueError(
+                f"{place}: {bits} bits in groups of {size} for {kind} {[*stack, rows, words]}, scales {scales}"
+            )
         for number, name in enumerate(_names(place, stack)):
             made = partial(_numbers, number if stack else None, bits, size, columns)
             found[f"{name}.weight"] = of_numbers(names, (rows, columns), made)
+    for name in shards.specs:
+        if _STACK in name and name.endswith(".weight") and f"{name.removesuffix('.weight')}.scales" not in shards.specs:
+            count, rows, columns = shards.specs[name][1]
+            for number, one in enumerate(_names(name.removesuffix(".weight"), [count])):
+                found[f"{one}.weight"] = Quantized({"weight": name}, (rows, columns), partial(_of_stack, number))
     return found
+
+
+def _of_stack(expert: int, parts: Mapping[str, Tensor]) -> Tensor:
+    return parts["weight"][expert].float()
 
 
 def _names(place: str, stack: Sequence[int]) -> list[str]:
     """As other programs' files call a layer, or each expert's of a stack.
 
     Raises:
-        ValueError: it is a stack of something else.
+        QuantkitError: it is a stack of something else.
     """
     if not stack:
         return [place]
-    block, found, layer = place.partition(".switch_mlp.")
+    block, found, layer = place.partition(_STACK)
     if not found or len(stack) > 1:
-        raise ValueError(f"{place} has {len(stack) + 2} dimensions")
+        raise QuantkitError(
+            f"{place} is a tensor of {len(stack) + 2} dimensions that mlx-lm makes of others, and not one of those "
+            "that quantkit knows; give the full-precision model"
+        )
     named = _MIXTRAL.get(layer, layer) if block.endswith("block_sparse_moe") else layer
     return [f"{block}.experts.{number}.{named}" for number in range(stack[0])]
 
