@@ -18,7 +18,8 @@ SAID = {
     "awq": ("awq 4 bits g32", 4), "bnb-4": ("bitsandbytes 4 bits", 4), "bnb-4-nested": ("bitsandbytes 4 bits", 4),
     "bnb-8": ("bitsandbytes 8 bits", 8), "compressed-4": ("compressed-tensors 4 bits g32", 4),
     "compressed-3-whole": ("compressed-tensors 3 bits g32", 3),
-    "compressed-3-asym": ("compressed-tensors 3 bits g32", 3), "compressed-fp8": ("compressed-tensors 8 bits", 8), "mlx-3": ("mlx 3 bits g32", 3),
+    "compressed-3-asym": ("compressed-tensors 3 bits g32", 3), "compressed-fp8": ("compressed-tensors 8 bits", 8),
+    "mlx-3": ("mlx 3 bits g32", 3),
 }  # fmt: skip
 
 
