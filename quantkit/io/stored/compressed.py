@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantkit.core.errors import QuantkitError
 from quantkit.io.shards import Shards
-from quantkit.io.stored.matrix import Numbers, Quantized, of_numbers, places, stream, with_inputs
+from quantkit.io.stored.matrix import Numbers, Quantized, check_words, of_numbers, places, stream, with_inputs
 
 _FACTS = ("num_bits", "strategy", "group_size", "symmetric")
 
@@ -40,7 +40,8 @@ def compressed(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantized
             words = shards.specs[names[".weight_packed"]][1][1]
             rows, columns = shapes.get(names.get(".weight_shape", ""), (0, 0))
             bits = next((b for b in sorted({int(kind[0]) for kind in kinds}) if _fits(words, columns, b)), 0)
-            if not bits or shards.specs[names[".weight_packed"]][0] != "I32":
+            check_words(shards, names[".weight_packed"])
+            if not bits:
                 raise ValueError(f"{place}: {words} words for {columns} columns")
             _check_scales(shards.specs[names[".weight_scale"]][1], rows, columns, kinds)
             found[f"{place}.weight"] = of_numbers(names, (rows, columns), partial(_of_packed, bits, columns))

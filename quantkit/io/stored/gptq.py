@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quantkit.core.errors import QuantkitError
 from quantkit.io.shards import Shards
-from quantkit.io.stored.matrix import Numbers, Quantized, groups_of, of_numbers, places, stream
+from quantkit.io.stored.matrix import Numbers, Quantized, check_words, groups_of, of_numbers, places, stream
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight columns AutoAWQ puts into a word's nibbles, the lowest first."""
@@ -22,6 +22,7 @@ def gptq(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantized]:
     offset = 0 if version == "gptq_v2" else 1
     found = {}
     for place, names in places(shards, ".qweight", ".qzeros", ".scales", ".g_idx").items():
+        check_words(shards, names[".qweight"], names[".qzeros"])
         words, outputs = shards.specs[names[".qweight"]][1]
         inputs, (groups, _) = words * 32 // bits, shards.specs[names[".scales"]][1]
         if ".g_idx" not in names and config.get("desc_act"):
@@ -58,6 +59,7 @@ def awq(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantized]:
         raise QuantkitError("of AWQ quantkit reads 4 bits in the gemm version; give the full-precision model")
     found = {}
     for place, names in places(shards, ".qweight", ".qzeros", ".scales").items():
+        check_words(shards, names[".qweight"], names[".qzeros"])
         inputs, words = shards.specs[names[".qweight"]][1]
         groups, _ = shards.specs[names[".scales"]][1]
         names = {part: names[part] for part in (".qweight", ".qzeros", ".scales")}

@@ -78,6 +78,13 @@ def places(shards: Shards, *suffixes: str) -> dict[str, dict[str, str]]:
     return {place: {s: f"{place}{s}" for s in suffixes if f"{place}{s}" in shards.specs} for place in first}
 
 
+def check_words(shards: Shards, *names: str) -> None:
+    """Raises ValueError where tensors are no words of 32 bits, whose codes would be read from other numbers."""
+    for name in names:
+        if shards.specs[name][0] != "I32":
+            raise ValueError(f"{name} is {shards.specs[name][0]}")
+
+
 def with_inputs(found: dict[str, Quantized], shards: Shards, suffix: str) -> dict[str, Quantized]:
     """Matrices with the factors of their layers' inputs, which are left as they are here, among their parts."""
     for names in places(shards, suffix, ".weight").values():
