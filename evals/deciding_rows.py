@@ -71,7 +71,6 @@ class EndToEnd:
         evaluate_every: steps between measurements.
         mode, lr: see `PVSettings`; `mode` is None for its default.
         embeddings: whether the embedding, and the head with it where they are tied, is tuned too.
-        seqlen: tokens of a sequence; None for the protocol's.
     """
 
     steps: int = 100
@@ -82,7 +81,6 @@ class EndToEnd:
     mode: str | None = None
     lr: float = 0.003
     embeddings: bool = True
-    seqlen: int | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,6 @@ class Searched:
 
 Way = Quantized | Searched | PeerGrid
 LATER: dict[type, dict[str, Any]] = {
-    EndToEnd: {"seqlen": None},
     Quantized: {"sequences": None, "left_out": 0},
     Searched: {"start": "best", "tuning": None},
 }
@@ -178,15 +175,10 @@ class Row:
     @property
     def settings(self) -> dict[str, Any]:
         """JSON of the way; with the model, the text and the protocol a row is known by it."""
-        way = _without_later(self.way)
-        if tuning := getattr(self.way, "tuning", None):
-            way["tuning"] = _without_later(tuning)
-        return {"way": type(self.way).__name__} | way
-
-
-def _without_later(settings: Any) -> dict[str, Any]:
-    later = LATER.get(type(settings), {})
-    return {name: value for name, value in asdict(settings).items() if name not in later or value != later[name]}
+        kind = type(self.way)
+        later = LATER.get(kind, {})
+        way = {name: value for name, value in asdict(self.way).items() if name not in later or value != later[name]}
+        return {"way": kind.__name__} | way
 
 
 def _integers() -> Iterator[Row]:
@@ -236,7 +228,7 @@ def _searched() -> Iterator[Row]:
         way = Searched(bits, candidates, "gptq(3, group_size=64)")
         yield Row("search-gptq-g64", "search over GPTQ, groups of 64", bits, way, True)
     base, finer = (f"hadamard(trellis({bits}, state_bits={states}))" for bits, states in ((2, 14), (3, 12)))
-    tuned = EndToEnd(1032, 1, 1064, 32, evaluate_every=129, mode="continuous", seqlen=256)  # small steps gain more
+    tuned = EndToEnd(steps=400, batch=1, evaluate_every=100, mode="continuous")  # many small steps gain more
     for name, more, tuning in (("", "", None), ("-tuned", ", tuned end to end", tuned)):
         way = Searched(2.03, f"{base}, {finer}", base, generations=0, start="predicted", tuning=tuning)
         label = f"trellis, 2^14 states, few layers of 3 bits by prediction{more}"
