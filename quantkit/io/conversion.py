@@ -311,7 +311,7 @@ def _stored_experts(model: nn.Module, part: Part) -> list[list[tuple[str, Tensor
     whole: Any = _Stacked(model)
     experts, *sides = whole.get_parameter(part.stack).shape
     outputs = sides[1 if part.transposed else 0]
-    marked = torch.arange(experts * outputs).view(experts, outputs, 1)
+    marked = torch.arange(experts * outputs).view(experts, outputs, 1).repeat(1, 1, 2)  # 5.17 drops a column of one
     found: list[list[tuple[str, Tensor]]] = [[] for _ in range(experts)]
     reverted = revert_weight_conversion(whole, {part.stack: marked.transpose(1, 2) if part.transposed else marked})
     for name, rows in reverted.items():
