@@ -13,6 +13,7 @@ from quantkit.exchange.integers import factor_of, grid, is_ordered
 from quantkit.exchange.packed import DENSE, PackedFolder
 from quantkit.exchange.target import FolderTarget
 from quantkit.exchange.whole_numbers import scales_dtype
+from quantkit.io.stored.mlx import stacked
 from quantkit.kernels.bitpack import unpack
 from quantkit.kernels.int_group_layout import STORED, middle
 from quantkit.models.experts import number_of, place
@@ -28,8 +29,6 @@ _TRIED = {
     "deepseek_v3",
 }  # fmt: skip
 """Types of models that mlx-lm has run from such a folder, to the same numbers."""
-_MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-"""Mixtral's names of an expert's layers, which all others call thus."""
 
 
 class MLX(FolderTarget):
@@ -47,7 +46,7 @@ class MLX(FolderTarget):
         super().__init__(packed, dtype or scales_dtype(packed))
         self.refuse_nothing()
         self.check_experts(_form)
-        kind = str(packed.model.config.get_text_config().model_type)
+        kind = str(packed.model.config.model_type)
         turned = [
             name for unit in packed.units for name, value in packed.described(unit).items() if _is_turned(name, value)
         ]
@@ -107,7 +106,7 @@ class MLX(FolderTarget):
         """See `FolderTarget`: the experts of a block are stacked."""
         stacks: dict[str, dict[int, Tensor]] = {}
         for name in [name for name in tensors if place(name) is not None]:
-            stacks.setdefault(_stacked(name), {})[number_of(name)] = tensors.pop(name)
+            stacks.setdefault(stacked(name), {})[number_of(name)] = tensors.pop(name)
         return tensors | {
             name: torch.stack([parts[number] for number in sorted(parts)]) for name, parts in stacks.items()
         }
@@ -116,7 +115,7 @@ class MLX(FolderTarget):
         """The model's, with the bits and groups of each layer that differs from most."""
         forms: dict[str, tuple[int, int]] = {}
         for name, weight in self._held():
-            forms |= {_stacked(called): _form(weight) for called, _ in self.packed.places[name]}
+            forms |= {stacked(called): _form(weight) for called, _ in self.packed.places[name]}
         counted = [*forms.values()]
         usual = max(counted, key=counted.count)
         said: dict[str, Any] = {"group_size": usual[0], "bits": usual[1], "mode": "affine"}
@@ -159,15 +158,6 @@ def _form(weight: QuantizedWeight) -> tuple[int, int]:
 def _is_turned(name: str, value: QuantizedWeight | Tensor) -> bool:
     """Whether a tensor is a convolution's over positions, [channels, 1, positions]."""
     return "conv" in name and isinstance(value, Tensor) and value.dim() == 3
-
-
-def _stacked(name: str) -> str:
-    """A tensor's or a layer's name; that of an expert's stack, as mlx-lm has it."""
-    of_expert = place(name)
-    if of_expert is None:
-        return name
-    layer, dot, part = of_expert[2].partition(".")
-    return f"{of_expert[0].rpartition('.')[0]}.switch_mlp.{_MIXTRAL.get(layer, layer)}{dot}{part}"
 
 
 def _stream(codes: Tensor, bits: int) -> Tensor:

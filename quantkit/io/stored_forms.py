@@ -97,12 +97,11 @@ class Dequantized(Shards):
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """See `Shards.read`."""
-        names = list(names)
+        names = dict.fromkeys(names)
+        for name in [name for name in names if name in self.made and self._is_shared(self.made[name])]:
+            del names[name]
+            yield name, self._matrix(name, self.made[name], self._parts(self.made[name]))
         wanted = {name: self.made[name] for name in names if name in self.made}
-        for name in [name for name, made in wanted.items() if self._users[next(iter(made.parts.values()))] > 1]:
-            made = wanted.pop(name)
-            names.remove(name)
-            yield name, self._matrix(name, made, self._parts(made))
         users: dict[str, list[str]] = defaultdict(list)
         for name, made in wanted.items():
             for part in made.parts.values():
@@ -128,12 +127,16 @@ class Dequantized(Shards):
             raise CheckpointError(f"{name}: its parts make {list(matrix.shape)}, not {list(made.shape)}")
         return matrix.to(self._dtype)
 
+    def _is_shared(self, made: Quantized) -> bool:
+        """Whether a matrix is one of several in the same stored tensors."""
+        return self._users[next(iter(made.parts.values()))] > 1
+
     def _parts(self, made: Quantized) -> dict[str, Tensor]:
         """A matrix' stored parts, by what they are; of stacks that many share the last few stay in memory."""
         names = tuple(made.parts.values())
         if names not in self._kept:
             stored = dict(self._shards.read(names))
-            if self._users[names[0]] == 1:
+            if not self._is_shared(made):
                 return {what: stored[part] for what, part in made.parts.items()}
             while len(self._kept) >= _KEPT:
                 del self._kept[next(iter(self._kept))]

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,14 +19,14 @@ _FACTS = ("num_bits", "strategy", "group_size", "symmetric")
 def compressed(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantized]:
     """compressed-tensors' packed and plain integers and E4M3, with factors by group, row or tensor."""
     groups, found = [*config["config_groups"].values()], dict[str, Quantized]()
-    exact = [{*map(str, group.get("targets") or ())} for group in groups]
+    targets = [_Targets(group.get("targets") or ()) for group in groups]
     told = shards.read([name for name in shards.specs if name.endswith(".weight_shape")])
     shapes = {name: tuple(map(int, shape.tolist())) for name, shape in told}
     for place, names in places(
         shards, ".weight_scale", ".weight", ".weight_packed", ".weight_shape", ".weight_zero_point", ".weight_g_idx",
         ".weight_global_scale",
     ).items():  # fmt: skip
-        named = [group for group, targets in zip(groups, exact, strict=True) if _names(targets, place)]
+        named = [group for group, own in zip(groups, targets, strict=True) if own.name(place)]
         kinds = {tuple(one["weights"].get(fact) for fact in _FACTS) for one in named or groups}
         strategies, symmetric = {kind[1] for kind in kinds}, all(kind[3] is not False for kind in kinds)
         if ".weight_global_scale" in names or not strategies <= {"group", "channel", "tensor"}:
@@ -55,13 +55,19 @@ def compressed(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantized
     return with_inputs(found, shards, ".input_scale")
 
 
-def _names(targets: set[str], layer: str) -> bool:
-    """Whether targets name a layer itself, and not only its class."""
-    patterns = [target[3:] for target in targets if target.startswith("re:")]
-    try:
-        return layer in targets or any(re.match(pattern, layer) for pattern in patterns)
-    except re.error as error:
-        raise ValueError(f"{error} in a target") from error
+class _Targets:
+    """What a group of config.json is for: names of layers, patterns, and names of classes, which are left out here."""
+
+    def __init__(self, given: Iterable[Any]) -> None:
+        self._exact = {*map(str, given)}
+        try:
+            self._patterns = [re.compile(target[3:]) for target in self._exact if target.startswith("re:")]
+        except re.error as error:
+            raise ValueError(f"{error} in a target") from error
+
+    def name(self, layer: str) -> bool:
+        """Whether they name a layer itself."""
+        return layer in self._exact or any(pattern.match(layer) for pattern in self._patterns)
 
 
 def _check_scales(shape: Sequence[int], rows: int, columns: int, kinds: Collection[tuple[Any, ...]]) -> None:

@@ -108,6 +108,6 @@ def stream(words: Tensor, bits: int, count: int) -> Tensor:
     """The first codes of a bit stream in each row of int32 [rows, words], lowest bits first: int64 [rows, count]."""
     start = torch.arange(count) * bits
     word, shift = start // 32, start % 32
-    stream = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, 1))
-    low, high = stream[:, word], stream[:, (word + 1).clamp(max=stream.shape[1] - 1)]
+    held = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, 1))
+    low, high = held[:, word], held[:, (word + 1).clamp(max=held.shape[1] - 1)]
     return ((low | high << 32) >> shift) & (2**bits - 1)

@@ -10,23 +10,34 @@ from torch import Tensor
 from quantkit.core.errors import QuantkitError
 from quantkit.io.shards import Shards
 from quantkit.io.stored.matrix import Numbers, Quantized, of_numbers, places, stream, with_offsets
+from quantkit.models.experts import place
 
 _STACK = ".switch_mlp."
 """In the names of experts' stacks."""
 _FLOATS = ("BF16", "F16", "F32")
 _MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 """How Mixtral's own files call an expert's layers."""
+_OF_MIXTRAL = {own: name for name, own in _MIXTRAL.items()}
+
+
+def stacked(name: str) -> str:
+    """The name that MLX has for a tensor or a layer of other programs' files: an expert's is that of a stack."""
+    of_expert = place(name)
+    if of_expert is None:
+        return name
+    layer, dot, part = of_expert[2].partition(".")
+    return f"{of_expert[0].rpartition('.')[0]}{_STACK}{_OF_MIXTRAL.get(layer, layer)}{dot}{part}"
 
 
 def mlx(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantized]:
     """Layers, embeddings among them, of one width or of several, which config.json names; experts one by one."""
     found = {}
-    for place, names in places(shards, ".scales", ".weight", ".biases").items():
-        own = config.get(place)
+    for layer, names in places(shards, ".scales", ".weight", ".biases").items():
+        own = config.get(layer)
         said = {**config, **own} if isinstance(own, Mapping) else config
         if said.get("mode", "affine") != "affine":
             raise QuantkitError(
-                f"{place} is stored in MLX's mode {said['mode']!r}, and quantkit reads affine ones; give the "
+                f"{layer} is stored in MLX's mode {said['mode']!r}, and quantkit reads affine ones; give the "
                 "full-precision model"
             )
         names = {part: names[part] for part in (".weight", ".scales", ".biases")}
@@ -38,9 +49,9 @@ def mlx(shards: Shards, config: Mapping[str, Any]) -> dict[str, Quantized]:
         right = kind == "U32" and of_scales in _FLOATS and of_biases in _FLOATS and bits == said["bits"]
         if not right or not scales == biases == [*stack, rows, columns // size]:
             raise ValueError(
-                f"{place}: {bits} bits in groups of {size} for {kind} {[*stack, rows, words]}, scales {scales}"
+                f"{layer}: {bits} bits in groups of {size} for {kind} {[*stack, rows, words]}, scales {scales}"
             )
-        for number, name in enumerate(_names(place, stack)):
+        for number, name in enumerate(_names(layer, stack)):
             made = partial(_numbers, number if stack else None, bits, size, columns)
             found[f"{name}.weight"] = of_numbers(names, (rows, columns), made)
     for name in shards.specs:
@@ -55,21 +66,21 @@ def _of_stack(expert: int, parts: Mapping[str, Tensor]) -> Tensor:
     return parts["weight"][expert].float()
 
 
-def _names(place: str, stack: Sequence[int]) -> list[str]:
-    """As other programs' files call a layer, or each expert's of a stack.
+def _names(layer: str, stack: Sequence[int]) -> list[str]:
+    """As other programs' files call a layer, or each expert's of a stack: `stacked`, backwards.
 
     Raises:
         QuantkitError: it is a stack of something else.
     """
     if not stack:
-        return [place]
-    block, found, layer = place.partition(_STACK)
+        return [layer]
+    block, found, what = layer.partition(_STACK)
     if not found or len(stack) > 1:
         raise QuantkitError(
-            f"{place} is a tensor of {len(stack) + 2} dimensions that mlx-lm makes of others, and not one of those "
+            f"{layer} is a tensor of {len(stack) + 2} dimensions that mlx-lm makes of others, and not one of those "
             "that quantkit knows; give the full-precision model"
         )
-    named = _MIXTRAL.get(layer, layer) if block.endswith("block_sparse_moe") else layer
+    named = _MIXTRAL.get(what, what) if block.endswith("block_sparse_moe") else what
     return [f"{block}.experts.{number}.{named}" for number in range(stack[0])]
 
 
