@@ -4,22 +4,12 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.normalizers import Prepend, Replace, Sequence
-from tokenizers.pre_tokenizers import Metaspace
-from tokenizers.processors import TemplateProcessing
-from tokenizers.trainers import BpeTrainer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
-    CompressedTensorsConfig,
-    PreTrainedTokenizerFast,
 )
-from transformers.integrations import compressed_tensors
 from typer.testing import CliRunner
 
 import quantkit
@@ -28,82 +18,17 @@ from quantkit.cli.main import app
 from quantkit.core.errors import QuantkitError
 from quantkit.exchange.export import TARGETS, export_folder
 from quantkit.exchange.survey import survey
-from quantkit.io.checkpoint import contents, read_config
+from quantkit.io.checkpoint import contents
 from quantkit.io.gguf_header import read_header
 from quantkit.io.shards import Shards
 
 from ..conftest import CONFIGS
 from ..helpers.experts import EXPERTS
+from ..helpers.exports import LLAMAS, SIZES, TEXT, close, logits, rtn
 from ..helpers.vision import SEEING
-
-TOKENS = torch.arange(10, 40).view(2, 15)
-TEXT = "class Node:\n    def __init__(self, value=12.5):\n        self.value = value  # naïve\n"
-
 
 TRELLIS = {"method": "hadamard(trellis(2, state_bits=8))", "group_size": None, "fisher": False}
 TRELLIS |= {"calibration": "stdlib", "num_samples": 4, "seqlen": 64}
-
-
-@torch.no_grad()
-def logits(model, tokens=TOKENS):
-    return model.eval()(tokens).logits.float()
-
-
-def close(found, packed, most=1e-5):
-    expected = logits(quantkit.load(packed, dtype=torch.float32))
-    torch.testing.assert_close(found, expected, rtol=0, atol=most * float(expected.abs().max()))
-
-
-@pytest.fixture(scope="session")
-def packed(short_reference, tmp_path_factory):
-    """A function: settings of `quantkit.quantize` -> a packed folder, made once a session."""
-    root = tmp_path_factory.mktemp("packed")
-
-    def make(bits, source=short_reference, **settings):
-        folder = root / "-".join(map(str, (source.name, bits, *settings.items())))
-        if not folder.exists():
-            quantkit.quantize(source, output=folder, bits=bits, **{"method": "rtn", "group_size": 64} | settings)
-        return folder
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def of_sentences(texts):
-    """A tokenizer as Llama 2, Mistral and Phi 3 have it: no words, spaces that are letters, bytes for the rest."""
-    trained = Tokenizer(BPE())
-    trained.pre_tokenizer = Metaspace()
-    trained.train_from_iterator([*texts[:20], TEXT], BpeTrainer(vocab_size=900, show_progress=False))
-    learned = json.loads(trained.to_str())["model"]
-    first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    vocabulary = {token: number for number, token in enumerate([*first, *learned["vocab"]])}
-    vocabulary |= {"<|endoftext|>": len(vocabulary)}
-    merges = [tuple(pair) for pair in learned["merges"]]
-    made = Tokenizer(BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    made.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
-    made.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    more = ["<|endoftext|>"]
-    return PreTrainedTokenizerFast(tokenizer_object=made, **special, add_bos_token=True, additional_special_tokens=more)
-
-
-@pytest.fixture(scope="session")
-def model_of(tmp_path_factory, tokenizer, of_sentences):
-    """A function: (name, config) -> folder with an untrained model whose norms and biases are not all alike."""
-    root = tmp_path_factory.mktemp("sources")
-
-    def make(name, config, dtype=torch.bfloat16):
-        folder = root / name
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.data += 0.1 * torch.randn_like(parameter)
-        model.save_pretrained(folder)
-        (of_sentences if config.model_type in ("mistral", "phi3") else tokenizer).save_pretrained(folder)
-        return folder
-
-    return make
 
 
 @pytest.mark.parametrize("name", ["llama_tied_small", "gpt2_small", "qwen3_moe", "gpt_oss", "mixtral"])
@@ -125,10 +50,6 @@ def test_dense_of_codes_that_nobody_else_has(packed, tmp_path):
     folder = packed(None, **TRELLIS)
     quantkit.export(folder, tmp_path / "dense", to="dense", dtype="float32")
     close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), folder)
-
-
-def rtn(bits, grid):
-    return {"method": f"rtn({bits}, group_size=64, grid={grid!r})", "group_size": None}
 
 
 @pytest.mark.parametrize("bits, carrier, width", [(2, None, 4), (3, None, 4), (4, 5, 5), (4, None, 8), (6, None, 8)])
@@ -188,54 +109,6 @@ def test_layers_of_different_bits(packed, tmp_path):
     close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)), folder)
 
 
-@pytest.mark.parametrize("bits, symmetric", [(2, True), (3, False), (4, True), (6, False), (8, True)])
-def test_mlx(bits, symmetric, packed, tmp_path):
-    mlx = pytest.importorskip("mlx.core")
-    import numpy as np
-
-    folder = packed(bits, symmetric=symmetric)
-    made = quantkit.export(folder, tmp_path / "out", to="mlx", dtype="float32")
-    assert made.error < 1e-6
-    stored, model = {}, quantkit.load(folder, dtype=torch.float32, unpack=False)
-    for file in (tmp_path / "out").glob("*.safetensors"):
-        stored |= load_file(file)
-    for name, layer in model.named_modules():
-        if hasattr(layer, "packed"):
-            codes = mlx.array(stored[f"{name}.weight"].view(torch.int32).numpy().view(np.uint32))
-            scales, offsets = (mlx.array(stored[f"{name}.{part}"].numpy()) for part in ("scales", "biases"))
-            read = torch.from_numpy(np.array(mlx.dequantize(codes, scales, offsets, group_size=64, bits=bits)))
-            torch.testing.assert_close(read, layer.packed.dequantize(), rtol=1e-6, atol=1e-6)
-
-
-def test_mlx_runs_the_model(packed, tmp_path):
-    mlx, mlx_lm = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm")
-    import numpy as np
-
-    folder = packed(3, head_bits=6)
-    made = quantkit.export(folder, tmp_path / "out", to="mlx", dtype="float32")
-    assert made.dense == () and made.layers >= 15
-    model, tokenizer = mlx_lm.load(str(tmp_path / "out"))
-    found = torch.from_numpy(np.array(model(mlx.array(TOKENS.numpy())).astype(mlx.float32)))
-    close(found, folder)
-    assert tokenizer.encode(TEXT) == AutoTokenizer.from_pretrained(folder).encode(TEXT)
-
-
-OTHERS = ["glm4_moe", "mixtral", "qwen2_moe", "qwen3_moe", "gemma3_text", "llama, scaled", "qwen3"]
-
-
-@pytest.mark.parametrize("kind", OTHERS)
-def test_mlx_runs_others(kind, model_of, packed, tmp_path):
-    """Experts stacked under mlx-lm's own names; rotary positions as config.json said them before transformers 5."""
-    mlx, mlx_lm = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm")
-    import numpy as np
-
-    config = AutoConfig.for_model(kind.split(",")[0], **SIZES | LLAMAS[kind]) if kind in LLAMAS else EXPERTS[kind]
-    folder = packed(4, model_of(kind, config), group_size=32)
-    assert quantkit.export(folder, tmp_path / "out", to="mlx", dtype="float32").dense == ()
-    model, _ = mlx_lm.load(str(tmp_path / "out"))
-    close(torch.from_numpy(np.array(model(mlx.array(TOKENS.numpy())).astype(mlx.float32))), folder, 1e-4)
-
-
 @pytest.mark.parametrize("bits", [3, 4])
 def test_gptq(bits, packed, tmp_path):
     folder = packed(None, **rtn(bits, "half"))
@@ -246,38 +119,6 @@ def test_gptq(bits, packed, tmp_path):
     expected = logits(quantkit.load(folder, dtype=torch.float32))
     found = logits(quantkit.load(tmp_path / "out", dtype=torch.float32))  # whose weights are in fp16
     assert (found - expected).norm() <= 1e-3 * expected.norm()
-
-
-SIZES = {
-    "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 0,
-    "pad_token_id": 0,
-}  # fmt: skip
-LLAMAS = {
-    "llama": {},
-    "llama, scaled": {
-        "rope_parameters": {
-            "rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        }
-    },
-    "mistral": {"sliding_window": None},
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {"head_dim": 128},
-    "gemma3_text": {
-        "num_hidden_layers": 6, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 256,
-        "query_pre_attn_scalar": 256, "sliding_window": 64, "tie_word_embeddings": True,
-    },
-    "phi3": {},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 96},
-    "qwen2_moe": {
-        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": False,
-        "shared_expert_intermediate_size": 160,
-    },
-    "qwen3_moe": {
-        "num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 96, "norm_topk_prob": True, "head_dim": 64
-    },
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LLAMAS)
@@ -409,89 +250,6 @@ def test_models_that_see_keep_their_names(kind, to, part, packed, tokenizer, tmp
         quantkit.import_model(tmp_path / "out", tmp_path / "again")
         weights = (contents(tmp_path / name).layers for name in ("packed", "again"))
         assert len({frozenset(found) for found in weights}) == 1
-
-
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "glm4_moe"])
-def test_experts_go_to_compressed_tensors_and_back(kind, model_of, packed, tmp_path):
-    """One by one under the names of the model's files, gate and up apart, as transformers and vLLM look them up."""
-    source = model_of(f"{kind}, experts", EXPERTS[kind])
-    folder = packed(4, source, group_size=32)
-    quantkit.export(folder, tmp_path / "out", to="compressed-tensors", dtype="float32")
-    dense, stored = Shards(source).specs, Shards(tmp_path / "out").specs
-    assert {name.replace("_packed", "") for name in stored if not name.endswith(("_scale", "_shape"))} == set(dense)
-    quantization = read_config(tmp_path / "out")["quantization_config"]
-    assert any(name.endswith(".mlp.gate") for name in quantization["ignore"])  # routers
-    quantkit.import_model(tmp_path / "out", tmp_path / "again")
-    close(logits(quantkit.load(tmp_path / "again", dtype=torch.float32)), folder)
-    if hasattr(compressed_tensors, "CompressedTensorsDequantize"):  # newer than 5.17
-        unpacked = CompressedTensorsConfig(dequantize=True)
-        theirs = AutoModelForCausalLM.from_pretrained(
-            tmp_path / "out", dtype=torch.float32, quantization_config=unpacked
-        )
-        close(logits(theirs), folder)
-    quantkit.export(tmp_path / "again", tmp_path / "twice", to="compressed-tensors", dtype="float32")
-    first, twice = (dict(shards.read(shards.specs)) for shards in map(Shards, (tmp_path / "out", tmp_path / "twice")))
-    assert first.keys() == twice.keys() and all(torch.equal(first[name], twice[name]) for name in first)
-
-
-@pytest.mark.parametrize("bits, of_experts", [(8, 4), (4, 8)])
-def test_experts_have_a_width_of_their_own(bits, of_experts, model_of, packed, tmp_path):
-    """transformers finds the experts' scheme by a pattern, and else takes the first one."""
-    source = model_of("qwen3_moe, experts", EXPERTS["qwen3_moe"])
-    folder = packed(bits, source, group_size=32, experts_bits=of_experts)
-    quantkit.export(folder, tmp_path / "out", to="compressed-tensors", dtype="float32")
-    groups = read_config(tmp_path / "out")["quantization_config"]["config_groups"].values()
-    (own,) = (group for group in groups if any("experts" in target for target in group["targets"]))
-    assert own["weights"]["num_bits"] == of_experts and own["targets"] == [r"re:.*\.experts\.\d+\..*"]
-    if hasattr(compressed_tensors, "CompressedTensorsDequantize"):  # newer than 5.17
-        unpacked = CompressedTensorsConfig(dequantize=True)
-        load = AutoModelForCausalLM.from_pretrained
-        close(logits(load(tmp_path / "out", dtype=torch.float32, quantization_config=unpacked)), folder)
-
-
-def test_experts_that_readers_would_not_have_are_refused(model_of, packed, tmp_path):
-    folder = packed(4, model_of("gpt_oss, experts", EXPERTS["gpt_oss"]), group_size=32)
-    for to in ("compressed-tensors", "gptq", "mlx"):
-        with pytest.raises(QuantkitError, match="experts that the model's files have all in one tensor; `--to dense`"):
-            quantkit.export(folder, tmp_path / "out", to=to)
-    source = model_of("qwen3_moe, experts", EXPERTS["qwen3_moe"])
-    with pytest.raises(QuantkitError, match="experts one by one; `--to compressed-tensors` has them"):
-        quantkit.export(packed(4, source, group_size=32), tmp_path / "out", to="gptq")
-    with pytest.raises(QuantkitError, match="experts with zeros"):
-        quantkit.export(packed(4, source, group_size=32, symmetric=False), tmp_path / "out", to="compressed-tensors")
-    wider = {"*experts.1.down_proj": RTN(8, group_size=32)}
-    quantkit.quantize(source, output=tmp_path / "wider", bits=4, method="rtn", group_size=32, rules=wider)
-    for to in ("compressed-tensors", "mlx", "gguf"):
-        with pytest.raises(QuantkitError, match=r"experts\.0\.down_proj and .*experts\.1\.down_proj are .* two ways"):
-            quantkit.export(tmp_path / "wider", tmp_path / "out.gguf", to=to)
-
-
-def test_mlx_refuses_what_mlx_lm_has_otherwise(model_of, packed, tmp_path):
-    """Convolutions, which it turns; and where nothing stays packed."""
-    convolved = AutoConfig.for_model("lfm2", **SIZES, layer_types=["conv", "full_attention"])
-    with pytest.raises(QuantkitError, match=r"conv.* is a convolution, which mlx-lm has in another order in lfm2"):
-        quantkit.export(packed(4, model_of("lfm2", convolved), group_size=32), tmp_path / "out", to="mlx")
-    source = model_of("qwen3", AutoConfig.for_model("qwen3", **SIZES | LLAMAS["qwen3"]))
-    quantkit.quantize(
-        source, output=tmp_path / "head", bits=4, method="rtn", rules={"model.layers.*": None}, head_bits=7
-    )
-    for to in ("mlx", "compressed-tensors", "gptq"):
-        with pytest.raises(QuantkitError, match=f"no layer that {to} holds is packed"):
-            quantkit.export(tmp_path / "head", tmp_path / "out", to=to)
-
-
-@pytest.mark.parametrize("kept", ["*experts*", "*layers.0.*experts*"])
-def test_dense_experts_in_gguf(kept, model_of, packed, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
-    source = model_of("qwen3_moe", AutoConfig.for_model("qwen3_moe", **SIZES | LLAMAS["qwen3_moe"]))
-    folder = tmp_path / "packed"
-    quantkit.quantize(source, output=folder, bits=4, method="rtn", group_size=32, rules={kept: None})
-    quantkit.export(folder, tmp_path / "model.gguf", to="gguf", dtype="float32")
-    quantkit.import_model(tmp_path / "model.gguf", tmp_path / "again")
-    close(logits(quantkit.load(tmp_path / "again", dtype=torch.float32)), folder, 1e-3)  # whose ends are in fp16
-    quantkit.export(folder, tmp_path / "mlx", to="mlx", dtype="float32")
-    quantkit.import_model(tmp_path / "mlx", tmp_path / "mine")
-    close(logits(quantkit.load(tmp_path / "mine", dtype=torch.float32)), folder)
 
 
 def test_groups_as_wide_as_some_layers(packed, model_of, tmp_path):
