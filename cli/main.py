@@ -5,6 +5,9 @@ import logging
 import os
 import re
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -31,20 +34,37 @@ from quantkit.cli.voice import Voice, speak, verb
 from quantkit.core.errors import Elsewhere, Interrupted, QuantkitError
 
 _STOPPED = "stopped; nothing is kept"
+_MOMENT = 3.0
+"""Seconds in which torchrun ends the others once the first process has said what is wrong with a command."""
 
 
 class _Verbs(TyperGroup):
     def make_context(self, *args: Any, **settings: Any) -> Any:
-        try:
+        with _told():
             return super().make_context(*args, **settings)
-        except KeyboardInterrupt:
-            raise Interrupted(_STOPPED) from None
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _told():
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # a verb that keeps something says what
-            raise Interrupted(_STOPPED) from None
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What goes wrong with a command: a stop in our words, and a mistake in it, which all processes find, once."""
+    try:
+        yield
+    except KeyboardInterrupt:  # a verb that keeps something says what
+        raise Interrupted(_STOPPED) from None
+    except Exception:
+        if not is_first_process() and not _share_a_run():
+            time.sleep(_MOMENT)  # one that is alone with its error says it then
+        raise
+
+
+def _share_a_run() -> bool:
+    """Whether processes have found one another; errors then go to one of them."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 app = typer.Typer(

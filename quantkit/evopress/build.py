@@ -4,10 +4,12 @@ Statistics are gathered once. A layer's candidates share its Hessian and, where 
 columns, its factor. The prefix that feeds them is packed by one of the candidates, the base (EvoPress, section 4: all
 levels are calibrated behind the same prefix), so that a layer's candidates do not depend on which others were chosen.
 The head and the embedding may be packed beside them, in one way each (`Recipe.head_bits`): nothing is searched there,
-and candidates do not see it.
+and candidates do not see it. Several processes share the walk as they share that of `quantize`: one packs a layer in
+all ways, the first writes what all have made.
 """
 
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,13 +29,14 @@ from quantkit.evopress.budget import Budget
 from quantkit.evopress.store import Database, Store, candidate_key, end_key
 from quantkit.io.source import open_folder
 from quantkit.models.plan import Plan, tied, with_own_weight
-from quantkit.models.structure import is_lookup
+from quantkit.models.structure import ends, is_lookup
 from quantkit.quantizers.factor import quantized
 from quantkit.quantizers.target_shift import TargetShift
 from quantkit.run.fisher import measure
 from quantkit.run.packing import Pack, expected_kl, relative_error
-from quantkit.run.recipe import Recipe
-from quantkit.run.sequential import Walker
+from quantkit.run.processes import ALONE, CPU, Together
+from quantkit.run.recipe import Recipe, beside_text
+from quantkit.run.sequential import Walker, moved
 
 Found = dict[str, dict[Quantizer, LayerResult]]
 """What was made of each layer."""
@@ -83,32 +86,52 @@ class _Candidates:
         return LayerResult(again, relative_error(target, again, stats), stats.damping)
 
 
+@dataclass(frozen=True)
 class _Sink:
-    """Writes what a walk finds into the database."""
+    """Writes what a walk finds into the database.
 
-    def __init__(
-        self, store: Store, quantizers: Mapping[str, Quantizer], base: str, found: Found, fixed: Mapping[str, Quantizer]
-    ) -> None:
-        self._store, self._quantizers, self._base, self._found = store, quantizers, base, found
-        self._fixed = fixed
+    Attributes:
+        store: the database.
+        quantizers: of the candidates, by key.
+        base: the key of those that the prefix is packed by.
+        found: where the hook notes what this process makes.
+        fixed: layers that are packed in one way.
+        shared: processes that walk together.
+    """
+
+    store: Store
+    quantizers: Mapping[str, Quantizer]
+    base: str
+    found: Found
+    fixed: Mapping[str, Quantizer]
+    shared: Together
 
     def finished(self, index: int) -> dict[str, QuantizedWeight] | None:
         """The block as the base packs it, where all candidates are there."""
-        if not all(self._store.has(index, key) for key in self._quantizers):
+        if not all(self.store.has(index, key) for key in self.quantizers):
             return None
-        return self._store.load(index, self._base, self._store.candidates(index, self._base))
+        return self.store.load(index, self.base, self.store.candidates(index, self.base))
 
     def write(self, index: int, name: str, layers: dict[str, LayerResult]) -> None:
-        """Takes the block's candidates."""
-        searched = [layer for layer in layers if layer in self._found]
-        for key, quantizer in self._quantizers.items():
-            made = {layer: self._found[layer][quantizer] for layer in searched if quantizer in self._found[layer]}
-            if made:
-                self._store.write(index, key, quantizer, made)
-        for layer in searched:
-            self._found[layer].clear()
-        for layer in (layer for layer in layers if layer in self._fixed):
-            self._store.write(index, end_key(layer, self._fixed[layer]), self._fixed[layer], {layer: layers[layer]})
+        """Takes the block's candidates, of all processes."""
+        made = self._made()
+        if not self.shared.is_first:
+            return
+        for key, quantizer in self.quantizers.items():
+            of_one = {layer: made[layer][quantizer] for layer in layers if quantizer in made.get(layer, ())}
+            if of_one:
+                self.store.write(index, key, quantizer, of_one)
+        for layer in (layer for layer in layers if layer in self.fixed):
+            self.store.write(index, end_key(layer, self.fixed[layer]), self.fixed[layer], {layer: layers[layer]})
+
+    def _made(self) -> Found:
+        """What all processes have made since the last time."""
+        own = {layer: dict(made) for layer, made in self.found.items() if made}
+        for made in self.found.values():
+            made.clear()
+        if self.shared.count > 1:  # another process may be on another device
+            own = {layer: moved(made, CPU) for layer, made in own.items()}
+        return {layer: made for of_one in self.shared.each(lambda: own) for layer, made in of_one.items()}
 
 
 @dataclass(frozen=True)
@@ -138,6 +161,7 @@ def build(
     budget: Budget | None = None,
     device: str | torch.device | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
+    shared: Together = ALONE,
 ) -> Database:
     """Makes the candidates that the database lacks.
 
@@ -150,20 +174,31 @@ def build(
         budget: of the search to come; one that no candidates keep is refused before any is made.
         device: where blocks run; by default a GPU if there is one.
         progress: called with (blocks done, blocks in all, name).
+        shared: processes that are asked for the same, and share the work; all have the database's folder.
 
     Raises:
         QuantkitError: bad input, an impossible budget, or a database of another model or calibration.
     """
     where, base = pick_device(device), recipe.quantizer
     assert base is not None
-    found = lacking(folder, recipe, candidates, database, budget=budget, device=where)
-    made = found.database
-    if not found.missing:
+    found = shared.alike(lambda: lacking(folder, recipe, candidates, database, budget=budget, device=where))
+    made, missing = found.database, shared.first(lambda: found.missing)
+    if not missing:
         return made
-    made.source.check_finite()
+    shared.lead(made.source.check_finite)
     again = made.source.unpacked({**dict.fromkeys(made.blocks, base), **made.fixed})
-    with made.store.begin():
-        _fill(made, recipe, found.tokens, where, progress)
+    with shared.led(made.store.begin):
+        _fill(made, missing, recipe, found.tokens, where, progress, shared)
+
+    def check() -> None:
+        """Looks for what the first process has written."""
+        if not all(made.store.has(*place) for place in missing):
+            raise QuantkitError(
+                f"`database` {database} on {socket.gethostname()} does not hold what the first process has written "
+                "there; give a folder that all processes share"
+            )
+
+    shared.alike(check)
     return replace(made, source=again())
 
 
@@ -220,12 +255,18 @@ def _divided(recipe: Recipe, model: nn.Module) -> tuple[Plan, Plan]:
     """(the layers that are searched, those that are packed in one way).
 
     Raises:
-        QuantkitError: an embedding is to be searched, or blocks share weights.
+        QuantkitError: an embedding or what text does not reach is to be searched, or blocks share weights.
     """
     plan, searched = recipe.plan(model), replace(recipe, head_bits=None).plan(model)
     for name in searched:
         if is_lookup(model.get_submodule(name)):
             raise QuantkitError(f"{name} is an embedding, and candidates are for linear layers; `head_bits` packs it")
+    head = ends(model)[1]
+    for name in beside_text(model, (name for name in searched if name != head)):
+        raise QuantkitError(
+            f"text does not reach {name}, and a search measures on text what candidates cost; leave it out of "
+            "`include` here: `quantkit quantize` packs it beside the plan that is found"
+        )
     if shared := tied(searched):
         raise QuantkitError(
             f"blocks of {type(model).__name__} share weights, {next(iter(shared))} among them, which no search knows "
@@ -237,10 +278,12 @@ def _divided(recipe: Recipe, model: nn.Module) -> tuple[Plan, Plan]:
 
 def _fill(
     database: Database,
+    lacks: Collection[tuple[int, str]],
     recipe: Recipe,
     tokens: Tensor,
     device: torch.device,
     progress: Callable[[int, int, str], None],
+    shared: Together,
 ) -> None:
     """Walks over the model and makes what is missing."""
     base, store, source = recipe.quantizer, database.store, database.source
@@ -248,18 +291,19 @@ def _fill(
     key, blocks, fixed = candidate_key(base), database.blocks, database.fixed
     found: Found = {name: {} for name in blocks}
     missing = {
-        name: tuple(quantizer for other, quantizer in database.quantizers.items() if not store.has(index, other))
+        name: tuple(quantizer for other, quantizer in database.quantizers.items() if (index, other) in lacks)
         for name, index in blocks.items()
     }
     stored = {
-        name: partial(store.load_one, index, key, name) for name, index in blocks.items() if store.has(index, key)
+        name: partial(store.load_one, index, key, name) for name, index in blocks.items() if (index, key) not in lacks
     }
     plan: Plan = {**dict.fromkeys(blocks, base), **fixed}
     fisher = None
     if recipe.runs_back(dict.fromkeys(blocks, base)):
         inside = [name for name, index in blocks.items() if index >= 0]
         weights = source.weights(plan, head=True)
-        fisher = measure(source.model, inside, tokens, weights, device, store.own("fisher"), progress=progress)
+        folder = shared.first(lambda: store.own("fisher"))
+        fisher = measure(source.model, inside, tokens, weights, device, folder, progress=progress, together=shared)
     Walker(
         source.model,
         plan,
@@ -271,4 +315,5 @@ def _fill(
         lookups_first=False,
         progress=progress,
         fisher=fisher,
-    ).run(_Sink(store, database.quantizers, key, found, with_own_weight(fixed)))
+        together=shared,
+    ).run(_Sink(store, database.quantizers, key, found, with_own_weight(fixed), shared))

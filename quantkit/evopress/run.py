@@ -7,7 +7,7 @@ serves any number of searches.
 import json
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from quantkit.io.shards import Shards
 from quantkit.io.source import load_tokenizer
 from quantkit.models.plan import tied, with_own_weight
 from quantkit.quantizers.target_shift import unshifted
-from quantkit.run.processes import begin_processes
+from quantkit.run.processes import Together, together
 from quantkit.run.report import Report
 
 SEARCH_RECORD = "quantkit_search.json"
@@ -131,21 +131,22 @@ def run(
     begun, watch = time.monotonic(), watch or Watch()
     output = Output(asked.output, asked.folder, asked.database, resume=resume, overwrite=overwrite)
     check_text(asked.text.num_samples, asked.settings)
-    processes, where = begin_processes(device)
-    budget, said = asked.wanted.budget(asked.folder, where, asked.recipe.head_bits is not None)
-    processes.wait_for_everyone()  # all have looked at what is there
-    main, found = processes.is_main_process, None
-    if main and said:
+    shared, where = together(device)
+    packs_head = asked.recipe.head_bits is not None
+    budget, said = shared.alike(lambda: asked.wanted.budget(asked.folder, where, packs_head))
+    if shared.is_first and said:
         watch.note(said)
     identity = {"run": "search", "model": Shards(asked.folder).fingerprint()}
-    with output.begin(identity) if main else nullcontext(output):
-        made, session, allowed = _prepared(asked, budget, processes, where, output, watch)
+    with shared.led(lambda: output.begin(identity)):
+        made, session, allowed = _prepared(asked, budget, shared, where, output, watch)
 
         def show(now: State) -> None:
             watch.generation(len(now.history), now.history[-1].fitness, now.history[-1].cost / allowed)
 
         outcome = session.search(allowed, output, show)
-        if main:
+
+        def finished() -> Searched:
+            """What was found, made."""
             measured = session.fitness
             found = Searched(asked.output, outcome, asked.settings.measure, measured.evaluations, measured.tokens)
             if made is None:
@@ -153,32 +154,31 @@ def run(
             else:
                 report, plan, drawn = _pack(asked, session, made, outcome, output, where, begun)
                 found = replace(found, report=report, plan=plan, picture=drawn)
-            found = replace(found, seconds=time.monotonic() - begun)
-        processes.wait_for_everyone()
-    return found
+            return replace(found, seconds=time.monotonic() - begun)
+
+        return shared.lead(finished)
 
 
 def _prepared(
-    asked: SearchRun, budget: Budget, processes: Any, device: torch.device, output: Output, watch: Watch
+    asked: SearchRun, budget: Budget, shared: Together, device: torch.device, output: Output, watch: Watch
 ) -> tuple[Database | None, Session, int]:
     """(the candidates, or None where blocks are left out; what can be chosen, and a measure; the budget in units)."""
     made: Database | None = None
     make_space: Callable[..., Space] = BlockSpace
     predictions = asked.database
     if asked.wanted.drop_blocks is None:
-        with processes.main_process_first():
-            made = build(
-                asked.folder, asked.recipe, asked.candidates, asked.database, budget=budget, device=device,
-                progress=watch.progress,
-            )  # fmt: skip
+        made = build(
+            asked.folder, asked.recipe, asked.candidates, asked.database, budget=budget, device=device,
+            progress=watch.progress, shared=shared,
+        )  # fmt: skip
         more = budget.check(made.source, tuple(made.blocks), made.quantizers.values(), made.fixed)
-        if processes.is_main_process and more:
+        if shared.is_first and more:
             watch.note(f"note: {more}")
         make_space = partial(
             CandidateSpace, database=made, cost=budget.cost, each_expert=asked.settings.each_expert
         )  # fmt: skip
     else:
-        predictions = output.own("predictions") if processes.is_main_process else output.path("predictions")
+        predictions = output.own("predictions") if shared.is_first else output.path("predictions")
     session = Session(asked.folder, make_space, predictions, asked.text, asked.settings, device, watch.progress)
     allowed = budget.units(made.source, [*made.blocks], made.fixed) if made else budget.units(None, session.space.names)
     session.space.index.check_budget(allowed)

@@ -237,12 +237,12 @@ def _plain(model: Any) -> None:
 def _shared(model: "PreTrainedModel", layers: Iterable[str]) -> dict[str, Any]:
     """Metadata of layers that are one at several places, by the name under which transformers saves their tensors."""
     from quantkit.formats.tied import TiedWeight
-    from quantkit.models.linear import QuantizedLinear
 
-    places: dict[QuantizedLinear, list[str]] = {}
-    modules = dict(model.named_modules(remove_duplicate=False))
+    places: dict[Any, list[str]] = {}
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
     for name in layers:
-        if isinstance(module := modules.get(name), QuantizedLinear):
+        module = modules.get(name)
+        if hasattr(module, "metadata") and hasattr(module, "in_features"):  # a packed layer, also one in training
             places.setdefault(module, []).append(name)
     found: dict[str, Any] = {}
     for module, names in places.items():

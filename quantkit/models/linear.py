@@ -1,6 +1,6 @@
 """QuantizedLinear: a linear layer that keeps its weight packed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -333,3 +333,17 @@ def new_linear(weight: QuantizedWeight, replaced: nn.Module) -> QuantizedLinear:
     """A QuantizedLinear with `replaced`'s bias."""
     bias = getattr(replaced, "bias", None)
     return QuantizedLinear(weight, bias if isinstance(bias, torch.Tensor) else None)
+
+
+def put_in_places(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Puts modules where others are, and wherever else those are, as in blocks that are called at several depths.
+
+    Args:
+        model: whose `get_submodule` gives the others.
+        modules: by the others' names.
+    """
+    every = dict(model.named_modules(remove_duplicate=False))
+    new = {every[name]: module for name, module in modules.items()}
+    for name, module in every.items():
+        if module in new:
+            model.set_submodule(name, new[module])

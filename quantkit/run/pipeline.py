@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -120,7 +120,7 @@ def run(
     dense_bytes = source.nbytes() - source.packed_nbytes(plan)
     counts = count_weights(source.model, plan)
     notes = (*source.notes, *model_notes(source.model, plan, source.untied, recipe.rotation is not None), *unchecked)
-    with begun(destination, identity, shared), source.walked(), destination.scratch("fisher") as scratch:
+    with shared.led(lambda: destination.begin(identity)), source.walked(), destination.scratch("fisher") as scratch:
         folder = shared.first(lambda: scratch)
         fisher = _fisher(source, plan, tokens, where, folder, progress, shared) if recipe.runs_back(plan) else None
         if recipe.low_rank_bits:
@@ -183,14 +183,6 @@ def _check_same(source: Source, shared: Together) -> None:
             )
 
     shared.alike(check)
-
-
-@contextmanager
-def begun(destination: Destination, identity: Callable[[], Mapping[str, Any]], shared: Together) -> Iterator[None]:
-    """The time in which the run holds the destination of the first process, and all know that it does."""
-    with ExitStack() as stack:
-        shared.lead(lambda: stack.enter_context(destination.begin(identity)))
-        yield
 
 
 def _fisher(

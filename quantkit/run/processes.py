@@ -6,7 +6,7 @@ batch at a time in their order, a layer is packed by one process. So every numbe
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -149,6 +149,17 @@ class Together:
         made: list[T] = []
         self.first(lambda: made.append(make()))
         return made[0] if made else None
+
+    @contextmanager
+    def led(self, make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        """The time in which the first process is in a context, such as one that holds a folder; all know that it is.
+
+        Raises:
+            QuantkitError: it could not enter it.
+        """
+        with ExitStack() as stack:
+            self.lead(lambda: stack.enter_context(make()))
+            yield
 
     def alike(self, make: Callable[[], T]) -> T:
         """What this process makes as all others do, each for itself; none goes on before all have it.

@@ -244,13 +244,17 @@ def _group(in_features: int) -> int:
 
 def _check_reached(model: nn.Module, plan: Mapping[str, Quantizer], head: str | None) -> None:
     """Raises QuantkitError where a quantizer is to read text at a layer that text does not reach, as in a tower."""
-    reached = language_modules(model)
-    for name, quantizer in plan.items():
-        out = name != head and (not sees_text(name) or model.get_submodule(name) not in reached)
-        if quantizer.needs > Needs.NOTHING and out:
+    for name in beside_text(model, (name for name in plan if name != head)):
+        if plan[name].needs > Needs.NOTHING:
             raise QuantkitError(
-                f"text does not reach {name}, and {spec.write(quantizer)} reads it; give it rtn, or `include` it"
+                f"text does not reach {name}, and {spec.write(plan[name])} reads it; give it rtn, or `include` it"
             )
+
+
+def beside_text(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """Those of some layers that text does not reach, such as a vision tower's."""
+    reached = language_modules(model)
+    return [name for name in layers if not sees_text(name) or model.get_submodule(name) not in reached]
 
 
 def _stars(names: Iterable[str]) -> list[str]:

@@ -18,7 +18,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ from quantkit.run.packing import Pack, packed
 from quantkit.run.processes import ALONE, Together
 
 logger = logging.getLogger(__name__)
+K = TypeVar("K")
 
 
 class Tuner(Protocol):
@@ -329,10 +330,10 @@ class Walker:
             for layer in mine:
                 known = self._with_outputs(stats[layer], layer)
                 found[layer] = packed(self._hook, modules[layer], known, layer)
-            return found if self.together.count == 1 else _moved(found, torch.device("cpu"))
+            return found if self.together.count == 1 else moved(found, torch.device("cpu"))
 
         made = {layer: result for found in self.together.each(make) for layer, result in found.items()}
-        return {layer: made[layer] for layer in stats} if self.together.count == 1 else _moved(made, self.device, stats)
+        return {layer: made[layer] for layer in stats} if self.together.count == 1 else moved(made, self.device, stats)
 
     def _stages(self, block: nn.Module, order: Order, needs: Mapping[str, Needs]) -> list[list[list[str]]]:
         """The stages in which a block's layers are packed: groups whose statistics one pass gathers."""
@@ -364,7 +365,7 @@ class Walker:
         if self.together.count == 1:
             return self._tuned(index, name, results)
         cpu = torch.device("cpu")
-        results = _moved(self.together.first(lambda: _moved(self._tuned(index, name, results), cpu)), self.device)
+        results = moved(self.together.first(lambda: moved(self._tuned(index, name, results), cpu)), self.device)
         if not self.together.is_first:
             for layer, result in results.items():
                 _swap(self.model, layer, result.weight)
@@ -433,13 +434,13 @@ def _swap(root: nn.Module, name: str, weight: QuantizedWeight) -> None:
     linear.hold(dtype)
 
 
-def _moved(
-    results: Mapping[str, LayerResult], device: torch.device, order: Iterable[str] | None = None
-) -> dict[str, LayerResult]:
-    """Results with their tensors on a device, in an order."""
+def moved(
+    results: Mapping[K, LayerResult], device: torch.device, order: Iterable[K] | None = None
+) -> dict[K, LayerResult]:
+    """Results by any key, with their tensors on a device, in an order."""
     return {
-        layer: replace(results[layer], weight=results[layer].weight.map(lambda tensor: tensor.to(device)))
-        for layer in (results if order is None else order)
+        key: replace(results[key], weight=results[key].weight.map(lambda tensor: tensor.to(device)))
+        for key in (results if order is None else order)
     }
 
 

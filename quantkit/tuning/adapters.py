@@ -20,7 +20,7 @@ from quantkit.formats.scaled import ScaledWeight
 from quantkit.io.hf import attach
 from quantkit.kernels.hadamard import rotate
 from quantkit.models.embedding import QuantizedEmbedding
-from quantkit.models.linear import Packed, QuantizedLinear
+from quantkit.models.linear import Packed, QuantizedLinear, put_in_places
 from quantkit.tuning.parts.base import Coded
 
 
@@ -41,6 +41,7 @@ class AdaptedLinear(nn.Module):
         self.up, self.down = nn.Parameter(up.clone()), nn.Parameter(down.clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.out_features, self.in_features = weight.shape
+        self._saved: dict[str, tuple[int, Tensor]] = {}  # factors as they were last saved, by version
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x's dtype."""
@@ -50,6 +51,11 @@ class AdaptedLinear(nn.Module):
     def packed(self) -> LowRankWeight:
         """The weight with its correction as it is now."""
         return LowRankWeight(self.base.packed, _stored(self.up), _stored(self.down))
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Of `packed`, as `Packed` has it."""
+        return self.packed.metadata()
 
     @property
     def weight(self) -> Tensor:
@@ -86,7 +92,12 @@ class AdaptedLinear(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in ("up", "down"):
-            destination[prefix + name] = _stored(destination[prefix + name])
+            factor = destination[prefix + name]
+            version, stored = self._saved.get(name, (None, None))
+            if version != factor._version:  # one at several places gives the same tensors at all of them
+                stored = _stored(factor)
+                self._saved[name] = factor._version, stored
+            destination[prefix + name] = stored
 
     def extra_repr(self) -> str:
         """Shape and rank."""
@@ -120,17 +131,19 @@ def finetune(model: PreTrainedModel, rank: int = 16, *, seed: int = 0) -> PreTra
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name, linear in packed.items():
-        model.set_submodule(name, AdaptedLinear(_with_correction(linear.packed, rank, generator), linear.bias))
+    adapted = {
+        name: AdaptedLinear(_with_correction(linear.packed, rank, generator), linear.bias)
+        for name, linear in packed.items()
+    }
+    put_in_places(model, adapted)
     attach(model, dict(_metadata(model)), trainable=True)
     return model
 
 
 def finished(model: PreTrainedModel) -> PreTrainedModel:
     """Ends `finetune`, in place: corrections become part of the packed weights."""
-    for name, module in [*model.named_modules()]:
-        if isinstance(module, AdaptedLinear):
-            model.set_submodule(name, QuantizedLinear(module.packed, module.bias))
+    trained = {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+    put_in_places(model, {name: QuantizedLinear(one.packed, one.bias) for name, one in trained.items()})
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     attach(model, dict(_metadata(model)))
@@ -191,7 +204,7 @@ def _with_correction(weight: QuantizedWeight, rank: int, generator: torch.Genera
 
 def _metadata(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
     inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Packed | AdaptedLinear) and not name.startswith(inside):
-            yield name, module.metadata if isinstance(module, Packed) else module.packed.metadata()
+            yield name, module.metadata
             inside = (*inside, f"{name}.")

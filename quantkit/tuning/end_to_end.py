@@ -34,7 +34,7 @@ from quantkit.formats.low_rank import LowRankWeight
 from quantkit.io.run_folder import RunFolder
 from quantkit.io.shards import checksum_of
 from quantkit.models.forward import patched_forwards
-from quantkit.models.linear import Packed, QuantizedLinear
+from quantkit.models.linear import Packed, QuantizedLinear, put_in_places
 from quantkit.models.structure import check_vocabulary
 from quantkit.run.recipe import Calibration
 from quantkit.run.teacher import CachedTeacher, Teacher, predict
@@ -206,8 +206,7 @@ class _Run:
         self._dense = [tensor for kind in tuned_dense(model, settings).values() for tensor in kind]
         for tensor in self._dense:
             tensor.parameter.requires_grad_(True)
-        for name, layer in self.layers.items():
-            model.set_submodule(name, layer)
+        put_in_places(model, self.layers)
         self.optimizer = PVOptimizer([*self.layers.values(), *self._dense], settings.pv)
         self.step, self.ended, self.measured = 0, False, False
         self.history: list[dict[str, Any]] = []
@@ -337,8 +336,9 @@ class _Run:
         with torch.no_grad():
             for tensor, best in zip(self._tensors(), self.best, strict=True):
                 tensor.copy_(best)
-        for name, layer in self.layers.items():
-            self.model.set_submodule(name, QuantizedLinear(layer.packed, layer.bias))
+        put_in_places(
+            self.model, {name: QuantizedLinear(layer.packed, layer.bias) for name, layer in self.layers.items()}
+        )
         for dense in self._dense:
             dense.open()
             dense.parameter.requires_grad_(False)

@@ -11,6 +11,7 @@ from quantkit.io.classes import meta_model
 from quantkit.io.run_folder import RunFolder
 from quantkit.io.shards import Shards
 from quantkit.io.source import load_tokenizer, packed_structure
+from quantkit.models.linear import put_in_places
 from quantkit.models.structure import tensor_bytes
 from quantkit.run.estimate import resident_bytes
 from quantkit.tuning.end_to_end import checked_text, tuned_dense, tuned_layers
@@ -91,8 +92,7 @@ def estimate(
     sequences = checked_text(student, teacher, tokenizer, asked.calibration, settings, cached)
     layers, dense = tuned_layers(student, settings.corrections), tuned_dense(student, settings)
     sizes = {name: _numel(student.get_submodule(name)) for name in layers}
-    for name, layer in layers.items():
-        student.set_submodule(name, layer)
+    put_in_places(student, layers)
     trainable = _trainable(layers, sizes, settings.pv.mode != "continuous")
     trainable |= {name: sum(tensor.copy.numel() for tensor in tensors) for name, tensors in dense.items()}
     tuned = [*layers.values(), *chain.from_iterable(dense.values())]

@@ -294,3 +294,16 @@ def test_products_of_many_shapes_are_not_kept():
     done = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, cwd=ROOT)
     before, after = map(int, done.stdout.split())
     assert after - before < 64 * 1024
+
+
+def test_of_several_processes_the_first_says_what_is_wrong_with_a_command(complaint, monkeypatch):
+    """The others leave it a moment, in which torchrun ends them; one that is alone with its error says it then."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    for wrong in (["quantize", "model", "--bits", "x"], ["search", "model"], ["generalize"]):
+        alone = complaint(*wrong)
+        assert alone[0] == 2 and waited == []
+        monkeypatch.setenv("RANK", "1")
+        assert complaint(*wrong) == alone
+        assert waited.pop() > 1 and not waited
+        monkeypatch.delenv("RANK")

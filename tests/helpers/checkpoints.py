@@ -10,11 +10,11 @@ from quantkit.run.pipeline import quantize_checkpoint
 
 
 def digest(folder):
-    """Hash of every file but the report, which holds times, and the list of the files' sizes."""
+    """Hash of every file by its path inside, but the report, which holds times, and the list of the files' sizes."""
     return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.iterdir())
-        if path.name not in ("quantkit_report.json", MANIFEST)
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("quantkit_report.json", MANIFEST)
     }
 
 

@@ -16,12 +16,15 @@ from quantkit.io.classes import meta_model
 from quantkit.io.shards import Shards
 from quantkit.io.source import open_folder
 from quantkit.io.weights import LoadedWeights
+from quantkit.models.linear import QuantizedLinear
 from quantkit.models.plan import Tied
 from quantkit.models.structure import block_linears, shared_layers
 from quantkit.models.ties import tied_names
 from quantkit.run.estimate import estimate
 from quantkit.run.pipeline import quantize_checkpoint
 from quantkit.run.sequential import Walker
+from quantkit.tuning.end_to_end import tune
+from quantkit.tuning.settings import TuningSettings
 
 from ..helpers.checkpoints import digest, interrupted
 from ..helpers.methods import spy
@@ -116,6 +119,46 @@ def test_in_memory_and_saved(kind, folder, recipe, tmp_path):
     assert torch.equal(logits(again, TOKENS), found)
     again.save_pretrained(tmp_path / "saved-again")
     assert torch.equal(logits(quantkit.load(tmp_path / "saved-again", dtype=torch.float32).eval(), TOKENS), found)
+
+
+def places(model):
+    """The places of each packed layer."""
+    found = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantizedLinear):
+            found.setdefault(module, []).append(name)
+    return [*found.values()]
+
+
+@each
+def test_tuned_and_trained_as_one(kind, folder, recipe, tmp_path):
+    """At all its places; what is saved while it trains and afterwards loads as it is."""
+    quantize_checkpoint(folder, recipe, tmp_path / "packed")
+    model = quantkit.load(tmp_path / "packed", device="cpu", dtype="float32")
+    before, at = logits(model, TOKENS), places(model)
+    assert any(len(names) > 1 for names in at)
+    settings = TuningSettings(2, 2, 2, held_out=1, evaluate_every=1)
+    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for parameter in teacher.parameters():
+        parameter.data.mul_(1.2)  # far enough from the packed model that every step brings it nearer
+    tune(model, teacher, AutoTokenizer.from_pretrained(folder), calibration=recipe.calibration, settings=settings)
+    assert places(model) == at
+    tuned = logits(model, TOKENS)
+    assert not torch.equal(tuned, before)
+    model.save_pretrained(tmp_path / "tuned")
+    assert torch.equal(logits(quantkit.load(tmp_path / "tuned", device="cpu", dtype="float32"), TOKENS), tuned)
+    quantkit.finetune(model, 2)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        nn.init.constant_(parameter, 2.0**-4)  # which fp16 holds
+    learnt = logits(model, TOKENS)
+    assert (learnt - tuned).abs().max() > 1e-3
+    for name in ("training", "finished"):
+        model = model if name == "training" else quantkit.finished(model)
+        model.save_pretrained(tmp_path / name)
+        found = logits(quantkit.load(tmp_path / name, device="cpu", dtype="float32"), TOKENS)
+        torch.testing.assert_close(found, learnt, rtol=1e-5, atol=1e-5)
+    assert places(model) == at
 
 
 @each

@@ -152,3 +152,11 @@ def test_the_command_packs_towers(seeing_folder, tmp_path):
     for wrong in ("=4", "model.*=four", "model.vision_tower*=9"):
         refused = CliRunner().invoke(app, [*asked, str(tmp_path / "no"), "--include", wrong])
         assert isinstance(refused.exception, QuantkitError)
+
+
+def test_a_search_refuses_towers_before_it_makes_anything(seeing_folder, text_file, tmp_path):
+    folder, text = seeing_folder("llava"), Calibration(str(text_file), 4, 64)
+    asked = {"avg_bits": 5, "candidates": "rtn(3, 32), rtn(4, 32)", "base": "rtn(3, 32)", "calibration": text}
+    with pytest.raises(QuantkitError, match=r"text does not reach model\.vision_tower.*leave it out of `include`"):
+        quantkit.search(folder, tmp_path / "out", include=["model.vision_tower*"], held_out=2, **asked)
+    assert [path.name for path in tmp_path.iterdir()] == ["llava"]
