@@ -58,5 +58,7 @@ def assemble(
     report = run.report(name, plan, writer.results(), dense_bytes)
     config = source.config | ({"tie_word_embeddings": False} if source.untied else {}) | shim.entries(source.model)
     beside = shim.files(source.model)
-    writer.finish(config, lambda: source.files() | beside | files_of(report, source) | files(report))
+    writer.finish(
+        config, lambda: source.files() | beside | files_of(report, source.config, source.readme()) | files(report)
+    )
     return report

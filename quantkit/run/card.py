@@ -137,7 +137,10 @@ def _text(report: Report, name: str) -> str:
             f"top-1 agreement with it: {100 * check.top1_agreement:.2f}%",
             f"perplexity: {check.perplexity:.4f}, from {check.baseline_perplexity:.4f}",
         ]
-    lines.append("pictures, samples of text, layers: [`quantkit_report.html`](quantkit_report.html)")
+    if (tuning := report.tuning) is not None:
+        lines.append(f"tuned end to end: held-out KL to the full model {tuning.kl_text} nats a token")
+    shown = "pictures, samples of text, layers" if report.samples is not None else "pictures, layers"
+    lines.append(f"{shown}: [`quantkit_report.html`](quantkit_report.html)")
     lines.append("per-layer errors and all settings: `quantkit_report.json`")
     listed = "\n".join(f"- {line}" for line in lines)
     return f"""# {name}, {report.bits_per_weight:.2f} bits per weight

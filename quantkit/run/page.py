@@ -10,8 +10,8 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
 from quantkit.core.units import size
-from quantkit.run.pictures import by_kind, picture
-from quantkit.run.report import Check, LayerReport, Piece, Report, Samples
+from quantkit.run.pictures import by_kind, learning_curve, picture
+from quantkit.run.report import Check, LayerReport, Piece, Report, Samples, Tuning
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; --mark: #f5b04155; --soft: #8882; }
@@ -53,6 +53,7 @@ def report_page(report: Report) -> str:
         "<h2>Sizes</h2>",
         _sizes(report),
         "" if report.check is None else _check(report.check),
+        "" if report.tuning is None else _tuning(report.tuning),
         "" if report.samples is None else _samples(report.samples),
         "<h2>Settings</h2>",
         _block(_safe(json.dumps(_settings(report), indent=2, ensure_ascii=False, default=str))),
@@ -99,14 +100,19 @@ def _figures(report: Report) -> str:
             (f"{100 * check.top1_agreement:.1f}%", "same first choice"),
             (f"{check.baseline_perplexity:.3f} → {check.perplexity:.3f}", "perplexity"),
         ]
+    if report.tuning is not None:
+        shown.append((report.tuning.kl_text, "held-out KL to the full model, before and after tuning"))
     cells = (f"<div><b>{_safe(value)}</b><span>{_safe(what)}</span></div>" for value, what in shown)
     return f'<div class="figures">{"".join(cells)}</div>'
 
 
 def _picture(report: Report) -> str:
-    drawn = picture(report)
-    if drawn is not None:
-        return f"<figure>{drawn}</figure>"
+    return _drawn(picture(report))
+
+
+def _drawn(svg: str | None) -> str:
+    if svg is not None:
+        return f"<figure>{svg}</figure>"
     return "<p class=\"note\">Pictures need matplotlib: <code>pip install 'quantkit-llm[plots]'</code></p>"
 
 
@@ -166,6 +172,17 @@ def _check(check: Check) -> str:
     text = f"{check.where} of {check.source}, {check.tokens:,} tokens scored; no text that calibrated. "
     text += "The error is one over sequences."
     return f'<h2>Check on held-out text</h2>\n{_table(("", "measured"), rows)}<p class="note">{_safe(text)}</p>'
+
+
+def _tuning(tuning: Tuning) -> str:
+    rows = [(f"{step:,}", f"{kl:.5f}") for step, kl in zip(tuning.steps, tuning.kl, strict=True)]
+    text = (
+        f"{tuning.sequences:,} held-out sequences of {tuning.seqlen:,} tokens, beside {tuning.teacher}. The model is "
+    )
+    text += "that of the least. Errors and predictions of layers are from before."
+    table = _table(("step", "KL, nats a token"), rows)
+    every = f"<details><summary>All {len(rows)} measurements</summary>\n{table}</details>"
+    return f'<h2>Tuning</h2>\n{_drawn(learning_curve(tuning))}\n{every}<p class="note">{_safe(text)}</p>'
 
 
 def _samples(samples: Samples) -> str:

@@ -1,11 +1,15 @@
-"""Pictures of a report: bits and error of each layer over depth, by kind of layer. They need matplotlib."""
+"""Pictures of a report: bits and error of each layer over depth, by kind of layer, and what tuning gained.
+
+They need matplotlib.
+"""
 
 import re
+from collections.abc import Callable
 from io import StringIO
 from typing import Any
 
 from quantkit.models.experts import of_all
-from quantkit.run.report import LayerReport, Report
+from quantkit.run.report import LayerReport, Report, Tuning
 
 PLACE = re.compile(r"\.(\d+)\.")
 """The index of a block in a layer's name."""
@@ -41,23 +45,9 @@ def by_kind(report: Report) -> dict[str, list[LayerReport]]:
 
 def picture(report: Report) -> str | None:
     """An SVG element with the two pictures, the same for the same report; None without matplotlib."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    settings: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "quantkit",
-        "font.family": "sans-serif",
-        "text.usetex": False,
-    }
-    settings |= {
-        name: _INK for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    }
-    with matplotlib.rc_context(settings):
-        figure: Any = Figure(figsize=(9, 7))
-        figure.patch.set_alpha(0)
+
+    def paint(figure: Any) -> None:
+        """Bits above errors, over depth."""
         upper, lower = figure.subplots(2, 1, sharex=True)
         last = max((_depth(layer) or 0 for layer in report.layers), default=0)
         for number, (kind, layers) in enumerate(by_kind(report).items()):
@@ -76,11 +66,50 @@ def picture(report: Report) -> str | None:
         lower.set_yscale("log")
         outside = any(_depth(layer) is None for layer in report.layers)
         lower.set_xlabel("block; layers outside the blocks stand at the right end" if outside else "block")
-        for axes in (upper, lower):
-            axes.patch.set_alpha(0)
-            axes.grid(alpha=0.2, color=_INK)
         figure.subplots_adjust(left=0.09, right=0.76, top=0.94, bottom=0.08)
         figure.legend(loc="upper left", bbox_to_anchor=(0.77, 0.95), frameon=False, fontsize=8)
+
+    return _drawn((9, 7), paint)
+
+
+def learning_curve(tuning: Tuning) -> str | None:
+    """An SVG element with the held-out KL over the steps of tuning; None without matplotlib."""
+
+    def paint(figure: Any) -> None:
+        """The curve, and where it is lowest."""
+        axes = figure.subplots()
+        axes.plot(tuning.steps, tuning.kl, color=_COLOURS[0], marker="o", ms=4, lw=1)
+        axes.axhline(min(tuning.kl), color=_INK, alpha=0.4, lw=0.8, ls="--")
+        axes.set_title("held-out KL to the full model, nats a token")
+        axes.set_xlabel("step")
+        figure.subplots_adjust(left=0.11, right=0.97, top=0.9, bottom=0.15)
+
+    return _drawn((7, 3.6), paint)
+
+
+def _drawn(inches: tuple[float, float], paint: Callable[[Any], None]) -> str | None:
+    """An SVG element with what is painted on a figure; None without matplotlib."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    settings: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "quantkit",
+        "font.family": "sans-serif",
+        "text.usetex": False,
+    }
+    settings |= {
+        name: _INK for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    }
+    with matplotlib.rc_context(settings):
+        figure: Any = Figure(figsize=inches)
+        figure.patch.set_alpha(0)
+        paint(figure)
+        for axes in figure.axes:
+            axes.patch.set_alpha(0)
+            axes.grid(alpha=0.2, color=_INK)
         drawn = StringIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _inline(drawn.getvalue())

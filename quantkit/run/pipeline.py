@@ -161,7 +161,10 @@ def run(
             report = this.report(name or source.name, kept, results, dense, check, samples)
             config = source.config | ({"tie_word_embeddings": False} if source.untied else {})
             config |= shim.entries(source.model)
-            destination.finish(config, lambda: source.files() | shim.files(source.model) | files_of(report, source))
+            destination.finish(
+                config,
+                lambda: source.files() | shim.files(source.model) | files_of(report, source.config, source.readme()),
+            )
             return report
 
         return shared.first(complete)

@@ -12,7 +12,7 @@ their weights times the sum of all 1 / U_jj^2, or without feedback times tr(H_I)
 are put in:
 
 - a way that reads n columns' Hessian from N tokens loses less on these than on others: of what it would lose with all
-  the text in the world (1 - n/N) on these, and (1 + n/N) on others;
+  the text in the world (1 - n/N) on these, and (1 + n/N) on others; with feedback among n rows too, by their H_O;
 - losses of layers add up only while they are small (`INTERACTION`).
 """
 
@@ -102,7 +102,7 @@ class _Trials:
             (True, False): RowFeedback(len(weight), stats).unexplained(),
             (True, True): RowFeedback(len(weight), rotated).unexplained(),
         }
-        share = min(weight.shape[1] / max(stats.num_tokens, 1), 0.8)
+        rows, columns = (self._beyond(count, stats.num_tokens) for count in weight.shape)
         size = float(weight.square().mean())
         least = {False: size * float(stats.hessian.trace()), True: size * _least(stats)}
         self.found[name] = {}
@@ -110,10 +110,15 @@ class _Trials:
             reads = way.needs > Needs.NOTHING
             if index % EVERY == 0 or (kind, way) not in self._ratios:
                 self._ratios[kind, way] = _row_loss(way, weight, stats) / max(least[reads], 1e-30)
-            loss = self._ratios[kind, way] * least[reads]
-            kl = loss * felt[reads and self.two_sided(way), isinstance(way, Hadamard)] / 2
-            self.found[name][way] = kl * ((1 + share / self.grown) / (1 - share) if reads else 1)
+            among = reads and self.two_sided(way)
+            kl = self._ratios[kind, way] * least[reads] * felt[among, isinstance(way, Hadamard)] / 2
+            self.found[name][way] = kl * (columns if reads else 1) * (rows if among else 1)
         return self.base(name, weight, stats)
+
+    def _beyond(self, features: int, tokens: int) -> float:
+        """What is lost on all text, over what is lost on these tokens, which a moment of so many features is from."""
+        share = min(features / max(tokens, 1), 0.8)
+        return (1 + share / self.grown) / (1 - share)
 
 
 def _row_loss(way: Quantizer, weight: Tensor, stats: LayerStats) -> float:

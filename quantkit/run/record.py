@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,8 @@ from quantkit.run.experts import starved_experts
 from quantkit.run.page import report_page
 from quantkit.run.report import Check, LayerReport, Report, Samples, peak_device_bytes, peak_memory_bytes
 
-PAGE = "quantkit_report.html"
-"""The report for readers, beside quantkit_report.json."""
-
-if TYPE_CHECKING:
-    from quantkit.io.source import Source
-
+RECORD, PAGE, CARD = "quantkit_report.json", "quantkit_report.html", "README.md"
+"""The report, for programs and for readers, and the model's card."""
 
 MANY, FEW = 0.1, 0.01
 """Shares of a model's weights from which a dense head and embedding, and what is beside the language model, are worth a
@@ -118,17 +114,18 @@ class Run:
         )
 
 
-def files_of(report: Report, source: Source) -> dict[str, bytes]:
+def files_of(report: Report, config: dict[str, Any], original: str) -> dict[str, bytes]:
     """What lies beside a checkpoint to tell of it, by name.
 
     Args:
         report: of the run.
-        source: of the original model.
+        config: JSON of the original model's config.json.
+        original: the original model's card, or "".
     """
     texts = {
-        "quantkit_report.json": json.dumps(report.to_json(), indent=2) + "\n",
+        RECORD: json.dumps(report.to_json(), indent=2) + "\n",
         PAGE: report_page(report),
-        "README.md": model_card(report, source.config, source.readme()),
+        CARD: model_card(report, config, original),
     }
     return {name: text.encode(errors="backslashreplace") for name, text in texts.items()}
 

@@ -3,7 +3,7 @@
 import resource
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -114,6 +114,29 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """What tuning a packed model end to end has gained.
+
+    Attributes:
+        teacher: the full-precision model, as it was given.
+        sequences, seqlen: held-out sequences that were measured on, and their tokens.
+        steps: of the optimizer, at each measurement.
+        kl: to the teacher in nats a token, at each measurement; the model is that of the least.
+    """
+
+    teacher: str
+    sequences: int
+    seqlen: int
+    steps: tuple[int, ...]
+    kl: tuple[float, ...]
+
+    @property
+    def kl_text(self) -> str:
+        """KL before and after."""
+        return f"{self.kl[0]:.5f} → {min(self.kl):.5f}"
+
+
+@dataclass(frozen=True)
 class Report:
     """A run: its layers, bits, bytes, memory and time.
 
@@ -130,6 +153,7 @@ class Report:
         notes: what a user should know, such as parts that stayed dense.
         check: what the packed model does to held-out text; None where nobody measured it.
         samples: such text; no part of the JSON.
+        tuning: of the packed model afterwards; None where it was not tuned end to end. Layers' errors are from before.
     """
 
     model: str
@@ -146,6 +170,27 @@ class Report:
     notes: tuple[str, ...] = field(default=())
     check: Check | None = None
     samples: Samples | None = None
+    tuning: Tuning | None = None
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "Report":
+        """What `to_json` gave, without the samples.
+
+        Raises:
+            TypeError, KeyError, ValueError: it is something else.
+        """
+        found = {one.name: record[one.name] for one in fields(cls) if one.name in record}
+        layers = [layer | {"tuned": layer["tuned"] and tuple(layer["tuned"])} for layer in record["layers"]]
+        check, tuning = found.get("check"), found.get("tuning")
+        found |= {
+            "layers": tuple(LayerReport(**layer) for layer in layers),
+            "notes": tuple(record["notes"]),
+            "check": None if check is None else Check(**check),
+            "tuning": None
+            if tuning is None
+            else Tuning(**{**tuning, **{n: tuple(tuning[n]) for n in ("steps", "kl")}}),
+        }
+        return cls(**found)
 
     @property
     def bits_model(self) -> float:

@@ -3,27 +3,35 @@
 It works in `<output>.partial`, where its state lies after every measurement.
 """
 
+import logging
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from quantkit.core.device import compute_dtype, parse_dtype
+from quantkit.core.errors import first_line
 from quantkit.core.products import full_width
-from quantkit.io.checkpoint import read_config, sealed, stored_dtype
+from quantkit.io.beside import readme_of
+from quantkit.io.checkpoint import contents, read_config, sealed, stored_dtype
+from quantkit.io.files import parse_json
 from quantkit.io.hf import load
 from quantkit.io.shards import Shards
 from quantkit.io.source import load_tokenizer
+from quantkit.models.structure import context_length
 from quantkit.run.processes import begin_processes
-from quantkit.run.record import begin
-from quantkit.run.report import peak_device_bytes, peak_memory_bytes
+from quantkit.run.recipe import sequence_length
+from quantkit.run.record import RECORD, begin, files_of
+from quantkit.run.report import Report, Tuning, peak_device_bytes, peak_memory_bytes
 from quantkit.tuning.end_to_end import Watch, tune
 from quantkit.tuning.request import TuningRun
 
-RECORD = "quantkit_tuning.json"
+logger = logging.getLogger(__name__)
+
+TUNING_RECORD = "quantkit_tuning.json"
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,7 @@ def run(
         QuantkitError: bad input; the message says what would work.
     """
     output = asked.destination(resume, overwrite)
+    report = _report_of(asked.folder)
     processes, where = begin_processes(device)
     _, begun = begin(where)
     kind = parse_dtype(dtype) or compute_dtype(where) or "auto"
@@ -115,10 +124,42 @@ def run(
             output.write_json(output.made("config.json"), config)
             record = {"teacher": asked.teacher_name or str(asked.teacher), "settings": asdict(asked.settings)}
             record |= {"history": student.quantkit_tuning}
-            output.write_json(output.made(RECORD), record)
+            output.write_json(output.made(TUNING_RECORD), record)
+            if report is not None:
+                told = _tuned(report, asked, record, student, folder)
+                for name, content in files_of(told, config, readme_of(asked.folder)).items():
+                    output.write_bytes(output.made(name), content)
             shards = Shards(folder)
             output.publish(shards.checksums())
             taken = time.monotonic() - begun
             made = Tuned(asked.output, record, shards.nbytes(), taken, peak_memory_bytes(), peak_device_bytes(where))
         processes.wait_for_everyone()
     return made
+
+
+def _report_of(folder: Path) -> Report | None:
+    """What the run that packed a checkpoint has told of it; None where that lies nowhere, or is no report."""
+    if not (folder / RECORD).is_file():
+        return None
+    try:
+        report = Report.from_json(parse_json(folder / RECORD))
+        files_of(report, {}, "")  # of which all can be shown
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        logger.warning("%s is no report (%s); the tuned model gets none", folder / RECORD, first_line(error))
+        return None
+    return report
+
+
+def _tuned(report: Report, asked: TuningRun, record: dict[str, Any], model: Any, folder: Path) -> Report:
+    """The report of a packed model with what tuning made of it; what was measured of the packed one is left out."""
+    history = record["history"]
+    tuning = Tuning(
+        teacher=record["teacher"],
+        sequences=asked.settings.held_out,
+        seqlen=sequence_length(asked.calibration.seqlen, context_length(model)),
+        steps=tuple(entry["step"] for entry in history),
+        kl=tuple(entry["kl"] for entry in history),
+    )
+    settings = report.settings | {"tuning": record["settings"]}
+    report = report.remeasured(contents(folder).layers)
+    return replace(report, check=None, samples=None, tuning=tuning, settings=settings)

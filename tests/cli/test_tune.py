@@ -1,6 +1,7 @@
 """`quantkit tune` as a user meets it."""
 
 import json
+import shutil
 
 import pytest
 
@@ -31,6 +32,23 @@ def test_one_json_object_is_all_of_standard_output(arguments, tmp_path):
     assert (tmp_path / "out" / "quantkit_remote.py").is_file()
     listing = json.loads(run("inspect", tmp_path / "out", "--json").stdout)
     assert found["bytes_after"] == listing["bytes"]
+    report = json.loads((tmp_path / "out" / "quantkit_report.json").read_text())
+    assert report["tuning"]["kl"] == figures and report["tuning"]["steps"] == [0, 2, 3]
+    assert report["check"] is None, "that was of the model before"
+    assert report["bytes_after"] == listing["bytes"]
+    assert f"{figures[0]:.5f} → {min(figures):.5f}" in (tmp_path / "out" / "quantkit_report.html").read_text()
+    assert f"{figures[0]:.5f} → {min(figures):.5f}" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("damage", ["{", '{"layers": [{"name": 3}], "notes": []}', '{"layers": 3}'])
+def test_a_report_that_is_none_is_left_behind(damage, arguments, tmp_path):
+    packed = tmp_path / "packed"
+    shutil.copytree(arguments[0], packed)
+    (packed / "quantkit_report.json").write_text(damage)
+    done = run("tune", packed, *arguments[1:], "--output", tmp_path / "out")
+    assert done.returncode == 0 and "quantkit_report.json is no report" in done.stderr
+    assert (tmp_path / "out" / "quantkit_tuning.json").is_file()
+    assert not (tmp_path / "out" / "quantkit_report.json").exists()
 
 
 def test_a_dry_run_tells_what_a_run_does_and_makes_nothing(arguments, tmp_path):

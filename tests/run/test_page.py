@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from quantkit.run.card import base_model, model_card, title
 from quantkit.run.page import report_page
 from quantkit.run.pictures import picture
-from quantkit.run.report import Check, Continuation, LayerReport, Piece, Report, Samples
+from quantkit.run.report import Check, Continuation, LayerReport, Piece, Report, Samples, Tuning
 from quantkit.run.samples import _pieces
 
 HOSTILE = "<script>alert(1)</script>\" onload='x' &amp; ]]> --> \u202e \x00 \ud800 $x$"
@@ -39,6 +39,7 @@ def report(text="name", **changes):
         {"quantizers": {"a": text}, "calibration": {"source": text}}, (text,),
         Check(text, 2, 64, 126, 0.0125, 0.001, 0.9, 0.05, 10.0, 11.0, 6666.5),
         Samples(texts, (Continuation(text, "one", "other"), Continuation("p", text, text)), text),
+        Tuning(text, 2, 64, (0, 5, 10), (0.5, 0.25, 0.375)),
     )  # fmt: skip
     return replace(made, **changes)
 
@@ -95,17 +96,17 @@ def test_it_says_what_was_measured_and_no_times():
     for told in (
         "3.250", "1000 B → 400 B", "2.50x smaller", "0.0125 ± 0.0010", "90.0%", "10.000 → 11.000", "q_proj",
         "All 5 layers", "2.00e-01 → 1.00e-01", "lm_head", "the full model says", "the same, to the last token",
-        "No continuations: name.", "calibration",
+        "No continuations: name.", "calibration", "0.50000 → 0.25000", "All 3 measurements", "beside name",
     ):  # fmt: skip
         assert told in page, told
     assert not any(figure in page for figure in ("7777", "6666", "8.48", "8,888")), "times and memory"
-    plain = "".join(Page(report_page(report(check=None, samples=None, notes=()))).text)
-    assert "Check on held-out text" not in plain and "Text before and after" not in plain
+    plain = "".join(Page(report_page(report(check=None, samples=None, tuning=None, notes=()))).text)
+    assert not any(f"{part} " in plain for part in ("Check on held-out", "Text before and", "held-out KL"))
 
 
 def test_pictures_are_of_the_pages_colours_and_the_same_each_time():
     page = report_page(report())
-    assert page.count("<svg") == 1 and "currentColor" in page and "mlp.down_proj" in page
+    assert page.count("<svg") == 2 and page.count("currentColor") > 2 and "mlp.down_proj" in page
     assert page == report_page(report())
     assert "<metadata" not in page
 
@@ -153,7 +154,7 @@ def test_the_card_has_what_the_hub_reads():
     assert "model-index" not in data, "nobody else has that text"
     assert card.text.index("Load this checkpoint with quantkit") < card.text.index("measured bits")
     assert "KL to the full model: 0.01250 ± 0.00100" in card.text and "quantkit_report.html" in card.text
-    plain = model_card(report("./gone", check=None), {}, "")
+    plain = model_card(report("./gone", check=None, tuning=None), {}, "")
     assert "KL" not in plain and "license" not in plain and "base_model" not in plain
 
 
@@ -205,3 +206,10 @@ def test_the_json_has_no_samples():
     told = report().to_json()
     json.dumps(told, allow_nan=False)
     assert told["check"]["kl"] == 0.0125 and "samples" not in told
+
+
+def test_a_report_is_read_again_but_for_its_samples():
+    made = report()
+    assert Report.from_json(json.loads(json.dumps(made.to_json()))) == replace(made, samples=None)
+    plain = replace(made, samples=None, check=None, tuning=None)
+    assert Report.from_json(json.loads(json.dumps(plain.to_json()))) == plain
