@@ -36,9 +36,9 @@ WAYS: tuple[tuple[str, float, int | None], ...] = (
     ("trellis", 2, None),
 )
 """(method, bits, group size) that advice compares, by falling size."""
-MEASURED = 0.35
+MEASURED = 0.25
 """Share by which a prediction from a measurement is taken to be off at most, as `quantkit.evals.predicted` finds of
-GPTQ and trellis codes on two models: 9% on one, 30% on the other."""
+GPTQ and trellis codes on two models: 7% on one, 25% on the other."""
 ENOUGH = 0.05
 """Nats a token below which a packed model is hardly told from the full one: the smallest such way is advised where
 memory sets no limit."""
