@@ -11,6 +11,7 @@ several; medians of `--runs` are told. Seconds are those of the run, and of the 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,24 +28,34 @@ from quantkit.evals.real import model_folder
 from quantkit.io.source import load_tokenizer
 
 RUNS = {
-    "GPTQ, groups of 64": "--bits 3 --group-size 64",
-    "trellis, 2^12 states": "--bits 2 --method trellis --state-bits 12",
+    "GPTQ, groups of 64": "quantize --bits 3 --group-size 64 --no-check",
+    "trellis, 2^12 states": "quantize --bits 2 --method trellis --state-bits 12 --no-check",
+    "search over GPTQ of 2, 3 and 4 bits": "search --avg-bits 3 --candidates gptq(2,64),gptq(3,64),gptq(4,64) "
+    "--base gptq(3,64) --search-samples 24 --held-out 8 --generations 4 --offspring 8 --stages 2x2048,1x4096",
 }
-"""What is run, by label."""
+"""What is run, by label: a verb and its options."""
 
 
-def command(processes: int, folder: Path, options: Sequence[str], output: Path) -> list[str]:
-    """A run's command."""
+def command(processes: int, folder: Path, asked: Sequence[str], output: Path) -> list[str]:
+    """A run's command; a search makes its candidates beside the output."""
     launch = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     )
-    return [sys.executable, *launch, "-m", "quantkit.cli", "quantize", str(folder), "--output", str(output), *options]
+    verb, *options = asked
+    more = ["--database", str(_candidates(output))] if verb == "search" else ["--quiet"]
+    given = [verb, str(folder), "--output", str(output), *options, *more]
+    return [sys.executable, *launch, "-m", "quantkit.cli", *given]
+
+
+def _candidates(output: Path) -> Path:
+    return output.with_name(f"{output.name}-candidates")
 
 
 def timed(processes: int, folder: Path, options: Sequence[str], output: Path) -> tuple[float, float]:
     """Seconds (of the run, of the whole command)."""
+    shutil.rmtree(_candidates(output), ignore_errors=True)
     start = time.monotonic()
-    asked = command(processes, folder, [*options, "--device", "cpu", "--quiet", "--overwrite"], output)
+    asked = command(processes, folder, [*options, "--device", "cpu", "--overwrite"], output)
     subprocess.run(asked, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
     whole = time.monotonic() - start
     return float(json.loads((output / "quantkit_report.json").read_text())["seconds"]), whole
@@ -104,9 +115,9 @@ def main() -> None:
         model = folder if asked.blocks is None else shortened(folder, asked.blocks, Path(home) / "model")
         for label, options in RUNS.items():
             row = {"model": name, "blocks": asked.blocks, "run": label, "options": options}
-            row |= measure(model, [*text, "--no-check", *options.split()], asked.processes, asked.runs)
+            row |= measure(model, [*options.split(), *text], asked.processes, asked.runs)
             ratios = f"{row['ratio']:.3f} x, whole command {row['whole_ratio']:.3f} x"
-            print(f"{label:24} {ratios}, bytes {row['bytes']}", flush=True)
+            print(f"{label:36} {ratios}, bytes {row['bytes']}", flush=True)
             keys = ("model", "blocks", "run", "processes")
             rows = [other for other in rows if any(other[key] != row[key] for key in keys)] + [row]
     if asked.json:

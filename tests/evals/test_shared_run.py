@@ -27,6 +27,9 @@ def test_medians_and_bytes_are_compared(second, said, tmp_path, monkeypatch):
 
 
 def test_several_are_started_by_torchrun(tmp_path):
-    alone, two = (shared_run.command(count, tmp_path, ["--bits", "3"], tmp_path / "out") for count in (1, 2))
+    asked = ["quantize", "--bits", "3"]
+    alone, two = (shared_run.command(count, tmp_path, asked, tmp_path / "out") for count in (1, 2))
     assert alone[1:4] == ["-m", "quantkit.cli", "quantize"] and "torch.distributed.run" not in alone
-    assert two[1:3] == ["-m", "torch.distributed.run"] and two[-7:] == alone[2:]
+    assert two[1:3] == ["-m", "torch.distributed.run"] and two[-8:] == alone[2:]
+    searched = shared_run.command(1, tmp_path, ["search", "--avg-bits", "3"], tmp_path / "out")
+    assert searched[-2:] == ["--database", str(tmp_path / "out-candidates")]
