@@ -50,9 +50,11 @@ class _Verbs(TyperGroup):
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """What goes wrong with a command: a stop in our words, and a mistake in it, which all processes find, once."""
+    """What goes wrong with a command: a stop in our words, and what all processes find wrong with it, once."""
     try:
         yield
+    except (typer.Exit, typer.Abort):  # it has said what was asked for
+        raise
     except KeyboardInterrupt:  # a verb that keeps something says what
         raise Interrupted(_STOPPED) from None
     except Exception:

@@ -112,6 +112,8 @@ _EachExpert = Annotated[
 _Start = Annotated[
     Literal["best", "uniform", "predicted"],
     typer.Option(
+        "--start-from",
+        "--start",
         help="best (of uniform, greedy and knapsack), uniform, or predicted: by what a pass back through the model "
         "says, without measuring layers.",
         rich_help_panel=_SEARCH,

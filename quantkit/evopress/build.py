@@ -34,6 +34,7 @@ from quantkit.quantizers.factor import quantized
 from quantkit.quantizers.target_shift import TargetShift
 from quantkit.run.fisher import measure
 from quantkit.run.packing import Pack, expected_kl, relative_error
+from quantkit.run.pipeline import check_same
 from quantkit.run.processes import ALONE, CPU, Together
 from quantkit.run.recipe import Recipe, beside_text
 from quantkit.run.sequential import Walker, moved
@@ -114,7 +115,7 @@ class _Sink:
 
     def write(self, index: int, name: str, layers: dict[str, LayerResult]) -> None:
         """Takes the block's candidates, of all processes."""
-        made = self._made()
+        made = self._taken()
         if not self.shared.is_first:
             return
         for key, quantizer in self.quantizers.items():
@@ -124,14 +125,14 @@ class _Sink:
         for layer in (layer for layer in layers if layer in self.fixed):
             self.store.write(index, end_key(layer, self.fixed[layer]), self.fixed[layer], {layer: layers[layer]})
 
-    def _made(self) -> Found:
-        """What all processes have made since the last time."""
-        own = {layer: dict(made) for layer, made in self.found.items() if made}
-        for made in self.found.values():
-            made.clear()
+    def _taken(self) -> Found:
+        """What all processes have found, which then forget it."""
+        own = {layer: dict(ways) for layer, ways in self.found.items() if ways}
+        for ways in self.found.values():
+            ways.clear()
         if self.shared.count > 1:  # another process may be on another device
-            own = {layer: moved(made, CPU) for layer, made in own.items()}
-        return {layer: made for of_one in self.shared.each(lambda: own) for layer, made in of_one.items()}
+            own = {layer: moved(ways, CPU) for layer, ways in own.items()}
+        return {layer: ways for of_one in self.shared.each(lambda: own) for layer, ways in of_one.items()}
 
 
 @dataclass(frozen=True)
@@ -183,14 +184,26 @@ def build(
     assert base is not None
     found = shared.alike(lambda: lacking(folder, recipe, candidates, database, budget=budget, device=where))
     made, missing = found.database, shared.first(lambda: found.missing)
+    check_same(made.source, shared)
+    asked = {"identity": made.store.identity, "candidates": [*made.quantizers], "fixed": [*made.fixed]}
+    wanted = shared.first(lambda: asked)
+
+    def agree() -> None:
+        """Holds what this process is asked for against what the first one is."""
+        if asked != wanted:
+            raise QuantkitError(
+                f"what is asked for on {socket.gethostname()} is not what the first process is asked for"
+            )
+
+    shared.alike(agree)
     if not missing:
         return made
     shared.lead(made.source.check_finite)
     again = made.source.unpacked({**dict.fromkeys(made.blocks, base), **made.fixed})
-    with shared.led(made.store.begin):
+    with shared.within(made.store.begin):
         _fill(made, missing, recipe, found.tokens, where, progress, shared)
 
-    def check() -> None:
+    def there() -> None:
         """Looks for what the first process has written."""
         if not all(made.store.has(*place) for place in missing):
             raise QuantkitError(
@@ -198,7 +211,7 @@ def build(
                 "there; give a folder that all processes share"
             )
 
-    shared.alike(check)
+    shared.alike(there)
     return replace(made, source=again())
 
 
@@ -264,8 +277,8 @@ def _divided(recipe: Recipe, model: nn.Module) -> tuple[Plan, Plan]:
     head = ends(model)[1]
     for name in beside_text(model, (name for name in searched if name != head)):
         raise QuantkitError(
-            f"text does not reach {name}, and a search measures on text what candidates cost; leave it out of "
-            "`include` here: `quantkit quantize` packs it beside the plan that is found"
+            f"text does not reach {name}, and a search measures on text what candidates cost; leave it dense "
+            "(`ignore`), or out of `include`: `quantkit quantize` packs it beside the plan that is found"
         )
     if shared := tied(searched):
         raise QuantkitError(

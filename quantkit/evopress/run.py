@@ -137,7 +137,7 @@ def run(
     if shared.is_first and said:
         watch.note(said)
     identity = {"run": "search", "model": Shards(asked.folder).fingerprint()}
-    with shared.led(lambda: output.begin(identity)):
+    with shared.within(lambda: output.begin(identity)):
         made, session, allowed = _prepared(asked, budget, shared, where, output, watch)
 
         def show(now: State) -> None:

@@ -22,19 +22,21 @@ def model_card(report: Report, config: dict[str, Any], original: str) -> str:
     Args:
         report: of the run.
         config: JSON of the original model's config.json.
-        original: its card, or "".
+        original: its card, or "". Of a model that was tuned both are the packed one's, whose card knows the original.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     name, results = title(report.model), None if report.check is None else _results(report.check)
+    known = _metadata_of(original)
+    base = base_model(report.model, config) if report.tuning is None else known.get("base_model")
     data = ModelCardData(
-        base_model=base_model(report.model, config),
+        base_model=base if _is_plain(base) else None,
         library_name="quantkit",
         pipeline_tag="image-text-to-text" if "vision_config" in config else "text-generation",
         tags=["quantkit", "quantized", "compressed"],
         model_name=results and f"{name}, {report.bits_per_weight:.2f} bits per weight",
         eval_results=results,
-        **_taken_over(original),
+        **{key: known[key] for key in _TAKEN_OVER if _is_plain(known.get(key))},
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n{_text(report, name)}", ignore_metadata_errors=True)
     return str(card).rstrip() + "\n"
@@ -75,18 +77,17 @@ def _gguf_repository(model: str) -> str | None:
     return repository if model.lower().endswith(".gguf") and _is_hub_id(repository) else None
 
 
-def _taken_over(original: str) -> dict[str, Any]:
-    """Licence and language of the original model's card, as far as it says them in the form that cards have."""
+def _metadata_of(original: str) -> dict[str, Any]:
+    """What a card says in the form that cards have."""
     from huggingface_hub import ModelCard
 
     if not original:
         return {}
     try:
-        found = ModelCard(original, ignore_metadata_errors=True).data.to_dict()
+        found: dict[str, Any] = ModelCard(original, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # whatever a YAML parser meets in a file from elsewhere
         return {}
-    taken = {key: found[key] for key in _TAKEN_OVER if key in found}
-    return {key: value for key, value in taken.items() if _is_plain(value)}
+    return found
 
 
 def _is_plain(value: Any) -> bool:

@@ -47,7 +47,7 @@ def report_page(report: Report) -> str:
         _figures(report),
         *(f'<p class="note">{_safe(note)}</p>' for note in report.notes),
         "<h2>Bits and error by layer</h2>",
-        _picture(report),
+        _figure(picture(report)),
         _kinds(report),
         _layers(report.layers),
         "<h2>Sizes</h2>",
@@ -106,11 +106,7 @@ def _figures(report: Report) -> str:
     return f'<div class="figures">{"".join(cells)}</div>'
 
 
-def _picture(report: Report) -> str:
-    return _drawn(picture(report))
-
-
-def _drawn(svg: str | None) -> str:
+def _figure(svg: str | None) -> str:
     if svg is not None:
         return f"<figure>{svg}</figure>"
     return "<p class=\"note\">Pictures need matplotlib: <code>pip install 'quantkit-llm[plots]'</code></p>"
@@ -182,7 +178,7 @@ def _tuning(tuning: Tuning) -> str:
     text += "that of the least. Errors and predictions of layers are from before."
     table = _table(("step", "KL, nats a token"), rows)
     every = f"<details><summary>All {len(rows)} measurements</summary>\n{table}</details>"
-    return f'<h2>Tuning</h2>\n{_drawn(learning_curve(tuning))}\n{every}<p class="note">{_safe(text)}</p>'
+    return f'<h2>Tuning</h2>\n{_figure(learning_curve(tuning))}\n{every}<p class="note">{_safe(text)}</p>'
 
 
 def _samples(samples: Samples) -> str:

@@ -69,7 +69,7 @@ def picture(report: Report) -> str | None:
         figure.subplots_adjust(left=0.09, right=0.76, top=0.94, bottom=0.08)
         figure.legend(loc="upper left", bbox_to_anchor=(0.77, 0.95), frameon=False, fontsize=8)
 
-    return _drawn((9, 7), paint)
+    return _drawn("layers", (9, 7), paint)
 
 
 def learning_curve(tuning: Tuning) -> str | None:
@@ -84,11 +84,11 @@ def learning_curve(tuning: Tuning) -> str | None:
         axes.set_xlabel("step")
         figure.subplots_adjust(left=0.11, right=0.97, top=0.9, bottom=0.15)
 
-    return _drawn((7, 3.6), paint)
+    return _drawn("tuning", (7, 3.6), paint)
 
 
-def _drawn(inches: tuple[float, float], paint: Callable[[Any], None]) -> str | None:
-    """An SVG element with what is painted on a figure; None without matplotlib."""
+def _drawn(name: str, inches: tuple[float, float], paint: Callable[[Any], None]) -> str | None:
+    """An SVG element with what is painted on a figure, its parts named after it; None without matplotlib."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -112,7 +112,7 @@ def _drawn(inches: tuple[float, float], paint: Callable[[Any], None]) -> str | N
             axes.grid(alpha=0.2, color=_INK)
         drawn = StringIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return _inline(drawn.getvalue())
+    return _inline(drawn.getvalue(), name)
 
 
 def _depth(layer: LayerReport) -> int | None:
@@ -120,8 +120,9 @@ def _depth(layer: LayerReport) -> int | None:
     return None if found is None else int(found[1])
 
 
-def _inline(svg: str) -> str:
-    """A file's picture as an element of a page, in the colour of the page's text."""
+def _inline(svg: str, name: str) -> str:
+    """A file's picture as an element of a page, in the colour of the page's text; no other has its ids."""
     element = svg[svg.index("<svg") :]
+    element = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", element)
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     return element.replace(_INK, "currentColor").strip()

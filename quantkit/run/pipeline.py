@@ -100,7 +100,7 @@ def run(
         QuantkitError: bad input; the message says what would work.
     """
     where, start = begin(device)
-    _check_same(source, shared)
+    check_same(source, shared)
     plan = shared.alike(lambda: recipe.plan(source.model))
     shared.lead(source.check_finite)
     before = source.nbytes()
@@ -120,7 +120,7 @@ def run(
     dense_bytes = source.nbytes() - source.packed_nbytes(plan)
     counts = count_weights(source.model, plan)
     notes = (*source.notes, *model_notes(source.model, plan, source.untied, recipe.rotation is not None), *unchecked)
-    with shared.led(lambda: destination.begin(identity)), source.walked(), destination.scratch("fisher") as scratch:
+    with shared.within(lambda: destination.begin(identity)), source.walked(), destination.scratch("fisher") as scratch:
         folder = shared.first(lambda: scratch)
         fisher = _fisher(source, plan, tokens, where, folder, progress, shared) if recipe.runs_back(plan) else None
         if recipe.low_rank_bits:
@@ -170,7 +170,7 @@ def run(
         return shared.first(complete)
 
 
-def _check_same(source: Source, shared: Together) -> None:
+def check_same(source: Source, shared: Together) -> None:
     """Raises QuantkitError where processes, on several machines say, have not read the same model."""
     if shared.count == 1:
         return

@@ -151,7 +151,7 @@ class Together:
         return made[0] if made else None
 
     @contextmanager
-    def led(self, make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    def within(self, make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
         """The time in which the first process is in a context, such as one that holds a folder; all know that it is.
 
         Raises:

@@ -177,19 +177,15 @@ class Report:
         """What `to_json` gave, without the samples.
 
         Raises:
-            TypeError, KeyError, ValueError: it is something else.
+            AttributeError, LookupError, TypeError, ValueError: it is something else.
         """
         found = {one.name: record[one.name] for one in fields(cls) if one.name in record}
         layers = [layer | {"tuned": layer["tuned"] and tuple(layer["tuned"])} for layer in record["layers"]]
-        check, tuning = found.get("check"), found.get("tuning")
-        found |= {
-            "layers": tuple(LayerReport(**layer) for layer in layers),
-            "notes": tuple(record["notes"]),
-            "check": None if check is None else Check(**check),
-            "tuning": None
-            if tuning is None
-            else Tuning(**{**tuning, **{n: tuple(tuning[n]) for n in ("steps", "kl")}}),
-        }
+        found |= {"layers": tuple(LayerReport(**layer) for layer in layers), "notes": tuple(record["notes"])}
+        if (check := found.get("check")) is not None:
+            found["check"] = Check(**check)
+        if (tuning := found.get("tuning")) is not None:
+            found["tuning"] = Tuning(**tuning | {name: tuple(tuning[name]) for name in ("steps", "kl")})
         return cls(**found)
 
     @property

@@ -51,7 +51,7 @@ from quantkit.run.experts import Means, in_turns, pooled
 from quantkit.run.fisher import Fisher
 from quantkit.run.gathering import Gathering, Stream
 from quantkit.run.packing import Pack, packed
-from quantkit.run.processes import ALONE, Together
+from quantkit.run.processes import ALONE, CPU, Together
 
 logger = logging.getLogger(__name__)
 K = TypeVar("K")
@@ -330,7 +330,7 @@ class Walker:
             for layer in mine:
                 known = self._with_outputs(stats[layer], layer)
                 found[layer] = packed(self._hook, modules[layer], known, layer)
-            return found if self.together.count == 1 else moved(found, torch.device("cpu"))
+            return found if self.together.count == 1 else moved(found, CPU)
 
         made = {layer: result for found in self.together.each(make) for layer, result in found.items()}
         return {layer: made[layer] for layer in stats} if self.together.count == 1 else moved(made, self.device, stats)
@@ -364,8 +364,7 @@ class Walker:
         """A block's layers as the first process has improved them; the others take them over."""
         if self.together.count == 1:
             return self._tuned(index, name, results)
-        cpu = torch.device("cpu")
-        results = moved(self.together.first(lambda: moved(self._tuned(index, name, results), cpu)), self.device)
+        results = moved(self.together.first(lambda: moved(self._tuned(index, name, results), CPU)), self.device)
         if not self.together.is_first:
             for layer, result in results.items():
                 _swap(self.model, layer, result.weight)

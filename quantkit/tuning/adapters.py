@@ -41,7 +41,6 @@ class AdaptedLinear(nn.Module):
         self.up, self.down = nn.Parameter(up.clone()), nn.Parameter(down.clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.out_features, self.in_features = weight.shape
-        self._saved: dict[str, tuple[int, Tensor]] = {}  # factors as they were last saved, by version
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x's dtype."""
@@ -92,16 +91,20 @@ class AdaptedLinear(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in ("up", "down"):
-            factor = destination[prefix + name]
-            version, stored = self._saved.get(name, (None, None))
-            if version != factor._version:  # one at several places gives the same tensors at all of them
-                stored = _stored(factor)
-                self._saved[name] = factor._version, stored
-            destination[prefix + name] = stored
+            destination[prefix + name] = _stored(destination[prefix + name])
 
     def extra_repr(self) -> str:
         """Shape and rank."""
         return f"{self.in_features}, {self.out_features}, rank={self.up.shape[1]}, bias={self.bias is not None}"
+
+
+def _saved_once(model: nn.Module, state: dict[str, Any], prefix: str, _local: Any) -> None:
+    """Gives a layer that is at several places, as in blocks that share it, the same tensors at all of them."""
+    first: dict[AdaptedLinear, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, AdaptedLinear) and (known := first.setdefault(module, name)) != name:
+            for factor in ("up", "down"):
+                state[f"{prefix}{name}.{factor}"] = state[f"{prefix}{known}.{factor}"]
 
 
 def _stored(factor: Tensor) -> Tensor:
@@ -136,6 +139,8 @@ def finetune(model: PreTrainedModel, rank: int = 16, *, seed: int = 0) -> PreTra
         for name, linear in packed.items()
     }
     put_in_places(model, adapted)
+    if _saved_once not in model._state_dict_hooks.values():
+        model.register_state_dict_post_hook(_saved_once)
     attach(model, dict(_metadata(model)), trainable=True)
     return model
 

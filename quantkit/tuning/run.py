@@ -5,7 +5,6 @@ It works in `<output>.partial`, where its state lies after every measurement.
 
 import logging
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,11 @@ from quantkit.io.hf import load
 from quantkit.io.shards import Shards
 from quantkit.io.source import load_tokenizer
 from quantkit.models.structure import context_length
-from quantkit.run.processes import begin_processes
+from quantkit.run.processes import together
 from quantkit.run.recipe import sequence_length
 from quantkit.run.record import RECORD, begin, files_of
 from quantkit.run.report import Report, Tuning, peak_device_bytes, peak_memory_bytes
-from quantkit.tuning.end_to_end import Watch, tune
+from quantkit.tuning.end_to_end import Watch, checked_text, tune
 from quantkit.tuning.request import TuningRun
 
 logger = logging.getLogger(__name__)
@@ -99,22 +98,28 @@ def run(
         QuantkitError: bad input; the message says what would work.
     """
     output = asked.destination(resume, overwrite)
-    report = _report_of(asked.folder)
-    processes, where = begin_processes(device)
+    shared, where = together(device)
     _, begun = begin(where)
     kind = parse_dtype(dtype) or compute_dtype(where) or "auto"
-    tokenizer = load_tokenizer(asked.folder)
-    student: Any = load(asked.folder, dtype=kind, device=where)
-    teacher = load(asked.teacher, dtype=kind, device=where)
-    processes.wait_for_everyone()  # all have looked at what is there
-    main, made = processes.is_main_process, None
+    report = _report_of(asked.folder) if shared.is_first else None
+
+    def read() -> tuple[Any, Any, Any]:
+        """The packed model, the teacher and their tokenizer, which belong together, with text enough."""
+        tokenizer, cached = load_tokenizer(asked.folder), asked.cache is not None
+        student, teacher = (load(folder, dtype=kind, device=where) for folder in (asked.folder, asked.teacher))
+        checked_text(student, teacher, tokenizer, asked.calibration, asked.settings, cached)
+        return student, teacher, tokenizer
+
+    student, teacher, tokenizer = shared.alike(read)
     identity = {"run": "tune", "model": Shards(asked.folder).fingerprint()}
-    with output.begin(identity) if main else nullcontext():
+    with shared.within(lambda: output.begin(identity)):
         tune(
             student, teacher, tokenizer, calibration=asked.calibration, settings=asked.settings, state=output,
             cache=asked.cache, watch=watch,
         )  # fmt: skip
-        if main:
+
+        def finished() -> Tuned:
+            """The folder, complete."""
             stored = stored_dtype(asked.folder)
             output.empty()
             output.take((student if stored is None else student.to(stored)).save_pretrained)
@@ -125,16 +130,16 @@ def run(
             record = {"teacher": asked.teacher_name or str(asked.teacher), "settings": asdict(asked.settings)}
             record |= {"history": student.quantkit_tuning}
             output.write_json(output.made(TUNING_RECORD), record)
+            peaks = peak_memory_bytes(), peak_device_bytes(where)
+            made = Tuned(asked.output, record, Shards(folder).nbytes(), time.monotonic() - begun, *peaks)
             if report is not None:
-                told = _tuned(report, asked, record, student, folder)
-                for name, content in files_of(told, config, readme_of(asked.folder)).items():
+                told = _tuned(report, asked, made, sequence_length(asked.calibration.seqlen, context_length(student)))
+                for name, content in files_of(told, read_config(asked.folder), readme_of(asked.folder)).items():
                     output.write_bytes(output.made(name), content)
-            shards = Shards(folder)
-            output.publish(shards.checksums())
-            taken = time.monotonic() - begun
-            made = Tuned(asked.output, record, shards.nbytes(), taken, peak_memory_bytes(), peak_device_bytes(where))
-        processes.wait_for_everyone()
-    return made
+            output.publish(Shards(folder).checksums())
+            return made
+
+        return shared.lead(finished)
 
 
 def _report_of(folder: Path) -> Report | None:
@@ -142,7 +147,7 @@ def _report_of(folder: Path) -> Report | None:
     if not (folder / RECORD).is_file():
         return None
     try:
-        report = Report.from_json(parse_json(folder / RECORD))
+        report = Report.from_json(parse_json(folder / RECORD)).remeasured(contents(folder).layers)
         files_of(report, {}, "")  # of which all can be shown
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         logger.warning("%s is no report (%s); the tuned model gets none", folder / RECORD, first_line(error))
@@ -150,16 +155,13 @@ def _report_of(folder: Path) -> Report | None:
     return report
 
 
-def _tuned(report: Report, asked: TuningRun, record: dict[str, Any], model: Any, folder: Path) -> Report:
+def _tuned(report: Report, asked: TuningRun, made: Tuned, seqlen: int) -> Report:
     """The report of a packed model with what tuning made of it; what was measured of the packed one is left out."""
-    history = record["history"]
-    tuning = Tuning(
-        teacher=record["teacher"],
-        sequences=asked.settings.held_out,
-        seqlen=sequence_length(asked.calibration.seqlen, context_length(model)),
-        steps=tuple(entry["step"] for entry in history),
-        kl=tuple(entry["kl"] for entry in history),
-    )
-    settings = report.settings | {"tuning": record["settings"]}
-    report = report.remeasured(contents(folder).layers)
-    return replace(report, check=None, samples=None, tuning=tuning, settings=settings)
+    history, before = made.history, report.settings.get("tuning")
+    steps, kl = (tuple(entry[name] for entry in history) for name in ("step", "kl"))
+    return replace(
+        report, bytes_after=made.bytes_after, seconds=made.seconds, peak_memory_bytes=made.peak_memory_bytes,
+        peak_device_bytes=made.peak_device_bytes, check=None, samples=None,
+        tuning=Tuning(made.record["teacher"], asked.settings.held_out, seqlen, steps, kl),
+        settings=report.settings | {"tuning": [*(before or []), made.record["settings"]]},
+    )  # fmt: skip

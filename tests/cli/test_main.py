@@ -307,3 +307,5 @@ def test_of_several_processes_the_first_says_what_is_wrong_with_a_command(compla
         assert complaint(*wrong) == alone
         assert waited.pop() > 1 and not waited
         monkeypatch.delenv("RANK")
+    monkeypatch.setenv("RANK", "1")
+    assert complaint("--version")[0] == 0 and not waited

@@ -40,11 +40,12 @@ def test_one_json_object_is_all_of_standard_output(arguments, tmp_path):
     assert f"{figures[0]:.5f} → {min(figures):.5f}" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("damage", ["{", '{"layers": [{"name": 3}], "notes": []}', '{"layers": 3}'])
+@pytest.mark.parametrize("damage", ["{", '{"layers": [{"name": 3}], "notes": []}', {"packed_weights": 0}])
 def test_a_report_that_is_none_is_left_behind(damage, arguments, tmp_path):
     packed = tmp_path / "packed"
     shutil.copytree(arguments[0], packed)
-    (packed / "quantkit_report.json").write_text(damage)
+    report = packed / "quantkit_report.json"
+    report.write_text(damage if isinstance(damage, str) else json.dumps(json.loads(report.read_text()) | damage))
     done = run("tune", packed, *arguments[1:], "--output", tmp_path / "out")
     assert done.returncode == 0 and "quantkit_report.json is no report" in done.stderr
     assert (tmp_path / "out" / "quantkit_tuning.json").is_file()

@@ -153,11 +153,15 @@ def test_tuned_and_trained_as_one(kind, folder, recipe, tmp_path):
         nn.init.constant_(parameter, 2.0**-4)  # which fp16 holds
     learnt = logits(model, TOKENS)
     assert (learnt - tuned).abs().max() > 1e-3
-    for name in ("training", "finished"):
-        model = model if name == "training" else quantkit.finished(model)
+    for name in ("training", "more", "finished"):
+        if name == "more":  # by an optimizer that tells nobody
+            for parameter in trained:
+                parameter.data.add_(2.0**-5)
+            learnt = logits(model, TOKENS)
+        model = quantkit.finished(model) if name == "finished" else model
         model.save_pretrained(tmp_path / name)
         found = logits(quantkit.load(tmp_path / name, device="cpu", dtype="float32"), TOKENS)
-        torch.testing.assert_close(found, learnt, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, learnt, rtol=1e-4, atol=1e-4)
     assert places(model) == at
 
 

@@ -157,6 +157,6 @@ def test_the_command_packs_towers(seeing_folder, tmp_path):
 def test_a_search_refuses_towers_before_it_makes_anything(seeing_folder, text_file, tmp_path):
     folder, text = seeing_folder("llava"), Calibration(str(text_file), 4, 64)
     asked = {"avg_bits": 5, "candidates": "rtn(3, 32), rtn(4, 32)", "base": "rtn(3, 32)", "calibration": text}
-    with pytest.raises(QuantkitError, match=r"text does not reach model\.vision_tower.*leave it out of `include`"):
+    with pytest.raises(QuantkitError, match=r"text does not reach model\.vision_tower.*leave it dense \(`ignore`\)"):
         quantkit.search(folder, tmp_path / "out", include=["model.vision_tower*"], held_out=2, **asked)
     assert [path.name for path in tmp_path.iterdir()] == ["llava"]

@@ -1,6 +1,7 @@
 """The report's page and the model card: whole, harmless whatever texts hold, and the same each time."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -106,6 +107,9 @@ def test_it_says_what_was_measured_and_no_times():
 
 def test_pictures_are_of_the_pages_colours_and_the_same_each_time():
     page = report_page(report())
+    ids = [value for name, value in Page(page).attributes if name == "id"]
+    assert len(ids) == len(set(ids)) > 20
+    assert {found.strip("#)") for found in re.findall(r"#(?:layers|tuning)-[\w.-]+", page)} <= set(ids)
     assert page.count("<svg") == 2 and page.count("currentColor") > 2 and "mlp.down_proj" in page
     assert page == report_page(report())
     assert "<metadata" not in page
@@ -145,7 +149,8 @@ ORIGINAL = "---\nlicense: apache-2.0\nlanguage:\n- en\n- de\ntags: [x]\nbase_mod
 
 
 def test_the_card_has_what_the_hub_reads():
-    card = ModelCard(model_card(report("Owner/Name"), {}, ORIGINAL))
+    made = report("Owner/Name", tuning=None)
+    card = ModelCard(model_card(made, {}, ORIGINAL))
     data = card.data.to_dict()
     assert data["base_model"] == "Owner/Name"
     assert data["license"] == "apache-2.0" and data["language"] == ["en", "de"]
@@ -154,6 +159,9 @@ def test_the_card_has_what_the_hub_reads():
     assert "model-index" not in data, "nobody else has that text"
     assert card.text.index("Load this checkpoint with quantkit") < card.text.index("measured bits")
     assert "KL to the full model: 0.01250 ± 0.00100" in card.text and "quantkit_report.html" in card.text
+    tuned = ModelCard(model_card(report("gone"), {}, str(card)))
+    assert tuned.data.to_dict()["base_model"] == "Owner/Name", "which the packed model's card knows"
+    assert "0.50000 → 0.25000" in tuned.text
     plain = model_card(report("./gone", check=None, tuning=None), {}, "")
     assert "KL" not in plain and "license" not in plain and "base_model" not in plain
 
