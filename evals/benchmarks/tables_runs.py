@@ -42,7 +42,8 @@ SHARED = Table(
     {
         f"{model} | {run}": [{"model": name, "run": run, "processes": 2}]
         for name, model in (("smollm2", "SmolLM2-135M, its first 4 blocks"), ("reference", "reference model"))
-        for run in ("GPTQ, groups of 64", "trellis, 2^12 states")
+        for run in ("GPTQ, groups of 64", "trellis, 2^12 states", "search over GPTQ of 2, 3 and 4 bits")
+        if name == "reference" or not run.startswith("search")
     },
     "rows",
 )  # fmt: skip
