@@ -34,7 +34,6 @@ from quantkit.quantizers.factor import quantized
 from quantkit.quantizers.target_shift import TargetShift
 from quantkit.run.fisher import measure
 from quantkit.run.packing import Pack, expected_kl, relative_error
-from quantkit.run.pipeline import check_same
 from quantkit.run.processes import ALONE, CPU, Together
 from quantkit.run.recipe import Recipe, beside_text
 from quantkit.run.sequential import Walker, moved
@@ -184,7 +183,7 @@ def build(
     assert base is not None
     found = shared.alike(lambda: lacking(folder, recipe, candidates, database, budget=budget, device=where))
     made, missing = found.database, shared.first(lambda: found.missing)
-    check_same(made.source, shared)
+    shared.check_same(made.source.fingerprint)
     asked = {"identity": made.store.identity, "candidates": [*made.quantizers], "fixed": [*made.fixed]}
     wanted = shared.first(lambda: asked)
 

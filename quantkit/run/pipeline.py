@@ -1,6 +1,5 @@
 """A run: a recipe applied to a source, in memory or in a folder, and what comes of it given to a destination."""
 
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -100,7 +99,7 @@ def run(
         QuantkitError: bad input; the message says what would work.
     """
     where, start = begin(device)
-    check_same(source, shared)
+    shared.check_same(source.fingerprint)
     plan = shared.alike(lambda: recipe.plan(source.model))
     shared.lead(source.check_finite)
     before = source.nbytes()
@@ -168,24 +167,6 @@ def run(
             return report
 
         return shared.first(complete)
-
-
-def check_same(source: Source, shared: Together) -> None:
-    """Raises QuantkitError where processes, on several machines say, have not read the same model."""
-    if shared.count == 1:
-        return
-    wanted = shared.first(source.fingerprint)
-
-    def check() -> None:
-        """Holds this process's model against the first one's."""
-        found = source.fingerprint()
-        if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
-            raise QuantkitError(
-                f"{wrong[0]} of the model on {socket.gethostname()} is not that of the first process; give all "
-                "processes the same files"
-            )
-
-    shared.alike(check)
 
 
 def _fisher(

@@ -5,6 +5,7 @@ batch at a time in their order, a layer is packed by one process. So every numbe
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -170,6 +171,23 @@ class Together:
         made: list[T] = []
         self.each(lambda: made.append(make()))
         return made[0]
+
+    def check_same(self, fingerprint: Callable[[], Mapping[str, str]]) -> None:
+        """Raises QuantkitError where processes, on several machines say, have not read the same model."""
+        if self.count == 1:
+            return
+        wanted = self.first(fingerprint)
+
+        def check() -> None:
+            """Holds this process's model against the first one's."""
+            found = fingerprint()
+            if wrong := sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name)):
+                raise QuantkitError(
+                    f"{wrong[0]} of the model on {socket.gethostname()} is not that of the first process; give all "
+                    "processes the same files"
+                )
+
+        self.alike(check)
 
     def beside(self, device: torch.device) -> int:
         """Processes that take of the memory of this one's device, at most: all of a CPU's, each a GPU's own."""

@@ -13,7 +13,6 @@ from quantkit.core.errors import Elsewhere, Interrupted, QuantkitError
 from quantkit.io.source import open_folder
 from quantkit.run import processes
 from quantkit.run.fisher import measure
-from quantkit.run.pipeline import _check_same
 from quantkit.run.processes import Together
 
 
@@ -92,7 +91,7 @@ def test_another_model_and_a_folder_that_is_not_seen_are_refused(model_folder, t
     """As on a machine that shares no file system with the first."""
     source = open_folder(model_folder("llama_small"))
     with pytest.raises(QuantkitError, match=r"config\.json of the model on .* is not that of the first process"):
-        _check_same(source, Another(1, 2))
+        Another(1, 2).check_same(source.fingerprint)
     folder, tokens = tmp_path / "fisher", torch.zeros(1, 8, dtype=torch.int64)
     with pytest.raises(QuantkitError, match="give an `output` on a file system that all machines see"):
         measure(source.model, [], tokens, source.weights({}), torch.device("cpu"), folder, together=Another(1, 2))
