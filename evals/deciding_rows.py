@@ -228,9 +228,9 @@ def _searched() -> Iterator[Row]:
         way = Searched(bits, candidates, "gptq(3, group_size=64)")
         yield Row("search-gptq-g64", "search over GPTQ, groups of 64", bits, way, True)
     finer = "hadamard(trellis(3, state_bits=12))"
-    for states, steps in ((14, 400), (16, 512)):  # many small steps gain more; of 528 sequences 16 are held out
+    for states, steps in ((14, 400), (16, 512)):  # many small steps gain more; 16 sequences are held out
         base = f"hadamard(trellis(2, state_bits={states}))"
-        tuned = EndToEnd(steps, 1, steps + 16, evaluate_every=100 if states == 14 else 128, mode="continuous")
+        tuned = EndToEnd(steps, 1, steps + 16, evaluate_every=steps // 4, mode="continuous")
         for name, more, tuning in (("", "", None), ("-tuned", ", tuned end to end", tuned)):
             way = Searched(2.03, f"{base}, {finer}", base, generations=0, start="predicted", tuning=tuning)
             label = f"trellis, 2^{states} states, few layers of 3 bits by prediction{more}"

@@ -107,7 +107,8 @@ def run(
         """The packed model, the teacher and their tokenizer, which belong together, with text enough."""
         tokenizer, cached = load_tokenizer(asked.folder), asked.cache is not None
         student, teacher = (load(folder, dtype=kind, device=where) for folder in (asked.folder, asked.teacher))
-        checked_text(student, teacher, tokenizer, asked.calibration, asked.settings, cached)
+        if shared.count > 1:  # else `tune` is early enough to say what is wrong
+            checked_text(student, teacher, tokenizer, asked.calibration, asked.settings, cached)
         return student, teacher, tokenizer
 
     student, teacher, tokenizer = shared.alike(read)
