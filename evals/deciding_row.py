@@ -164,7 +164,7 @@ def _tune(task: Task, asked: EndToEnd, folder: Path, output: Path) -> list[dict[
         pv=PVSettings(asked.mode or PVSettings.mode, asked.lr),
     )  # fmt: skip
     protocol = task.protocol
-    text = Calibration(protocol.calibration, asked.num_samples, protocol.seqlen, protocol.seed + 1)
+    text = Calibration(protocol.calibration, asked.num_samples, asked.seqlen or protocol.seqlen, protocol.seed + 1)
     history: list[dict[str, Any]] = tune(
         folder, task.model, output=output, calibration=text, settings=settings, device="cpu", dtype="float32",
         progress=lambda now: _told(now.step, now.steps, f"KL {now.kl:.4f}"),

@@ -67,6 +67,7 @@ class EndToEnd:
         steps: of the optimizer, which bound the time.
         batch: sequences a step.
         num_samples: sequences of the calibration text, of the seed after the protocol's.
+        seqlen: tokens of each; None for the protocol's.
         held_out: of those, only measured.
         evaluate_every: steps between measurements.
         mode, lr: see `PVSettings`; `mode` is None for its default.
@@ -81,6 +82,7 @@ class EndToEnd:
     mode: str | None = None
     lr: float = 0.003
     embeddings: bool = True
+    seqlen: int | None = None
 
 
 @dataclass(frozen=True)

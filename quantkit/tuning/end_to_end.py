@@ -39,6 +39,7 @@ from quantkit.models.structure import check_vocabulary
 from quantkit.run.recipe import Calibration
 from quantkit.run.teacher import CachedTeacher, Teacher, predict
 from quantkit.tuning.adapters import AdaptedLinear, correction_outside, packed_linears
+from quantkit.tuning.columns import ColumnScaledLinear, by_columns
 from quantkit.tuning.parts.base import tunable
 from quantkit.tuning.pv import PVOptimizer, TunedLinear, TunedTensor, rate
 from quantkit.tuning.request import PACKED_TEACHER
@@ -119,7 +120,7 @@ def tune(
     calibration = Calibration(calibration, 512, seed=1) if isinstance(calibration, str) else calibration
     sequences = checked_text(model, teacher, tokenizer, calibration, settings, cached=cache is not None)
     was_training, teacher_was_training = model.training, teacher.training
-    mixed = multiplies_bf16(model.device) if settings.mixed is None else settings.mixed
+    mixed = is_mixed(settings, model.device)
     wanted: Teacher | CachedTeacher = Teacher(teacher.eval(), mixed)
     processes = PartialState(cpu=model.device.type == "cpu")
     folder = RunFolder(state, "a tuning run's state") if isinstance(state, Path) else state
@@ -148,6 +149,11 @@ def tune(
             teacher.train(teacher_was_training)
     model.quantkit_tuning = run.history  # type: ignore[assignment]
     return model
+
+
+def is_mixed(settings: TuningSettings, device: torch.device) -> bool:
+    """Whether a run multiplies in bf16 and adds up in fp32."""
+    return multiplies_bf16(device) if settings.mixed is None else settings.mixed
 
 
 def checked_text(
@@ -199,7 +205,7 @@ class _Run:
     ) -> None:
         self.model, self.teacher, self.sequences, self.settings = model, teacher, sequences, settings
         self._mixed, self._processes = mixed, PartialState()
-        self.layers = tuned_layers(model, settings.corrections)  # raises before anything changed
+        self.layers = tuned_layers(model, settings, mixed)  # raises before anything changed
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
@@ -433,11 +439,17 @@ def tuned_dense(model: PreTrainedModel, settings: TuningSettings) -> dict[str, l
     return {"norms": norms, "embeddings": [TunedTensor(table, EMBEDDING_RATE) for table in tables.values()]}
 
 
-def tuned_layers(model: PreTrainedModel, corrections: bool) -> dict[str, Any]:
+def tuned_layers(model: PreTrainedModel, settings: TuningSettings, mixed: bool) -> dict[str, Any]:
     """The packed layers as they will be tuned."""
-    packed = packed_linears(model)
-    if not corrections:
-        return {name: TunedLinear(tunable(linear.packed), linear.bias) for name, linear in packed.items()}
+    packed, kind = packed_linears(model), torch.bfloat16 if mixed else model.dtype
+    if not settings.corrections:
+        stay = settings.pv.mode == "continuous"
+        return {
+            name: ColumnScaledLinear(linear.packed, linear.bias, kind)
+            if stay and by_columns(linear.packed)
+            else TunedLinear(tunable(linear.packed), linear.bias)
+            for name, linear in packed.items()
+        }
     found = {name: correction_outside(linear.packed) for name, linear in packed.items()}
     adapted = {
         name: AdaptedLinear(weight, packed[name].bias)

@@ -14,7 +14,8 @@ from quantkit.io.source import load_tokenizer, packed_structure
 from quantkit.models.linear import put_in_places
 from quantkit.models.structure import tensor_bytes
 from quantkit.run.estimate import resident_bytes
-from quantkit.tuning.end_to_end import checked_text, tuned_dense, tuned_layers
+from quantkit.tuning.columns import ColumnScaledLinear
+from quantkit.tuning.end_to_end import checked_text, is_mixed, tuned_dense, tuned_layers
 from quantkit.tuning.pv import TunedLinear
 from quantkit.tuning.request import TuningRun
 
@@ -90,7 +91,7 @@ def estimate(
         Shards(asked.teacher)
     cached = asked.cache is not None
     sequences = checked_text(student, teacher, tokenizer, asked.calibration, settings, cached)
-    layers, dense = tuned_layers(student, settings.corrections), tuned_dense(student, settings)
+    layers, dense = tuned_layers(student, settings, is_mixed(settings, where)), tuned_dense(student, settings)
     sizes = {name: _numel(student.get_submodule(name)) for name in layers}
     put_in_places(student, layers)
     trainable = _trainable(layers, sizes, settings.pv.mode != "continuous")
@@ -100,7 +101,7 @@ def estimate(
         "process": resident_bytes() if where.type == "cpu" else 0,
         "teacher": tensor_bytes(teacher),
         "student": tensor_bytes(student),
-        **_held(sum(sizes[name] for name in layers if isinstance(layers[name], TunedLinear)), trainable),
+        **_held(layers, sizes, trainable),
         "best": sum(tensor.nbytes for part in tuned for tensor in part.state()),
     }
     seqlen = sequences.shape[1]
@@ -131,7 +132,7 @@ def _trainable(layers: dict[str, Any], sizes: dict[str, int], codes_move: bool) 
     """Numbers that the optimizer moves in packed layers of so many weights, by kind."""
     found = {"scales": 0, "codes": 0, "corrections": 0}
     for name, layer in layers.items():
-        if isinstance(layer, TunedLinear):
+        if isinstance(layer, TunedLinear | ColumnScaledLinear):
             found["scales"] += sum(parameter.numel() for parameter in layer.parts.parameters())
             found["codes"] += sum(sizes[name] for _ in layer.coded()) if codes_move else 0
         else:
@@ -139,17 +140,21 @@ def _trainable(layers: dict[str, Any], sizes: dict[str, int], codes_move: bool) 
     return found
 
 
-def _held(unpacked: int, trainable: dict[str, int]) -> dict[str, int]:
-    """Bytes that a step takes beside the models: each unpacked weight has a gradient, and so has what it is made of.
+def _held(layers: dict[str, Any], sizes: dict[str, int], trainable: dict[str, int]) -> dict[str, int]:
+    """Bytes that a step takes beside the models: an unpacked weight has a gradient where it is made of what moves.
 
     Args:
-        unpacked: weights of layers that are taken apart.
+        layers: as they are tuned.
+        sizes: weights of each.
         trainable: numbers that the optimizer moves, by kind.
     """
+    made = sum(sizes[name] for name, layer in layers.items() if isinstance(layer, TunedLinear))
+    columns = {name: layer for name, layer in layers.items() if isinstance(layer, ColumnScaledLinear)}
+    kept = sum(sizes[name] * layer.kind.itemsize for name, layer in columns.items())
     copied, moved = trainable["norms"] + trainable["embeddings"], sum(trainable.values())
     return {
-        "copies": FLOAT * (unpacked + copied),
+        "copies": FLOAT * (made + copied) + kept,
         "targets": FLOAT * trainable["codes"],
-        "gradients": FLOAT * (unpacked + moved),
+        "gradients": FLOAT * (made + moved),
         "optimizer": 2 * FLOAT * moved,
     }

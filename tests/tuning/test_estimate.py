@@ -1,10 +1,13 @@
 """What a run of tuning would hold is what the run then holds, and no weight is read to know it."""
 
+from functools import cache
+
 import pytest
 import torch
 
 import quantkit
-from quantkit import RTN, Calibration, Hadamard, LowRank, PVSettings, TuningSettings
+from quantkit import RTN, Calibration, Hadamard, LowRank, PVSettings, Trellis, TuningSettings
+from quantkit.core.device import multiplies_bf16
 from quantkit.core.errors import QuantkitError
 from quantkit.core.weight import QuantizedWeight
 from quantkit.run.teacher import Teacher
@@ -15,6 +18,7 @@ from quantkit.tuning.request import TuningRun
 
 from ..helpers.methods import METHODS, layer
 
+CORRECTED = Hadamard(LowRank(RTN(3, 32), 2))
 TEXT = Calibration("stdlib", 8, 32, seed=1)
 TUNABLE = {name: method for name, method in METHODS.items() if name != "sparse"}  # stored dense
 
@@ -31,11 +35,23 @@ def test_a_weight_without_tensors_is_taken_apart_like_one_with(method):
 
 
 @pytest.fixture(scope="module")
-def folders(model_folder, tokenizer, tmp_path_factory):
+def packed_by(model_folder, tmp_path_factory):
+    """A function: method -> (packed checkpoint, its teacher)."""
+    teacher = model_folder("llama_small")
+
+    @cache
+    def packed(method):
+        folder = tmp_path_factory.mktemp("tuning") / "packed"
+        quantkit.quantize(teacher, method=method, calibration=TEXT, output=folder)
+        return folder, teacher
+
+    return packed
+
+
+@pytest.fixture
+def folders(packed_by):
     """(packed checkpoint, its teacher)."""
-    teacher, packed = model_folder("llama_small"), tmp_path_factory.mktemp("tuning") / "packed"
-    quantkit.quantize(teacher, method=Hadamard(LowRank(RTN(3, 32), 2)), calibration=TEXT, output=packed)
-    return packed, teacher
+    return packed_by(CORRECTED)
 
 
 SETTINGS = {
@@ -45,9 +61,12 @@ SETTINGS = {
 }
 
 
+@pytest.mark.parametrize("method", [CORRECTED, Hadamard(Trellis(2, 10))], ids=["corrected", "trellis"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-def test_what_is_told_is_what_a_run_holds(settings, folders, tokenizer, tmp_path, monkeypatch):
-    packed, teacher = folders
+def test_what_is_told_is_what_a_run_holds(settings, method, packed_by, tokenizer, tmp_path, monkeypatch):
+    if settings.corrections and method is not CORRECTED:
+        pytest.skip("it has no corrections")
+    packed, teacher = folders = packed_by(method)
     models = [quantkit.load(folder, dtype=torch.float32) for folder in folders]
 
     def refuse(*_args, **_kwargs):
@@ -59,7 +78,7 @@ def test_what_is_told_is_what_a_run_holds(settings, folders, tokenizer, tmp_path
         told = estimate(TuningRun(packed, teacher, tmp_path / "out", TEXT, settings), "cpu")
     assert not list(tmp_path.iterdir())
     sequences = TEXT.sequences(tokenizer, models[0])
-    run = _Run(models[0].eval(), Teacher(models[1].eval()), sequences, settings)
+    run = _Run(models[0].eval(), Teacher(models[1].eval()), sequences, settings, multiplies_bf16(models[0].device))
     run.begin()
     run.advance()
     adam = run.optimizer.adam
@@ -73,6 +92,11 @@ def test_what_is_told_is_what_a_run_holds(settings, folders, tokenizer, tmp_path
     gradients = [parameter.grad for parameter in moved]
     gradients += [layer.leaf.grad for layer in run.layers.values() if hasattr(layer, "leaf")]
     assert told.memory["gradients"] == sum(gradient.nbytes for gradient in gradients if gradient is not None)
+    copies = [layer.leaf for layer in run.layers.values() if hasattr(layer, "leaf")]
+    copies += [layer.values for layer in run.layers.values() if hasattr(layer, "values")]
+    copies += [dense.copy for dense in run._dense]
+    if not settings.corrections:
+        assert told.memory["copies"] == sum(copy.nbytes for copy in copies)
     assert told.memory["teacher"] == sum(p.nbytes for p in models[1].parameters())
     assert (told.layers, told.tokens, told.seqlen) == (len(run.layers), 3 * 2 * 32, 32)
     assert told.seconds is told.activation_bytes is None

@@ -39,7 +39,7 @@ class TunableTrellis(Coded):
             states |= self.symbols.roll(-i, 0).int() << (i * self._weight.bits)
         return states & (1 << self._weight.state_bits) - 1
 
-    def _steps(self) -> Tensor:
+    def steps(self) -> Tensor:
         """Scales as they are stored, through which gradients pass; fp32 [in_features]."""
         scales = self.scales()
         with torch.no_grad():
@@ -51,13 +51,17 @@ class TunableTrellis(Coded):
         self.begin.copy_((self.begin + self._piece // 2 + 1) % len(self.symbols))
         return super().forward()
 
-    def decode(self) -> Tensor:
-        """The weight [out_features, in_features]: value * step * scale."""
+    def values(self) -> Tensor:
+        """What the codes stand for, before scales; fp32 [out_features, in_features]."""
         out_features, in_features = self._weight.shape
         values = trellis.evaluate(self._states())
         width = self._weight.width
         values = columns_of(values[: -(-out_features // width) * width * width], width)
-        return values[:out_features, :in_features] * self._steps()
+        return values[:out_features, :in_features]
+
+    def decode(self) -> Tensor:
+        """The weight [out_features, in_features]: value * step * scale."""
+        return self.values() * self.steps()
 
     def units(self, weight: Tensor) -> Tensor:
         """Pieces [rings * pieces, size]."""
@@ -72,7 +76,7 @@ class TunableTrellis(Coded):
         """The nearest path to targets [n, size] between the bits around the piece."""
         w = self._weight
         values = trellis.table(w.state_bits, target.device)
-        scales = self.units(self._steps().expand(w.shape))[index]
+        scales = self.units(self.steps().expand(w.shape))[index]
         fills = scales == 0  # places that fill a ring up stand for nothing, and may stay
         states = self._states()
         wanted = torch.where(fills, self._pieces(values[states.long()])[index], target / scales)
