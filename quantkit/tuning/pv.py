@@ -172,7 +172,7 @@ class PVOptimizer:
             size = float(weight.square().mean().sqrt()) * 2.0**-part.bits
             self.targets.append(nn.Parameter(weight.detach().clone()))
             groups.append({"params": [self.targets[-1]], "lr": settings.code_lr * part.pace * size})
-        self.adam = torch.optim.Adam(groups, betas=settings.betas)
+        self.adam = torch.optim.Adam(groups, betas=settings.betas, fused=True)
         for group in self.adam.param_groups:
             group["initial_lr"] = group["lr"]
 
