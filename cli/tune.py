@@ -46,7 +46,8 @@ _Hidden = Annotated[
     float, typer.Option(help="Weight of the last hidden states' relative distance.", rich_help_panel=_LOSS)
 ]
 _Mode = Annotated[
-    str, typer.Option(help="buffer, linearized, straight-through, or continuous (codes stay).", rich_help_panel=_STEP)
+    str,
+    typer.Option(help="auto, buffer, linearized, straight-through, or continuous (codes stay).", rich_help_panel=_STEP),
 ]
 _Lr = Annotated[
     float, typer.Option(help="Of scales, codebooks and gains, as a fraction of their size.", rich_help_panel=_STEP)

@@ -147,6 +147,7 @@ Way = Quantized | Searched | PeerGrid
 LATER: dict[type, dict[str, Any]] = {
     Quantized: {"sequences": None, "left_out": 0},
     Searched: {"start": "best", "tuning": None},
+    EndToEnd: {"seqlen": None},
 }
 """Settings that came later, by value: rows that do without were measured before, and keep their names."""
 
@@ -177,10 +178,16 @@ class Row:
     @property
     def settings(self) -> dict[str, Any]:
         """JSON of the way; with the model, the text and the protocol a row is known by it."""
-        kind = type(self.way)
-        later = LATER.get(kind, {})
-        way = {name: value for name, value in asdict(self.way).items() if name not in later or value != later[name]}
-        return {"way": kind.__name__} | way
+        way = _known(self.way)
+        if isinstance(tuning := getattr(self.way, "tuning", None), EndToEnd):
+            way["tuning"] = _known(tuning)
+        return {"way": type(self.way).__name__} | way
+
+
+def _known(made: Any) -> dict[str, Any]:
+    """JSON of a dataclass, without what came later and is as it was before."""
+    later = LATER.get(type(made), {})
+    return {name: value for name, value in asdict(made).items() if name not in later or value != later[name]}
 
 
 def _integers() -> Iterator[Row]:
@@ -230,9 +237,10 @@ def _searched() -> Iterator[Row]:
         way = Searched(bits, candidates, "gptq(3, group_size=64)")
         yield Row("search-gptq-g64", "search over GPTQ, groups of 64", bits, way, True)
     finer = "hadamard(trellis(3, state_bits=12))"
-    for states, steps in ((14, 400), (16, 512)):  # many small steps gain more; 16 sequences are held out
+    first = EndToEnd(400, 1, 416, evaluate_every=100, mode="continuous")
+    smaller = EndToEnd(2048, 1, 1056, held_out=32, evaluate_every=256, mode="continuous", seqlen=256)
+    for states, tuned in ((14, first), (16, smaller)):  # many small steps gain more
         base = f"hadamard(trellis(2, state_bits={states}))"
-        tuned = EndToEnd(steps, 1, steps + 16, evaluate_every=steps // 4, mode="continuous")
         for name, more, tuning in (("", "", None), ("-tuned", ", tuned end to end", tuned)):
             way = Searched(2.03, f"{base}, {finer}", base, generations=0, start="predicted", tuning=tuning)
             label = f"trellis, 2^{states} states, few layers of 3 bits by prediction{more}"

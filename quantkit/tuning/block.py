@@ -39,7 +39,7 @@ class BlockTuning:
     steps: int = 100
     batch: int = 1
     batch_tokens: int = 2048
-    pv: PVSettings = field(default_factory=PVSettings)
+    pv: PVSettings = field(default_factory=lambda: PVSettings("buffer"))
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "batch_tokens"):

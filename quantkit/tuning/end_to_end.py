@@ -48,6 +48,8 @@ from quantkit.tuning.settings import TuningSettings
 logger = logging.getLogger(__name__)
 
 _STATE = "state.pt"
+LAST = 0.1
+"""The fraction of a run, at its end, over which everything continuous is averaged: the steps' noise falls out."""
 EMBEDDING_RATE = 0.5
 """Learning rate of embedding and head, beside that of scales: more of it learns the tuning text by heart."""
 
@@ -217,6 +219,7 @@ class _Run:
         self.step, self.ended, self.measured = 0, False, False
         self.history: list[dict[str, Any]] = []
         self.best = [tensor.detach().clone() for tensor in self._tensors()]
+        self.averaged, self.mean = 0, [torch.zeros_like(parameter) for parameter in self.optimizer.continuous]
 
     def begin(self) -> None:
         """Measures the model as it is; once more where the teacher is replaced by a cache of it.
@@ -257,10 +260,29 @@ class _Run:
         changed = self.optimizer.step(rate(self.step, settings.steps, settings.warmup))
         self.step += 1
         self.measured = self.step % settings.evaluate_every == 0 or self.step == settings.steps
+        self._average()
         if self.measured:
             self._measure(loss)
+        if self.step == settings.steps and self.averaged > 1 and not self.ended:
+            self._take_mean()
         best = min(entry["kl"] for entry in self.history)
         self.progress = Progress(self.step, settings.steps, loss, changed, self._kl, best)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Counts a step of the run's end into the mean (Izmailov et al., arXiv 1803.05407)."""
+        if self.step > (1 - LAST) * self.settings.steps:
+            self.averaged += 1
+            for mean, parameter in zip(self.mean, self.optimizer.continuous, strict=True):
+                mean.lerp_(parameter, 1 / self.averaged)
+
+    @torch.no_grad()
+    def _take_mean(self) -> None:
+        """Puts the mean in the place of the last step, and measures it: the best state may be that."""
+        for mean, parameter in zip(self.mean, self.optimizer.continuous, strict=True):
+            parameter.copy_(mean)
+        self._measure(None)
+        self.history[-1]["averaged"] = self.averaged
 
     def _order(self, step: int) -> Tensor:
         """The sequences of a step by number: every epoch in an order of its own."""
@@ -366,6 +388,8 @@ class _Run:
             "tensors": tensors,
             "targets": targets,
             "adam": self.optimizer.adam.state_dict(),
+            "averaged": self.averaged,
+            "mean": self.mean if self.averaged else [],
         }
         content["checksum"] = _checksum(content)
         needed = 3 * sum(tensor.nbytes for tensor in [*self.best, *tensors, *targets])  # Adam keeps two more of each
@@ -390,9 +414,12 @@ class _Run:
         if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
             raise CheckpointError(f"{path} is not as it was written; remove it, and the run begins anew")
         self.step, self.ended, self.history, self.best = (content[key] for key in ("step", "ended", "history", "best"))
+        self.averaged = content.get("averaged", 0)
         with torch.no_grad():
             pairs = [*zip(self._tensors(), content["tensors"], strict=True)]
             pairs += zip(self.optimizer.targets, content["targets"], strict=True)
+            if self.averaged:
+                pairs += zip(self.mean, content["mean"], strict=True)
             for tensor, saved in pairs:
                 tensor.copy_(saved)
         self.optimizer.adam.load_state_dict(content["adam"])
@@ -443,7 +470,7 @@ def tuned_layers(model: PreTrainedModel, settings: TuningSettings, mixed: bool) 
     """The packed layers as they will be tuned."""
     packed, kind = packed_linears(model), torch.bfloat16 if mixed else model.dtype
     if not settings.corrections:
-        stay = settings.pv.mode == "continuous"
+        stay = settings.pv.mode in ("auto", "continuous")
         return {
             name: ColumnScaledLinear(linear.packed, linear.bias, kind)
             if stay and by_columns(linear.packed)

@@ -16,7 +16,7 @@ from quantkit.models.structure import tensor_bytes
 from quantkit.run.estimate import resident_bytes
 from quantkit.tuning.columns import ColumnScaledLinear
 from quantkit.tuning.end_to_end import checked_text, is_mixed, tuned_dense, tuned_layers
-from quantkit.tuning.pv import TunedLinear
+from quantkit.tuning.pv import TunedLinear, moving
 from quantkit.tuning.request import TuningRun
 
 FLOAT = torch.float32.itemsize
@@ -37,8 +37,8 @@ class TuningEstimate:
             scales, zeros, codebooks, gains, corrections), "codes" (targets of weights, which codes follow),
             "corrections" (where they alone are tuned), "norms", "embeddings".
         memory: bytes by what takes them: "process" (what this one holds by now, on a CPU), "teacher", "student",
-            "copies" (unpacked weights, and fp32 ones of dense tensors), "targets", "gradients", "optimizer", "best"
-            (the best state so far).
+            "copies" (unpacked weights, and fp32 ones of dense tensors), "targets", "gradients", "optimizer", "mean" (of
+            the last steps), "best" (the best state so far).
         memory_bytes: their sum, and so the least that the run takes on its device, roughly.
         activation_bytes: None: of the passes.
         cache_bytes: of the teacher's predictions on disk; 0 without a cache.
@@ -94,7 +94,7 @@ def estimate(
     layers, dense = tuned_layers(student, settings, is_mixed(settings, where)), tuned_dense(student, settings)
     sizes = {name: _numel(student.get_submodule(name)) for name in layers}
     put_in_places(student, layers)
-    trainable = _trainable(layers, sizes, settings.pv.mode != "continuous")
+    trainable = _trainable(layers, sizes, settings.pv.mode)
     trainable |= {name: sum(tensor.copy.numel() for tensor in tensors) for name, tensors in dense.items()}
     tuned = [*layers.values(), *chain.from_iterable(dense.values())]
     memory = {
@@ -128,13 +128,13 @@ def _numel(linear: Any) -> int:
     return int(linear.out_features * linear.in_features)
 
 
-def _trainable(layers: dict[str, Any], sizes: dict[str, int], codes_move: bool) -> dict[str, int]:
+def _trainable(layers: dict[str, Any], sizes: dict[str, int], mode: str) -> dict[str, int]:
     """Numbers that the optimizer moves in packed layers of so many weights, by kind."""
     found = {"scales": 0, "codes": 0, "corrections": 0}
     for name, layer in layers.items():
         if isinstance(layer, TunedLinear | ColumnScaledLinear):
             found["scales"] += sum(parameter.numel() for parameter in layer.parts.parameters())
-            found["codes"] += sum(sizes[name] for _ in layer.coded()) if codes_move else 0
+            found["codes"] += sum(sizes[name] for _ in moving(layer, mode))
         else:
             found["corrections"] += layer.up.numel() + layer.down.numel()
     return found
@@ -157,4 +157,5 @@ def _held(layers: dict[str, Any], sizes: dict[str, int], trainable: dict[str, in
         "targets": FLOAT * trainable["codes"],
         "gradients": FLOAT * (made + moved),
         "optimizer": 2 * FLOAT * moved,
+        "mean": FLOAT * (moved - trainable["codes"]),
     }

@@ -9,6 +9,7 @@ Every step of a phi(Wq), Wq the dequantized weights, does both (arXiv 2405.14852
 A full V step would round back to where it came from: a step shorter than half a cell changes no code, unless it is
 taken for few weights at once. Modes say what S is:
 
+    "auto"              the buffer, but codes of formats that lose by it stay (`Coded.moves`)
     "buffer"            S goes on from step to step and is pulled towards Wq by `decay` of their distance (the recipe of
                         the paper's code, there with a decay of 0)
     "linearized"        S starts at Wq in every step (a decay of 1): the V step of the paper
@@ -53,6 +54,11 @@ class Tuned(Protocol):
 
     def state(self) -> Iterator[Tensor]:
         """Everything that changes, tensors [...] of any shapes, in an order that does not."""
+
+
+def moving(layer: Tuned, mode: str) -> list[Coded]:
+    """The parts of a layer whose codes move in a mode."""
+    return [] if mode == "continuous" else [part for part in layer.coded() if part.moves or mode != "auto"]
 
 
 class TunedTensor:
@@ -162,7 +168,8 @@ class PVOptimizer:
     def __init__(self, layers: Sequence[Tuned], settings: PVSettings) -> None:
         self.layers, self.settings = layers, settings
         continuous = [pair for layer in layers for pair in layer.continuous()]
-        self.coded = [] if settings.mode == "continuous" else [c for layer in layers for c in layer.coded()]
+        self.continuous = [parameter for parameter, _ in continuous]
+        self.coded = [part for layer in layers for part in moving(layer, settings.mode)]
         self.targets: list[Tensor] = []
         sizes = sorted({size for _, size in continuous})
         groups = [{"params": [p for p, s in continuous if s == size], "lr": settings.lr * size} for size in sizes]

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from quantkit.core.errors import QuantkitError
 
-MODES = ("buffer", "linearized", "straight-through", "continuous")
+MODES = ("auto", "buffer", "linearized", "straight-through", "continuous")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class PVSettings:
         betas: Adam's.
     """
 
-    mode: str = "buffer"
+    mode: str = "auto"
     lr: float = 1e-2
     code_lr: float = 0.12
     fraction: float = 0.1

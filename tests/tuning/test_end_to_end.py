@@ -12,6 +12,7 @@ import quantkit
 from quantkit import GPTQ, VPTQ, Calibration, Hadamard, LowRank, PVSettings, Pyramid, TuningSettings
 from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.io.checkpoint import read_config
+from quantkit.io.run_folder import RunFolder
 from quantkit.models.linear import QuantizedLinear
 from quantkit.run.teacher import Teacher
 from quantkit.tuning.end_to_end import _Run
@@ -115,6 +116,41 @@ def test_an_interrupted_run_ends_in_the_same_model(models, tmp_path):
     path.write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="not a tuning run's state"):
         quantkit.tune(copy.deepcopy(model), teacher, tokenizer, calibration=text, settings=SHORT, state=tmp_path / "s")
+
+
+def test_the_mean_of_the_last_steps_is_measured_too(models, tmp_path):
+    model, teacher, tokenizer, text = models
+    sequences = text.sequences(tokenizer, model)
+    settings = TuningSettings(20, 1, 1, evaluate_every=19, held_out=2, mixed=False, pv=PVSettings(lr=2e-3))
+
+    run, again = (_Run(copy.deepcopy(model), Teacher(teacher), sequences, settings) for _ in range(2))
+    for one in (run, again):
+        one.begin()
+    while run.step < 19:
+        run.advance()
+    before = [parameter.detach().clone() for parameter in run.optimizer.continuous]
+    folder = RunFolder(tmp_path / "state", "a state")
+    with folder.begin({"run": "tune"}):
+        run.save(folder)
+        again.restore(folder)
+    taken = {}
+    for one in (run, again):
+        step = one.optimizer.step
+
+        def stepped(scale, one=one, step=step):
+            changed = step(scale)
+            taken[one] = [parameter.detach().clone() for parameter in one.optimizer.continuous]
+            return changed
+
+        one.optimizer.step = stepped
+        one.advance()
+        wanted = [(first + last) / 2 for first, last in zip(before, taken[one], strict=True)]
+        torch.testing.assert_close(list(one.optimizer.continuous), wanted)
+        assert [entry["step"] for entry in one.history] == [0, 19, 20, 20]
+        assert one.history[-1]["averaged"] == 2
+    assert run.history == again.history
+    for one in (run, again):
+        one.finish()
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,7 @@ def test_what_is_told_is_what_a_run_holds(settings, method, packed_by, tokenizer
     assert told.memory["targets"] == sum(target.nbytes for target in run.optimizer.targets)
     moments = [state[name] for state in adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert told.memory["optimizer"] == sum(moment.nbytes for moment in moments)
+    assert told.memory["mean"] == sum(mean.nbytes for mean in run.mean)
     assert told.memory["best"] == sum(tensor.nbytes for tensor in run.best)
     gradients = [parameter.grad for parameter in moved]
     gradients += [layer.leaf.grad for layer in run.layers.values() if hasattr(layer, "leaf")]

@@ -131,11 +131,21 @@ def test_no_rate_and_no_share_change_nothing(method, mode):
     assert all(torch.equal(again.state()[name], tensor) for name, tensor in packed.state().items())
 
 
+@pytest.mark.parametrize(
+    ("method", "some"),
+    [(METHODS["trellis"], 0), (Hadamard(LowRank(METHODS["trellis"], 4)), 0), (METHODS["rotated"], 1)],
+)
+def test_codes_of_trellises_stay_where_no_mode_is_asked_for(method, some):
+    layer = TunedLinear(tunable(packed_by(method)), None)
+    assert len(PVOptimizer([layer], PVSettings()).coded) == some
+    assert len(PVOptimizer([layer], PVSettings("buffer")).coded) == 1
+
+
 @each
 def test_codes_change_within_share_and_trust(method):
     weight, hessian = problem()
     layer = TunedLinear(tunable(packed_by(method)), None)
-    optimizer = PVOptimizer([layer], PVSettings(lr=0, code_lr=0.2, fraction=0.02, trust=0.05))
+    optimizer = PVOptimizer([layer], PVSettings("buffer", lr=0, code_lr=0.2, fraction=0.02, trust=0.05))
     (part,) = layer.parts.coded()
     counts = []
     for _ in range(12):
@@ -157,7 +167,7 @@ def test_codes_change_within_share_and_trust(method):
 @each
 def test_a_step_of_codes_never_leaves_the_target_farther(method):
     layer = TunedLinear(tunable(packed_by(method)), None)
-    optimizer = PVOptimizer([layer], PVSettings(lr=0, code_lr=0.3, fraction=0.5, trust=1.0))
+    optimizer = PVOptimizer([layer], PVSettings("buffer", lr=0, code_lr=0.3, fraction=0.5, trust=1.0))
     (part,) = layer.parts.coded()
     target = optimizer.targets[0]
     for _ in range(3):

@@ -48,6 +48,8 @@ class Coded(Tunable):
     """Bits of a weight's code."""
     pace: ClassVar[float] = 1.0
     """Learning rate of its targets, as a fraction of `PVSettings.code_lr`."""
+    moves: ClassVar[bool] = True
+    """Whether its codes move where no mode is asked for."""
 
     def coded(self) -> Iterator["Coded"]:
         """The part itself."""

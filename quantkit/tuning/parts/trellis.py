@@ -18,6 +18,7 @@ class TunableTrellis(Coded):
     """
 
     pace = 0.5  # another path changes a whole piece for what some of its weights gain; at 1 that gained nothing
+    moves = False
     symbols: Tensor  # uint8 [places, rings]
     scale: Tensor
     begin: Tensor  # int64 [], where the first piece of each ring begins
