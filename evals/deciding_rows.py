@@ -217,7 +217,7 @@ def _vectors() -> Iterator[Row]:
         yield Row("vptq", "VPTQ", bits, Quantized(f"hadamard(vptq({bits:g}))"), True)
         for states in (12, 16):
             way = Quantized(f"hadamard(trellis({bits:g}, state_bits={states}))")
-            yield Row(f"trellis-{states}", f"trellis, 2^{states} states", bits, way, states == 16)
+            yield Row(f"trellis-{states}", f"trellis, 2^{states} states", bits, way, True)
 
 
 def _corrected() -> Iterator[Row]:
