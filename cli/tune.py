@@ -47,7 +47,10 @@ _Hidden = Annotated[
 ]
 _Mode = Annotated[
     str,
-    typer.Option(help="auto, buffer, linearized, straight-through, or continuous (codes stay).", rich_help_panel=_STEP),
+    typer.Option(
+        help="auto (a buffer, but trellis codes stay), buffer, linearized, straight-through, continuous (all stay).",
+        rich_help_panel=_STEP,
+    ),
 ]
 _Lr = Annotated[
     float, typer.Option(help="Of scales, codebooks and gains, as a fraction of their size.", rich_help_panel=_STEP)
@@ -104,7 +107,7 @@ def tune_command(
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
-    """Tune a packed checkpoint end to end: scales, codebooks, norms and codes, by KL to the teacher's predictions.
+    """Tune a packed checkpoint end to end: scales, codebooks, norms and most codes, by KL to the teacher's predictions.
 
     The size stays the same. An interrupted run continues with --resume and ends in the same model. Several processes
     share the work: accelerate launch -m quantkit.cli tune ..., or torchrun.

@@ -239,7 +239,7 @@ def _searched() -> Iterator[Row]:
     finer = "hadamard(trellis(3, state_bits=12))"
     first = EndToEnd(400, 1, 416, evaluate_every=100, mode="continuous")
     smaller = EndToEnd(2048, 1, 1056, held_out=32, evaluate_every=256, mode="continuous", seqlen=256)
-    for states, tuned in ((14, first), (16, smaller)):  # many small steps gain more
+    for states, tuned in ((14, first), (16, smaller)):
         base = f"hadamard(trellis(2, state_bits={states}))"
         for name, more, tuning in (("", "", None), ("-tuned", ", tuned end to end", tuned)):
             way = Searched(2.03, f"{base}, {finer}", base, generations=0, start="predicted", tuning=tuning)

@@ -9,7 +9,7 @@ unit is that of BRECQ (arXiv 2102.05426), which learns roundings, weighted by Fi
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -33,18 +33,20 @@ class BlockTuning:
         steps: of the optimizer.
         batch: runs a step.
         batch_tokens: tokens a run, and in every pass over the calibration text.
-        pv: of a step.
+        pv: of a step; "auto" is "buffer" here.
     """
 
     steps: int = 100
     batch: int = 1
     batch_tokens: int = 2048
-    pv: PVSettings = field(default_factory=lambda: PVSettings("buffer"))
+    pv: PVSettings = field(default_factory=PVSettings)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise QuantkitError(f"{name}={getattr(self, name)} of block-wise tuning: give at least 1")
+        if self.pv.mode == "auto":
+            object.__setattr__(self, "pv", replace(self.pv, mode="buffer"))
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""Trellis codes that stay while their scales are tuned: a step makes no weight, and no gradient of one.
+"""Trellis codes that stay while their scales are tuned: a step decodes no weight, and makes no gradient of one.
 
     W = R_out^T V diag(s) R_in        y = C (s * (R_in x)),  C = R_out^T V
 
@@ -84,4 +84,6 @@ class ColumnScaledLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
         turned = x.float() if self._rotation is None else rotate(x.float(), self._rotation.in_signs, False)
-        return nn.functional.linear((turned * self._trellis.steps()).to(self.kind), self.values, self.bias)
+        scaled = (turned * self._trellis.stored_scales()).to(self.kind)
+        y = nn.functional.linear(scaled, self.values, None if self.bias is None else self.bias.to(self.kind))
+        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)

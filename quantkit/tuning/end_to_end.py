@@ -48,7 +48,7 @@ from quantkit.tuning.settings import TuningSettings
 logger = logging.getLogger(__name__)
 
 _STATE = "state.pt"
-LAST = 0.1
+AVERAGED = 0.1
 """The fraction of a run, at its end, over which everything continuous is averaged: the steps' noise falls out."""
 EMBEDDING_RATE = 0.5
 """Learning rate of embedding and head, beside that of scales: more of it learns the tuning text by heart."""
@@ -112,7 +112,8 @@ def tune(
 
     Returns:
         The same model with the best state found; `model.quantkit_tuning` holds the held-out KL at each measurement, and
-        the first also the full one where the teacher was cached.
+        the first also the full one where the teacher was cached. Where all steps were taken, a last one is of the mean
+        of so many steps as its "averaged" says.
 
     Raises:
         QuantkitError: no packed layers, a packed teacher, a format that cannot be tuned, another vocabulary, or too
@@ -151,6 +152,11 @@ def tune(
             teacher.train(teacher_was_training)
     model.quantkit_tuning = run.history  # type: ignore[assignment]
     return model
+
+
+def averaged_steps(steps: int) -> int:
+    """How many steps, the last of a run, the mean is of; one alone has none."""
+    return max(1, int(AVERAGED * steps))
 
 
 def is_mixed(settings: TuningSettings, device: torch.device) -> bool:
@@ -263,7 +269,7 @@ class _Run:
         self._average()
         if self.measured:
             self._measure(loss)
-        if self.step == settings.steps and self.averaged > 1 and not self.ended:
+        if self.step == settings.steps and self.averaged > 1:
             self._take_mean()
         best = min(entry["kl"] for entry in self.history)
         self.progress = Progress(self.step, settings.steps, loss, changed, self._kl, best)
@@ -271,7 +277,7 @@ class _Run:
     @torch.no_grad()
     def _average(self) -> None:
         """Counts a step of the run's end into the mean (Izmailov et al., arXiv 1803.05407)."""
-        if self.step > (1 - LAST) * self.settings.steps:
+        if self.step > self.settings.steps - averaged_steps(self.settings.steps):
             self.averaged += 1
             for mean, parameter in zip(self.mean, self.optimizer.continuous, strict=True):
                 mean.lerp_(parameter, 1 / self.averaged)
@@ -414,7 +420,7 @@ class _Run:
         if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
             raise CheckpointError(f"{path} is not as it was written; remove it, and the run begins anew")
         self.step, self.ended, self.history, self.best = (content[key] for key in ("step", "ended", "history", "best"))
-        self.averaged = content.get("averaged", 0)
+        self.averaged = content["averaged"]
         with torch.no_grad():
             pairs = [*zip(self._tensors(), content["tensors"], strict=True)]
             pairs += zip(self.optimizer.targets, content["targets"], strict=True)
@@ -432,6 +438,7 @@ class _Run:
             "layers": hashlib.sha256(layers.encode()).hexdigest(),
             "text": hashlib.sha256(self.sequences.numpy().tobytes()).hexdigest(),
             "kl": f"{self.history[0]['kl']:.5g}",
+            "averaged": AVERAGED,
         }
 
 

@@ -15,7 +15,7 @@ from quantkit.models.linear import put_in_places
 from quantkit.models.structure import tensor_bytes
 from quantkit.run.estimate import resident_bytes
 from quantkit.tuning.columns import ColumnScaledLinear
-from quantkit.tuning.end_to_end import checked_text, is_mixed, tuned_dense, tuned_layers
+from quantkit.tuning.end_to_end import averaged_steps, checked_text, is_mixed, tuned_dense, tuned_layers
 from quantkit.tuning.pv import TunedLinear, moving
 from quantkit.tuning.request import TuningRun
 
@@ -30,7 +30,7 @@ class TuningEstimate:
     Attributes:
         steps: of the optimizer; less where `patience` ends the run.
         step_tokens, tokens: of text in a step, and in all steps; sequences come again when all have been there.
-        measurements: of the held-out sequences, the one before any step included.
+        measurements: of the held-out sequences, the one before any step and that of the mean included.
         sequences, held_out, seqlen: of the text; tokens a sequence.
         layers: packed layers that are tuned.
         trainable: how many numbers the optimizer moves, by kind: "scales" (all that is continuous in packed layers:
@@ -110,7 +110,7 @@ def estimate(
         steps=settings.steps,
         step_tokens=settings.batch * seqlen,
         tokens=settings.steps * settings.batch * seqlen,
-        measurements=1 + -(-settings.steps // settings.evaluate_every),
+        measurements=1 + -(-settings.steps // settings.evaluate_every) + (averaged_steps(settings.steps) > 1),
         sequences=len(sequences),
         held_out=settings.held_out,
         seqlen=seqlen,

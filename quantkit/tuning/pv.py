@@ -9,7 +9,7 @@ Every step of a phi(Wq), Wq the dequantized weights, does both (arXiv 2405.14852
 A full V step would round back to where it came from: a step shorter than half a cell changes no code, unless it is
 taken for few weights at once. Modes say what S is:
 
-    "auto"              the buffer, but codes of formats that lose by it stay (`Coded.moves`)
+    "auto"              the buffer, but trellis codes stay (`Coded.moves`)
     "buffer"            S goes on from step to step and is pulled towards Wq by `decay` of their distance (the recipe of
                         the paper's code, there with a decay of 0)
     "linearized"        S starts at Wq in every step (a decay of 1): the V step of the paper

@@ -4,6 +4,7 @@ It works in `<output>.partial`, where its state lies after every measurement.
 """
 
 import logging
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -159,10 +160,12 @@ def _report_of(folder: Path) -> Report | None:
 def _tuned(report: Report, asked: TuningRun, made: Tuned, seqlen: int) -> Report:
     """The report of a packed model with what tuning made of it; what was measured of the packed one is left out."""
     history, before = made.history, report.settings.get("tuning")
-    steps, kl = (tuple(entry[name] for entry in history) for name in ("step", "kl"))
+    found: dict[int, float] = {}
+    for entry in history:  # the last step's state and the mean at it: the lower
+        found[entry["step"]] = min(entry["kl"], found.get(entry["step"], math.inf))
     return replace(
         report, bytes_after=made.bytes_after, seconds=made.seconds, peak_memory_bytes=made.peak_memory_bytes,
         peak_device_bytes=made.peak_device_bytes, check=None, samples=None,
-        tuning=Tuning(made.record["teacher"], asked.settings.held_out, seqlen, steps, kl),
+        tuning=Tuning(made.record["teacher"], asked.settings.held_out, seqlen, tuple(found), tuple(found.values())),
         settings=report.settings | {"tuning": [*(before or []), made.record["settings"]]},
     )  # fmt: skip

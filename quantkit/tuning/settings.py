@@ -15,7 +15,7 @@ class PVSettings:
         mode: see `quantkit.tuning.pv`.
         lr: of continuous parts, in units of their size.
         code_lr: of targets, in units of what a code can tell apart: a layer's root mean square weight / 2^bits; half
-            of it for trellis codes (`Coded.pace`).
+            of it for trellis codes (`Coded.pace`), in modes in which they move.
         fraction: of a layer's units that may be coded again in a step.
         trust: largest relative change of a layer's weights by codes in a step.
         decay: pull of targets towards the weights, 0 to 1.

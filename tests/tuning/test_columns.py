@@ -66,14 +66,28 @@ def test_outputs_and_gradients_are_those_of_the_dense_weight(method, bias):
     assert all(torch.equal(a, b) for a, b in zip(*(w.packed.state().values() for w in layers), strict=True))
 
 
-def test_outputs_alone_rotated_or_inputs_alone():
+def test_inputs_alone_rotated():
     packed = packed_by(Hadamard(Trellis(2, 10)))
-    x = torch.randn(3, 132)
-    for signs in (packed.out_signs, None):
-        weight = RotatedWeight(packed.base, packed.in_signs, signs)
-        layer = ColumnScaledLinear(weight, None, torch.float32)
-        layer.open()
-        torch.testing.assert_close(layer(x), x @ weight.dequantize().T, rtol=1e-4, atol=1e-4)
+    x = torch.randn(3, 132, generator=torch.Generator().manual_seed(6))
+    weight = RotatedWeight(packed.base, packed.in_signs)
+    layer = ColumnScaledLinear(weight, None, torch.float32)
+    layer.open()
+    torch.testing.assert_close(layer(x), x @ weight.dequantize().T, rtol=1e-4, atol=1e-4)
+
+
+def test_mixed_precision_differs_by_its_rounding_alone():
+    packed, generator = packed_by(Hadamard(Trellis(2, 10))), torch.Generator().manual_seed(7)
+    bias, x = torch.randn(72, generator=generator), torch.randn(9, 132, generator=generator)
+    wanted = torch.randn(9, 72, generator=generator)
+    exact = passes(ColumnScaledLinear(packed, bias, torch.float32), x, wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = passes(ColumnScaledLinear(packed, bias, torch.bfloat16), x, wanted)
+    assert mixed[0].dtype == torch.bfloat16
+    for one, other in zip((*exact[:2], *exact[2]), (*mixed[:2], *mixed[2]), strict=True):
+        assert 0 < (one - other.float()).norm() / one.norm() < 0.02
+    half = ColumnScaledLinear(packed, bias, torch.bfloat16)
+    half.open()
+    assert half(x).dtype == torch.float32 and half(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("method", OTHERS.values(), ids=OTHERS.keys())

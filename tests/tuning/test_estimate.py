@@ -15,6 +15,7 @@ from quantkit.tuning.end_to_end import _Run
 from quantkit.tuning.estimate import estimate
 from quantkit.tuning.parts.base import tunable
 from quantkit.tuning.request import TuningRun
+from quantkit.tuning.run import run
 
 from ..helpers.methods import METHODS, layer
 
@@ -78,30 +79,42 @@ def test_what_is_told_is_what_a_run_holds(settings, method, packed_by, tokenizer
         told = estimate(TuningRun(packed, teacher, tmp_path / "out", TEXT, settings), "cpu")
     assert not list(tmp_path.iterdir())
     sequences = TEXT.sequences(tokenizer, models[0])
-    run = _Run(models[0].eval(), Teacher(models[1].eval()), sequences, settings, multiplies_bf16(models[0].device))
-    run.begin()
-    run.advance()
-    adam = run.optimizer.adam
+    made = _Run(models[0].eval(), Teacher(models[1].eval()), sequences, settings, multiplies_bf16(models[0].device))
+    made.begin()
+    made.advance()
+    adam = made.optimizer.adam
     moved = [parameter for group in adam.param_groups for parameter in group["params"]]
     assert sum(told.trainable.values()) == sum(parameter.numel() for parameter in moved)
-    assert told.trainable.get("codes", 0) == sum(target.numel() for target in run.optimizer.targets)
-    assert told.memory["targets"] == sum(target.nbytes for target in run.optimizer.targets)
+    assert told.trainable.get("codes", 0) == sum(target.numel() for target in made.optimizer.targets)
+    assert told.memory["targets"] == sum(target.nbytes for target in made.optimizer.targets)
     moments = [state[name] for state in adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert told.memory["optimizer"] == sum(moment.nbytes for moment in moments)
-    assert told.memory["mean"] == sum(mean.nbytes for mean in run.mean)
-    assert told.memory["best"] == sum(tensor.nbytes for tensor in run.best)
+    assert told.memory["mean"] == sum(mean.nbytes for mean in made.mean)
+    assert told.memory["best"] == sum(tensor.nbytes for tensor in made.best)
     gradients = [parameter.grad for parameter in moved]
-    gradients += [layer.leaf.grad for layer in run.layers.values() if hasattr(layer, "leaf")]
+    gradients += [layer.leaf.grad for layer in made.layers.values() if hasattr(layer, "leaf")]
     assert told.memory["gradients"] == sum(gradient.nbytes for gradient in gradients if gradient is not None)
-    copies = [layer.leaf for layer in run.layers.values() if hasattr(layer, "leaf")]
-    copies += [layer.values for layer in run.layers.values() if hasattr(layer, "values")]
-    copies += [dense.copy for dense in run._dense]
+    copies = [layer.leaf for layer in made.layers.values() if hasattr(layer, "leaf")]
+    copies += [layer.values for layer in made.layers.values() if hasattr(layer, "values")]
+    copies += [dense.copy for dense in made._dense]
     if not settings.corrections:
         assert told.memory["copies"] == sum(copy.nbytes for copy in copies)
     assert told.memory["teacher"] == sum(p.nbytes for p in models[1].parameters())
-    assert (told.layers, told.tokens, told.seqlen) == (len(run.layers), 3 * 2 * 32, 32)
+    assert (told.layers, told.tokens, told.seqlen) == (len(made.layers), 3 * 2 * 32, 32)
     assert told.seconds is told.activation_bytes is None
-    run.finish()
+    made.finish()
+
+
+@pytest.mark.parametrize("steps", [9, 20])
+def test_a_run_measures_as_often_as_is_told(steps, folders, tmp_path):
+    packed, teacher = folders
+    pv = PVSettings("continuous", lr=0.5)  # which does harm: patience ends with the last step
+    settings = TuningSettings(steps, 1, 1, held_out=2, evaluate_every=6, patience=-(-steps // 6), pv=pv)
+    asked = TuningRun(packed, teacher, tmp_path / "out", TEXT, settings)
+    found = run(asked, "cpu")
+    assert found.history[-1]["step"] == steps
+    assert len(found.history) == estimate(asked, "cpu", overwrite=True).measurements
+    assert ("averaged" in found.history[-1]) == (steps == 20)
 
 
 def test_what_a_run_would_refuse_is_refused(folders, model_folder, tmp_path):
@@ -120,7 +133,7 @@ def test_what_a_run_would_refuse_is_refused(folders, model_folder, tmp_path):
         ),
         "would replace": TuningRun(packed, teacher, packed, TEXT, SETTINGS["all"]),
     }
-    for message, run in asked.items():
+    for message, one in asked.items():
         with pytest.raises(QuantkitError, match=message):
-            estimate(run, "cpu")
+            estimate(one, "cpu")
     assert not list(tmp_path.iterdir())

@@ -40,7 +40,7 @@ class TunableTrellis(Coded):
             states |= self.symbols.roll(-i, 0).int() << (i * self._weight.bits)
         return states & (1 << self._weight.state_bits) - 1
 
-    def steps(self) -> Tensor:
+    def stored_scales(self) -> Tensor:
         """Scales as they are stored, through which gradients pass; fp32 [in_features]."""
         scales = self.scales()
         with torch.no_grad():
@@ -62,7 +62,7 @@ class TunableTrellis(Coded):
 
     def decode(self) -> Tensor:
         """The weight [out_features, in_features]: value * step * scale."""
-        return self.values() * self.steps()
+        return self.values() * self.stored_scales()
 
     def units(self, weight: Tensor) -> Tensor:
         """Pieces [rings * pieces, size]."""
@@ -77,7 +77,7 @@ class TunableTrellis(Coded):
         """The nearest path to targets [n, size] between the bits around the piece."""
         w = self._weight
         values = trellis.table(w.state_bits, target.device)
-        scales = self.units(self.steps().expand(w.shape))[index]
+        scales = self.units(self.stored_scales().expand(w.shape))[index]
         fills = scales == 0  # places that fill a ring up stand for nothing, and may stay
         states = self._states()
         wanted = torch.where(fills, self._pieces(values[states.long()])[index], target / scales)
