@@ -15,8 +15,9 @@ from quantkit.core.weight import QuantizedWeight
 from quantkit.formats.rotated import RotatedWeight
 from quantkit.formats.trellis import TrellisWeight
 from quantkit.kernels.hadamard import rotate
-from quantkit.tuning.parts.base import Coded, Tunable, tunable
+from quantkit.tuning.parts.base import Coded, tunable
 from quantkit.tuning.parts.trellis import TunableTrellis
+from quantkit.tuning.pv import TunedLinear
 
 
 def by_columns(weight: QuantizedWeight) -> bool:
@@ -24,8 +25,8 @@ def by_columns(weight: QuantizedWeight) -> bool:
     return isinstance(weight.base if isinstance(weight, RotatedWeight) else weight, TrellisWeight)
 
 
-class ColumnScaledLinear(nn.Module):
-    """A linear layer of trellis codes that stay; their scales move.
+class ColumnScaledLinear(TunedLinear):
+    """A linear layer of trellis codes that stay; their scales move, without a dense copy that is made anew.
 
     Args:
         weight: for which `by_columns` holds.
@@ -37,9 +38,8 @@ class ColumnScaledLinear(nn.Module):
     """C, [out_features, in_features]; made by `open`."""
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, kind: torch.dtype) -> None:
-        super().__init__()
-        self.parts: Tunable = tunable(weight)
-        self.bias, self.kind = bias, kind
+        super().__init__(tunable(weight), bias)
+        self.kind = kind
         self._rotation = weight if isinstance(weight, RotatedWeight) else None
         (part,) = self.parts.coded()
         assert isinstance(part, TunableTrellis)
@@ -64,22 +64,9 @@ class ColumnScaledLinear(nn.Module):
                 parameter.grad = torch.zeros_like(parameter)
             yield parameter.grad
 
-    def continuous(self) -> Iterator[tuple[nn.Parameter, float]]:
-        """See `Tuned`; all are near 1."""
-        yield from ((parameter, 1.0) for parameter in self.parts.parameters())
-
     def coded(self) -> Iterator[Coded]:
         """See `Tuned`: codes stay."""
         yield from ()
-
-    def state(self) -> Iterator[Tensor]:
-        """See `Tuned`."""
-        yield from self.parts.state_dict().values()
-
-    @property
-    def packed(self) -> QuantizedWeight:
-        """The weight as it is now, stored."""
-        return self.parts.packed()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""

@@ -132,7 +132,7 @@ def _trainable(layers: dict[str, Any], sizes: dict[str, int], mode: str) -> dict
     """Numbers that the optimizer moves in packed layers of so many weights, by kind."""
     found = {"scales": 0, "codes": 0, "corrections": 0}
     for name, layer in layers.items():
-        if isinstance(layer, TunedLinear | ColumnScaledLinear):
+        if isinstance(layer, TunedLinear):
             found["scales"] += sum(parameter.numel() for parameter in layer.parts.parameters())
             found["codes"] += sum(sizes[name] for _ in moving(layer, mode))
         else:
@@ -148,9 +148,12 @@ def _held(layers: dict[str, Any], sizes: dict[str, int], trainable: dict[str, in
         sizes: weights of each.
         trainable: numbers that the optimizer moves, by kind.
     """
-    made = sum(sizes[name] for name, layer in layers.items() if isinstance(layer, TunedLinear))
-    columns = {name: layer for name, layer in layers.items() if isinstance(layer, ColumnScaledLinear)}
-    kept = sum(sizes[name] * layer.kind.itemsize for name, layer in columns.items())
+    made = kept = 0
+    for name, layer in layers.items():
+        if isinstance(layer, ColumnScaledLinear):
+            kept += sizes[name] * layer.kind.itemsize
+        elif isinstance(layer, TunedLinear):
+            made += sizes[name]
     copied, moved = trainable["norms"] + trainable["embeddings"], sum(trainable.values())
     return {
         "copies": FLOAT * (made + copied) + kept,
